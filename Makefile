@@ -1,0 +1,48 @@
+# make demo | test | lint | bench. Each makes .venv and installs what it needs.
+#   make test TORCH=torch==2.13.0                  PyPI's torch (CUDA on Linux) instead of the CPU one
+#   make test PYTHON=python3.12 VENV=.venv312      another interpreter
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu
+PROMPT ?= Explain in a few sentences why the sky is blue.
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find csrc -type f)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/run.stamp
+	$(BIN)/specdiff generate --prompt "$(PROMPT)" --compare
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# One thread, so that figures of different machines can be compared.
+bench: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s benchmarks --benchmark-only \
+	  --benchmark-group-by=group --benchmark-sort=mean --benchmark-columns=min,median,iqr,rounds
+
+clean:
+	rm -rf build dist *.egg-info python/*.egg-info specdiff_kernels/*.so
+
+# Holds the installed torch, as a constraint for what is installed after it.
+$(VENV)/torch.txt: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --retries 1 $(TORCH)
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@.part
+	mv $@.part $@
+
+$(VENV)/run.stamp: $(VENV)/torch.txt $(NATIVE)
+	$(PIP) install -c $< -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.txt $(NATIVE)
+	$(PIP) install -c $< -e '.[test,lint]'
+	touch $(VENV)/run.stamp $@

@@ -1,0 +1,172 @@
+"""Drafting K tokens and verifying them: one thread, fp32 logits, temperature 1.
+
+Two groups for each shape: "verify" has tokens and the draft's law given, in the form that the
+contender's function takes; "draft + verify" starts from both models' logits. A round of a timing
+runs through the same DRAWS drafts, so that the position of the first rejection is averaged over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Record, Report
+from inputs import DRAWS, SHAPES, Inputs, make_inputs
+from peers import CONTENDERS, Contender, Cpp, Reference, Unusable
+
+SECONDS = 2.0  # for each timing, unless one call takes longer
+GATE_DEVIATIONS = 4.5  # false alarm 7e-6
+GATE_BATCH = 4  # sequences that are compared with the reference
+GROUPS = ("verify", "draft + verify")
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def inputs(request: pytest.FixtureRequest) -> Inputs:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return make_inputs(request.param)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("kind", CONTENDERS, ids=lambda kind: kind.name)
+def test_speed(
+    inputs: Inputs, group: str, kind: type[Contender], benchmark: Any, report: Report
+) -> None:
+    benchmark.group = f"{inputs.shape}: {group}"
+    try:
+        contender = kind(inputs.shape)
+    except Unusable as reason:
+        report.unusable[kind.name, inputs.shape] = str(reason)
+        pytest.skip(str(reason))
+    check_bits(contender, inputs)
+    calls = Calls(contender, inputs, group)
+    start = time.perf_counter()
+    calls()
+    once = time.perf_counter() - start
+    iterations = DRAWS if once * DRAWS < SECONDS else 1
+    rounds = max(3 if once < SECONDS else 1, min(200, round(SECONDS / (once * iterations))))
+    benchmark.pedantic(calls, iterations=iterations, rounds=rounds)
+    calls.check()
+    check_bits(contender, inputs)
+
+    seconds = benchmark.stats.stats.median
+    record = Record(inputs.shape, group, contender.name, seconds)
+    if isinstance(contender, Cpp):
+        record.extra.update(bytes_model(inputs, group, seconds))
+    benchmark.extra_info.update(record.extra)
+    report.records.append(record)
+
+
+def test_bandwidth(inputs: Inputs, benchmark: Any, report: Report) -> None:
+    """The speed of light: the target's logits summed, and copied, by torch on the same thread."""
+    benchmark.group = f"{inputs.shape}: bandwidth"
+    logits = inputs.target_logits
+    copy = torch.empty_like(logits)
+    benchmark.pedantic(logits.sum, iterations=5, rounds=20, warmup_rounds=1)
+    size = logits.numel() * logits.element_size()
+    copied = median_time(lambda: copy.copy_(logits))
+    report.bandwidth[inputs.shape] = {
+        "sum_gb_per_s": size / benchmark.stats.stats.median / 1e9,
+        "copy_gb_per_s": 2 * size / copied / 1e9,
+    }
+    benchmark.extra_info.update(report.bandwidth[inputs.shape])
+
+
+class Calls:
+    """The calls that are timed. Each keeps its answer, and `check` judges them all."""
+
+    def __init__(self, contender: Contender, inputs: Inputs, group: str) -> None:
+        self.contender = contender
+        self.inputs = inputs
+        self.given = contender.law(inputs.draft_logits) if group == "verify" else None
+        self.results: list[Any] = []
+
+    def __call__(self) -> None:
+        number = len(self.results)
+        if self.given is not None:
+            tokens, law = self.inputs.tokens[number % DRAWS], self.given
+        else:
+            tokens, law = self.contender.draft(self.inputs.draft_logits, number)
+        self.results.append(self.contender.verify(self.inputs.target_logits, tokens, law, number))
+
+    def check(self) -> None:
+        """The number of accepted tokens, over all calls, has the mean of its exact law."""
+        B, K, V = self.inputs.shape
+        outcomes = [self.contender.outcome(result) for result in self.results]
+        accepted = torch.tensor([outcome.accepted for outcome in outcomes])  # [calls, B]
+        last = torch.tensor([outcome.last for outcome in outcomes])
+        assert accepted.shape == last.shape == (len(outcomes), B)
+        assert ((accepted >= 0) & (accepted <= K) & (last >= 0) & (last < V)).all()
+
+        draws = torch.arange(len(outcomes)) % DRAWS
+        given = self.given is not None
+        chances = self.inputs.chances[draws] if given else self.inputs.acceptance.expand(
+            len(outcomes), B, K
+        )  # fmt: skip
+        mean, variance = accepted_moments(chances)
+        allowed = GATE_DEVIATIONS * variance.sum().sqrt() / accepted.numel()
+        error = accepted.double().mean() - mean.mean()
+        assert error.abs() < allowed, (
+            f"{self.contender.name} accepted {accepted.double().mean():.3f} tokens a round; "
+            f"by the exact law it is {mean.mean():.3f} +- {allowed:.3f}"
+        )
+
+
+def accepted_moments(chances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of the number of accepted tokens. [..., K] -> [...], [...]"""
+    reached = chances.cumprod(-1)  # P(n >= i)
+    odd = 2 * torch.arange(1, chances.shape[-1] + 1) - 1
+    mean = reached.sum(-1)
+    return mean, (reached * odd).sum(-1) - mean**2  # E[n^2] = sum_i (2i - 1) P(n >= i)
+
+
+def check_bits(contender: Contender, inputs: Inputs) -> None:
+    """cpp drafts and verifies as the reference does, bit for bit."""
+    if not isinstance(contender, Cpp):
+        return
+    B = min(inputs.shape.batch, GATE_BATCH)
+    shape = inputs.shape._replace(batch=B)
+    target, drafted = inputs.target_logits[:B], inputs.draft_logits[:B]
+    cpp, reference = Cpp(shape), Reference(shape)
+    for number in range(GATE_BATCH // B):
+        tokens, law = cpp.draft(drafted, number)
+        expected_tokens, expected_law = reference.draft(drafted, number)
+        result = cpp.verify(target, tokens, law, number)
+        expected = reference.verify(target, tokens, expected_law, number)
+        ours = (tokens, *law[1], *result)
+        wanted = (expected_tokens, *expected_law[1], *expected)
+        same = all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+        assert same, f"cpp and reference differ at {shape}"
+
+
+def bytes_model(inputs: Inputs, group: str, seconds: float) -> dict[str, float]:
+    """Least bytes of logits that an exact verifier reads, given where it stops on average.
+
+    A row's normaliser is not known before the row was read: the accepted tokens' rows and one more
+    of the target, the draft's row where it rejects, and all of the draft's rows to sample from
+    them. `all_rows_mb` is what a verifier reads that takes both models' rows as a whole.
+    """
+    B, K, V = inputs.shape
+    row = 4 * V
+    accepted = accepted_moments(inputs.acceptance)[0].mean().item()
+    rejected = 1 - inputs.acceptance.prod(-1).mean().item()
+    drafted = K if group != "verify" else 0
+    least = B * row * (1 + accepted + rejected + drafted)
+    return {
+        "expected_accepted": accepted,
+        "least_mb": least / 1e6,
+        "all_rows_mb": B * row * (2 * K + 1) / 1e6,
+        "least_gb_per_s": least / seconds / 1e9,
+    }
+
+
+def median_time(function: Callable[[], object], rounds: int = 20) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[rounds // 2]

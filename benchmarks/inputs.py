@@ -1,0 +1,100 @@
+"""Logits like a language model's, and a drafter's that nearly agrees: the same for everyone.
+
+A target row is a bulk of N(0, 2.5^2) logits over the whole vocabulary, and a head of 64 random
+tokens that follow Zipf's law with exponent 2 and together outweigh the bulk nine to one (entropy
+about 2.5 nats). The draft's row is the target's plus N(0, noise^2) on every logit, the noise such
+that sum_v min(p, q), the probability that a token drawn from q is accepted, is ACCEPTANCE on
+average over the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACCEPTANCE = 0.72
+BULK = 2.5
+HEAD = 64
+HEAD_MASS = 0.9
+DRAWS = 16
+
+
+class Shape(NamedTuple):
+    batch: int
+    k: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"B={self.batch} K={self.k} V={self.vocab}"
+
+
+SHAPES = (Shape(1, 8, 49152), Shape(1, 40, 50257), Shape(1, 8, 128256), Shape(32, 8, 128256))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a round of speculative decoding hands to the verifier, DRAWS times over."""
+
+    shape: Shape
+    target_logits: Tensor  # f32 [B, K + 1, V]
+    draft_logits: Tensor  # f32 [B, K, V]
+    tokens: Tensor  # i64 [DRAWS, B, K], drawn from softmax(draft_logits)
+    acceptance: Tensor = field(repr=False)  # f64 [B, K], sum_v min(p, q)
+    chances: Tensor = field(repr=False)  # f64 [DRAWS, B, K], min(1, p/q) at the tokens
+
+
+def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
+    """Reproducible inputs of a shape; see the module's docstring for their law."""
+    generator = torch.Generator().manual_seed(seed)
+    B, K, V = shape
+    target = target_rows(B * (K + 1), V, generator).view(B, K + 1, V)
+    noise = torch.randn(B, K, V, generator=generator)
+    scale = noise_for(target[: min(B, 4), :K], noise[: min(B, 4)], ACCEPTANCE)
+    draft = noise.mul_(scale).add_(target[:, :K])
+    draws = torch.stack([multinomial(row, generator) for row in draft.view(-1, V)])
+    tokens = draws.T.reshape(DRAWS, B, K).contiguous()
+    acceptance = torch.stack([overlap(target[b, :K], draft[b]).double() for b in range(B)])
+    ratios = torch.stack([ratio(target[b, :K], draft[b], tokens[:, b]) for b in range(B)], 1)
+    return Inputs(shape, target, draft, tokens, acceptance, ratios.clamp(max=1))
+
+
+def target_rows(N: int, V: int, generator: torch.Generator) -> Tensor:
+    """f32 [N, V]"""
+    logits = torch.randn(N, V, generator=generator).mul_(BULK)
+    zipf = -2 * torch.arange(1, HEAD + 1).log()
+    head = zipf - zipf.logsumexp(0) + math.log(HEAD_MASS / (1 - HEAD_MASS))
+    for row in logits:
+        ids = torch.randperm(V, generator=generator)[:HEAD]
+        row[ids] = head + row.logsumexp(0)
+    return logits
+
+
+def noise_for(target: Tensor, noise: Tensor, acceptance: float) -> float:
+    """Standard deviation of the noise that leaves this mean acceptance, by bisection."""
+    low, high = 0.0, 8.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        if overlap(target, target + middle * noise).mean() > acceptance:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def overlap(target: Tensor, draft: Tensor) -> Tensor:
+    """sum_v min(p, q). [..., V], [..., V] -> [...]"""
+    return torch.minimum(target.softmax(-1), draft.softmax(-1)).sum(-1)
+
+
+def ratio(target: Tensor, draft: Tensor, tokens: Tensor) -> Tensor:
+    """p / q at the tokens. [K, V], [K, V], [DRAWS, K] -> f64 [DRAWS, K]"""
+    p, q = (logits.double().log_softmax(-1).gather(-1, tokens.T).T for logits in (target, draft))
+    return (p - q).exp()
+
+
+def multinomial(logits: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.multinomial(logits.softmax(-1), DRAWS, replacement=True, generator=generator)

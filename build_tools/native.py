@@ -1,0 +1,123 @@
+"""Compiles csrc/ into `specdiff_kernels._C` and, if there is an nvcc, `specdiff_kernels._C_cuda`.
+
+Nothing of torch is needed. The files of csrc/cpu are compiled for the baseline instruction set,
+except tile.cpp: once for each entry of ISA_FLAGS, and the best one is chosen at run time.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from glob import glob
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+from .cuda import Toolkit, choose_toolkit
+
+# One law on every machine: no contraction, no reassociation.
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-pthread",
+]
+ISA_FLAGS = {
+    "plain": [],
+    "avx2": ["-mavx2", "-mf16c", "-mno-fma"],
+    "avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
+        "-mprefer-vector-width=512",
+    ],
+}
+TILE = os.path.join("csrc", "cpu", "tile.cpp")
+
+
+def is_x86() -> bool:
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def cpu_units() -> list[tuple[str, str, list[str]]]:
+    """(source, folder of its object file, its own flags) of each compile of `_C`."""
+    isas = list(ISA_FLAGS) if is_x86() else ["plain"]
+    common = [] if is_x86() else ["-DSPECDIFF_ONLY_PLAIN"]
+    tiles = [(TILE, isa, [*common, f"-DSPECDIFF_ISA={isa}", *ISA_FLAGS[isa]]) for isa in isas]
+    others = sorted({*glob("csrc/cpu/*.cpp"), "csrc/bindings/cpu.cpp"} - {TILE})
+    # The bindings take longest: first.
+    return [(source, "baseline", common) for source in others] + tiles
+
+
+def extensions() -> list[Extension]:
+    """What there is to build here, with the folder `csrc` in the current directory."""
+    headers = sorted([*glob("csrc/include/specdiff/*.h"), *glob("csrc/cpu/*.h")])
+    cpu = Extension(
+        "specdiff_kernels._C",
+        sorted({source for source, _, _ in cpu_units()}),
+        depends=headers,
+        language="c++",
+    )
+    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    toolkit = choose_toolkit(cuda_sources, os.environ)
+    if toolkit is None:
+        return [cpu]
+    print(f"CUDA kernels: {toolkit.nvcc}")
+    cuda = Extension(
+        "specdiff_kernels._C_cuda",
+        ["csrc/bindings/cuda.cpp", *cuda_sources],
+        depends=[*headers, *sorted(glob("csrc/cuda/*.h"))],
+        language="c++",
+    )
+    cuda.toolkit = toolkit
+    return [cpu, cuda]
+
+
+class BuildNative(build_ext):
+    """`build_ext` that compiles in parallel and gives each object file its own flags."""
+
+    def build_extension(self, ext: Extension) -> None:
+        toolkit: Toolkit | None = getattr(ext, "toolkit", None)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if toolkit is None:
+            objects = self._compile([partial(self._compile_cpp, *unit) for unit in cpu_units()])
+            self.compiler.link_shared_object(
+                objects, str(target), extra_postargs=["-pthread"], target_lang="c++"
+            )
+            return
+        bindings, *kernels = ext.sources
+        flags = toolkit.flags()
+        jobs = [partial(self._compile_cuda, toolkit, flags, kernel) for kernel in kernels]
+        objects = self._compile([*jobs, partial(self._compile_cpp, bindings, "cuda", [])])
+        subprocess.run(
+            [toolkit.nvcc, "-shared", "-cudart=static", *objects, "-o", target], check=True
+        )
+
+    def _compile(self, jobs: list[Callable[[], str]]) -> list[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda job: job(), jobs))
+
+    def _compile_cpp(self, source: str, folder: str, flags: list[str]) -> str:
+        (output,) = self.compiler.compile(
+            [source],
+            output_dir=os.path.join(self.build_temp, folder),
+            include_dirs=["csrc/include", pybind11.get_include()],
+            extra_postargs=[*FLAGS, *flags],
+        )
+        return output
+
+    def _compile_cuda(self, toolkit: Toolkit, flags: list[str], source: str) -> str:
+        output = Path(self.build_temp, "cuda", source).with_suffix(".o")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = [toolkit.nvcc, *flags, "-Icsrc/include", "-c", source, "-o", output]
+        subprocess.run(command, check=True)
+        return str(output)

@@ -1,0 +1,65 @@
+// Choice of the instruction set at run time.
+#include <atomic>
+#include <cstdlib>
+
+#include "tile.h"
+
+namespace specdiff::cpu {
+
+extern const TileKernels kernels_plain;
+#ifndef SPECDIFF_ONLY_PLAIN
+extern const TileKernels kernels_avx2, kernels_avx512;
+#endif
+
+namespace {
+
+struct Isa {
+  const TileKernels* kernels;
+  bool (*supported)();
+};
+
+const Isa kIsas[] = {
+// best first
+#ifndef SPECDIFF_ONLY_PLAIN
+    {&kernels_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+     }},
+    {&kernels_avx2,
+     [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")); }},
+#endif
+    {&kernels_plain, [] { return true; }},
+};
+
+std::atomic<const TileKernels*> in_use{nullptr};
+
+}  // namespace
+
+int isa_count() { return sizeof(kIsas) / sizeof(kIsas[0]); }
+const char* isa_name(int index) { return kIsas[index].kernels->isa; }
+bool isa_supported(int index) { return kIsas[index].supported(); }
+
+bool use_isa(const char* name) {
+  for (const Isa& isa : kIsas) {
+    if (strcmp(isa.kernels->isa, name) == 0 && isa.supported()) {
+      in_use = isa.kernels;
+      return true;
+    }
+  }
+  return false;
+}
+
+const TileKernels& kernels() {
+  if (in_use.load(std::memory_order_relaxed) == nullptr) {
+    const char* wanted = std::getenv("SPECDIFF_CPU_ISA");
+    if (wanted == nullptr || !use_isa(wanted)) {
+      for (const Isa& isa : kIsas) {
+        if (isa.supported() && use_isa(isa.kernels->isa)) break;
+      }
+    }
+  }
+  return *in_use.load(std::memory_order_relaxed);
+}
+
+}  // namespace specdiff::cpu

@@ -1,0 +1,13 @@
+// The ops. They allocate nothing, write every output, and may be called from any thread.
+#pragma once
+
+#include "specdiff/params.h"
+
+namespace specdiff::cpu {
+
+void row_law(const RowLawParams& params);
+void sample(const SampleParams& params);
+void verify(const VerifyParams& params);
+void commit(const CommitParams& params);
+
+}  // namespace specdiff::cpu

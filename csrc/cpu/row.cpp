@@ -1,0 +1,156 @@
+#include "row.h"
+
+namespace specdiff::cpu {
+namespace {
+
+bool valid(const Parameters& parameters, int64_t i) {
+  if (!valid_temperature(parameters.temperature[i])) return false;
+  if (parameters.top_k && parameters.top_k[i] < 0) return false;
+  if (parameters.top_p && !(parameters.top_p[i] > 0 && parameters.top_p[i] <= 1)) return false;
+  return !parameters.min_p || (parameters.min_p[i] >= 0 && parameters.min_p[i] <= 1);
+}
+
+struct Extremes {
+  int32_t low = std::numeric_limits<int32_t>::max();
+  int32_t high = std::numeric_limits<int32_t>::min();
+};
+
+Extremes extremes(const Row& row) {
+  Extremes keys;
+  alignas(64) float buffer[kTile];
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    const int n = row.tile_size(tile);
+    kernels().extremes(row.tile(tile * kTile, n, buffer), n, &keys.low, &keys.high);
+  }
+  return keys;
+}
+
+Status status_of(const Extremes& keys) {
+  const int32_t infinity = order_key(std::numeric_limits<float>::infinity());
+  const int32_t negative = order_key(-std::numeric_limits<float>::infinity());
+  if (keys.high > infinity || keys.low < negative) return kNan;
+  if (keys.high == infinity) return kPosInf;
+  return keys.high == negative ? kEmpty : kOk;
+}
+
+int64_t first_equal(const Row& row, float value) {
+  int64_t v = 0;
+  while (row.at(v) != value) ++v;
+  return v;
+}
+
+// The largest threshold t among the e such that the e >= t sum to at least `need` (by_weight), or
+// number at least `need`. Radix selection, eleven or twelve of the 45 bits at a time.
+int64_t select(const int64_t* e, int64_t n, int64_t need, bool by_weight) {
+  constexpr int kShifts[] = {33, 22, 11, 0};
+  int64_t prefix = 0, above = 0;
+  for (const int shift : kShifts) {
+    const int bits = shift == 33 ? 12 : 11;
+    int64_t bins[1 << 12] = {};
+    for (int64_t v = 0; v < n; ++v) {
+      if (e[v] >> (shift + bits) == prefix) {
+        bins[(e[v] >> shift) & ((1 << bits) - 1)] += by_weight ? e[v] : 1;
+      }
+    }
+    int bin = (1 << bits) - 1;
+    while (bin > 0 && above + bins[bin] < need) above += bins[bin--];
+    prefix = prefix << bits | bin;
+  }
+  return prefix;
+}
+
+bool truncates(const Parameters& parameters, int64_t i, int64_t columns) {
+  return (parameters.top_k && parameters.top_k[i] > 0 && parameters.top_k[i] < columns) ||
+         (parameters.top_p && parameters.top_p[i] < 1) ||
+         (parameters.min_p && parameters.min_p[i] > 0);
+}
+
+int64_t sum_from(const int64_t* e, int64_t n, int64_t threshold) {
+  int64_t total = 0;
+  for (int64_t v = 0; v < n; ++v) total += e[v] >= threshold ? e[v] : 0;
+  return total;
+}
+
+// Smallest weight that survives top-k, then top-p, then min-p.
+int64_t truncate(const int64_t* e, int64_t n, const Parameters& parameters, int64_t i) {
+  int64_t threshold = 0;
+  if (parameters.top_k && parameters.top_k[i] > 0 && parameters.top_k[i] < n) {
+    threshold = select(e, n, parameters.top_k[i], false);
+  }
+  if (parameters.top_p && parameters.top_p[i] < 1) {
+    const int64_t need = ceil_share(parameters.top_p[i], sum_from(e, n, threshold));
+    const int64_t nucleus = select(e, n, need, true);
+    threshold = nucleus > threshold ? nucleus : threshold;
+  }
+  if (parameters.min_p) {
+    const int64_t floor = int64_t(double(parameters.min_p[i]) * double(kOne));
+    threshold = floor > threshold ? floor : threshold;
+  }
+  return threshold;
+}
+
+int64_t greedy_sums(const Row& row, const RowLaw& law, int64_t* sums) {
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    sums[tile] = law.threshold / kTile == tile ? kOne : 0;
+  }
+  return kOne;
+}
+
+int64_t tile_sums(const Row& row, const RowLaw& law, int64_t* sums) {
+  alignas(64) float buffer[kTile];
+  int64_t total = 0;
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    const int n = row.tile_size(tile);
+    sums[tile] = kernels().sum(row.tile(tile * kTile, n, buffer), n, law);
+    total += sums[tile];
+  }
+  return total;
+}
+
+}  // namespace
+
+void tile_weights(const Row& row, const RowLaw& law, int64_t tile, int64_t* e) {
+  const int n = row.tile_size(tile);
+  if (law.scale == 0) {
+    for (int i = 0; i < n; ++i) e[i] = tile * kTile + i == law.threshold ? kOne : 0;
+    return;
+  }
+  alignas(64) float buffer[kTile];
+  kernels().weights(row.tile(tile * kTile, n, buffer), n, law, e);
+}
+
+RowLaw make_law(const Row& row, const Parameters& parameters, int64_t index, int64_t* sums,
+                int64_t* scratch) {
+  RowLaw law;
+  law.status = kParameter;
+  if (!valid(parameters, index)) return law;
+  const Extremes keys = extremes(row);
+  law.status = status_of(keys);
+  if (law.status != kOk) return law;
+  law.max = from_order_key(keys.high) + 0.0f;  // never -0
+  const float temperature = parameters.temperature[index];
+  if (temperature == 0) {
+    law.threshold = first_equal(row, law.max);
+    law.total = greedy_sums(row, law, sums);
+    return law;
+  }
+  law.scale = kLog2E / temperature;
+  if (truncates(parameters, index, row.columns)) {
+    for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+      tile_weights(row, law, tile, scratch + tile * kTile);
+    }
+    law.threshold = truncate(scratch, row.columns, parameters, index);
+  }
+  law.total = tile_sums(row, law, sums);
+  return law;
+}
+
+int64_t draw(const Row& row, const RowLaw& law, const int64_t* sums, uint64_t word) {
+  int64_t r = mulhi(word, law.total);
+  const int64_t tile = scan(sums, row.tiles(), r);
+  alignas(64) int64_t e[kTile];
+  tile_weights(row, law, tile, e);
+  return tile * kTile + scan(e, row.tile_size(tile), r);
+}
+
+}  // namespace specdiff::cpu

@@ -1,0 +1,70 @@
+// One row of logits: its law, its tile sums, and draws from it.
+#pragma once
+
+#include <limits>
+
+#include "specdiff/accept.h"
+#include "specdiff/philox.h"
+#include "specdiff/scan.h"
+#include "tile.h"
+
+namespace specdiff::cpu {
+
+class Row {
+ public:
+  Row(const Logits& logits, int64_t batch, int64_t row)
+      : columns(logits.columns), dtype_(logits.dtype) {
+    const int64_t size = dtype_ == kFloat32 ? 4 : 2;
+    data_ = static_cast<const char*>(logits.data) +
+            size * (batch * logits.batch_stride + row * logits.row_stride);
+  }
+
+  float at(int64_t v) const {
+    if (dtype_ == kFloat32) return reinterpret_cast<const float*>(data_)[v];
+    const uint16_t x = reinterpret_cast<const uint16_t*>(data_)[v];
+    return dtype_ == kBFloat16 ? widen_bf16(x) : widen_f16(x);
+  }
+
+  // n logits from v on as f32, in place or widened into the buffer
+  const float* tile(int64_t v, int n, float* buffer) const {
+    if (dtype_ == kFloat32) return reinterpret_cast<const float*>(data_) + v;
+    kernels().widen(reinterpret_cast<const uint16_t*>(data_) + v, dtype_, n, buffer);
+    return buffer;
+  }
+
+  int64_t tiles() const { return (columns + kTile - 1) / kTile; }
+  int tile_size(int64_t tile) const {
+    return int(columns - tile * kTile < kTile ? columns - tile * kTile : kTile);
+  }
+
+  const int64_t columns;
+
+ private:
+  const char* data_;
+  int32_t dtype_;
+};
+
+// The weights of one tile, greedy rows included.
+void tile_weights(const Row& row, const RowLaw& law, int64_t tile, int64_t* e);
+
+// The law of a row; sums[tile] becomes the sum of a tile's weights. scratch: int64 [columns],
+// needed when the row is truncated.
+RowLaw make_law(const Row& row, const Parameters& parameters, int64_t index, int64_t* sums,
+                int64_t* scratch);
+
+// The token of mulhi(word, law.total), found by the tile sums and one tile's weights.
+int64_t draw(const Row& row, const RowLaw& law, const int64_t* sums, uint64_t word);
+
+inline RowLaw load(const LawArrays& law, int64_t i) {
+  return {law.max[i], law.scale[i], law.threshold[i], law.total[i], law.status[i]};
+}
+
+inline void store(const RowLaw& law, const LawArrays& out, int64_t i) {
+  out.max[i] = law.max;
+  out.scale[i] = law.scale;
+  out.threshold[i] = law.threshold;
+  out.total[i] = law.total;
+  out.status[i] = law.status;
+}
+
+}  // namespace specdiff::cpu

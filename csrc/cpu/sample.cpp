@@ -1,0 +1,44 @@
+#include "ops.h"
+#include "row.h"
+#include "threads.h"
+
+namespace specdiff::cpu {
+namespace {
+
+// As draw(), without tile sums at hand: weights are summed until they exceed r.
+int64_t draw_reading(const Row& row, const RowLaw& law, uint64_t word) {
+  if (law.scale == 0) return law.threshold;
+  int64_t r = mulhi(word, law.total);
+  alignas(64) float buffer[kTile];
+  alignas(64) int64_t e[kTile];
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    const int n = row.tile_size(tile);
+    const float* l = row.tile(tile * kTile, n, buffer);
+    const int64_t sum = kernels().sum(l, n, law);
+    if (sum > r) {
+      kernels().weights(l, n, law, e);
+      return tile * kTile + scan(e, n, r);
+    }
+    r -= sum;
+  }
+  return row.columns - 1;  // only if the law is not this row's
+}
+
+}  // namespace
+
+void sample(const SampleParams& p) {
+  parallel_for(p.rows, p.rows * p.logits.columns, p.threads, [&](int64_t i, int) {
+    const RowLaw law = load(p.law, i);
+    if (law.status != kOk) {
+      p.tokens[i] = -1;
+      return;
+    }
+    const uint64_t word =
+        p.random.words ? uint64_t(p.random.words[i])
+                       : random_word(p.random.seed[i], p.slot[i], p.random.round[i], p.purpose);
+    const int64_t column = draw_reading(Row(p.logits, 0, i), law, word);
+    p.tokens[i] = p.draft_ids ? p.draft_ids[column] : column;
+  });
+}
+
+}  // namespace specdiff::cpu

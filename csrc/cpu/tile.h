@@ -1,0 +1,35 @@
+// The inner loops, over tiles of a row that stay in the first-level cache. tile.cpp is compiled
+// once for each instruction set; which one runs is chosen at run time.
+#pragma once
+
+#include "specdiff/params.h"
+
+namespace specdiff::cpu {
+
+constexpr int kTile = 1024;
+constexpr int kMaxTiles = (1 << 19) / kTile;
+
+struct TileKernels {
+  const char* isa;
+  // n half-precision logits -> f32
+  void (*widen)(const uint16_t* x, int dtype, int n, float* out);
+  // lowest and highest order_key, merged into those given
+  void (*extremes)(const float* l, int n, int32_t* low, int32_t* high);
+  // sum of the weights of a row that is not greedy
+  int64_t (*sum)(const float* l, int n, RowLaw law);
+  void (*weights)(const float* l, int n, RowLaw law, int64_t* e);
+  // w[v] = residual weight of (p - q)+; returns the sum
+  int64_t (*residual)(const int64_t* e_p, const int64_t* e_q, int n, double inverse_p,
+                      double inverse_q, int64_t* w);
+};
+
+// The kernels in use: the best that the processor has, or what use_isa or SPECDIFF_CPU_ISA chose.
+const TileKernels& kernels();
+
+int isa_count();
+const char* isa_name(int index);
+bool isa_supported(int index);
+// false if there is no such instruction set or the processor lacks it
+bool use_isa(const char* name);
+
+}  // namespace specdiff::cpu

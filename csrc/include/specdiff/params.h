@@ -1,0 +1,97 @@
+// The whole boundary between Python and native code: plain structs of pointers and sizes. The
+// caller allocates, native code writes; nothing here knows of any framework.
+#pragma once
+
+#include "specdiff/weights.h"
+
+namespace specdiff {
+
+// Logits [batch, rows, columns], columns contiguous, strides in elements.
+struct Logits {
+  const void* data;
+  int32_t dtype;
+  int64_t columns;
+  int64_t batch_stride;
+  int64_t row_stride;
+};
+
+// Per-row sampling parameters; null: off.
+struct Parameters {
+  const float* temperature;
+  const int64_t* top_k;
+  const float* top_p;
+  const float* min_p;
+};
+
+struct LawArrays {
+  float* max;
+  float* scale;
+  int64_t* threshold;
+  int64_t* total;
+  int32_t* status;
+};
+
+// Random words, or null and the seeds and rounds that make them.
+struct Randomness {
+  const int64_t* words;
+  const int64_t* seed;
+  const int64_t* round;
+};
+
+// scratch: int64 [threads, columns] for truncated rows, else null.
+struct RowLawParams {
+  Logits logits;
+  int64_t rows;
+  Parameters parameters;
+  LawArrays law;
+  int64_t* scratch;
+  int32_t threads;
+};
+
+struct SampleParams {
+  Logits logits;
+  int64_t rows;
+  LawArrays law;
+  Randomness random;
+  const int64_t* slot;
+  uint32_t purpose;
+  const int64_t* draft_ids;
+  int64_t* tokens;
+  int32_t threads;
+};
+
+struct VerifyParams {
+  Logits target;
+  int64_t batch, k;
+  const int64_t* tokens;  // [batch, k], as tau and rows
+  const int32_t* tau;
+  const int64_t* rows;
+  Logits draft;  // data null: all positions one-hot
+  int64_t draft_rows;
+  LawArrays draft_law;
+  const int64_t* draft_ids;  // [draft.columns], increasing, or null
+  const int64_t* lengths;    // [batch], or null
+  bool value_dependent;
+  Parameters parameters;  // [batch]
+  Randomness random;      // words [batch, k + 1]
+  int64_t* accepted;
+  int64_t* emitted;  // [batch, k + 1]
+  int32_t* status;
+  int64_t* scratch;
+  int32_t threads;
+};
+
+struct CommitParams {
+  const int64_t* lengths;
+  const int64_t* emitted;
+  int64_t batch, columns;
+  const int64_t* stop_tokens;
+  int64_t stops;
+  const int64_t* limit;
+  const bool* finished;
+  int64_t* new_lengths;
+  int64_t* kept;
+  bool* new_finished;
+};
+
+}  // namespace specdiff

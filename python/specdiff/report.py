@@ -1,0 +1,156 @@
+"""What the command line shows of a run: text as it is decoded, then figures as a table or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .decoder import Stats, Step, Tokenizer
+
+DRAFTED = "green"
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character
+
+
+@dataclass(frozen=True)
+class Run:
+    """One decoding of a batch: the new tokens of each row, and counts and times."""
+
+    new_tokens: list[list[int]]
+    stats: Stats
+
+
+def median_run(runs: Sequence[Run]) -> Run:
+    """The one of middle speed, so that all figures shown belong to one run."""
+    return sorted(runs, key=lambda run: run.stats.tokens_per_second)[len(runs) // 2]
+
+
+def figures(
+    run: Run, text: str | list[str], baseline: Run | None = None, *, greedy: bool = False
+) -> dict[str, Any]:
+    """What --json prints.
+
+    Args:
+        run: with the drafter.
+        text: of each prompt, or of the only one.
+        baseline: the same prompts by plain decoding; None: not measured.
+        greedy: whether both runs must give the same text; otherwise `identical` is None.
+    """
+    stats = run.stats
+    speed = stats.tokens_per_second
+    base_speed = baseline.stats.tokens_per_second if baseline else None
+    return {
+        "text": text,
+        "tokens": stats.tokens,
+        "target_forwards": stats.target_forwards,
+        "tokens_per_forward": stats.tokens_per_forward,
+        "acceptance": stats.acceptance,
+        "stage_ms": stats.stage_ms,
+        "tokens_per_second": speed,
+        "baseline_tokens_per_second": base_speed,
+        "speedup": speed / base_speed if base_speed else None,
+        "identical": run.new_tokens == baseline.new_tokens if baseline and greedy else None,
+    }
+
+
+def table(run: Run, baseline: Run | None, result: dict[str, Any]) -> Table:
+    """The same for people, a column per run. `result` is what `figures` made of them."""
+    runs = [run] if baseline is None else [run, baseline]
+    title = {True: "text identical to plain decoding", False: "text DIFFERS from plain decoding"}
+    shown = Table(title=title.get(result["identical"]), title_style="bold")
+    shown.add_column("")
+    shown.add_column("with drafts" if run.stats.drafted else "plain", justify="right")
+    if baseline is not None:
+        shown.add_column("plain", justify="right")
+
+    columns = [r.stats for r in runs]
+    shown.add_row("tokens", *(f"{s.tokens}" for s in columns))
+    shown.add_row("target forwards", *(f"{s.target_forwards}" for s in columns))
+    shown.add_row("tokens per target forward", *(f"{s.tokens_per_forward:.2f}" for s in columns))
+    if run.stats.acceptance:
+        shares = " ".join(f"{100 * share:.0f}" for share in run.stats.acceptance)
+        shown.add_row("conditional acceptance, %", shares)
+    for stage in run.stats.stage_ms:
+        shown.add_row(f"{stage} ms", *(f"{s.stage_ms[stage]:.1f}" for s in columns))
+    shown.add_row("tokens/s", *(f"{s.tokens_per_second:.1f}" for s in columns))
+    if result["speedup"] is not None:
+        shown.add_row("speed-up", f"{result['speedup']:.2f}x", "1.00x")
+    return shown
+
+
+class TextStream:
+    """Turns one row's tokens into text, piece by piece; a character is given out when complete.
+
+    Decodes a short window only, since what a token spells depends on its left neighbours.
+
+    Example:
+        >>> stream = TextStream(tokenizer)
+        >>> "".join(map(stream.push, tokens)) + stream.flush() == tokenizer.decode(tokens)
+        True
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.start = self.read = 0  # the window's first token, and how many were given out
+
+    def push(self, token: int) -> str:
+        self.tokens.append(token)
+        return self._take(final=False)
+
+    def flush(self) -> str:
+        """What is left when no more tokens come."""
+        return self._take(final=True)
+
+    def _take(self, *, final: bool) -> str:
+        known = self._decode(self.tokens[self.start : self.read])
+        text = self._decode(self.tokens[self.start :])
+        if len(text) <= len(known) or (text.endswith(UNFINISHED) and not final):
+            return ""
+        self.start, self.read = self.read, len(self.tokens)
+        return text[len(known) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+class LiveText:
+    """Prints steps to a console: one row as it comes, several rows each when it has finished.
+
+    Accepted draft tokens are coloured apart from the target's own.
+    """
+
+    def __init__(self, console: Console, tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
+        self.console = console
+        self.prompts = prompts
+        self.streams = [TextStream(tokenizer) for _ in prompts]
+        self.pieces: list[list[tuple[str, str | None]]] = [[] for _ in prompts]
+        self.done = [False] * len(prompts)
+
+    def __call__(self, step: Step) -> None:
+        for b, tokens in enumerate(step.tokens):
+            for i, token in enumerate(tokens):
+                style = DRAFTED if i < step.accepted[b] else None
+                self.pieces[b].append((self.streams[b].push(token), style))
+            over = step.finished[b] and not self.done[b]
+            if over:
+                self.done[b] = True
+                self.pieces[b].append((self.streams[b].flush() + "\n", None))
+            if over and len(self.prompts) > 1:
+                self.console.rule(Text(f"{b + 1}: {self.prompts[b]}"), align="left")
+            if over or len(self.prompts) == 1:
+                for piece, style in self.pieces[b]:
+                    self.console.out(piece, style=style, end="", highlight=False)
+                self.pieces[b].clear()
+
+    def legend(self) -> None:
+        """Say what the colours mean, where there are any."""
+        if self.console.color_system and not self.console.no_color:
+            self.console.print(
+                f"[{DRAFTED}]drafted and accepted[/], the rest by the target", highlight=False
+            )

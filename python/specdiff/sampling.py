@@ -1,0 +1,83 @@
+"""How tokens are drawn: temperature, top-k, top-p, min-p, and one seed per sequence.
+
+The values are batch-wide; seeds are per sequence, so that a text never depends on batch mates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so all rows of a batch get different keys
+WORD = 1 << 64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The law that every emitted token follows, given its prefix.
+
+    Applied in this order, as transformers does: temperature, top-k, top-p, min-p.
+
+    Args:
+        temperature: 0 (default) is greedy: the lowest-index argmax.
+        top_k: keep the k likeliest tokens, and all ties with the k-th; None: all.
+        top_p: keep the likeliest tokens that together hold this share; None: all.
+        min_p: drop tokens less likely than this share of the likeliest; None: none.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.95).greedy
+        False
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        t = self.temperature
+        if not (t == 0 or (math.isfinite(t) and 2.0**-95 <= t <= 2.0**95)):
+            raise ValueError(f"temperature must be 0 (greedy) or in [2^-95, 2^95], got {t}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}; None keeps all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; None keeps all tokens")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}; None drops no token")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def parameters(self) -> tuple[float, int | None, float | None, float | None]:
+        """(temperature, top_k, top_p, min_p), as the ops take them."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+
+def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
+    """One 64-bit seed per sequence, as the int64 with the same bits.
+
+    An int gives row b the seed `seed + b * SEED_STRIDE` modulo 2^64: row 0 keeps the seed itself,
+    and no two rows share one. A sequence of ints is used as it is.
+
+    Raises:
+        ValueError: as many seeds as rows are needed.
+
+    Example:
+        >>> row_seeds(7, 2)
+        [7, -7046029254386353124]
+    """
+    if isinstance(seed, int):
+        seeds = [seed + b * SEED_STRIDE for b in range(batch)]
+    elif len(seed) == batch:
+        seeds = [int(s) for s in seed]
+    else:
+        raise ValueError(
+            f"seed must be one int or one per sequence, got {len(seed)} seeds for {batch} sequences"
+        )
+    return [(s + WORD // 2) % WORD - WORD // 2 for s in seeds]

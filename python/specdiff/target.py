@@ -1,0 +1,191 @@
+"""Target: a Hugging Face causal language model that decodes ragged rows over a RowCache.
+
+One forward takes [B, Q] tokens, each row at its own position; GPT-2 and Llama run unmodified, and
+GPT-Neo, which derives masks from shapes, has its attention taken over.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .cache import RowCache
+
+SUPPORTED = ("gpt2", "gpt_neo", "llama")
+ATTENTION = ("sdpa", "eager")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # one rescaling for the whole batch
+PREFILL_CHUNK = 512
+
+
+class Target:
+    """A causal language model, seen as tokens -> logits and hidden states over a RowCache.
+
+    Args:
+        model: of a model type in SUPPORTED, on one device. It is put into eval mode. A GPT-Neo
+            model keeps working by itself: the replaced attention acts only on Target's own masks.
+
+    Raises:
+        ValueError: the architecture cannot decode ragged rows here; the message says why.
+
+    Example:
+        >>> target = Target(AutoModelForCausalLM.from_pretrained(folder))
+        >>> cache = target.new_cache(batch=1, capacity=64)
+        >>> logits, hidden = target.forward(torch.tensor([[1, 2, 3]]), cache)
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_supported(model)
+        self.model = model.eval()
+        self.head = model.get_output_embeddings()
+        self.vocab_size: int = self.head.weight.shape[0]
+        self.hidden_size: int = model.config.hidden_size
+        self.context_limit: int = model.config.max_position_embeddings
+        self.boolean_mask = model.config._attn_implementation == "sdpa"
+        if model.config.model_type == "gpt_neo":
+            take_over_gpt_neo(model)
+            self.boolean_mask = True
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """End-of-sequence ids from generation_config, else from config; () if there are none."""
+        generation = getattr(self.model, "generation_config", None)
+        eos = getattr(generation, "eos_token_id", None)
+        if eos is None:
+            eos = self.model.config.eos_token_id
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+
+    def new_cache(self, batch: int, capacity: int) -> RowCache:
+        return RowCache(self.model.config.num_hidden_layers, batch, capacity, self.device)
+
+    def forward(self, tokens: Tensor, cache: RowCache) -> tuple[Tensor, Tensor]:
+        """Logits and hidden states of new tokens, each row continuing at its own length.
+
+        Keys and values are written at lengths[b] .. lengths[b] + Q - 1; `cache.lengths` is left as
+        it is, since only the caller knows how many of the tokens will stand.
+
+        Args:
+            tokens: i64 [B, Q].
+            cache: as made by `new_cache`.
+
+        Returns:
+            logits [B, Q, V] and the input of the lm head [B, Q, d], in the model's dtype.
+        """
+        hidden = self.hidden(tokens, cache)
+        return self.head(hidden), hidden
+
+    def hidden(self, tokens: Tensor, cache: RowCache, start: int | None = None) -> Tensor:
+        """`forward` without the lm head: i64 [B, Q] -> [B, Q, d]. `start`: see RowCache.prepare."""
+        positions, span = cache.prepare(tokens.shape[1], start)
+        return self.model.base_model(
+            input_ids=tokens,
+            position_ids=positions.clamp(max=self.context_limit - 1),  # padding may run past it
+            attention_mask=self._mask(positions, span),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+
+    def prefill(
+        self, tokens: Tensor, counts: Tensor, cache: RowCache, *, keep_hidden: bool = False
+    ) -> Tensor | None:
+        """Read prompts into an empty cache, in chunks, without computing logits.
+
+        Args:
+            tokens: i64 [B, N], right-padded.
+            counts: i64 [B], how many of each row to read, at most N. They become `cache.lengths`.
+            cache: an empty cache.
+            keep_hidden: also return hidden states.
+
+        Returns:
+            with keep_hidden, the lm head's input BEFORE each token: [B, max(counts) + 1, d], where
+            entry 0 is zero and entry t + 1 belongs to token t; else None.
+        """
+        longest = int(counts.max())
+        before = [torch.zeros(len(tokens), 1, self.hidden_size, dtype=self.dtype).to(self.device)]
+        for start in range(0, longest, PREFILL_CHUNK):
+            cache.set_lengths(torch.full_like(counts, start), start)
+            chunk = tokens[:, start : min(start + PREFILL_CHUNK, longest)]
+            hidden = self.hidden(chunk, cache, start)
+            if keep_hidden:
+                before.append(hidden)
+        cache.set_lengths(counts, longest)
+        return torch.cat(before, 1) if keep_hidden else None
+
+    def _mask(self, positions: Tensor, span: int) -> Tensor:
+        """Key j is visible to a query at position t iff j <= t. [B, Q] -> [B, 1, Q, span]"""
+        keys = torch.arange(span, device=positions.device)
+        visible = (keys <= positions[:, :, None])[:, None]
+        if self.boolean_mask:
+            return visible
+        lowest = torch.finfo(self.dtype).min
+        return torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, lowest)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason and the way out, if Target cannot decode with `model`."""
+    config = model.config
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model type {kind!r} is an encoder-decoder; a target must be causal")
+    if kind not in SUPPORTED:
+        raise ValueError(
+            f"model type {kind!r} is not supported: ragged rollback needs full attention over an "
+            "own key/value cache, without recurrent state or sliding windows, and is tested for "
+            f"{', '.join(SUPPORTED)}"
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise ValueError(f"this {kind} model has cross-attention; a target must be decoder-only")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in LENGTH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"rope type {rope!r} rescales positions by the longest row of the batch, so a row's "
+            "text would depend on its batch mates"
+        )
+    if config._attn_implementation not in ATTENTION:
+        raise ValueError(
+            f"attention implementation {config._attn_implementation!r} takes no per-row mask: load "
+            "the model with attn_implementation='sdpa', or 'eager' where it has no sdpa"
+        )
+
+
+def take_over_gpt_neo(model: Any) -> None:
+    """Make GPT-Neo's attention obey a boolean mask [B, 1, Q, span] instead of its own triangle.
+
+    The original slices its triangle by key length - query length, which is one offset for all
+    rows. Masks of any other kind still go to the original, so plain use of the model is unchanged.
+    Queries and keys are not scaled: GPT-Neo has no 1/sqrt(D).
+    """
+    for block in model.base_model.h:
+        attention = block.attn.attention
+        if not hasattr(attention, "specdiff_original"):
+            attention.specdiff_original = attention._attn
+            attention._attn = MethodType(gpt_neo_attention, attention)
+
+
+def gpt_neo_attention(
+    self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if attention_mask is None or attention_mask.dtype != torch.bool:
+        return self.specdiff_original(query, key, value, attention_mask)
+    visible = attention_mask  # [B, 1, Q, span], a prefix of each row
+    if self.attention_type == "local":
+        position = visible.sum(-1, keepdim=True) - 1
+        keys = torch.arange(visible.shape[-1], device=visible.device)
+        visible = visible & (keys > position - self.config.window_size)
+    scores = query.float() @ key.float().transpose(-1, -2)
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    weights = self.attn_dropout(scores.softmax(-1).to(value.dtype))
+    return weights @ value, weights

@@ -1,0 +1,12 @@
+"""Build of the native code; everything else is in pyproject.toml."""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent))  # an isolated build does not add it
+
+from build_tools.native import BuildNative, extensions
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})

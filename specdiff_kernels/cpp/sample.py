@@ -1,0 +1,36 @@
+"""One token per row, by integer inverse CDF."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import specdiff_kernels._C as _C
+
+from ..types import RowLaw
+from .pointers import address, addresses, logits_view
+
+
+def sample(
+    logits: Tensor,
+    law: RowLaw,
+    seed: Tensor | None,
+    round: Tensor | None,
+    slot: Tensor | None,
+    purpose: int,
+    words: Tensor | None,
+    draft_ids: Tensor | None,
+    *,
+    out: Tensor,
+) -> None:
+    _C.sample(
+        logits_view(logits),
+        len(logits),
+        addresses(law),
+        addresses((words, seed, round)),
+        address(slot),
+        purpose,
+        address(draft_ids),
+        address(out),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,109 @@
+"""Argument checks that read shapes and dtypes only, never the device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import MAX_VOCABULARY, Purpose
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]
+) -> Tensor:
+    """Raise unless `tensor` has one of `dtypes` and `shape` (None: any size)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    fits = tensor.ndim == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        want = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
+        raise ValueError(f"{name}: expected shape {want}, got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"{name}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}; "
+            f"convert with {name}.to(torch.{names.split(',')[0]})"
+        )
+    return tensor
+
+
+def check_logits(name: str, logits: Tensor, shape: Sequence[int | None]) -> Tensor:
+    """Logits of a supported dtype and vocabulary, with contiguous rows (copied if need be)."""
+    check_tensor(name, logits, shape, LOGIT_DTYPES)
+    V = logits.shape[-1]
+    if not 1 <= V <= MAX_VOCABULARY:
+        raise ValueError(f"{name}: expected a vocabulary of 1 to {MAX_VOCABULARY}, got {V}")
+    return logits if logits.stride(-1) == 1 or V == 1 else logits.contiguous()
+
+
+def check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise unless all tensors lie on `device`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+# name: (dtype, what is allowed, test)
+PARAMETERS = {
+    "temperature": (torch.float32, "0 or a number in [2^-95, 2^95]",
+                    lambda x: x == 0 or 2.0**-95 <= x <= 2.0**95),
+    "top_k": (torch.int64, "an integer >= 0 (0: off)", lambda x: x >= 0 and x == int(x)),
+    "top_p": (torch.float32, "a number in (0, 1]", lambda x: 0 < x <= 1),
+    "min_p": (torch.float32, "a number in [0, 1]", lambda x: 0 <= x <= 1),
+}  # fmt: skip
+
+
+def per_row(name: str, value: float | Tensor | None, N: int, device: torch.device) -> Tensor | None:
+    """A sampling parameter as a tensor [N]; None stays None. Numbers are checked here, the
+    entries of a tensor by the kernel, through the row's status."""
+    if value is None:
+        return None
+    dtype, allowed, test = PARAMETERS[name]
+    if isinstance(value, Tensor):
+        check_tensor(name, value, [N], [dtype])
+        check_device(device, **{name: value})
+        return value.contiguous()
+    if not isinstance(value, Real) or not test(value):
+        raise ValueError(f"{name}: expected {allowed}, got {value!r}")
+    return torch.full((N,), value, dtype=dtype, device=device)
+
+
+def check_random(
+    N: int,
+    device: torch.device,
+    words_shape: Sequence[int],
+    seed: Tensor | None,
+    round: Tensor | None,
+    words: Tensor | None,
+) -> None:
+    """Raise unless the draws come either from `words` or from `seed` and `round`."""
+    if words is not None:
+        check_tensor("words", words, words_shape, [torch.int64])
+        check_device(device, words=words)
+        return
+    for name, tensor in (("seed", seed), ("round", round)):
+        if tensor is None:
+            raise ValueError(
+                f"{name}: expected a tensor [{N}] int64, got None; pass seed and round, or words"
+            )
+        check_tensor(name, tensor, [N], [torch.int64])
+        check_device(device, **{name: tensor})
+
+
+def check_purpose(purpose: int) -> int:
+    if purpose not in set(Purpose):
+        raise ValueError(f"purpose: expected one of {[p.name for p in Purpose]}, got {purpose!r}")
+    return int(purpose)
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Each tensor with contiguous memory; None stays None."""
+    return tuple(t if t is None else t.contiguous() for t in tensors)

@@ -1,0 +1,87 @@
+"""`row_law`: the exact law of rows of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import RowLaw
+from .checks import check_logits, per_row
+from .registry import define
+
+
+def row_law(
+    logits: Tensor,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    *,
+    backend: str | None = None,
+    out: RowLaw | None = None,
+) -> RowLaw:
+    """Reduce rows of logits to integer laws: all that later ops need beside the logits.
+
+    Token v weighs e(v) = floor(2^(44 + (l_v - max) log2(e) / temperature)), up to a polynomial of
+    relative error 1.7e-7 that is the same on every backend; its probability is e(v) / total.
+    Truncation composes as in transformers: temperature, top-k (ties kept), top-p, min-p.
+
+    Args:
+        logits: [N, V] f32, bf16 or f16; rows of any stride; 1 <= V < 2^19.
+        temperature: a number or f32 [N]. 0 makes a row greedy: all weight on the lowest-index
+            largest logit, whatever the truncation.
+        top_k: an integer or i64 [N]; 0 is off.
+        top_p: a number or f32 [N] in (0, 1], read as a multiple of 2^-31.
+        min_p: a number or f32 [N] in [0, 1], relative to the largest probability.
+        backend: force one; see `available_backends`.
+        out: a RowLaw to write into.
+
+    Returns:
+        RowLaw of [N] tensors. A row without a law (NaN, +inf, all -inf, a parameter tensor's entry
+        out of range) has a status other than OK and total 0.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or range.
+        BackendError: a forced backend cannot run.
+
+    Example:
+        >>> law = row_law(torch.tensor([[0.0, 0.0, float("-inf")]]))
+        >>> law.total.item() == 2 * 2**44
+        True
+    """
+    logits = check_logits("logits", logits, [None, None])
+    N, device = len(logits), logits.device
+    args = (
+        logits,
+        per_row("temperature", temperature, N, device),
+        per_row("top_k", top_k, N, device),
+        per_row("top_p", top_p, N, device),
+        per_row("min_p", min_p, N, device),
+        backend,
+    )
+    if out is not None:
+        torch.ops.specdiff.row_law.out(*args, *out)
+        return out
+    return RowLaw(*torch.ops.specdiff.row_law(*args))
+
+
+def _allocate(logits: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
+    N = len(logits)
+    f32, i64, i32 = torch.float32, torch.int64, torch.int32
+    return tuple(logits.new_empty(N, dtype=dtype) for dtype in (f32, f32, i64, i64, i32))
+
+
+def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
+    function(*args, out=RowLaw(*out))
+
+
+define(
+    "row_law",
+    "Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p",
+    RowLaw._fields,
+    _allocate,
+    _call,
+)

@@ -1,0 +1,102 @@
+"""`sample`: one token per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import Purpose, RowLaw
+from .checks import (
+    check_device,
+    check_logits,
+    check_purpose,
+    check_random,
+    check_tensor,
+    contiguous,
+)
+from .registry import define
+
+LAW_SCHEMA = "Tensor max, Tensor scale, Tensor threshold, Tensor total, Tensor status"
+
+
+def sample(
+    logits: Tensor,
+    law: RowLaw,
+    *,
+    seed: Tensor | None = None,
+    round: Tensor | None = None,
+    slot: Tensor | None = None,
+    purpose: int = Purpose.DRAFT,
+    words: Tensor | None = None,
+    draft_ids: Tensor | None = None,
+    backend: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Draw one token per row by integer inverse CDF: the first v with e_0 + ... + e_v > r.
+
+    r is the high half of word x total, so each probability is e(v) / total to within 2^-64.
+
+    Args:
+        logits: [N, V], the logits that `law` was made from.
+        law: RowLaw of the N rows.
+        seed, round, slot: i64 [N]; with `purpose` they key Philox4x32-10, so that a draw depends
+            on its own sequence alone. slot defaults to 0.
+        purpose: a `Purpose`; two uses of randomness never share one.
+        words: i64 [N], the random 64-bit words themselves, in place of the above.
+        draft_ids: i64 [V], token ids of the columns when the rows cover a reduced vocabulary.
+        backend, out: as in `row_law`.
+
+    Returns:
+        i64 [N] token ids, -1 where the row has no law.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or range, or no randomness.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 5.0]])
+        >>> sample(logits, row_law(logits, 0.0), words=torch.zeros(1, dtype=torch.int64)).item()
+        1
+    """
+    logits = check_logits("logits", logits, [None, None])
+    N, V = logits.shape
+    device = logits.device
+    for name, field in zip(RowLaw._fields, law, strict=True):
+        check_tensor(f"law.{name}", field, [N], [field.dtype])
+    check_device(device, **law._asdict(), slot=slot, draft_ids=draft_ids)
+    check_random(N, device, [N], seed, round, words)
+    if draft_ids is not None:
+        check_tensor("draft_ids", draft_ids, [V], [torch.int64])
+    if slot is None and words is None:
+        slot = torch.zeros(N, dtype=torch.int64, device=device)
+    if slot is not None:
+        check_tensor("slot", slot, [N], [torch.int64])
+    seed, round, slot, words, draft_ids = contiguous(seed, round, slot, words, draft_ids)
+    args = (
+        logits, *contiguous(*law), seed, round, slot, check_purpose(purpose), words, draft_ids,
+        backend,
+    )  # fmt: skip
+    if out is not None:
+        torch.ops.specdiff.sample.out(*args, out)
+        return out
+    return torch.ops.specdiff.sample(*args)
+
+
+def _allocate(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (logits.new_empty(len(logits), dtype=torch.int64),)
+
+
+def _call(function: Callable[..., None], logits: Tensor, *rest: Any, out: Any) -> None:
+    function(logits, RowLaw(*rest[:5]), *rest[5:], out=out[0])
+
+
+define(
+    "sample",
+    f"Tensor logits, {LAW_SCHEMA}, Tensor? seed, Tensor? round, Tensor? slot, int purpose, "
+    "Tensor? words, Tensor? draft_ids",
+    ["tokens"],
+    _allocate,
+    _call,
+)

@@ -1,0 +1,162 @@
+"""`verify`: accept a prefix of a draft and emit one token more, exactly by the target's law."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import Draft, RowLaw, Verified
+from .checks import check_device, check_logits, check_random, check_tensor, contiguous, per_row
+from .registry import define
+
+RULES = ("token", "one-hot", "greedy")
+
+
+def verify(
+    target_logits: Tensor,
+    draft: Draft,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    *,
+    rule: str = "token",
+    seed: Tensor | None = None,
+    round: Tensor | None = None,
+    words: Tensor | None = None,
+    backend: str | None = None,
+    out: Verified | None = None,
+) -> Verified:
+    """Verify K drafted tokens of each sequence against the target's logits.
+
+    Left to right, drafted token x is accepted iff u q(x) < p(x) (Leviathan et al., 2211.17192,
+    Algorithm 1). At the first rejection one token is drawn from (p - q)+; if nothing was
+    rejected, from the target's law behind the last drafted token. Where the draft recorded no
+    usable q (see `Draft`), q is one-hot at x. Emitted tokens follow the target's law exactly.
+    Rows after the first rejection are not read.
+
+    Args:
+        target_logits: [B, K + 1, V] f32, bf16 or f16, any strides with contiguous rows; row i is
+            the target's law of drafted token i, row K that of the bonus token. V < 2^19.
+        draft: Draft of [B, K] tokens. K = 0 is plain sampling.
+        temperature, top_k, top_p, min_p: of the target's law, a number or a tensor [B]; see
+            `row_law`. Temperature 0 accepts the longest prefix equal to the argmax; greedy and
+            sampled sequences may be mixed.
+        rule: "token"; "one-hot" ignores every recorded q; "greedy" means temperature 0.
+        seed, round: i64 [B]; a sequence's own seed and its count of verification rounds.
+        words: i64 [B, K + 1] random words in place of seed and round: one for each acceptance,
+            the last for the token that ends the round.
+        backend, out: as in `row_law`.
+
+    Returns:
+        Verified(accepted i64 [B], emitted i64 [B, K + 1] padded with -1, status i32 [B]).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or range.
+        BackendError: a forced backend cannot run.
+
+    Example:
+        >>> target = torch.tensor([[[0.0, 9.0], [9.0, 0.0]]])
+        >>> draft = Draft(torch.tensor([[1]]), torch.zeros(1, 1).int(), torch.tensor([[-1]]))
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> verify(target, draft, 0.0, seed=zero, round=zero).emitted.tolist()
+        [[1, 0]]
+    """
+    target_logits = check_logits("target_logits", target_logits, [None, None, None])
+    B, positions, V = target_logits.shape
+    device = target_logits.device
+    if positions == 0:
+        raise ValueError("target_logits: expected [B, K + 1, V] with K >= 0, got no positions")
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    draft = check_draft(draft, B, positions - 1, V, device)
+    check_random(B, device, [B, positions], seed, round, words)
+    if rule == "one-hot":
+        draft = draft._replace(rows=torch.full_like(draft.rows, -1))
+    args = (
+        target_logits,
+        draft.tokens,
+        draft.tau,
+        draft.rows,
+        draft.logits,
+        *(draft.law or (None,) * len(RowLaw._fields)),
+        draft.draft_ids,
+        draft.lengths,
+        draft.value_dependent,
+        per_row("temperature", 0.0 if rule == "greedy" else temperature, B, device),
+        per_row("top_k", top_k, B, device),
+        per_row("top_p", top_p, B, device),
+        per_row("min_p", min_p, B, device),
+        *contiguous(seed, round, words),
+        backend,
+    )
+    if out is not None:
+        torch.ops.specdiff.verify.out(*args, *out)
+        return out
+    return Verified(*torch.ops.specdiff.verify(*args))
+
+
+def check_draft(draft: Draft, B: int, K: int, V: int, device: torch.device) -> Draft:
+    """The draft with contiguous fields, or an error that names the field at fault."""
+    i32, i64 = torch.int32, torch.int64
+    check_tensor("draft.tokens", draft.tokens, [B, K], [i64])
+    check_tensor("draft.tau", draft.tau, [B, K], [i32])
+    check_tensor("draft.rows", draft.rows, [B, K], [i64])
+    fields = {f"draft.{k}": v for k, v in draft._asdict().items() if isinstance(v, Tensor)}
+    check_device(device, **fields)
+    if draft.lengths is not None:
+        check_tensor("draft.lengths", draft.lengths, [B], [i64])
+    logits, law, ids = draft.logits, draft.law, draft.draft_ids
+    if (logits is None) != (law is None):
+        raise ValueError("draft: expected logits and law together, or neither; got one of them")
+    if logits is not None and law is not None:
+        Vd = V if ids is None else len(ids)
+        logits = check_logits("draft.logits", logits, [None, Vd])
+        law = RowLaw(*contiguous(*law))
+        for name, field in law._asdict().items():
+            check_tensor(f"draft.law.{name}", field, [len(logits)], [field.dtype])
+    if ids is not None:
+        check_tensor("draft.draft_ids", ids, [None], [i64])
+        if ids.device.type == "cpu" and not increasing_ids(ids, V):
+            raise ValueError(
+                f"draft.draft_ids: expected strictly increasing ids in [0, {V}), got others; sort "
+                "the columns of the drafter's head once"
+            )
+    tokens, tau, rows, ids, lengths = contiguous(
+        draft.tokens, draft.tau, draft.rows, ids, draft.lengths
+    )
+    return Draft(tokens, tau, rows, logits, law, ids, lengths, draft.value_dependent)
+
+
+def increasing_ids(ids: Tensor, V: int) -> bool:
+    inside = len(ids) == 0 or (int(ids[0]) >= 0 and int(ids[-1]) < V)
+    return inside and bool((ids[1:] > ids[:-1]).all())
+
+
+def _allocate(target_logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    B, positions = target_logits.shape[:2]
+    i64, i32 = torch.int64, torch.int32
+    empty = target_logits.new_empty
+    return empty(B, dtype=i64), empty(B, positions, dtype=i64), empty(B, dtype=i32)
+
+
+def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out: Any) -> None:
+    logits, law = args[3], args[4:9]
+    laws = None if logits is None else RowLaw(*law)
+    draft = Draft(args[0], args[1], args[2], logits, laws, args[9], args[10], args[11])
+    function(target_logits, draft, *args[12:], out=Verified(*out))
+
+
+define(
+    "verify",
+    "Tensor target_logits, Tensor tokens, Tensor tau, Tensor rows, Tensor? draft_logits, "
+    "Tensor? max, Tensor? scale, Tensor? threshold, Tensor? total, Tensor? law_status, "
+    "Tensor? draft_ids, Tensor? lengths, bool value_dependent, Tensor temperature, "
+    "Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? seed, Tensor? round, Tensor? words",
+    Verified._fields,
+    _allocate,
+    _call,
+)

@@ -1,0 +1,8 @@
+"""The specification: every op by its equations, in plain PyTorch, on any device."""
+
+from .commit import commit
+from .row_law import row_law
+from .sample import sample
+from .verify import verify
+
+__all__ = ["commit", "row_law", "sample", "verify"]

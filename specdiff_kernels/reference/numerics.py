@@ -1,0 +1,113 @@
+"""The exact sampling law in plain PyTorch: weights, random words, integer draws.
+
+This is the specification. Every float operation below is one IEEE operation of its own, every sum
+is a sum of integers, so that any backend can reproduce it bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..types import RowLaw
+
+LOG2_E = 1.4426950408889634
+ONE = 1 << 44  # the weight of a row's largest logit
+MASK32 = 0xFFFFFFFF
+# 2^f on [0, 1), relative error at most 1.7e-7, value 1 at 0, monotone
+EXP2 = (0.0018671302, 0.00901703, 0.055799913, 0.24016444, 0.6931513, 1.0)
+
+
+def exp2_weight(t: Tensor) -> Tensor:
+    """Integer weight floor(2^(t + 44)) of t <= 0 (f32), up to the polynomial's error. -> i64"""
+    t = torch.where(t > -(2.0**-30), torch.zeros_like(t), t)
+    inside = t >= -63
+    t = torch.where(inside, t, torch.zeros_like(t))
+    n = t.floor()
+    f = t - n
+    p = torch.full_like(f, EXP2[0])
+    for coefficient in EXP2[1:]:
+        p = p * f
+        p = p + coefficient
+    mantissa = (p * 2.0**23).to(torch.int64)
+    weight = (mantissa << 21) >> (-n).to(torch.int64)
+    return torch.where(inside, weight, torch.zeros_like(weight))
+
+
+def weights(logits: Tensor, law: RowLaw) -> Tensor:
+    """Integer weights of every token. [N, V] logits -> i64 [N, V]; a row without law gets 0."""
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    greedy = (columns == law.threshold[:, None]).long() * ONE
+    shifted = logits.float() - law.max[:, None]
+    e = exp2_weight(torch.nan_to_num(shifted * law.scale[:, None], nan=-100.0, neginf=-100.0))
+    e = torch.where(e < law.threshold[:, None], torch.zeros_like(e), e)
+    e = torch.where(law.scale[:, None] == 0, greedy, e)
+    return torch.where(law.status[:, None] == 0, e, torch.zeros_like(e))
+
+
+def probability(weight: Tensor, total: Tensor) -> Tensor:
+    """fl64(e * fl64(1 / Z))."""
+    return weight.double() * (1.0 / total.double())
+
+
+def shift32(x: Tensor) -> Tensor:
+    """High half of the 64-bit patterns in x, as an unsigned number."""
+    return (x >> 32) & MASK32
+
+
+def mulhi(word: Tensor, total: Tensor) -> Tensor:
+    """High 64 bits of the 128-bit product of unsigned `word` and total < 2^63."""
+    u1, u0 = shift32(word), word & MASK32
+    z1, z0 = shift32(total), total & MASK32
+    carry = shift32(u0 * z0)
+    w = u1 * z0 + carry  # wraps modulo 2^64, read back as unsigned halves
+    x = u0 * z1 + (w & MASK32)
+    return u1 * z1 + shift32(w) + shift32(x)
+
+
+def unit(word: Tensor) -> Tensor:
+    """u = (word >> 11) * 2^-53, f64 in [0, 1)."""
+    return ((word >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def draw(e: Tensor, word: Tensor) -> Tensor:
+    """The first v with e[0] + ... + e[v] > mulhi(word, sum e). [N, V], [N] -> i64 [N]."""
+    cumulative = e.cumsum(-1)
+    r = mulhi(word, cumulative[:, -1])
+    return (cumulative <= r[:, None]).sum(-1)
+
+
+def philox(key: Tensor, counter: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC 2011). key i64 [N], counter of four -> four i64 [N] < 2^32.
+
+    Example:
+        >>> [f"{int(x):08x}" for x in philox(torch.zeros(1, dtype=torch.int64), (0, 0, 0, 0))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    k0, k1 = key & MASK32, shift32(key)
+    c0, c1, c2, c3 = (
+        torch.as_tensor(c, device=key.device) + torch.zeros_like(key) for c in counter
+    )
+    c0, c1, c2, c3 = (c & MASK32 for c in (c0, c1, c2, c3))
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            shift32(high) ^ c1 ^ k0,
+            high & MASK32,
+            shift32(low) ^ c3 ^ k1,
+            low & MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+def random_word(
+    seed: Tensor | None, slot: Tensor | int | None, round: Tensor | None, purpose: Tensor | int
+) -> Tensor:
+    """The 64-bit word of (seed, slot, round, purpose), as an int64 pattern. -> i64 [N]"""
+    if seed is None or slot is None or round is None:
+        raise ValueError("seed, slot, round: expected tensors, got None; or pass words")
+    low, high, _, _ = philox(seed, (slot, round, purpose, 0))
+    return low | (high << 32)

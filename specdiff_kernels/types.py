@@ -1,0 +1,116 @@
+"""The values that cross the op boundary: row laws, drafts, results, statuses."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from torch import Tensor
+
+MAX_VOCABULARY = 2**19 - 1  # 2^19 weights of 2^44 would overflow an int64 total
+
+
+class Status(IntEnum):
+    """Why a row has no law, or a sequence no verdict. Anything but OK comes with token -1."""
+
+    OK = 0
+    NAN = 1
+    POS_INF = 2
+    EMPTY = 3
+    PARAMETER = 4
+    TOKEN = 5
+    DRAFT = 6
+
+
+REASONS = {
+    Status.NAN: "its logits contain NaN",
+    Status.POS_INF: "its logits contain +inf",
+    Status.EMPTY: "no token has any weight: all its logits are -inf",
+    Status.PARAMETER: "a sampling parameter is out of range: temperature must be 0 or in "
+    "[2^-95, 2^95], top_k >= 0, top_p in (0, 1], min_p in [0, 1]",
+    Status.TOKEN: "a drafted token or a draft row index is out of range",
+    Status.DRAFT: "a drafted token has no weight in the draft law recorded for it: record "
+    "row -1 for a token that was not drawn from a recorded law",
+}
+
+
+class LawError(ValueError):
+    """A row of logits defines no distribution, or a draft contradicts its own record."""
+
+
+def check_status(status: Tensor, what: str = "row") -> None:
+    """Raise if any entry of `status` is not OK. Reads the device: call it where you synchronise.
+
+    Args:
+        status: int32 [N], as returned by any op.
+        what: what one entry stands for, used in the message ("sequence", "draft row").
+
+    Raises:
+        LawError: names the first offending index and the reason.
+    """
+    bad = status.nonzero()
+    if bad.numel():
+        index = int(bad[0])
+        reason = REASONS[Status(int(status[index]))]
+        others = f" (and {bad.numel() - 1} more)" if bad.numel() > 1 else ""
+        raise LawError(f"{what} {index} has no law{others}: {reason}")
+
+
+class Purpose(IntEnum):
+    """What a random word is used for. Two uses never share a Philox counter."""
+
+    REVEAL = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+    BONUS = 4
+    COUPLED = 5
+
+
+class RowLaw(NamedTuple):
+    """The law of N rows of logits, without any probability tensor.
+
+    Token v has integer weight e(v) = (M << 21) >> -n, 0 if below `threshold`, with
+    2^t ~ M 2^(n-23) and t = (logit - max) * scale; its probability is e(v) / total.
+    A row with scale 0 is greedy: its one token is held in `threshold`.
+    """
+
+    max: Tensor  # f32 [N]
+    scale: Tensor  # f32 [N], log2(e) / temperature
+    threshold: Tensor  # i64 [N]
+    total: Tensor  # i64 [N]
+    status: Tensor  # i32 [N], Status
+
+
+class Draft(NamedTuple):
+    """K proposed tokens a sequence, and what is known of the law each was drawn from.
+
+    A position is *recorded* when `rows` points at the logits that its token was sampled from;
+    -1 makes it *one-hot*: the token is a bare guess. `verify` decides which records it may use:
+    one counts only if no earlier position was sampled in a later reverse step (tau).
+    """
+
+    tokens: Tensor  # i64 [B, K]
+    tau: Tensor  # i32 [B, K], reverse step that sampled the position
+    rows: Tensor  # i64 [B, K], row of `logits`, or -1
+    logits: Tensor | None = None  # [R, Vd] f32 | bf16 | f16, rows of any stride
+    law: RowLaw | None = None  # of the R rows
+    draft_ids: Tensor | None = None  # i64 [Vd], strictly increasing: target id of each column
+    lengths: Tensor | None = None  # i64 [B], drafted tokens of each sequence; None: K
+    value_dependent: bool = False  # sampled values decided which positions were revealed
+
+
+class Verified(NamedTuple):
+    """What a target forward settled: `accepted` drafts, then one token more, then -1."""
+
+    accepted: Tensor  # i64 [B]
+    emitted: Tensor  # i64 [B, K + 1]
+    status: Tensor  # i32 [B], Status; where it is not OK, accepted is 0 and emitted all -1
+
+
+class Committed(NamedTuple):
+    """Per-row cache lengths after a round."""
+
+    lengths: Tensor  # i64 [B]
+    kept: Tensor  # i64 [B], emitted tokens that stand
+    finished: Tensor  # bool [B]

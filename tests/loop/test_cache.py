@@ -1,0 +1,270 @@
+"""RowCache and Target: a cache that was rolled back row by row equals a fresh prefill.
+
+Tolerance: twice the difference between two exact ways to compute the same states in plain torch.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from specdiff import Target
+from specdiff import target as target_module
+
+
+@torch.inference_mode()
+def fresh(model, tokens: list[int]):
+    """Logits [N, V] and per layer keys and values [H, N, D], by transformers alone."""
+    output = model(torch.tensor([tokens]), use_cache=True)
+    layers = output.past_key_values.layers
+    return output.logits[0], [(layer.keys[0], layer.values[0]) for layer in layers]
+
+
+@torch.inference_mode()
+def token_by_token(model, tokens: list[int]):
+    """The same, one token at a time: how much the order of float sums alone may change."""
+    cache, logits = None, []
+    for token in tokens:
+        output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits[0])
+    return torch.cat(logits), [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def distance(a, b) -> float:
+    (logits_a, layers_a), (logits_b, layers_b) = a, b
+    pairs = [(logits_a, logits_b)]
+    pairs += [
+        xy for la, lb in zip(layers_a, layers_b, strict=True) for xy in zip(la, lb, strict=True)
+    ]
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
+@torch.inference_mode()
+def ragged_rounds(target: Target, batch: int, seed: int, capacity: int = 60):
+    """Random accept and reject rounds. -> cache, tokens of each row, last logits of each row."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda high, *shape: torch.randint(high, shape, generator=generator)
+    V = target.vocab_size
+    rows = [draw(V, 1 + int(draw(9, 1))).tolist() for _ in range(batch)]
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    cache = target.new_cache(batch, capacity)
+    target.prefill(padded, torch.tensor([len(row) - 1 for row in rows]), cache)
+    last = [row.pop() for row in rows]
+    logits = [torch.empty(0, V) for _ in rows]
+    for _ in range(9):
+        k = int(draw(6, 1))
+        drafted = draw(V, batch, k)
+        round_logits, _ = target.forward(
+            torch.cat([torch.tensor(last)[:, None], drafted], 1), cache
+        )
+        for b, row in enumerate(rows):
+            stays = min(1 + int(draw(k + 1, 1)), capacity - len(row))
+            row += [last[b], *drafted[b].tolist()][:stays]
+            logits[b] = round_logits[b, :stays]
+            last[b] = int(draw(V, 1))
+        lengths = torch.tensor([len(row) for row in rows])
+        cache.set_lengths(lengths, int(lengths.max()))
+    return cache, rows, logits
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_cache_after_rounds_equals_fresh_prefill(model, target, batch, seed):
+    cache, rows, logits = ragged_rounds(target, batch, seed)
+    assert cache.lengths.tolist() == [len(row) for row in rows]
+    assert batch == 1 or len({len(row) for row in rows}) > 1
+    for b, row in enumerate(rows):
+        want_logits, want_layers = want = fresh(model, row)
+        noise = distance(want, token_by_token(model, row))
+        got_layers = [(x.keys[b, :, : len(row)], x.values[b, :, : len(row)]) for x in cache.layers]
+        tail = len(logits[b])
+        got, want = (logits[b], got_layers), (want_logits[-tail:], want_layers)
+        assert 0 < noise < 1e-4
+        assert distance(got, want) <= 2 * noise
+
+
+def test_one_stale_entry_would_be_seen(model, target):
+    """The comparison above has teeth: a rollback that is one short is far beyond the tolerance."""
+    tokens = torch.arange(12)[None]
+    row = [*range(8), 40, 41]
+    want = fresh(model, row)[0][-2:]
+    noise = distance(fresh(model, row), token_by_token(model, row))
+    errors = []
+    with torch.inference_mode():
+        for kept in (8, 9):
+            cache = target.new_cache(1, 20)
+            target.prefill(tokens, torch.tensor([12]), cache)
+            cache.set_lengths(torch.tensor([kept]), kept)
+            logits, _ = target.forward(torch.tensor([[40, 41]]), cache)
+            errors.append((logits[0] - want).abs().max().item())
+    assert errors[0] <= 2 * noise < 100 * noise < errors[1]
+
+
+def test_update_is_in_place_and_returns_views(target):
+    cache = target.new_cache(2, 32)
+    with torch.inference_mode():
+        target.prefill(torch.ones(2, 5, dtype=torch.int64), torch.tensor([5, 3]), cache)
+        before = [layer.keys.data_ptr() for layer in cache.layers]
+        target.forward(torch.ones(2, 4, dtype=torch.int64), cache)
+        layer = cache.layers[0]
+        states = torch.zeros(2, *layer.keys.shape[1:2], 4, layer.keys.shape[-1])
+        keys, values = cache.update(states, states, 0)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+    assert keys.data_ptr() == layer.keys.data_ptr() and keys.shape[2] == 9
+    assert values.data_ptr() == layer.values.data_ptr()
+
+
+def test_chunked_prefill_equals_one_forward(model, target, monkeypatch):
+    monkeypatch.setattr(target_module, "PREFILL_CHUNK", 7)
+    tokens = torch.arange(40).view(2, 20)
+    counts = torch.tensor([20, 11])
+    cache = target.new_cache(2, 30)
+    with torch.inference_mode():
+        before = target.prefill(tokens, counts, cache, keep_hidden=True)
+        logits = target.head(before)
+    assert cache.lengths.tolist() == [20, 11]
+    assert before.shape == (2, 21, 32) and not before[:, 0].any()
+    for b, count in enumerate(counts.tolist()):
+        row = tokens[b, :count].tolist()
+        want_logits, want_layers = want = fresh(model, row)
+        noise = distance(want, token_by_token(model, row))
+        got = [(x.keys[b, :, :count], x.values[b, :, :count]) for x in cache.layers]
+        assert distance((logits[b, 1 : count + 1], got), (want_logits, want_layers)) <= 2 * noise
+
+
+def test_hidden_is_the_input_of_the_lm_head(model, target):
+    tokens = torch.arange(12)[None]
+    with torch.inference_mode():
+        logits, hidden = target.forward(tokens, target.new_cache(1, 16))
+        want = model(tokens).logits
+        assert torch.equal(target.head(hidden), logits)
+    noise = distance(fresh(model, tokens[0].tolist()), token_by_token(model, tokens[0].tolist()))
+    assert (logits - want).abs().max() <= 2 * noise
+
+
+def test_padding_beyond_the_context_disturbs_no_row(target):
+    """The shorter row is padded past the position table and the cache; the other is not changed."""
+    limit = target.context_limit
+    long, short = torch.arange(limit - 1) % 50, torch.arange(4)
+    padded = torch.stack([long, torch.nn.functional.pad(short, (0, limit - 5))])
+    query = torch.tensor([[7, 8, 9], [7, 8, 9]])
+    with torch.inference_mode():
+        cache = target.new_cache(2, limit)
+        target.prefill(padded, torch.tensor([limit - 1, 4]), cache)
+        got, _ = target.forward(query, cache)
+        for row, real, b in ((long, 1, 0), (short, 3, 1)):
+            alone = target.new_cache(1, limit)
+            target.prefill(row[None], torch.tensor([len(row)]), alone)
+            want, _ = target.forward(query[:1, :real], alone)
+            torch.testing.assert_close(got[b, :real], want[0], atol=1e-4, rtol=1e-4)
+
+
+def test_eager_and_sdpa_agree(make_model):
+    for family in ("gpt2", "llama"):
+        model = make_model(family)
+        sdpa = Target(model)
+        eager_model = copy.deepcopy(model)
+        eager_model.set_attn_implementation("eager")
+        eager = Target(eager_model)
+        assert sdpa.boolean_mask and not eager.boolean_mask
+        got = [ragged_rounds(t, 3, 5)[2] for t in (sdpa, eager)]
+        for a, b in zip(*got, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_gpt_neo_still_works_by_itself(make_model):
+    untouched, taken = make_model("gpt_neo"), make_model("gpt_neo")
+    tokens = torch.arange(30).view(2, 15)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    before = untouched(tokens, attention_mask=mask).logits
+    Target(taken)
+    Target(taken)  # twice is once
+    assert torch.equal(taken(tokens, attention_mask=mask).logits, before)
+
+
+def test_gpt_neo_obeys_its_local_window(make_model):
+    """A token beyond both layers' reach through the window matters only by the global layer."""
+    model = make_model("gpt_neo")
+    for block in model.transformer.h:
+        block.attn.attention.attention_type = "local"
+    target = Target(model)
+    tokens = torch.arange(30)[None]
+    changed = tokens.clone()
+    changed[0, 0] = 49
+    with torch.inference_mode():
+        a, b = (target.forward(t, target.new_cache(1, 30))[0][0] for t in (tokens, changed))
+    reach = 2 * (5 - 1)  # two layers of a window of 5
+    assert not torch.equal(a[reach], b[reach])
+    assert torch.equal(a[reach + 1 :], b[reach + 1 :])
+
+
+TINY = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=20)
+HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: MistralForCausalLM(MistralConfig(**TINY, **HEADS)), "sliding windows"),
+        (lambda: MambaForCausalLM(MambaConfig(**TINY, state_size=4)), "recurrent state"),
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+            ),
+            "encoder-decoder",
+        ),
+        (
+            lambda: LlamaForCausalLM(
+                LlamaConfig(
+                    **TINY,
+                    **HEADS,
+                    rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                )
+            ),
+            "batch mates",
+        ),
+    ],
+)
+def test_unsupported_models_say_why(build, message):
+    with pytest.raises(ValueError, match=message):
+        Target(build())
+
+
+def test_attention_without_masks_is_refused(make_model):
+    model = make_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        Target(model)
+
+
+def test_stop_tokens_come_from_the_model(make_model):
+    model = make_model("llama")
+    assert Target(model).stop_tokens == ()
+    model.config.eos_token_id = 3
+    assert Target(model).stop_tokens == (3,)
+    model.generation_config.eos_token_id = [4, 5]
+    assert Target(model).stop_tokens == (4, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(make_model, dtype):
+    for family in ("gpt2", "gpt_neo", "llama"):
+        target = Target(make_model(family, dtype=dtype))
+        cache, rows, logits = ragged_rounds(target, 3, 1)
+        assert logits[0].dtype == dtype and all(x.isfinite().all() for x in logits)
+        assert cache.layers[0].keys.dtype == dtype and len(rows) == 3

@@ -1,0 +1,505 @@
+"""The loop: greedy text is plain decoding's, sampled text follows the target's exact law.
+
+Rows of a batch are checked against each row alone, and the law by chi-squared with mutants.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from specdiff import Decoder, Sampling, Target, generate
+from specdiff import decoder as decoder_module
+from specdiff.drafters import Autoregressive, PromptLookup
+from specdiff.sampling import row_seeds
+from specdiff_kernels import Draft, LawError, RowLaw, row_law, sample, verify
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
+DRAFTERS = ("prompt-lookup", "autoregressive", "scripted", "scripted-ragged")
+
+
+def one_hot(proposals: list[list[int]], k: int) -> Draft:
+    """A ragged draft without recorded laws; padding is an id that no model has."""
+    B = len(proposals)
+    return Draft(
+        tokens=torch.tensor([row + [10**6] * (k - len(row)) for row in proposals]),
+        tau=torch.zeros(B, k, dtype=torch.int32),
+        rows=torch.full((B, k), -1),
+        lengths=torch.tensor([len(row) for row in proposals]),
+    )
+
+
+class Scripted:
+    """Knows each row's text and proposes it, every token right with probability `right`.
+
+    Rows are recognised by their prompts; draft lengths are random up to the one wanted, if ragged.
+    """
+
+    needs_hidden = False
+    vocab_size = None
+
+    def __init__(self, texts: dict[tuple, list[int]], right: float, vocab: int, ragged=False):
+        self.texts, self.right, self.vocab, self.ragged = texts, right, vocab, ragged
+
+    def start(self, batch, capacity, sampling):
+        self.random = random.Random(0)
+        self.capacity = capacity
+        self.rows = [[] for _ in range(batch)]
+        self.prompts = None
+
+    def draft(self, news, k, lengths, seed, round):
+        new = [row[:n] for row, n in zip(news.tokens.tolist(), news.counts.tolist(), strict=True)]
+        self.rows = [row + more for row, more in zip(self.rows, new, strict=True)]
+        self.prompts = self.prompts or [tuple(row) for row in new]
+        proposals = []
+        for row, prompt, wanted in zip(self.rows, self.prompts, lengths.tolist(), strict=True):
+            assert len(row) + wanted < self.capacity or wanted == 0
+            assert wanted <= k
+            done = len(row) - len(prompt)
+            length = self.random.randint(0, wanted) if self.ragged else wanted
+            text = (self.texts[prompt] + [0] * k)[done : done + length]
+            proposals.append([self.maybe(token) for token in text])
+        return one_hot(proposals, k)
+
+    def maybe(self, token: int) -> int:
+        return token if self.random.random() < self.right else self.random.randrange(self.vocab)
+
+
+class Constant(Scripted):
+    """Always proposes the same token."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def draft(self, news, k, lengths, seed, round):
+        return one_hot([[self.token] * n for n in lengths.tolist()], k)
+
+
+class Letters:
+    """Token i is the letter with that index, lower case then upper case; 0 is a special token."""
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        return "".join(letters[t] for t in token_ids if t or not skip_special_tokens)
+
+
+@pytest.fixture(scope="session")
+def plain(target):
+    """Greedy text by transformers' own generate, without our cache or loop."""
+    texts = {}
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = target.model.generate(ids, max_new_tokens=30, do_sample=False)
+        texts[tuple(prompt)] = out[0, len(prompt) :].tolist()
+    return texts
+
+
+@pytest.fixture
+def drafter(request, plain, make_model):
+    if request.param == "prompt-lookup":
+        return PromptLookup()
+    if request.param == "autoregressive":
+        return Autoregressive(make_model("gpt2", seed=5))
+    return Scripted(plain, right=0.8, vocab=50, ragged=request.param == "scripted-ragged")
+
+
+def test_plain_decoding_is_that_of_transformers(target, plain):
+    got = Decoder(target).generate(PROMPTS, max_new_tokens=30)
+    assert got.new_tokens == list(plain.values())
+    assert got.sequences == [list(p) + text for p, text in plain.items()]
+    assert got.stats.tokens_per_forward == 1 and got.stats.target_forwards == 30
+    assert got.stats.acceptance == [] and got.texts is None
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, indirect=True)
+@pytest.mark.parametrize("k", [1, 6])
+def test_greedy_text_is_that_of_plain_decoding(target, plain, drafter, k):
+    got = Decoder(target, drafter, k).generate(PROMPTS, max_new_tokens=30)
+    assert got.new_tokens == list(plain.values())
+    assert got.stats.tokens == 90 and got.stats.drafted > 0
+
+
+def test_a_perfect_drafter_gives_k_plus_one_tokens_a_forward(target, plain):
+    drafter = Scripted(plain, right=1.0, vocab=50)
+    got = Decoder(target, drafter, 5).generate(PROMPTS, max_new_tokens=30)
+    assert got.new_tokens == list(plain.values())
+    assert got.stats.target_forwards == 5 and got.stats.tokens_per_forward == 6
+    assert got.stats.acceptance == [1.0] * 5 and got.stats.accepted_at == [15] * 5
+
+
+@pytest.mark.parametrize("rule", ["token", "one-hot", "greedy"])
+def test_every_rule_keeps_the_greedy_text(target, plain, make_model, rule):
+    drafter = Autoregressive(make_model("llama", seed=2))
+    got = Decoder(target, drafter, 3, rule).generate(PROMPTS, max_new_tokens=30)
+    assert got.new_tokens == list(plain.values())
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS[:3], indirect=True)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=30, top_p=0.95)], ids=repr)
+def test_a_row_of_a_batch_is_the_row_alone(target, drafter, sampling):
+    if isinstance(drafter, Scripted):
+        drafter.right = 1.0  # its mistakes come from one stream for all rows
+    options = dict(max_new_tokens=15, sampling=sampling)
+    seeds = [11, 12, 13]
+    decoder = Decoder(target, drafter, 4)
+    batch = decoder.generate(PROMPTS, seed=seeds, **options)
+    for prompt, seed, row in zip(PROMPTS, seeds, batch.new_tokens, strict=True):
+        assert decoder.generate(prompt, seed=[seed], **options).new_tokens == [row]
+    other = decoder.generate(PROMPTS, seed=[11, 99, 13], **options)
+    assert [other.new_tokens[b] == batch.new_tokens[b] for b in (0, 2)] == [True, True]
+    assert (other.new_tokens[1] == batch.new_tokens[1]) == sampling.greedy
+
+
+def test_an_int_seed_gives_each_row_its_own(target):
+    decoder = Decoder(target)
+    options = dict(max_new_tokens=20, sampling=Sampling(temperature=1.0))
+    a, b = decoder.generate([[1, 2], [1, 2]], seed=7, **options).new_tokens
+    assert a != b
+    assert decoder.generate([[1, 2], [1, 2]], seed=row_seeds(7, 2), **options).new_tokens == [a, b]
+    assert decoder.generate([1, 2], seed=7, **options).new_tokens == [a]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, indirect=True)
+def test_stop_tokens_end_a_row_and_are_kept(target, plain, drafter):
+    texts = list(plain.values())
+    stop = texts[0][12]
+    want = [text[: text.index(stop) + 1] if stop in text else text for text in texts]
+    got = Decoder(target, drafter, 6).generate(PROMPTS, max_new_tokens=30, stop_tokens=[stop, 49])
+    want = [row[: row.index(49) + 1] if 49 in row else row for row in want]
+    assert got.new_tokens == want and len(want[0]) <= 13
+
+
+def test_the_models_end_of_sequence_is_the_default_stop(make_model):
+    model = make_model("llama")
+    free = Decoder(Target(model)).generate([1, 2, 3], max_new_tokens=20).new_tokens[0]
+    model.generation_config.eos_token_id = free[7]
+    end = free.index(free[7]) + 1
+    decoder = Decoder(Target(model), PromptLookup(), 4)
+    assert decoder.generate([1, 2, 3], max_new_tokens=20).new_tokens == [free[:end]]
+    got = decoder.generate([1, 2, 3], max_new_tokens=20, stop_tokens=()).new_tokens
+    assert got == [free]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, indirect=True)
+def test_stop_strings_cut_the_text(target, plain, drafter):
+    decoder = Decoder(target, drafter, 6, tokenizer=Letters())
+    texts = [Letters().decode(row, skip_special_tokens=True) for row in plain.values()]
+    stop = texts[1][9:12]
+    got = decoder.generate(PROMPTS, max_new_tokens=30, stop_strings=[stop, "never"])
+    assert got.texts == [text.split(stop)[0] for text in texts]
+    for row, text in zip(got.new_tokens, texts, strict=True):
+        spelt = Letters().decode(row, skip_special_tokens=True)
+        assert text.startswith(spelt) and stop not in spelt[:-1]
+        assert spelt.endswith(stop) == (stop in text)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, indirect=True)
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 7])
+def test_max_new_tokens_is_met_exactly(target, plain, drafter, max_new_tokens):
+    got = Decoder(target, drafter, 5).generate(PROMPTS, max_new_tokens=max_new_tokens)
+    assert got.new_tokens == [text[:max_new_tokens] for text in plain.values()]
+
+
+@pytest.mark.parametrize("name", ["prompt-lookup", "autoregressive"])
+def test_the_context_is_filled_and_not_exceeded(target, make_model, name):
+    limit = target.context_limit
+    prompts = [[1, 2, 3] * 20, [4, 5], [6] * (limit - 1)]
+    drafter = PromptLookup() if name == "prompt-lookup" else Autoregressive(make_model("llama"))
+    want = Decoder(target).generate(prompts, max_new_tokens=limit * 2)
+    got = Decoder(target, drafter, 10).generate(prompts, max_new_tokens=limit * 2)
+    assert [len(row) for row in want.sequences] == [limit] * 3
+    assert got.sequences == want.sequences
+
+
+def test_a_stream_adds_up_to_the_generation(target, plain):
+    decoder = Decoder(target, Scripted(plain, 0.7, 50, ragged=True), 6)
+    options = dict(max_new_tokens=30, stop_tokens=[next(iter(plain.values()))[9]])
+    whole = decoder.generate(PROMPTS, **options)
+    rows = [[] for _ in PROMPTS]
+    accepted, finished = 0, [False] * 3
+    for step in decoder.stream(PROMPTS, **options):
+        for b, tokens in enumerate(step.tokens):
+            assert step.drafted[b] >= step.accepted[b] <= len(tokens) <= step.drafted[b] + 1
+            assert bool(tokens) != finished[b]
+            rows[b] += tokens
+        accepted, finished = accepted + sum(step.accepted), step.finished
+    assert rows == whole.new_tokens and all(step.finished)
+    assert step.stats.tokens == sum(map(len, rows)) == whole.stats.tokens
+    assert accepted <= step.stats.accepted == sum(step.stats.accepted_at)
+    assert step.stats.examined_at[0] <= step.stats.row_forwards
+    assert all(ms > 0 for ms in step.stats.stage_ms.values())
+
+
+def test_conditional_acceptance_counts_what_was_examined(target, plain):
+    class WrongAtTwo(Scripted):
+        def draft(self, news, k, lengths, seed, round):
+            draft = super().draft(news, k, lengths, seed, round)
+            draft.tokens[:, 2:3] = (draft.tokens[:, 2:3] + 1) % 50
+            return draft
+
+    drafter = WrongAtTwo(plain, right=1.0, vocab=50)
+    stats = Decoder(target, drafter, 5).generate(PROMPTS, max_new_tokens=30).stats
+    assert stats.acceptance == [1.0, 1.0, 0.0]
+    assert stats.examined_at == [30, 30, 27]  # the last of 10 rounds has room for 2 drafts
+    assert stats.tokens_per_forward == 3
+
+
+def test_a_drafter_is_told_every_token_and_the_hidden_state_before_it(target, plain):
+    class Listener(Scripted):
+        needs_hidden = True
+
+        def start(self, batch, capacity, sampling):
+            super().start(batch, capacity, sampling)
+            self.heard = [torch.empty(0, target.hidden_size) for _ in range(batch)]
+
+        def draft(self, news, k, lengths, seed, round):
+            for b, n in enumerate(news.counts.tolist()):
+                self.heard[b] = torch.cat([self.heard[b], news.hidden[b, :n]])
+            return super().draft(news, k, lengths, seed, round)
+
+    drafter = Listener(plain, right=0.7, vocab=50, ragged=True)
+    got = Decoder(target, drafter, 5).generate(PROMPTS, max_new_tokens=30)
+    for row, tokens, heard in zip(got.sequences, drafter.rows, drafter.heard, strict=True):
+        assert row[: len(tokens)] == tokens and len(tokens) > len(row) - 7
+        with torch.inference_mode():
+            hidden = target.model.base_model(torch.tensor([tokens])).last_hidden_state[0]
+        assert not heard[0].any()
+        torch.testing.assert_close(heard[1:], hidden[:-1], atol=1e-4, rtol=1e-4)
+
+
+def test_generate_takes_a_model_and_tensors(target, plain):
+    text = next(iter(plain.values()))
+    one, batch = torch.tensor(PROMPTS[0]), torch.tensor([PROMPTS[0]])
+    got = generate(target.model, PromptLookup(), batch, k=3, max_new_tokens=9)
+    assert got.new_tokens == [text[:9]]
+    assert generate(target, None, one, max_new_tokens=9).new_tokens == [text[:9]]
+
+
+# --- the exact law ---
+
+SAMPLES, LENGTH = 3000, 3
+
+
+def exact_law(target: Target, prompt: list[int], sampling: Sampling) -> dict[tuple, float]:
+    """Probability of every continuation of LENGTH tokens, in fp64, from the model's own logits."""
+    V = target.vocab_size
+    law = {(): 1.0}
+    for _ in range(LENGTH):
+        prefixes = list(law)
+        with torch.inference_mode():
+            logits = target.model(torch.tensor([prompt + list(p) for p in prefixes])).logits[:, -1]
+        logits = logits.double() / sampling.temperature
+        if sampling.top_k:
+            logits[logits < logits.topk(sampling.top_k).values[:, -1:]] = -torch.inf
+        rows = logits.softmax(-1).tolist()
+        law = {
+            (*p, v): law[p] * row[v]
+            for p, row in zip(prefixes, rows, strict=True)
+            for v in range(V)
+        }
+    return law
+
+
+def p_value(target, drafter, sampling, k=3, seed=0) -> float:
+    """Of chi-squared between sampled continuations and the exact law."""
+    prompt = [1, 2]
+    law = exact_law(target, prompt, sampling)
+    decoder = Decoder(target, drafter, k)
+    prompts = [prompt] * SAMPLES
+    rows = decoder.generate(prompts, max_new_tokens=LENGTH, sampling=sampling, seed=seed).new_tokens
+    counts = Counter(map(tuple, rows))
+    if any(law[row] == 0 for row in counts):
+        return 0.0
+    cells = sorted((p, counts[row]) for row, p in law.items() if p > 0)
+    rare = list(itertools.takewhile(lambda c: c[0] * SAMPLES < 5, cells))
+    cells = cells[len(rare) :]
+    rest = sum(p for p, _ in rare)
+    if rest * SAMPLES >= 5:
+        cells.append((rest, sum(n for _, n in rare)))
+    else:
+        p, n = cells[0]
+        cells[0] = (p + rest, n + sum(n for _, n in rare))
+    return chisquare([n for _, n in cells], [p * SAMPLES for p, _ in cells]).pvalue
+
+
+def random_words(B: int, positions: int) -> torch.Tensor:
+    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    return torch.randint(low, high, (B, positions))
+
+
+def with_words(change):
+    """`verify` drawing from words of our own, which `change(words)` may tamper with."""
+
+    def tampered(logits, draft, *parameters, seed, round, **options):
+        words = random_words(*logits.shape[:2])
+        words[:, :-1] = change(words[:, :-1])
+        return verify(logits, draft, *parameters, words=words, **options)
+
+    return tampered
+
+
+def without_residual(logits, draft, *parameters, **options):
+    """Emits a rejected position's token from p instead of (p - q)+."""
+    verified = verify(logits, draft, *parameters, **options)
+    at = verified.accepted[:, None]
+    rejected = logits.gather(1, at[:, :, None].expand(-1, 1, logits.shape[-1]))[:, 0]
+    token = sample(rejected, row_law(rejected, *parameters), words=random_words(len(at), 1)[:, 0])
+    return verified._replace(emitted=verified.emitted.scatter(1, at, token[:, None]))
+
+
+@pytest.fixture(scope="module")
+def five(make_model):
+    """A target of 5 tokens and a drafter that often disagrees with it."""
+    torch.manual_seed(0)
+    target = Target(make_model("llama", vocab=5))
+    return target, Autoregressive(make_model("gpt2", vocab=5, seed=9))
+
+
+SAMPLINGS = [Sampling(temperature=1.0), Sampling(temperature=1.5, top_k=3)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
+@pytest.mark.parametrize("name", ["none", "autoregressive", "prompt-lookup", "constant"])
+def test_sampled_text_follows_the_exact_law(five, sampling, name):
+    target, autoregressive = five
+    drafters = {"none": None, "autoregressive": autoregressive, "constant": Constant(2)}
+    assert p_value(target, drafters.get(name, PromptLookup()), sampling) > 1e-3
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
+def test_mutants_are_caught(five, sampling, monkeypatch):
+    target, drafter = five
+    for mutant, lives in (
+        (with_words(lambda words: words), True),  # the control: honest words
+        (with_words(torch.zeros_like), False),  # u = 0: accepts whatever has a probability
+        (without_residual, False),
+    ):
+        torch.manual_seed(1)
+        monkeypatch.setattr(decoder_module, "verify", mutant)
+        p = p_value(target, drafter, sampling)
+        assert p > 1e-3 if lives else p < 1e-9
+
+
+def test_accepting_on_equality_is_caught(make_model, monkeypatch):
+    """u on a grid of quarters and p = 1/4 exactly: u <= p accepts twice as often as u < p."""
+    model = make_model("llama", vocab=4)
+    model.lm_head.weight.data.zero_()
+    target, sampling = Target(model), Sampling(temperature=1.0)
+
+    def grid(words):
+        return torch.randint(-2, 2, words.shape) << 62
+
+    def grid_less_one_bit(words):  # u - 2^-53 < p is u <= p, for u > 0
+        words = grid(words)
+        return torch.where(words == 0, words, words - (1 << 11))
+
+    for change, lives in ((grid, True), (grid_less_one_bit, False)):
+        torch.manual_seed(2)
+        monkeypatch.setattr(decoder_module, "verify", with_words(change))
+        p = p_value(target, Constant(2), sampling)
+        assert p > 1e-3 if lives else p < 1e-9
+
+
+def test_u_of_zero_never_accepts_the_impossible(five, monkeypatch):
+    """With u = 0 everything possible is accepted, and a token outside the top 1 still is not."""
+    target, _ = five
+    monkeypatch.setattr(decoder_module, "verify", with_words(torch.zeros_like))
+    top = Decoder(target).generate([1, 2], max_new_tokens=1).new_tokens[0][0]
+    for token in range(5):
+        got = Decoder(target, Constant(token), 1).generate(
+            [1, 2], max_new_tokens=2, sampling=Sampling(temperature=1.0, top_k=1)
+        )
+        assert got.new_tokens[0][0] == top
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "at least one prompt"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[1, 50]], "outside the target's vocabulary"),
+        ([[1, -1]], "outside the target's vocabulary"),
+        ([[1] * 64], "leaves no room"),
+    ],
+)
+def test_bad_prompts(target, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(target).generate(prompts)
+
+
+def test_bad_options(target, make_model):
+    decoder = Decoder(target)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        decoder.generate([1], max_new_tokens=0)
+    with pytest.raises(ValueError, match="2 seeds for 1 sequences"):
+        decoder.generate([1], seed=[1, 2])
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        decoder.generate([1], stop_strings=["x"])
+    with pytest.raises(ValueError, match="pass drafter=None"):
+        Decoder(target, PromptLookup(), k=0)
+    with pytest.raises(ValueError, match="context of 64"):
+        Decoder(target, PromptLookup(), k=64)
+    with pytest.raises(ValueError, match="share the target's tokenizer"):
+        Decoder(target, Autoregressive(make_model("llama", vocab=51)))
+    with pytest.raises(ValueError, match="drafter's context holds 16"):
+        Decoder(target, Autoregressive(make_model("llama", context=16))).generate([1])
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(temperature=-1), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(top_k=0), "top_k"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(min_p=1.5), "min_p"),
+    ],
+)
+def test_bad_sampling(values, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**values)
+
+
+@pytest.mark.parametrize("value, reason", [(float("nan"), "NaN"), (float("inf"), r"\+inf|NaN")])
+def test_a_sick_model_is_named_by_row_and_reason(make_model, value, reason):
+    model = make_model("llama")
+    model.model.embed_tokens.weight.data[7] = value
+    with pytest.raises(LawError, match=f"sequence 1 .*({reason})"):
+        Decoder(Target(model), PromptLookup()).generate([[1, 2], [3, 7], [4]])
+    with pytest.raises(LawError, match=f"drafter's logits: sequence 1 .*({reason})"):
+        Decoder(Target(make_model("gpt2")), Autoregressive(model)).generate([[1, 2], [3, 7]])
+
+
+def test_a_drafter_out_of_bounds_is_named(target):
+    with pytest.raises(LawError, match=r"sequence 0 .*out of range"):
+        Decoder(target, Constant(50), 3).generate([1, 2])
+
+    class TooLong(Constant):
+        def draft(self, news, k, lengths, seed, round):
+            return super().draft(news, k + 1, lengths + 1, seed, round)
+
+    with pytest.raises(ValueError, match=r"proposed \[4\] tokens where \[3\]"):
+        Decoder(target, TooLong(1), 3).generate([1, 2])
+
+
+def test_a_law_that_contradicts_the_draft_is_an_error(target):
+    class Liar(Constant):
+        """Records a law that gives its own token no weight."""
+
+        def draft(self, news, k, lengths, seed, round):
+            draft = super().draft(news, k, lengths, seed, round)
+            logits = torch.zeros(1, 50)
+            logits[0, self.token] = -torch.inf
+            law = RowLaw(*row_law(logits))
+            return draft._replace(rows=torch.zeros_like(draft.rows), logits=logits, law=law)
+
+    with pytest.raises(LawError, match="no weight in the draft law"):
+        Decoder(target, Liar(3), 2).generate([1, 2])

@@ -1,0 +1,206 @@
+"""The build: which CUDA toolkit is taken, what the native objects may contain, what is packaged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from build_tools import cuda
+from build_tools.native import FLAGS, ISA_FLAGS, TILE, is_x86
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ["csrc/cuda/verify.cu"]
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+needs_x86_compiler = pytest.mark.skipif(
+    COMPILER is None or not is_x86() or not shutil.which("nm") or not shutil.which("objdump"),
+    reason="needs a C++ compiler and binutils on x86",
+)
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def fake_toolkit(root: Path) -> Path:
+    """A folder whose bin/nvcc answers as nvcc does."""
+    script(
+        root / "bin" / "nvcc",
+        'case "$1" in\n'
+        f"  --dryrun) echo '#$ TOP={root}/bin/..' >&2 ;;\n"
+        "  --list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;\n"
+        "esac\n",
+    )
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_conventional_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "CONVENTIONAL_ROOTS", ())
+
+
+def test_toolkit_root_is_found_behind_a_wrapper_script(tmp_path: Path) -> None:
+    root = fake_toolkit(tmp_path / "cuda-13.0")
+    wrapper = script(tmp_path / "bin" / "nvcc", f'exec {root}/bin/nvcc "$@"\n')
+    assert cuda.root_of(str(wrapper)) == root
+    assert cuda.find_toolkit({"PATH": str(wrapper.parent)}) == cuda.Toolkit(root)
+
+
+def test_cuda_home_comes_before_path(tmp_path: Path) -> None:
+    home, other = fake_toolkit(tmp_path / "home"), fake_toolkit(tmp_path / "other")
+    environ = {"CUDA_HOME": str(home), "PATH": str(other / "bin")}
+    assert cuda.find_toolkit(environ) == cuda.Toolkit(home)
+
+
+def test_conventional_roots_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "CONVENTIONAL_ROOTS", (str(fake_toolkit(tmp_path / "usual")),))
+    on_path = fake_toolkit(tmp_path / "on-path")
+    assert cuda.find_toolkit({"PATH": ""}) == cuda.Toolkit(tmp_path / "usual")
+    assert cuda.find_toolkit({"PATH": str(on_path / "bin")}) == cuda.Toolkit(on_path)
+
+
+def test_an_nvcc_that_reports_no_root_is_not_taken(tmp_path: Path) -> None:
+    script(tmp_path / "nvcc", "exit 1\n")
+    assert cuda.find_toolkit({"PATH": str(tmp_path)}) is None
+
+
+@pytest.mark.parametrize("mode", [{}, {"SPECDIFF_CUDA": ""}, {"SPECDIFF_CUDA": "0"}])
+def test_without_nvcc_the_cuda_kernels_are_left_out(mode: dict[str, str]) -> None:
+    assert cuda.choose_toolkit(SOURCES, {"PATH": "", **mode}) is None
+
+
+def test_without_nvcc_required_cuda_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(cuda.CudaError, match=r"requires nvcc.*CUDA_HOME.*SPECDIFF_CUDA=0"):
+        cuda.choose_toolkit(SOURCES, {"PATH": "", "SPECDIFF_CUDA": "1"})
+
+
+def test_with_nvcc_the_variable_decides(tmp_path: Path) -> None:
+    root = fake_toolkit(tmp_path / "cuda")
+    environ = {"CUDA_HOME": str(root), "PATH": ""}
+    assert cuda.choose_toolkit(SOURCES, environ) == cuda.Toolkit(root)
+    assert cuda.choose_toolkit(SOURCES, {**environ, "SPECDIFF_CUDA": "1"}) == cuda.Toolkit(root)
+    assert cuda.choose_toolkit(SOURCES, {**environ, "SPECDIFF_CUDA": "0"}) is None
+
+
+def test_without_cuda_sources_there_is_nothing_to_build(tmp_path: Path) -> None:
+    environ = {"CUDA_HOME": str(fake_toolkit(tmp_path / "cuda")), "PATH": ""}
+    assert cuda.choose_toolkit([], environ) is None
+    with pytest.raises(cuda.CudaError, match="this version has no CUDA sources"):
+        cuda.choose_toolkit([], {**environ, "SPECDIFF_CUDA": "1"})
+
+
+def test_an_unknown_value_of_the_variable_is_an_error() -> None:
+    with pytest.raises(cuda.CudaError, match="'yes', expected 0"):
+        cuda.choose_toolkit(SOURCES, {"PATH": "", "SPECDIFF_CUDA": "yes"})
+
+
+def test_device_code_is_made_for_the_architectures_that_nvcc_knows(tmp_path: Path) -> None:
+    flags = cuda.Toolkit(fake_toolkit(tmp_path)).flags()
+    assert [flag for flag in flags if "gencode" in flag] == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert "--fmad=false" in flags
+
+
+@needs_x86_compiler
+@pytest.mark.parametrize("isa", list(ISA_FLAGS))
+def test_tile_objects_contract_nothing_and_leak_nothing(isa: str, tmp_path: Path) -> None:
+    """A fused multiply-add would change the law. A weak symbol could replace the baseline's copy
+    of the same function at link time, and fault on a processor without the instruction set."""
+    output = tmp_path / "tile.o"
+    flags = [*FLAGS, *ISA_FLAGS[isa], f"-DSPECDIFF_ISA={isa}", "-fPIC", "-Icsrc/include"]
+    subprocess.run([COMPILER, *flags, "-c", TILE, "-o", output], cwd=ROOT, check=True)
+
+    code = subprocess.run(["objdump", "-d", output], capture_output=True, text=True, check=True)
+    assert not [line for line in code.stdout.splitlines() if "fmadd" in line or "fmsub" in line]
+    if isa != "plain":
+        register = {"avx2": "%ymm", "avx512": "%zmm"}[isa]
+        assert register in code.stdout, "not vectorised for its instruction set"
+
+    symbols = subprocess.run(["nm", output], capture_output=True, text=True, check=True)
+    assert not [line for line in symbols.stdout.splitlines() if line.split()[-2] in "VWu"]
+
+
+def build(tree: Path, command: str, *options: str, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", command, *options],
+        cwd=tree,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the build with next to nothing to compile."""
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "README.md").touch()
+    shutil.copytree(ROOT / "build_tools", tmp_path / "build_tools")
+    for package in ("specdiff_kernels", "python/specdiff"):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "bindings").mkdir()
+    (tmp_path / "csrc" / "bindings" / "cpu.cpp").touch()
+    (tmp_path / TILE).touch()
+    return tmp_path
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_a_failed_compile_is_an_error(tree: Path) -> None:
+    (tree / TILE).write_text("#error this file does not compile\n")
+    result = build(tree, "build_ext", "--build-lib", "out", SPECDIFF_CUDA="0")
+    assert result.returncode != 0
+    assert "this file does not compile" in result.stderr
+    assert not list((tree / "out").rglob("_C*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    COMPILER is None or not shutil.which("nvcc"), reason="needs a C++ compiler and nvcc"
+)
+def test_cuda_sources_become_a_module_that_loads_without_a_driver(tree: Path) -> None:
+    (tree / "csrc" / "cuda").mkdir()
+    (tree / "csrc" / "cuda" / "answer.cu").write_text(
+        "__global__ void kernel(int* x) { *x = 42; }\n"
+        "int answer(int* x) { kernel<<<1, 1>>>(x); return cudaGetLastError() >= 0 ? 42 : 0; }\n"
+    )
+    (tree / "csrc" / "bindings" / "cuda.cpp").write_text(
+        "#include <pybind11/pybind11.h>\n"
+        "int answer(int* x);\n"
+        'PYBIND11_MODULE(_C_cuda, m) { m.def("answer", [] { return answer(nullptr); }); }\n'
+    )
+    result = build(tree, "build_ext", "--inplace", SPECDIFF_CUDA="1")
+    assert result.returncode == 0, result.stderr
+    code = "from specdiff_kernels import _C_cuda; print(_C_cuda.answer())"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    assert loaded.stdout.strip() == "42", loaded.stderr
+
+
+def test_both_packages_and_the_shipped_drafter_are_packaged(tmp_path: Path) -> None:
+    result = build(ROOT, "build_py", "--build-lib", str(tmp_path), SPECDIFF_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    packaged = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    drafter = "specdiff/weights/smollm2-135m-block-diffusion"
+    assert packaged >= {
+        "specdiff/cli.py",
+        "specdiff/py.typed",
+        "specdiff/drafters/__init__.py",
+        "specdiff_kernels/py.typed",
+        "specdiff_kernels/reference/verify.py",
+        f"{drafter}/config.json",
+        f"{drafter}/model.safetensors",
+    }
+    assert {path.split("/")[0] for path in packaged} == {"specdiff", "specdiff_kernels"}

@@ -1,0 +1,317 @@
+"""The command line, run on a tiny random Llama with a small tokenizer: no download."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.control import strip_control_codes
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from specdiff import Stats, Step
+from specdiff.cli import app, encode
+from specdiff.report import LiveText, Run, TextStream, figures, median_run
+
+KEYS = [
+    "text", "tokens", "target_forwards", "tokens_per_forward", "acceptance", "stage_ms",
+    "tokens_per_second", "baseline_tokens_per_second", "speedup", "identical",
+]  # fmt: skip
+PROMPT = "the quick brown fox jumps over the"
+
+
+def save_llama(folder: Path, tokenizer, *, vocab: int | None = None, nan: bool = False) -> str:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab or len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    if nan:
+        torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory, tiny_tokenizer) -> str:
+    return save_llama(tmp_path_factory.mktemp("target"), tiny_tokenizer)
+
+
+@pytest.fixture
+def run(target):
+    """Run `specdiff generate` on the tiny target."""
+
+    def run(*args: str, drafter: str = "prompt-lookup"):
+        options = ["--target", target, "--drafter", drafter, "--max-new-tokens", "24", *args]
+        return CliRunner().invoke(app, ["generate", *options])
+
+    return run
+
+
+@pytest.fixture
+def result(run):
+    """The same with --json, and what it prints."""
+
+    def result(*args: str, prompt: str | None = PROMPT, **options: str) -> dict:
+        given_prompt = ["--prompt", prompt] if prompt is not None else []
+        done = run("--json", *given_prompt, *args, **options)
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)  # refuses anything besides one object
+
+    return result
+
+
+def test_json_has_exactly_the_documented_keys(result):
+    got = result()
+    assert list(got) == KEYS
+    assert got["tokens"] == 24
+    assert got["tokens_per_forward"] == got["tokens"] / got["target_forwards"]
+    assert set(got["stage_ms"]) >= {"draft", "target", "verify", "commit"}
+    assert got["tokens_per_second"] > 0
+    assert (got["baseline_tokens_per_second"], got["speedup"], got["identical"]) == (None,) * 3
+
+
+def test_compare_is_identical_with_a_drafter_that_is_always_right(result, target):
+    got = result("--compare", "--k", "3", drafter=target)
+    assert got["identical"] is True
+    assert got["acceptance"] == [1.0, 1.0, 1.0]
+    assert got["target_forwards"] == 6  # 24 tokens, 3 + 1 a round
+    ratio = got["tokens_per_second"] / got["baseline_tokens_per_second"]
+    assert got["speedup"] == pytest.approx(ratio)
+    assert got["text"] == result("--no-draft")["text"]
+
+
+def test_no_draft_is_plain_decoding(result):
+    got = result("--no-draft")
+    assert got["acceptance"] == []
+    assert got["target_forwards"] == got["tokens"] == 24
+
+
+def test_identical_is_null_when_sampling(result):
+    got = result("--compare", "--temperature", "1", "--top-p", "0.9", "--top-k", "50")
+    assert got["identical"] is None
+    assert got["speedup"] > 0
+
+
+def test_greedy_rule_is_greedy_at_any_temperature(result):
+    got = result("--compare", "--temperature", "1", "--rule", "greedy")
+    assert got["identical"] is True
+    assert got["text"] == result()["text"]
+
+
+def test_seed_decides_sampled_text(result):
+    texts = [result("--temperature", "1", "--seed", seed)["text"] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_batch_file_gives_a_text_for_each_line(result, tmp_path):
+    file = tmp_path / "prompts"
+    file.write_text(f"{PROMPT}\n\nthe lazy dog, 東京\n", encoding="utf-8")
+    got = result("--batch-file", str(file), prompt=None)
+    assert got["text"] == [result()["text"], result(prompt="the lazy dog, 東京")["text"]]
+    assert got["tokens"] == 48
+    file.write_text(PROMPT)
+    assert result("--batch-file", str(file), prompt=None)["text"] == [result()["text"]]
+
+
+def test_prints_the_text_and_a_table(run, result, target):
+    done = run("--prompt", PROMPT, "--compare", drafter=target)
+    assert done.exit_code == 0
+    text = strip_control_codes(result()["text"])  # rich keeps bells and their like off the screen
+    assert done.stdout.startswith(text + "\n")
+    table = done.stdout.removeprefix(text)
+    for row in (
+        "tokens", "target forwards", "tokens per target forward", "conditional acceptance",
+        "draft ms", "target ms", "verify ms", "commit ms", "tokens/s", "speed-up",
+        "text identical to plain decoding",
+    ):  # fmt: skip
+        assert row in table
+
+
+def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
+    file = tmp_path / "prompts"
+    file.write_text(f"{PROMPT}\n[red] fox\n")
+    out = run("--batch-file", str(file)).stdout
+    for prompt in (PROMPT, "[red] fox"):
+        below = out.split(f": {prompt} ", 1)[1].split("\n", 1)[1]
+        assert below.startswith(strip_control_codes(result(prompt=prompt)["text"]) + "\n")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "give either --prompt or --batch-file"),
+        (["--prompt", "a", "--batch-file", "b"], "give either --prompt or --batch-file"),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", " \n"], "--prompt is empty"),
+        (["--batch-file", "/nowhere/prompts"], "No such file"),
+        (["--prompt", "a", "--k", "0"], "--k must be at least 1, got 0; .* use --no-draft"),
+        (["--prompt", "a", "--k", "64"], "k must be below the target's context of 64 tokens"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--prompt", "fox " * 70], "no room in the target's context of 64"),
+        (["--prompt", "a", "--drafter", "magic"], "unknown drafter 'magic'; expected"),
+        (["--prompt", "a", "--target", "magic"], "unknown target 'magic'; expected"),
+        (["--prompt", "a", "--steps", "2"], "prompt-lookup has none"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be 0"),
+        (["--prompt", "a", "--top-k", "0"], "top_k must be at least 1"),
+        (["--prompt", "a", "--top-p", "2"], r"top_p must be in \(0, 1\]"),
+        (["--prompt", "a", "--min-p", "-1"], r"min_p must be in \[0, 1\]"),
+        (["--prompt", "a", "--threads", "0"], "--threads must be at least 1"),
+        (["--prompt", "a", "--compare", "--no-draft"], "leave out --no-draft"),
+    ],
+)
+def test_user_errors_are_one_line(run, args, message):
+    expect_error(run(*args), message)
+
+
+def test_block_diffusion_drafter_of_another_target(run):
+    expect_error(run("--prompt", "a", drafter="block-diffusion"), "load the drafter of this target")
+
+
+def test_vocabulary_mismatch(run, tmp_path, tiny_tokenizer):
+    other = save_llama(tmp_path / "other", tiny_tokenizer, vocab=310)
+    expect_error(run("--prompt", "a", drafter=other), "vocabulary has 310 tokens .* 290")
+
+
+def test_nan_logits(run, tmp_path, tiny_tokenizer):
+    broken = save_llama(tmp_path / "broken", tiny_tokenizer, nan=True)
+    expect_error(run("--prompt", "a", "--target", broken), "NaN")
+
+
+@pytest.mark.parametrize(
+    "content, message", [(b"\n \n", "is empty"), (b"caf\xe9\n", "can't decode")]
+)
+def test_bad_batch_file(run, tmp_path, content, message):
+    (tmp_path / "prompts").write_bytes(content)
+    expect_error(run("--batch-file", str(tmp_path / "prompts")), message)
+
+
+def test_forced_backend_that_does_not_exist(run, monkeypatch):
+    monkeypatch.setenv("SPECDIFF_BACKEND", "abacus")
+    expect_error(run("--prompt", "a"), "abacus")
+
+
+def expect_error(done, message: str) -> None:
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0])
+
+
+def test_unknown_model_name():
+    done = CliRunner().invoke(app, ["models", "fetch", "magic"])
+    expect_error(done, "unknown model 'magic'; known are smollm2-135m")
+
+
+def test_models_list(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
+    assert "not fetched" in CliRunner().invoke(app, ["models", "list"]).stdout
+    folder = tmp_path / "models" / "smollm2-135m"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / name).touch()
+    assert str(folder) in CliRunner().invoke(app, ["models", "list"]).stdout
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, specdiff.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_chat_template_unless_raw(tiny_tokenizer, monkeypatch):
+    template = (
+        "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}fox{% endif %}"
+    )
+    plain = tiny_tokenizer("dog")["input_ids"]
+    assert encode(tiny_tokenizer, "dog", raw=False) == plain
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    assert encode(tiny_tokenizer, "dog", raw=True) == plain
+    fox = tiny_tokenizer("fox")["input_ids"]
+    assert encode(tiny_tokenizer, "dog", raw=False) == [1, *plain, 2, *fox]
+
+
+def decode(tokenizer, tokens: list[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@given(tokens=st.lists(st.integers(0, 289), max_size=40))
+def test_streamed_pieces_make_the_text(tiny_tokenizer, tokens):
+    stream = TextStream(tiny_tokenizer)
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces) + stream.flush() == decode(tiny_tokenizer, tokens)
+
+
+def test_characters_are_streamed_whole(tiny_tokenizer):
+    text = "fox 🦊 東京"
+    tokens = tiny_tokenizer(text)["input_ids"]
+    assert len(tokens) > len(text)
+    stream = TextStream(tiny_tokenizer)
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces) == text
+    assert "🦊" in pieces
+
+
+def test_accepted_tokens_are_coloured_and_shown_at_once(tiny_tokenizer, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard")
+    live = LiveText(console, tiny_tokenizer, ["prompt"])
+    drafted, own = (tiny_tokenizer(text)["input_ids"] for text in ("fox", "!"))
+    step = Step([drafted + own], [len(drafted)], [len(drafted)], [False], Stats())
+    live(step)
+    coloured = "".join(f"\x1b[32m{tiny_tokenizer.decode([t])}\x1b[0m" for t in drafted)
+    assert screen.getvalue() == coloured + "!"
+    live.legend()
+    assert "\x1b[32mdrafted and accepted\x1b[0m" in screen.getvalue()
+
+
+def test_no_color(tiny_tokenizer, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = io.StringIO()
+    live = LiveText(Console(file=screen, force_terminal=True), tiny_tokenizer, ["prompt"])
+    tokens = tiny_tokenizer("fox")["input_ids"]
+    live(Step([tokens], [len(tokens)], [len(tokens)], [True], Stats()))
+    live.legend()
+    assert screen.getvalue() == "fox\n"
+
+
+def run_of(seconds: float, tokens: list[int]) -> Run:
+    stats = Stats(target_forwards=2, row_forwards=2, tokens=len(tokens))
+    stats.seconds["target"] = seconds
+    return Run([tokens], stats)
+
+
+def test_figures_come_from_the_median_runs():
+    fast = median_run([run_of(s, [1, 2, 3, 4]) for s in (9.0, 2.0, 1.0)])
+    plain = median_run([run_of(s, [1, 2, 3, 4]) for s in (4.0, 5.0, 3.0)])
+    got = figures(fast, "text", plain, greedy=True)
+    assert got["tokens_per_second"] == 2.0
+    assert got["baseline_tokens_per_second"] == 1.0
+    assert got["speedup"] == 2.0
+    assert got["identical"] is True
+
+
+def test_different_text_is_not_called_identical():
+    got = figures(run_of(1, [1, 2]), "text", run_of(1, [1, 3]), greedy=True)
+    assert got["identical"] is False

