@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 MAX_VOCABULARY = 2**19 - 1  # 2^19 weights of 2^44 would overflow an int64 total
@@ -80,6 +81,9 @@ class RowLaw(NamedTuple):
     threshold: Tensor  # i64 [N]
     total: Tensor  # i64 [N]
     status: Tensor  # i32 [N], Status
+
+
+LAW_DTYPES = (torch.float32, torch.float32, torch.int64, torch.int64, torch.int32)
 
 
 class Draft(NamedTuple):

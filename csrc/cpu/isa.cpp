@@ -1,6 +1,6 @@
 // Choice of the instruction set at run time.
 #include <atomic>
-#include <cstdlib>
+#include <cstring>
 
 #include "tile.h"
 
@@ -42,7 +42,7 @@ bool isa_supported(int index) { return kIsas[index].supported(); }
 
 bool use_isa(const char* name) {
   for (const Isa& isa : kIsas) {
-    if (strcmp(isa.kernels->isa, name) == 0 && isa.supported()) {
+    if (std::strcmp(isa.kernels->isa, name) == 0 && isa.supported()) {
       in_use = isa.kernels;
       return true;
     }
@@ -52,11 +52,8 @@ bool use_isa(const char* name) {
 
 const TileKernels& kernels() {
   if (in_use.load(std::memory_order_relaxed) == nullptr) {
-    const char* wanted = std::getenv("SPECDIFF_CPU_ISA");
-    if (wanted == nullptr || !use_isa(wanted)) {
-      for (const Isa& isa : kIsas) {
-        if (isa.supported() && use_isa(isa.kernels->isa)) break;
-      }
+    for (const Isa& isa : kIsas) {
+      if (isa.supported() && use_isa(isa.kernels->isa)) break;
     }
   }
   return *in_use.load(std::memory_order_relaxed);

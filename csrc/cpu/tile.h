@@ -23,7 +23,7 @@ struct TileKernels {
                       double inverse_q, int64_t* w);
 };
 
-// The kernels in use: the best that the processor has, or what use_isa or SPECDIFF_CPU_ISA chose.
+// The kernels in use: the best that the processor has, or what use_isa chose.
 const TileKernels& kernels();
 
 int isa_count();

@@ -1,8 +1,21 @@
 """C++ backend for CPUs: hands addresses and sizes to the native module `_C`."""
 
+import os
+
+import specdiff_kernels._C as _C
+
+from ..backends import BackendError
 from .commit import commit
 from .row_law import row_law
 from .sample import sample
 from .verify import verify
 
 __all__ = ["commit", "row_law", "sample", "verify"]
+
+if isa := os.environ.get("SPECDIFF_CPU_ISA"):
+    if isa not in _C.supported_isas():
+        raise BackendError(
+            f"SPECDIFF_CPU_ISA is {isa!r}; expected one of {', '.join(_C.supported_isas())}, "
+            "which this processor has"
+        )
+    _C.use_isa(isa)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import MAX_VOCABULARY, Purpose
+from ..types import LAW_DTYPES, MAX_VOCABULARY, Purpose, RowLaw
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +42,12 @@ def check_logits(name: str, logits: Tensor, shape: Sequence[int | None]) -> Tens
     if not 1 <= V <= MAX_VOCABULARY:
         raise ValueError(f"{name}: expected a vocabulary of 1 to {MAX_VOCABULARY}, got {V}")
     return logits if logits.stride(-1) == 1 or V == 1 else logits.contiguous()
+
+
+def check_law(name: str, law: RowLaw, N: int) -> None:
+    """Raise unless every field of a RowLaw has N entries of its dtype."""
+    for field, tensor, dtype in zip(RowLaw._fields, law, LAW_DTYPES, strict=True):
+        check_tensor(f"{name}.{field}", tensor, [N], [dtype])
 
 
 def check_device(device: torch.device, **tensors: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import Committed
 from .checks import check_device, check_tensor, contiguous
-from .registry import define
+from .registry import Outputs, define
 
 
 def commit(
@@ -70,9 +70,8 @@ def commit(
     return Committed(*torch.ops.specdiff.commit(*args))
 
 
-def _allocate(lengths: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    empty = torch.empty_like
-    return empty(lengths), empty(lengths), empty(lengths, dtype=torch.bool)
+def _outputs(lengths: Tensor, *_: Any) -> Outputs:
+    return [([len(lengths)], dtype) for dtype in (torch.int64, torch.int64, torch.bool)]
 
 
 def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
@@ -83,6 +82,6 @@ define(
     "commit",
     "Tensor lengths, Tensor emitted, Tensor? stop_tokens, Tensor? limit, Tensor? finished",
     ["new_lengths", "kept", "new_finished"],
-    _allocate,
+    _outputs,
     _call,
 )

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
+from .checks import check_device, check_tensor
 
+Outputs = list[tuple[list[int], torch.dtype]]  # shape and dtype of each
 LIBRARY = torch.library.Library("specdiff", "DEF")
 
 
@@ -18,7 +20,7 @@ def define(
     name: str,
     inputs: str,
     outputs: Sequence[str],
-    allocate: Callable[..., tuple[Tensor, ...]],
+    specs: Callable[..., Outputs],
     call: Callable[..., None],
 ) -> None:
     """Register `specdiff::name` and `specdiff::name.out`.
@@ -26,7 +28,7 @@ def define(
     Args:
         inputs: the schema of the inputs, without the backend's name.
         outputs: names of the output tensors.
-        allocate: inputs -> uninitialised outputs; it is the fake implementation as well.
+        specs: inputs -> shape and dtype of each output.
         call: (backend function, inputs, outputs) -> None, fills the outputs.
     """
     inputs = f"{inputs}, str? backend"
@@ -36,20 +38,29 @@ def define(
     LIBRARY.define(f"{name}({inputs}) -> ({results})")
     LIBRARY.define(f"{name}.out({inputs}, {mutable}) -> ()")
 
+    def allocate(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in specs(*args[:-1]))
+
     def run(args: Sequence[Any], out: Sequence[Tensor]) -> None:
         function = implementation(name, out[0].device, args[-1])
         call(function, *args[:-1], out=out)
 
     def functional(*args: Any) -> Any:
-        out = allocate(*args[:-1])
+        out = allocate(*args)
         run(args, out)
         return out if len(out) > 1 else out[0]
 
     def into(*args: Any) -> None:
-        run(args[: -len(outputs)], args[-len(outputs) :])
+        inputs, out = args[: -len(outputs)], args[-len(outputs) :]
+        for field, tensor, (shape, dtype) in zip(outputs, out, specs(*inputs[:-1]), strict=True):
+            check_tensor(f"out.{field}", tensor, shape, [dtype])
+            check_device(args[0].device, **{f"out.{field}": tensor})
+            if not tensor.is_contiguous():
+                raise ValueError(f"out.{field}: expected contiguous memory, got a strided view")
+        run(inputs, out)
 
     def fake(*args: Any) -> Any:
-        out = allocate(*args[:-1])
+        out = allocate(*args)
         return out if len(out) > 1 else out[0]
 
     for device in ("CPU", "CUDA"):

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import RowLaw
+from ..types import LAW_DTYPES, RowLaw
 from .checks import check_logits, per_row
-from .registry import define
+from .registry import Outputs, define
 
 
 def row_law(
@@ -68,10 +68,8 @@ def row_law(
     return RowLaw(*torch.ops.specdiff.row_law(*args))
 
 
-def _allocate(logits: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
-    N = len(logits)
-    f32, i64, i32 = torch.float32, torch.int64, torch.int32
-    return tuple(logits.new_empty(N, dtype=dtype) for dtype in (f32, f32, i64, i64, i32))
+def _outputs(logits: Tensor, *_: Any) -> Outputs:
+    return [([len(logits)], dtype) for dtype in LAW_DTYPES]
 
 
 def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
@@ -82,6 +80,6 @@ define(
     "row_law",
     "Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p",
     RowLaw._fields,
-    _allocate,
+    _outputs,
     _call,
 )

@@ -11,13 +11,14 @@ from torch import Tensor
 from ..types import Purpose, RowLaw
 from .checks import (
     check_device,
+    check_law,
     check_logits,
     check_purpose,
     check_random,
     check_tensor,
     contiguous,
 )
-from .registry import define
+from .registry import Outputs, define
 
 LAW_SCHEMA = "Tensor max, Tensor scale, Tensor threshold, Tensor total, Tensor status"
 
@@ -63,8 +64,7 @@ def sample(
     logits = check_logits("logits", logits, [None, None])
     N, V = logits.shape
     device = logits.device
-    for name, field in zip(RowLaw._fields, law, strict=True):
-        check_tensor(f"law.{name}", field, [N], [field.dtype])
+    check_law("law", law, N)
     check_device(device, **law._asdict(), slot=slot, draft_ids=draft_ids)
     check_random(N, device, [N], seed, round, words)
     if draft_ids is not None:
@@ -84,8 +84,8 @@ def sample(
     return torch.ops.specdiff.sample(*args)
 
 
-def _allocate(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (logits.new_empty(len(logits), dtype=torch.int64),)
+def _outputs(logits: Tensor, *_: Any) -> Outputs:
+    return [([len(logits)], torch.int64)]
 
 
 def _call(function: Callable[..., None], logits: Tensor, *rest: Any, out: Any) -> None:
@@ -97,6 +97,6 @@ define(
     f"Tensor logits, {LAW_SCHEMA}, Tensor? seed, Tensor? round, Tensor? slot, int purpose, "
     "Tensor? words, Tensor? draft_ids",
     ["tokens"],
-    _allocate,
+    _outputs,
     _call,
 )

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from ..types import Draft, RowLaw, Verified
-from .checks import check_device, check_logits, check_random, check_tensor, contiguous, per_row
-from .registry import define
+from .checks import (
+    check_device,
+    check_law,
+    check_logits,
+    check_random,
+    check_tensor,
+    contiguous,
+    per_row,
+)
+from .registry import Outputs, define
 
 RULES = ("token", "one-hot", "greedy")
 
@@ -116,8 +124,7 @@ def check_draft(draft: Draft, B: int, K: int, V: int, device: torch.device) -> D
         Vd = V if ids is None else len(ids)
         logits = check_logits("draft.logits", logits, [None, Vd])
         law = RowLaw(*contiguous(*law))
-        for name, field in law._asdict().items():
-            check_tensor(f"draft.law.{name}", field, [len(logits)], [field.dtype])
+        check_law("draft.law", law, len(logits))
     if ids is not None:
         check_tensor("draft.draft_ids", ids, [None], [i64])
         if ids.device.type == "cpu" and not increasing_ids(ids, V):
@@ -136,11 +143,9 @@ def increasing_ids(ids: Tensor, V: int) -> bool:
     return inside and bool((ids[1:] > ids[:-1]).all())
 
 
-def _allocate(target_logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _outputs(target_logits: Tensor, *_: Any) -> Outputs:
     B, positions = target_logits.shape[:2]
-    i64, i32 = torch.int64, torch.int32
-    empty = target_logits.new_empty
-    return empty(B, dtype=i64), empty(B, positions, dtype=i64), empty(B, dtype=i32)
+    return [([B], torch.int64), ([B, positions], torch.int64), ([B], torch.int32)]
 
 
 def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out: Any) -> None:
@@ -157,6 +162,6 @@ define(
     "Tensor? draft_ids, Tensor? lengths, bool value_dependent, Tensor temperature, "
     "Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? seed, Tensor? round, Tensor? words",
     Verified._fields,
-    _allocate,
+    _outputs,
     _call,
 )

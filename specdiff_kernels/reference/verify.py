@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Draft, Purpose, RowLaw, Status, Verified
+from ..types import LAW_DTYPES, Draft, Purpose, RowLaw, Status, Verified
 from .numerics import draw, probability, random_word, unit, weights
 from .row_law import row_law
 
@@ -130,6 +130,4 @@ def last_word(
 
 def empty_law(N: int, device: torch.device) -> RowLaw:
     """A RowLaw of N rows to write into."""
-    f32, i64, i32 = torch.float32, torch.int64, torch.int32
-    dtypes = (f32, f32, i64, i64, i32)
-    return RowLaw(*(torch.empty(N, dtype=dtype, device=device) for dtype in dtypes))
+    return RowLaw(*(torch.empty(N, dtype=dtype, device=device) for dtype in LAW_DTYPES))

@@ -1,0 +1,44 @@
+"""Exact probabilities of an op's outcomes, found from the outside.
+
+Every outcome is monotone in each random word, so bisection over the 2^64 words of one draw finds
+where it changes, and the lengths of the intervals are the probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+WORDS = 2**64
+
+
+def patterns(words: list[int]) -> Tensor:
+    """Unsigned 64-bit words as an int64 tensor of the same bits."""
+    return torch.tensor([w - WORDS if w >= WORDS // 2 else w for w in words], dtype=torch.int64)
+
+
+def first_word(changed: Callable[[Tensor], Tensor], n: int) -> list[int]:
+    """For each of n independent draws the smallest word at which `changed` holds, or 2^64.
+
+    changed: int64 patterns [n] -> bool [n], False below some word and True from there on.
+    """
+    low, high = [0] * n, [WORDS] * n
+    for _ in range(64):
+        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
+        hit = changed(patterns(middle)).tolist()
+        for i, (m, h) in enumerate(zip(middle, hit, strict=True)):
+            low[i], high[i] = (low[i], m) if h else (m, high[i])
+    at_zero = changed(patterns([0] * n)).tolist()
+    return [0 if zero else h for zero, h in zip(at_zero, high, strict=True)]
+
+
+def probabilities(tokens: Callable[[Tensor], Tensor], n: int, V: int) -> list[list[Fraction]]:
+    """Laws of n independent draws whose token grows with the word. -> [n][V]"""
+    edges = [[0] * n]
+    for v in range(1, V):
+        edges.append(first_word(lambda words, v=v: tokens(words) >= v, n))
+    edges.append([WORDS] * n)
+    return [[Fraction(edges[v + 1][i] - edges[v][i], WORDS) for v in range(V)] for i in range(n)]

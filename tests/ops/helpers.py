@@ -1,0 +1,32 @@
+"""Small constructors that the op tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdiff_kernels import Draft, RowLaw
+
+LAST_WORD = -1  # the largest 64-bit word, as an int64 pattern
+
+
+def i64(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def one_hot_draft(tokens: Tensor, **fields) -> Draft:
+    """A draft of bare guesses. tokens [B, K]"""
+    tau = torch.zeros_like(tokens, dtype=torch.int32)
+    return Draft(tokens, tau, torch.full_like(tokens, -1), **fields)
+
+
+def recorded_draft(tokens: Tensor, logits: Tensor, law: RowLaw, **fields) -> Draft:
+    """A one-step draft, position (b, i) drawn from pool row b K + i."""
+    rows = torch.arange(tokens.numel()).view_as(tokens)
+    return Draft(tokens, torch.zeros_like(tokens, dtype=torch.int32), rows, logits, law, **fields)
+
+
+def assert_same(a: tuple, b: tuple) -> None:
+    """Bitwise equality of two NamedTuples of tensors."""
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        assert torch.equal(x, y), f"{name}: {x.tolist()} != {y.tolist()}"

@@ -1,0 +1,129 @@
+"""Which backend runs: the one forced, or the best, and why a better one did not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from specdiff_kernels import BackendError, available_backends, backends, row_law, use_backend
+from specdiff_kernels.__main__ import report
+
+LOGITS = torch.zeros(1, 4)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the backends that ran, in order."""
+    names = []
+    original = backends.load
+
+    class Spy:
+        def __init__(self, name, module):
+            self.name, self.module = name, module
+
+        def __getattr__(self, op):
+            names.append(self.name)
+            return getattr(self.module, op)
+
+    def load(name):
+        module = original(name)
+        return module if isinstance(module, Exception) else Spy(name, module)
+
+    monkeypatch.setattr(backends, "load", load)
+    monkeypatch.delenv("SPECDIFF_BACKEND", raising=False)
+    return names
+
+
+def test_cpp_is_the_default_on_a_cpu(ran):
+    row_law(LOGITS)
+    assert ran == ["cpp"]
+
+
+def test_argument_beats_block_beats_environment(ran, monkeypatch):
+    monkeypatch.setenv("SPECDIFF_BACKEND", "reference")
+    row_law(LOGITS)
+    with use_backend("cpp"):
+        row_law(LOGITS)
+        row_law(LOGITS, backend="reference")
+    row_law(LOGITS)
+    assert ran == ["reference", "cpp", "reference", "reference"]
+
+
+@pytest.mark.parametrize("force", ["argument", "block", "environment"])
+def test_unknown_names(force, monkeypatch):
+    with pytest.raises(BackendError, match="expected one of cpp, reference"):
+        if force == "argument":
+            row_law(LOGITS, backend="cuda-12")
+        elif force == "block":
+            with use_backend("cuda-12"):
+                pass
+        else:
+            monkeypatch.setenv("SPECDIFF_BACKEND", "cuda-12")
+            row_law(LOGITS)
+
+
+@pytest.fixture
+def broken_cpp(monkeypatch):
+    original = backends.load
+    fault = ImportError("undefined symbol")
+    monkeypatch.setattr(backends, "load", lambda n: fault if n == "cpp" else original(n))
+    monkeypatch.delenv("SPECDIFF_BACKEND", raising=False)
+    backends._log_fallback.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_cpp")
+def test_fallback_is_logged_once_with_its_reason(caplog):
+    with caplog.at_level(logging.WARNING, "specdiff_kernels"):
+        row_law(LOGITS)
+        row_law(LOGITS)
+    assert [r.getMessage() for r in caplog.records] == [
+        "backend cpp is not used: it did not load (undefined symbol); reinstall with: "
+        "pip install --force-reinstall .; using reference"
+    ]
+
+
+@pytest.mark.usefixtures("broken_cpp")
+def test_a_forced_backend_never_falls_back():
+    with pytest.raises(BackendError, match=r"'cpp' was asked for, but it did not load"):
+        row_law(LOGITS, backend="cpp")
+    assert "undefined symbol" in available_backends()["cpp"]
+    assert "undefined symbol" in report()
+
+
+def test_report():
+    text = subprocess.run(
+        [sys.executable, "-m", "specdiff_kernels"], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"torch {torch.__version__}" in text
+    assert "cpu  cpp        available" in text
+    assert "cpp uses " in text
+
+
+def test_unknown_instruction_set_is_an_error():
+    result = subprocess.run(
+        [sys.executable, "-c", "import torch, specdiff_kernels as s; s.row_law(torch.zeros(1, 4))"],
+        env={**os.environ, "SPECDIFF_CPU_ISA": "avx3", "SPECDIFF_BACKEND": "cpp"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "SPECDIFF_CPU_ISA" in result.stderr
+    assert "avx2" in result.stderr
+
+
+def test_ops_compile_without_graph_breaks():
+    @torch.compile(fullgraph=True, backend="eager")
+    def total(logits):
+        return row_law(logits).total + 1
+
+    assert total(LOGITS).item() == 4 * 2**44 + 1
+    torch.library.opcheck(
+        torch.ops.specdiff.row_law.default,
+        (LOGITS, torch.ones(1), None, None, None, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )

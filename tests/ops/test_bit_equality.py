@@ -1,0 +1,176 @@
+"""Every backend gives the reference's bits: random shapes, dtypes, strides and parameters."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specdiff_kernels import Draft, commit, row_law, sample, use_backend, verify
+
+from .conftest import IMPLEMENTATIONS, forced
+from .helpers import assert_same
+
+EXAMPLES = int(os.environ.get("SPECDIFF_EXAMPLES", "300"))
+INF, NAN = float("inf"), float("nan")
+
+
+@dataclass
+class Case:
+    """Inputs of one round over all ops."""
+
+    target: Tensor  # [B, K + 1, V]
+    drafted: Tensor  # [B K, Vd]
+    draft_ids: Tensor | None
+    parameters: dict[str, Tensor | None]  # [B]
+    words: Tensor | None  # [B, K + 1]
+    draft_words: Tensor  # [B K]
+    tau: Tensor
+    rows: Tensor
+    lengths: Tensor | None
+    rule: str
+    value_dependent: bool
+    damage: Tensor | None  # tokens [B, K] in place of the sampled ones
+
+
+def embed_in_frame(logits: Tensor) -> Tensor:
+    """The same logits as a view of a larger tensor, at an odd offset, between NaNs."""
+    B, positions, V = logits.shape
+    frame = torch.full((B, positions + 2, V + 7), NAN, dtype=logits.dtype)
+    frame[:, 1:-1, 3 : V + 3] = logits
+    return frame[:, 1:-1, 3 : V + 3]
+
+
+@st.composite
+def cases(draw) -> Case:
+    pick = lambda *options: draw(st.sampled_from(options))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    V = draw(st.one_of(st.integers(1, 80), st.sampled_from([1024, 1025, 2049, 5000])))
+    B, K = draw(st.integers(1, 4)), draw(st.integers(0, 5))
+    base = torch.randn(B, K + 1, V, generator=random) * pick(0.0, 0.1, 1.0, 4.0, 20.0)
+    target = base.to(pick(torch.float32, torch.bfloat16, torch.float16))
+    if pick(True, False, False):
+        target[torch.rand(target.shape, generator=random) < 0.4] = -INF
+    if pick(True, False, False, False):
+        at = [draw(st.integers(0, size - 1)) for size in target.shape]
+        target[tuple(at)] = pick(NAN, -NAN, INF)
+    if pick(True, False):
+        target = embed_in_frame(target)
+    ids = None
+    if pick(True, False):
+        kept = torch.randperm(V, generator=random)[: draw(st.integers(1, V))]
+        ids = kept.sort().values
+    seen = base[:, :K].reshape(B * K, V)
+    drafted = seen if ids is None else seen[:, ids]
+    drafted = drafted + torch.randn(drafted.shape, generator=random) * pick(0.0, 0.5, 3.0)
+    uniform = lambda: torch.rand(B, generator=random)
+    parameters = {
+        "temperature": torch.tensor([pick(0.0, 0.3, 1.0, 1.7, 2.0**95) for _ in range(B)]),
+        "top_k": pick(None, torch.randint(0, V + 2, (B,), generator=random)),
+        "top_p": pick(None, uniform() * 0.99 + 0.01),
+        "min_p": pick(None, uniform() * 0.3, torch.ones(B)),
+    }
+    word = lambda *shape: torch.randint(-(2**63), 2**63 - 1, shape, generator=random)
+    rows = torch.arange(B * K).view(B, K)
+    rows = rows.masked_fill(torch.rand(rows.shape, generator=random) < 0.3, -1)
+    return Case(
+        target,
+        drafted.to(pick(torch.float32, torch.bfloat16)),
+        ids,
+        parameters,
+        pick(None, word(B, K + 1)),
+        word(B * K),
+        torch.randint(0, 3, (B, K), generator=random, dtype=torch.int32),
+        rows,
+        pick(None, torch.randint(0, K + 1, (B,), generator=random)),
+        pick("token", "token", "one-hot", "greedy"),
+        pick(False, False, True),
+        pick(None, None, torch.randint(-1, V + 1, (B, K), generator=random)),
+    )
+
+
+def repeat(parameters: dict[str, Tensor | None], times: int) -> dict[str, Tensor | None]:
+    return {k: v if v is None else v.repeat_interleave(times) for k, v in parameters.items()}
+
+
+def run(case: Case) -> list:
+    """Outputs of every op, in the order in which a round calls them."""
+    B, positions, V = case.target.shape
+    K = positions - 1
+    target_law = row_law(case.target.reshape(-1, V), **repeat(case.parameters, positions))
+    law = row_law(case.drafted, **repeat(case.parameters, K))
+    tokens = sample(case.drafted, law, words=case.draft_words, draft_ids=case.draft_ids)
+    seed, round = torch.arange(B) * 2**40 - 3, torch.arange(B)
+    keyed = sample(
+        case.drafted,
+        law,
+        seed=seed.repeat_interleave(K),
+        round=round.repeat_interleave(K),
+        slot=torch.arange(B * K),
+    )
+    drafted = tokens.view(B, K) if case.damage is None else case.damage
+    draft = Draft(drafted, case.tau, case.rows, case.drafted, law, case.draft_ids, case.lengths,
+                  case.value_dependent)  # fmt: skip
+    random = {"seed": seed, "round": round} if case.words is None else {"words": case.words}
+    verified = verify(case.target, draft, **case.parameters, rule=case.rule, **random)
+    committed = commit(
+        torch.arange(B), verified.emitted, stop_tokens=torch.arange(0, V, 3),
+        limit=torch.arange(B) + K,
+    )  # fmt: skip
+    return [target_law, law, (tokens, keyed), verified, committed]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(case=cases())
+def test_same_bits(implementation, case):
+    with use_backend("reference"):
+        expected = run(case)
+    with forced(implementation):
+        result = run(case)
+    for a, b in zip(expected, result, strict=True):
+        if hasattr(a, "_fields"):
+            assert_same(a, b)
+        else:
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("V", [50257, 50258, 151936])
+def test_same_bits_at_full_size(implementation, V):
+    random = torch.Generator().manual_seed(V)
+    target = torch.randn(2, 4, V, generator=random).mul(3).bfloat16()
+    drafted = target[:, :3].reshape(6, V) + torch.randn(6, V, generator=random)
+    words = torch.randint(-(2**63), 2**63 - 1, (2, 4), generator=random)
+    case = Case(
+        target, drafted, None,
+        {"temperature": torch.tensor([0.8, 1.3]), "top_k": torch.tensor([0, 500]),
+         "top_p": torch.tensor([1.0, 0.9]), "min_p": None},
+        words, words[:, :3].flatten(), torch.zeros(2, 3, dtype=torch.int32),
+        torch.arange(6).view(2, 3), None, "token", False, None,
+    )  # fmt: skip
+    with use_backend("reference"):
+        expected = run(case)
+    with forced(implementation):
+        result = run(case)
+    assert_same(expected[0], result[0])
+    assert_same(expected[3], result[3])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_threads_do_not_matter(implementation):
+    logits = torch.randn(40, 3000)
+    before = torch.get_num_threads()
+    try:
+        with forced(implementation):
+            torch.set_num_threads(1)
+            one = row_law(logits, top_p=0.9)
+            torch.set_num_threads(3)
+            assert_same(row_law(logits, top_p=0.9), one)
+    finally:
+        torch.set_num_threads(before)

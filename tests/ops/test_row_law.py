@@ -1,0 +1,154 @@
+"""Row law: agreement with softmax, truncation as in transformers, faults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from specdiff_kernels import LawError, RowLaw, Status, check_status, row_law
+from specdiff_kernels.reference.numerics import weights
+
+NAN, INF = float("nan"), float("inf")
+pytestmark = pytest.mark.usefixtures("implementation")
+
+
+def probabilities(logits, law):
+    return weights(logits, law).double() / law.total[:, None].double()
+
+
+@pytest.mark.parametrize("V", [1, 31, 1024, 1025, 50257, 50258, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_softmax(V, dtype):
+    """Total variation to fp64 softmax: the polynomial's 1.7e-7, and the rounding of t in fp32,
+    at most 2 ulp of 32, each times ln 2 or less."""
+    torch.manual_seed(V)
+    logits = (torch.randn(3, V) * 4).to(dtype)
+    law = row_law(logits, 0.7)
+    distance = probabilities(logits, law) - (logits.double() / 0.7).softmax(-1)
+    assert distance.abs().sum(-1).max() / 2 < 1.7e-7 + 2 * 32 * 2.0**-24
+    assert (weights(logits, law).sum(-1) == law.total).all()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "warper"),
+    [
+        ({"top_k": 7}, TopKLogitsWarper(7)),
+        ({"top_p": 0.8}, TopPLogitsWarper(0.8)),
+        ({"min_p": 0.05}, MinPLogitsWarper(0.05)),
+    ],
+)
+def test_truncation_keeps_what_transformers_keeps(parameters, warper):
+    torch.manual_seed(0)
+    logits = torch.randn(64, 300) * 3
+    kept = weights(logits, row_law(logits, **parameters)) > 0
+    assert torch.equal(kept, warper(None, logits.clone()) > -INF)
+
+
+def test_truncations_compose_in_order():
+    torch.manual_seed(1)
+    logits = torch.randn(64, 300) * 2
+    law = row_law(logits, 1.3, top_k=20, top_p=0.7, min_p=0.02)
+    scores = logits / 1.3
+    for warper in (TopKLogitsWarper(20), TopPLogitsWarper(0.7), MinPLogitsWarper(0.02)):
+        scores = warper(None, scores)
+    assert torch.equal(weights(logits, law) > 0, scores > -INF)
+    assert (weights(logits, law).sum(-1) == law.total).all()
+
+
+def test_ties_at_the_threshold_are_kept():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+    assert (weights(logits, row_law(logits, top_k=2)) > 0).tolist() == [
+        [False, True, True, True, False]
+    ]
+
+
+def test_greedy_is_the_lowest_index_argmax():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [-0.0, 0.0, -1.0]])
+    law = row_law(logits, 0.0, top_k=1, top_p=0.1)
+    assert law.scale.tolist() == [0, 0]
+    assert law.threshold.tolist() == [1, 0]
+    assert weights(logits, law).argmax(-1).tolist() == [1, 0]
+
+
+def test_per_row_parameters():
+    logits = torch.randn(3, 50).repeat(2, 1)[:3]
+    temperature = torch.tensor([0.5, 0.0, 2.0])
+    together = row_law(logits, temperature)
+    for i, t in enumerate(temperature.tolist()):
+        alone = row_law(logits[i : i + 1], t)
+        assert [field[i].item() for field in together] == [field.item() for field in alone]
+
+
+@pytest.mark.parametrize(
+    ("row", "status"),
+    [
+        ([0.0, NAN], Status.NAN),
+        ([0.0, -NAN], Status.NAN),
+        ([INF, NAN], Status.NAN),
+        ([0.0, INF], Status.POS_INF),
+        ([-INF, -INF], Status.EMPTY),
+        ([-INF, 0.0], Status.OK),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_faults(row, status, temperature):
+    law = row_law(torch.tensor([[0.0, 1.0], row]), temperature)
+    assert law.status.tolist() == [Status.OK, status]
+    if status:
+        assert law.total[1] == 0
+        with pytest.raises(LawError, match="row 1 has no law"):
+            check_status(law.status)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"temperature": torch.tensor([-1.0])},
+        {"temperature": torch.tensor([NAN])},
+        {"temperature": torch.tensor([1e-40])},
+        {"top_k": torch.tensor([-1])},
+        {"top_p": torch.tensor([0.0])},
+        {"top_p": torch.tensor([1.5])},
+        {"min_p": torch.tensor([-0.1])},
+    ],
+)
+def test_bad_entries_of_parameter_tensors(parameters):
+    assert row_law(torch.zeros(1, 4), **parameters).status.item() == Status.PARAMETER
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 2.0}, "min_p"),
+        ({"top_p": torch.tensor([0.5, 0.5])}, "top_p"),
+    ],
+)
+def test_bad_arguments_are_named(parameters, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        row_law(torch.zeros(1, 4), **parameters)
+    with pytest.raises(TypeError, match=r"^logits: expected dtype .* got float64"):
+        row_law(torch.zeros(1, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="vocabulary of 1 to 524287"):
+        row_law(torch.zeros(1, 0))
+
+
+def test_largest_vocabulary_does_not_overflow():
+    logits = torch.zeros(1, 2**19 - 1)
+    assert row_law(logits).total.item() == (2**19 - 1) << 44
+
+
+def test_views_between_sentinels_and_out():
+    torch.manual_seed(2)
+    logits = torch.randn(3, 100)
+    frame = torch.full((5, 131), NAN)
+    frame[1:4, 17:117] = logits
+    expected = row_law(logits, top_p=0.9)
+    out = RowLaw(*(torch.full_like(field, 77) for field in expected))
+    assert row_law(frame[1:4, 17:117], top_p=0.9, out=out) is out
+    for a, b in zip(out, expected, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(row_law(logits.t().contiguous().t()).total, row_law(logits).total)

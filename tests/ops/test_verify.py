@@ -1,0 +1,330 @@
+"""Verification: what is accepted, what is emitted instead, and what is not even read."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from specdiff_kernels import Draft, LawError, Status, Verified, check_status, row_law, verify
+from specdiff_kernels.reference.numerics import probability, weights
+from tests.enumeration import first_word, probabilities
+
+from .helpers import LAST_WORD, assert_same, i64, one_hot_draft, recorded_draft
+
+pytestmark = pytest.mark.usefixtures("implementation")
+NAN, INF = float("nan"), float("inf")
+
+
+def words(*rows):
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def lists(verified: Verified) -> list:
+    return [field.tolist() for field in verified]
+
+
+def law_of(logits) -> list[float]:
+    law = row_law(logits[None])
+    return (weights(logits[None], law)[0].double() / law.total.double()).tolist()
+
+
+def outcome_law(target, draft, V):
+    """Exact P(accept) of a K = 1 draft and the law of the token emitted after a rejection."""
+
+    def asked(accept, last):
+        n = len(last)
+        repeated = draft._replace(
+            tokens=draft.tokens.expand(n, 1),
+            tau=draft.tau.expand(n, 1),
+            rows=draft.rows.expand(n, 1),
+        )
+        return verify(target.expand(n, 2, V), repeated, words=torch.stack((accept, last), 1))
+
+    accepted = first_word(lambda word: asked(word, torch.zeros_like(word)).accepted < 1, 1)[0]
+    rejected = probabilities(
+        lambda word: asked(torch.full_like(word, LAST_WORD), word).emitted[:, 0], 1, V
+    )[0]
+    return Fraction(accepted, 2**64), rejected
+
+
+def test_acceptance_and_residual_are_leviathans():
+    """P(accept x) = min(1, p(x) / q(x)); the residual is (p - q)+ normalised."""
+    torch.manual_seed(0)
+    V = 5
+    p_logits, q_logits = torch.randn(2, V), torch.randn(1, V)
+    p, q = law_of(p_logits[0]), law_of(q_logits[0])
+    excess = [max(a - b, 0) for a, b in zip(p, q, strict=True)]
+    for x in range(V):
+        draft = recorded_draft(torch.tensor([[x]]), q_logits, row_law(q_logits))
+        accept, residual = outcome_law(p_logits[None], draft, V)
+        assert float(accept) == pytest.approx(min(1, p[x] / q[x]), abs=1e-14)
+        if accept < 1:
+            assert [float(r) for r in residual] == pytest.approx(
+                [e / sum(excess) for e in excess], abs=1e-14
+            )
+
+
+def test_one_hot_residual_is_the_target_without_x():
+    torch.manual_seed(1)
+    p_logits = torch.randn(2, 4)
+    p = law_of(p_logits[0])
+    accept, residual = outcome_law(p_logits[None], one_hot_draft(torch.tensor([[2]])), 4)
+    without = [0 if v == 2 else p[v] / (1 - p[2]) for v in range(4)]
+    assert float(accept) == pytest.approx(p[2], abs=1e-14)
+    assert [float(r) for r in residual] == pytest.approx(without, abs=1e-14)
+
+
+def test_equal_laws_accept_every_word():
+    """p = q bitwise: u q < p for every u < 1."""
+    logits = torch.randn(1, 3, 100)
+    pool = logits[0, :2]
+    draft = recorded_draft(torch.tensor([[5, 7]]), pool, row_law(pool))
+    result = verify(logits, draft, words=words([LAST_WORD, LAST_WORD, 0]))
+    assert result.accepted.tolist() == [2]
+
+
+def test_impossible_tokens_are_never_accepted():
+    """p(x) = 0, even at u = 0; the residual then starts at the first token with p > q."""
+    target = torch.tensor([[[-INF, 0.0, 0.0], [0.0, 0.0, 0.0]]])
+    pool = torch.zeros(1, 3)
+    for draft in (
+        recorded_draft(torch.tensor([[0]]), pool, row_law(pool)),
+        one_hot_draft(torch.tensor([[0]])),
+    ):
+        assert lists(verify(target, draft, words=words([0, 0]))) == [[0], [[1, -1]], [0]]
+
+
+def test_recorded_token_without_weight_is_a_fault():
+    """q(x) = 0 cannot have been drawn: nothing is emitted on such a record."""
+    pool = torch.tensor([[-INF, 0.0]])
+    draft = recorded_draft(torch.tensor([[0]]), pool, row_law(pool))
+    result = verify(torch.zeros(1, 2, 2), draft, words=words([0, 0]))
+    assert lists(result) == [[0], [[-1, -1]], [Status.DRAFT]]
+    with pytest.raises(LawError):
+        check_status(result.status)
+
+
+def test_empty_residual_falls_back_to_the_target():
+    """q gives x one unit of 2^62, p none: x is rejected, yet every p(v) - q(v) rounds to 0."""
+    V = 2**18 + 1
+    target, pool = torch.zeros(1, 2, V), torch.zeros(1, V)
+    target[..., 5], pool[0, 5] = -INF, -30.0
+    law = row_law(pool)
+    assert law.total.item() == 2**62 + 1
+    result = verify(target, recorded_draft(i64(5)[None], pool, law), words=words([0, LAST_WORD]))
+    assert lists(result) == [[0], [[V - 1, -1]], [0]]
+    only = torch.tensor([[[0.0], [0.0]]])  # V = 1: nothing is left without x
+    hot = one_hot_draft(torch.tensor([[0]]))
+    assert lists(verify(only, hot, words=words([LAST_WORD, LAST_WORD])))[1] == [[0, 0]]
+
+
+def test_bonus_follows_the_last_drafted_token():
+    target = torch.tensor([[[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]])
+    result = verify(target, one_hot_draft(torch.tensor([[0, 1]])), 0.0, words=words([0, 0, 0]))
+    assert lists(result) == [[2], [[0, 1, 0]], [0]]
+
+
+@pytest.mark.parametrize("K", [0, 1])
+def test_short_drafts(K):
+    """K = 0 is plain sampling; its words are those of a bonus token."""
+    torch.manual_seed(3)
+    logits = torch.randn(4, K + 1, 50)
+    draft = one_hot_draft(torch.zeros(4, K, dtype=torch.int64))
+    result = verify(logits, draft, seed=i64(1, 2, 3, 4), round=i64(0, 0, 0, 0))
+    assert (result.emitted[:, 0] >= 0).all()
+    assert (result.accepted <= K).all()
+
+
+def test_ragged_lengths():
+    """Positions beyond a row's length are neither read nor checked."""
+    target = torch.zeros(3, 3, 2)
+    target[..., 1] = 50
+    target[0, 1:], target[1, 2:] = NAN, NAN
+    tokens = torch.tensor([[-1, 99], [1, -5], [1, 1]])
+    draft = one_hot_draft(tokens, lengths=i64(0, 1, 2))
+    result = verify(target, draft, words=torch.zeros(3, 3, dtype=torch.int64))
+    assert lists(result) == [[0, 1, 2], [[1, -1, -1], [1, 1, -1], [1, 1, 1]], [0, 0, 0]]
+
+
+def test_rows_behind_the_first_rejection_are_not_read():
+    target = torch.tensor([[[0.0, -INF], [NAN, NAN], [INF, 0.0]]])
+    draft = one_hot_draft(torch.tensor([[1, 1]]))
+    assert lists(verify(target, draft, words=words([0, 0, 0]))) == [[0], [[0, -1, -1]], [0]]
+
+
+@pytest.mark.parametrize(
+    ("row", "status"),
+    [([NAN, 0.0], Status.NAN), ([INF, 0.0], Status.POS_INF), ([-INF, -INF], Status.EMPTY)],
+)
+def test_a_fault_silences_its_row_alone(row, status):
+    target = torch.zeros(2, 2, 2)
+    target[..., 1] = 50
+    target[1, 1] = torch.tensor(row)
+    result = verify(target, one_hot_draft(torch.tensor([[1], [1]])), words=words([0, 0], [0, 0]))
+    assert lists(result) == [[1, 0], [[1, 1], [-1, -1]], [0, status]]
+
+
+@pytest.mark.parametrize("token", [-1, 2, 2**40])
+def test_ids_outside_the_vocabulary(token):
+    result = verify(torch.zeros(1, 2, 2), one_hot_draft(i64(token)[None]), words=words([0, 0]))
+    assert lists(result) == [[0], [[-1, -1]], [Status.TOKEN]]
+
+
+def test_bad_entries_of_lengths_and_rows():
+    draft = one_hot_draft(torch.zeros(2, 1, dtype=torch.int64), lengths=i64(2, -1))
+    result = verify(torch.zeros(2, 2, 2), draft, words=words([0, 0], [0, 0]))
+    assert result.status.tolist() == [Status.TOKEN, Status.TOKEN]
+    pool = torch.zeros(1, 2)
+    draft = recorded_draft(torch.tensor([[0]]), pool, row_law(pool))._replace(rows=i64(7)[None])
+    result = verify(torch.zeros(1, 2, 2), draft, words=words([0, 0]))
+    assert result.status.tolist() == [Status.TOKEN]
+
+
+def test_running_max_and_value_dependence_choose_one_hot():
+    """A position drawn in an earlier step than one before it is checked as a bare guess."""
+    torch.manual_seed(4)
+    target, pool = torch.randn(64, 3, 8), torch.randn(128, 8)
+    tokens = torch.randint(0, 8, (64, 2))
+    recorded = recorded_draft(tokens, pool, row_law(pool))
+    rows = torch.arange(128).view(64, 2)
+    late_first = torch.tensor([[1, 0]], dtype=torch.int32).expand(64, 2)
+    random = torch.randint(-(2**63), 2**63 - 1, (64, 3))
+    by_rule = verify(target, recorded._replace(tau=late_first), words=random)
+    by_hand = verify(
+        target, recorded._replace(rows=torch.stack((rows[:, 0], rows[:, 1] * 0 - 1), 1)),
+        words=random,
+    )  # fmt: skip
+    assert_same(by_rule, by_hand)
+    dependent = verify(target, recorded._replace(value_dependent=True), words=random)
+    assert_same(dependent, verify(target, recorded, rule="one-hot", words=random))
+    assert not torch.equal(dependent.accepted, verify(target, recorded, words=random).accepted)
+
+
+def test_reduced_vocabulary_equals_its_full_expansion():
+    """q over draft_ids is q over V with -inf everywhere else."""
+    torch.manual_seed(5)
+    ids = i64(1, 4, 5, 9)
+    pool = torch.randn(60, 4)
+    full = torch.full((60, 12), -INF)
+    full[:, ids] = pool
+    tokens = ids[torch.randint(0, 4, (20, 3))]
+    target = torch.randn(20, 4, 12)
+    random = torch.randint(-(2**63), 2**63 - 1, (20, 4))
+    small = recorded_draft(tokens, pool, row_law(pool), draft_ids=ids)
+    large = recorded_draft(tokens, full, row_law(full))
+    assert_same(verify(target, small, words=random), verify(target, large, words=random))
+
+
+def test_greedy_and_sampled_rows_in_one_batch():
+    torch.manual_seed(6)
+    target = torch.randn(2, 3, 30)
+    tokens = target[:, :2].argmax(-1)
+    draft = one_hot_draft(tokens)
+    random = words([LAST_WORD] * 3, [LAST_WORD] * 3)
+    result = verify(target, draft, torch.tensor([0.0, 1.0]), words=random)
+    assert result.accepted.tolist() == [2, 0]
+    assert result.emitted[0].tolist() == target[0].argmax(-1).tolist()
+    assert_same(
+        verify(target, draft, rule="greedy", words=random),
+        verify(target, draft, 0.0, words=random),
+    )
+
+
+def test_truncated_targets_emit_kept_tokens_only():
+    torch.manual_seed(7)
+    target, pool = torch.randn(200, 2, 40), torch.randn(200, 40)
+    law = row_law(target[:, 0], top_k=3)
+    kept = weights(target[:, 0], law) > 0
+    draft = recorded_draft(torch.randint(0, 40, (200, 1)), pool, row_law(pool))
+    zero = torch.zeros(200, dtype=torch.int64)
+    result = verify(target, draft, top_k=3, seed=torch.arange(200), round=zero)
+    assert kept.gather(1, result.emitted[:, :1]).all()
+
+
+def test_offsets_beyond_32_bits():
+    """Rows more than 2^31 elements apart; the pages between are never touched."""
+    stride, V = 2**31 + 5, 40
+    store = torch.empty(stride + 2 * V, dtype=torch.bfloat16)
+    target = store.as_strided((1, 2, V), (0, stride, 1))
+    target.copy_(torch.randn(1, 2, V))
+    near = target.clone()
+    draft = one_hot_draft(near[:, :1].argmax(-1))
+    random = words([0, 12345])
+    assert_same(verify(target, draft, words=random), verify(near, draft, words=random))
+    pool = store.as_strided((2, V), (stride, 1))
+    assert_same(row_law(pool), row_law(pool.clone()))
+
+
+def test_views_out_and_untouched_inputs():
+    torch.manual_seed(8)
+    frame = torch.full((3, 6, 50), NAN)
+    target = frame[:, 1:4, 5:37]
+    target.copy_(torch.randn(3, 3, 32))
+    pool = torch.randn(6, 32)
+    draft = recorded_draft(torch.randint(0, 32, (3, 2)), pool, row_law(pool))
+    random = torch.randint(-(2**63), 2**63 - 1, (3, 3))
+    before = frame.clone()
+    expected = verify(target.contiguous(), draft, words=random)
+    out = Verified(*(torch.full_like(field, 77) for field in expected))
+    assert verify(target, draft, words=random, out=out) is out
+    assert_same(out, expected)
+    assert torch.equal(frame.nan_to_num(), before.nan_to_num())
+    assert probability(torch.ones(1), torch.ones(1)).item() == 1
+
+
+GOOD = one_hot_draft(torch.zeros(1, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": i64(0, 0)[None]}, ValueError, "draft.tokens: expected shape"),
+        ({"tau": i64(0)[None]}, TypeError, "draft.tau: expected dtype int32"),
+        ({"logits": torch.zeros(1, 2)}, ValueError, "draft: expected logits and law together"),
+        ({"lengths": i64(1, 1)}, ValueError, "draft.lengths: expected shape"),
+        (
+            {
+                "logits": torch.zeros(1, 2),
+                "law": row_law(torch.zeros(1, 2)),
+                "draft_ids": i64(1, 1),
+            },
+            ValueError,
+            "draft.draft_ids: expected strictly increasing",
+        ),
+        (
+            {"logits": torch.zeros(1, 3), "law": row_law(torch.zeros(1, 3))},
+            ValueError,
+            "draft.logits: expected shape",
+        ),
+        (
+            {
+                "logits": torch.zeros(1, 2),
+                "law": row_law(torch.zeros(1, 2))._replace(total=torch.ones(1)),
+            },
+            TypeError,
+            "draft.law.total: expected dtype int64",
+        ),
+    ],
+)
+def test_bad_drafts_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        verify(torch.zeros(1, 2, 2), GOOD._replace(**change), words=words([0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rule": "tokens"}, ValueError, "rule: expected one of token, one-hot, greedy"),
+        ({"temperature": -1.0}, ValueError, "temperature: expected"),
+        ({"words": words([0])}, ValueError, "words: expected shape"),
+        ({"words": None}, ValueError, "seed: expected a tensor"),
+        ({"out": Verified(i64(0), i64(0, 0), i64(0))}, ValueError, "out.emitted: expected shape"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        verify(torch.zeros(1, 2, 2), GOOD, **{"words": words([0, 0]), **arguments})
+    with pytest.raises(ValueError, match="no positions"):
+        verify(torch.zeros(1, 0, 2), Draft(*(x[:, :0] for x in GOOD[:3])), words=words([0, 0]))
