@@ -34,10 +34,11 @@ FLAGS = [
 ]
 ISA_FLAGS = {
     "plain": [],
-    "avx2": ["-mavx2", "-mf16c", "-mno-fma"],
+    # scheduled before registers are assigned, which keeps the vectors of lanes.h side by side
+    "avx2": ["-mavx2", "-mf16c", "-mno-fma", "-fschedule-insns"],
     "avx512": [
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
-        "-mprefer-vector-width=512",
+        *("-mprefer-vector-width=512", "-fschedule-insns"),
     ],
 }
 TILE = os.path.join("csrc", "cpu", "tile.cpp")

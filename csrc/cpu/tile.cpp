@@ -1,7 +1,9 @@
-// Compiled once for each instruction set, with SPECDIFF_ISA naming it. Plain loops: the compiler
-// vectorises them, and the law is the same because it contracts and reorders nothing.
+// Compiled once for each instruction set, with SPECDIFF_ISA naming it. Whole groups of logits go
+// through lanes.h where there is one; the plain loops do the rest, or everything. Both follow the
+// law bit by bit, because the compiler contracts and reorders nothing.
 #include "tile.h"
 
+#include "lanes.h"
 #include "specdiff/accept.h"
 
 #define SPECDIFF_CONCAT_(a, b) a##b
@@ -33,22 +35,20 @@ void extremes(const float* l, int n, int32_t* low, int32_t* high) {
 
 int64_t sum(const float* l, int n, RowLaw law) {
   int64_t total = 0;
-  if (law.threshold == 0) {
-    for (int i = 0; i < n; ++i) total += exp2_weight((l[i] - law.max) * law.scale);
-  } else {
-    for (int i = 0; i < n; ++i) {
-      const int64_t e = exp2_weight((l[i] - law.max) * law.scale);
-      total += e < law.threshold ? 0 : e;
-    }
-  }
+  int i = 0;
+#ifdef SPECDIFF_LANES
+  total = law.threshold == 0 ? sum_groups<true>(l, n, law, i) : sum_groups<false>(l, n, law, i);
+#endif
+  for (; i < n; ++i) total += sampled_weight(l[i], law);
   return total;
 }
 
 void weights(const float* l, int n, RowLaw law, int64_t* e) {
-  for (int i = 0; i < n; ++i) {
-    const int64_t weight = exp2_weight((l[i] - law.max) * law.scale);
-    e[i] = weight < law.threshold ? 0 : weight;
-  }
+  int i = 0;
+#ifdef SPECDIFF_LANES
+  for (; i + kGroup <= n; i += kGroup) store(law_weights<false>(l + i, law), e + i);
+#endif
+  for (; i < n; ++i) e[i] = sampled_weight(l[i], law);
 }
 
 int64_t residual(const int64_t* e_p, const int64_t* e_q, int n, double inverse_p, double inverse_q,
@@ -61,10 +61,26 @@ int64_t residual(const int64_t* e_p, const int64_t* e_q, int n, double inverse_p
   return total;
 }
 
+int64_t excess(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, double inverse_p,
+               double inverse_q) {
+  int64_t total = 0;
+  int i = 0;
+#ifdef SPECDIFF_LANES
+  const bool all = p.threshold == 0 && q.threshold == 0;
+  const auto groups = all ? excess_groups<true> : excess_groups<false>;
+  total = groups(l_p, l_q, n, p, q, inverse_p, inverse_q, i);
+#endif
+  for (; i < n; ++i) {
+    total += residual_weight(probability(sampled_weight(l_p[i], p), inverse_p),
+                             probability(sampled_weight(l_q[i], q), inverse_q));
+  }
+  return total;
+}
+
 }  // namespace
 
 extern const TileKernels SPECDIFF_CONCAT(kernels_, SPECDIFF_ISA);
 const TileKernels SPECDIFF_CONCAT(kernels_, SPECDIFF_ISA) = {
-    SPECDIFF_STRING(SPECDIFF_ISA), widen, extremes, sum, weights, residual};
+    SPECDIFF_STRING(SPECDIFF_ISA), widen, extremes, sum, weights, residual, excess};
 
 }  // namespace specdiff::cpu

@@ -21,6 +21,9 @@ struct TileKernels {
   // w[v] = residual weight of (p - q)+; returns the sum
   int64_t (*residual)(const int64_t* e_p, const int64_t* e_q, int n, double inverse_p,
                       double inverse_q, int64_t* w);
+  // the same sum from the logits of two rows over the same tokens, neither of them greedy
+  int64_t (*excess)(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, double inverse_p,
+                    double inverse_q);
 };
 
 // The kernels in use: the best that the processor has, or what use_isa chose.

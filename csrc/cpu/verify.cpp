@@ -51,6 +51,21 @@ class DraftTiles {
   int64_t column_ = 0;
 };
 
+// sum_v W(v) of every tile from the two rows' logits at once; both dense, neither greedy.
+int64_t dense_excess(const Row& target, const RowLaw& law, const DraftRow& draft, int64_t* excess) {
+  alignas(64) float p[kTile], q[kTile];
+  const double inverse_p = inverse(law.total), inverse_q = inverse(draft.law.total);
+  int64_t total = 0;
+  for (int64_t tile = 0; tile < target.tiles(); ++tile) {
+    const int n = target.tile_size(tile);
+    const float* l_p = target.tile(tile * kTile, n, p);
+    const float* l_q = draft.row.tile(tile * kTile, n, q);
+    excess[tile] = kernels().excess(l_p, l_q, n, law, draft.law, inverse_p, inverse_q);
+    total += excess[tile];
+  }
+  return total;
+}
+
 // One draw from (p - q)+; from p if that is empty.
 int64_t draw_residual(const Row& target, const RowLaw& law, const int64_t* sums,
                       const DraftRow& draft, uint64_t word) {
@@ -65,7 +80,11 @@ int64_t draw_residual(const Row& target, const RowLaw& law, const int64_t* sums,
     return kernels().residual(e_p, e_q, n, inverse_p, inverse_q, w);
   };
   int64_t total = 0;
-  for (int64_t tile = 0; tile < target.tiles(); ++tile) total += excess[tile] = residual(tile);
+  if (draft.ids || law.scale == 0 || draft.law.scale == 0) {
+    for (int64_t tile = 0; tile < target.tiles(); ++tile) total += excess[tile] = residual(tile);
+  } else {
+    total = dense_excess(target, law, draft, excess);
+  }
   if (total == 0) return draw(target, law, sums, word);
   int64_t r = mulhi(word, total);
   const int64_t tile = scan(excess, target.tiles(), r);

@@ -23,7 +23,7 @@ def row_law(
     scratch = scratch_for(logits, top_k, top_p, min_p)
     _C.row_law(
         logits_view(logits),
-        len(logits),
+        logits.shape[0],
         addresses((temperature, top_k, top_p, min_p)),
         addresses(out),
         address(scratch),

@@ -25,7 +25,7 @@ def sample(
 ) -> None:
     _C.sample(
         logits_view(logits),
-        len(logits),
+        logits.shape[0],
         addresses(law),
         addresses((words, seed, round)),
         address(slot),

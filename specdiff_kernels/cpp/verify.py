@@ -27,11 +27,11 @@ def verify(
     scratch = scratch_for(target_logits, top_k, top_p, min_p)
     _C.verify(
         logits_view(target_logits),
-        len(target_logits),
+        target_logits.shape[0],
         target_logits.shape[1] - 1,
         *addresses((draft.tokens, draft.tau, draft.rows)),
         NO_LOGITS if draft.logits is None else logits_view(draft.logits),
-        0 if draft.logits is None else len(draft.logits),
+        0 if draft.logits is None else draft.logits.shape[0],
         addresses(draft.law or (None,) * 5),
         *addresses((draft.draft_ids, draft.lengths)),
         draft.value_dependent,

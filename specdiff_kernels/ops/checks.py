@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
@@ -11,50 +11,63 @@ from torch import Tensor
 
 from ..types import LAW_DTYPES, MAX_VOCABULARY, Purpose, RowLaw
 
+INT64 = (torch.int64,)
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: Collection[torch.dtype],
+    device: torch.device,
 ) -> Tensor:
-    """Raise unless `tensor` has one of `dtypes` and `shape` (None: any size)."""
+    """Raise unless `tensor` lies on `device` with one of `dtypes` and `shape` (None: any size)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    fits = tensor.ndim == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        want = "[" + ", ".join("*" if size is None else str(size) for size in shape) + "]"
-        raise ValueError(f"{name}: expected shape {want}, got {list(tensor.shape)}")
+    if tensor.shape != shape and not fits(tensor.shape, shape):
+        want = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{want}], got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(
             f"{name}: expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}; "
             f"convert with {name}.to(torch.{names.split(',')[0]})"
         )
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
     return tensor
 
 
-def check_logits(name: str, logits: Tensor, shape: Sequence[int | None]) -> Tensor:
+def fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        want is None or want == have for want, have in zip(wanted, shape, strict=True)
+    )
+
+
+def device_of(name: str, tensor: Tensor) -> torch.device:
+    """Where the op runs: all its tensors must lie there."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    return tensor.device
+
+
+def check_logits(
+    name: str, logits: Tensor, shape: tuple[int | None, ...], device: torch.device
+) -> Tensor:
     """Logits of a supported dtype and vocabulary, with contiguous rows (copied if need be)."""
-    check_tensor(name, logits, shape, LOGIT_DTYPES)
+    check_tensor(name, logits, shape, LOGIT_DTYPES, device)
     V = logits.shape[-1]
     if not 1 <= V <= MAX_VOCABULARY:
         raise ValueError(f"{name}: expected a vocabulary of 1 to {MAX_VOCABULARY}, got {V}")
     return logits if logits.stride(-1) == 1 or V == 1 else logits.contiguous()
 
 
-def check_law(name: str, law: RowLaw, N: int) -> None:
-    """Raise unless every field of a RowLaw has N entries of its dtype."""
+def check_law(name: str, law: RowLaw, N: int, device: torch.device) -> RowLaw:
+    """The law with contiguous fields of N entries each."""
     for field, tensor, dtype in zip(RowLaw._fields, law, LAW_DTYPES, strict=True):
-        check_tensor(f"{name}.{field}", tensor, [N], [dtype])
-
-
-def check_device(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raise unless all tensors lie on `device`."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+        check_tensor(f"{name}.{field}", tensor, (N,), (dtype,), device)
+    return RowLaw(*contiguous(*law))
 
 
 # name: (dtype, what is allowed, test)
@@ -74,8 +87,7 @@ def per_row(name: str, value: float | Tensor | None, N: int, device: torch.devic
         return None
     dtype, allowed, test = PARAMETERS[name]
     if isinstance(value, Tensor):
-        check_tensor(name, value, [N], [dtype])
-        check_device(device, **{name: value})
+        check_tensor(name, value, (N,), (dtype,), device)
         return value.contiguous()
     if not isinstance(value, Real) or not test(value):
         raise ValueError(f"{name}: expected {allowed}, got {value!r}")
@@ -85,23 +97,21 @@ def per_row(name: str, value: float | Tensor | None, N: int, device: torch.devic
 def check_random(
     N: int,
     device: torch.device,
-    words_shape: Sequence[int],
+    words_shape: tuple[int, ...],
     seed: Tensor | None,
     round: Tensor | None,
     words: Tensor | None,
 ) -> None:
     """Raise unless the draws come either from `words` or from `seed` and `round`."""
     if words is not None:
-        check_tensor("words", words, words_shape, [torch.int64])
-        check_device(device, words=words)
+        check_tensor("words", words, words_shape, INT64, device)
         return
     for name, tensor in (("seed", seed), ("round", round)):
         if tensor is None:
             raise ValueError(
                 f"{name}: expected a tensor [{N}] int64, got None; pass seed and round, or words"
             )
-        check_tensor(name, tensor, [N], [torch.int64])
-        check_device(device, **{name: tensor})
+        check_tensor(name, tensor, (N,), INT64, device)
 
 
 def check_purpose(purpose: int) -> int:

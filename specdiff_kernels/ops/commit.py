@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..types import Committed
-from .checks import check_device, check_tensor, contiguous
+from .checks import INT64, check_tensor, contiguous, device_of
 from .registry import Outputs, define
 
 
@@ -50,35 +50,32 @@ def commit(
         >>> [field.item() for field in result]
         [7, 2, True]
     """
-    i64 = [torch.int64]
-    check_tensor("emitted", emitted, [None, None], i64)
-    B = len(emitted)
-    check_tensor("lengths", lengths, [B], i64)
+    device = device_of("emitted", emitted)
+    check_tensor("emitted", emitted, (None, None), INT64, device)
+    B = emitted.shape[0]
+    check_tensor("lengths", lengths, (B,), INT64, device)
     if stop_tokens is not None:
-        check_tensor("stop_tokens", stop_tokens, [None], i64)
+        check_tensor("stop_tokens", stop_tokens, (None,), INT64, device)
     if limit is not None:
-        check_tensor("limit", limit, [B], i64)
+        check_tensor("limit", limit, (B,), INT64, device)
     if finished is not None:
-        check_tensor("finished", finished, [B], [torch.bool])
-    check_device(
-        emitted.device, lengths=lengths, stop_tokens=stop_tokens, limit=limit, finished=finished
-    )
+        check_tensor("finished", finished, (B,), (torch.bool,), device)
     args = (*contiguous(lengths, emitted, stop_tokens, limit, finished), backend)
     if out is not None:
-        torch.ops.specdiff.commit.out(*args, *out)
+        OP.into(*args, *out)
         return out
-    return Committed(*torch.ops.specdiff.commit(*args))
+    return Committed(*OP.functional(*args))
 
 
 def _outputs(lengths: Tensor, *_: Any) -> Outputs:
-    return [([len(lengths)], dtype) for dtype in (torch.int64, torch.int64, torch.bool)]
+    return [([lengths.shape[0]], dtype) for dtype in (torch.int64, torch.int64, torch.bool)]
 
 
 def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
     function(*args, out=Committed(*out))
 
 
-define(
+OP = define(
     "commit",
     "Tensor lengths, Tensor emitted, Tensor? stop_tokens, Tensor? limit, Tensor? finished",
     ["new_lengths", "kept", "new_finished"],

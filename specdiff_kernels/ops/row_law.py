@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..types import LAW_DTYPES, RowLaw
-from .checks import check_logits, per_row
+from .checks import check_logits, device_of, per_row
 from .registry import Outputs, define
 
 
@@ -52,8 +51,9 @@ def row_law(
         >>> law.total.item() == 2 * 2**44
         True
     """
-    logits = check_logits("logits", logits, [None, None])
-    N, device = len(logits), logits.device
+    device = device_of("logits", logits)
+    logits = check_logits("logits", logits, (None, None), device)
+    N = logits.shape[0]
     args = (
         logits,
         per_row("temperature", temperature, N, device),
@@ -63,20 +63,21 @@ def row_law(
         backend,
     )
     if out is not None:
-        torch.ops.specdiff.row_law.out(*args, *out)
+        OP.into(*args, *out)
         return out
-    return RowLaw(*torch.ops.specdiff.row_law(*args))
+    return RowLaw(*OP.functional(*args))
 
 
 def _outputs(logits: Tensor, *_: Any) -> Outputs:
-    return [([len(logits)], dtype) for dtype in LAW_DTYPES]
+    shape = [logits.shape[0]]
+    return [(shape, dtype) for dtype in LAW_DTYPES]
 
 
 def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
     function(*args, out=RowLaw(*out))
 
 
-define(
+OP = define(
     "row_law",
     "Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p",
     RowLaw._fields,

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..types import Purpose, RowLaw
 from .checks import (
-    check_device,
+    INT64,
     check_law,
     check_logits,
     check_purpose,
     check_random,
     check_tensor,
     contiguous,
+    device_of,
 )
 from .registry import Outputs, define
 
@@ -61,38 +62,37 @@ def sample(
         >>> sample(logits, row_law(logits, 0.0), words=torch.zeros(1, dtype=torch.int64)).item()
         1
     """
-    logits = check_logits("logits", logits, [None, None])
+    device = device_of("logits", logits)
+    logits = check_logits("logits", logits, (None, None), device)
     N, V = logits.shape
-    device = logits.device
-    check_law("law", law, N)
-    check_device(device, **law._asdict(), slot=slot, draft_ids=draft_ids)
-    check_random(N, device, [N], seed, round, words)
+    law = check_law("law", law, N, device)
+    check_random(N, device, (N,), seed, round, words)
     if draft_ids is not None:
-        check_tensor("draft_ids", draft_ids, [V], [torch.int64])
+        check_tensor("draft_ids", draft_ids, (V,), INT64, device)
     if slot is None and words is None:
         slot = torch.zeros(N, dtype=torch.int64, device=device)
     if slot is not None:
-        check_tensor("slot", slot, [N], [torch.int64])
+        check_tensor("slot", slot, (N,), INT64, device)
     seed, round, slot, words, draft_ids = contiguous(seed, round, slot, words, draft_ids)
     args = (
-        logits, *contiguous(*law), seed, round, slot, check_purpose(purpose), words, draft_ids,
+        logits, *law, seed, round, slot, check_purpose(purpose), words, draft_ids,
         backend,
     )  # fmt: skip
     if out is not None:
-        torch.ops.specdiff.sample.out(*args, out)
+        OP.into(*args, out)
         return out
-    return torch.ops.specdiff.sample(*args)
+    return OP.functional(*args)
 
 
 def _outputs(logits: Tensor, *_: Any) -> Outputs:
-    return [([len(logits)], torch.int64)]
+    return [([logits.shape[0]], torch.int64)]
 
 
 def _call(function: Callable[..., None], logits: Tensor, *rest: Any, out: Any) -> None:
     function(logits, RowLaw(*rest[:5]), *rest[5:], out=out[0])
 
 
-define(
+OP = define(
     "sample",
     f"Tensor logits, {LAW_SCHEMA}, Tensor? seed, Tensor? round, Tensor? slot, int purpose, "
     "Tensor? words, Tensor? draft_ids",

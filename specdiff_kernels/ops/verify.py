@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..types import Draft, RowLaw, Verified
 from .checks import (
-    check_device,
+    INT64,
     check_law,
     check_logits,
     check_random,
     check_tensor,
     contiguous,
+    device_of,
     per_row,
 )
 from .registry import Outputs, define
@@ -73,15 +74,15 @@ def verify(
         >>> verify(target, draft, 0.0, seed=zero, round=zero).emitted.tolist()
         [[1, 0]]
     """
-    target_logits = check_logits("target_logits", target_logits, [None, None, None])
+    device = device_of("target_logits", target_logits)
+    target_logits = check_logits("target_logits", target_logits, (None, None, None), device)
     B, positions, V = target_logits.shape
-    device = target_logits.device
     if positions == 0:
         raise ValueError("target_logits: expected [B, K + 1, V] with K >= 0, got no positions")
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
     draft = check_draft(draft, B, positions - 1, V, device)
-    check_random(B, device, [B, positions], seed, round, words)
+    check_random(B, device, (B, positions), seed, round, words)
     if rule == "one-hot":
         draft = draft._replace(rows=torch.full_like(draft.rows, -1))
     args = (
@@ -102,31 +103,27 @@ def verify(
         backend,
     )
     if out is not None:
-        torch.ops.specdiff.verify.out(*args, *out)
+        OP.into(*args, *out)
         return out
-    return Verified(*torch.ops.specdiff.verify(*args))
+    return Verified(*OP.functional(*args))
 
 
 def check_draft(draft: Draft, B: int, K: int, V: int, device: torch.device) -> Draft:
     """The draft with contiguous fields, or an error that names the field at fault."""
-    i32, i64 = torch.int32, torch.int64
-    check_tensor("draft.tokens", draft.tokens, [B, K], [i64])
-    check_tensor("draft.tau", draft.tau, [B, K], [i32])
-    check_tensor("draft.rows", draft.rows, [B, K], [i64])
-    fields = {f"draft.{k}": v for k, v in draft._asdict().items() if isinstance(v, Tensor)}
-    check_device(device, **fields)
+    check_tensor("draft.tokens", draft.tokens, (B, K), INT64, device)
+    check_tensor("draft.tau", draft.tau, (B, K), (torch.int32,), device)
+    check_tensor("draft.rows", draft.rows, (B, K), INT64, device)
     if draft.lengths is not None:
-        check_tensor("draft.lengths", draft.lengths, [B], [i64])
+        check_tensor("draft.lengths", draft.lengths, (B,), INT64, device)
     logits, law, ids = draft.logits, draft.law, draft.draft_ids
     if (logits is None) != (law is None):
         raise ValueError("draft: expected logits and law together, or neither; got one of them")
     if logits is not None and law is not None:
-        Vd = V if ids is None else len(ids)
-        logits = check_logits("draft.logits", logits, [None, Vd])
-        law = RowLaw(*contiguous(*law))
-        check_law("draft.law", law, len(logits))
+        Vd = V if ids is None else ids.shape[0]
+        logits = check_logits("draft.logits", logits, (None, Vd), device)
+        law = check_law("draft.law", law, logits.shape[0], device)
     if ids is not None:
-        check_tensor("draft.draft_ids", ids, [None], [i64])
+        check_tensor("draft.draft_ids", ids, (None,), INT64, device)
         if ids.device.type == "cpu" and not increasing_ids(ids, V):
             raise ValueError(
                 f"draft.draft_ids: expected strictly increasing ids in [0, {V}), got others; sort "
@@ -139,7 +136,7 @@ def check_draft(draft: Draft, B: int, K: int, V: int, device: torch.device) -> D
 
 
 def increasing_ids(ids: Tensor, V: int) -> bool:
-    inside = len(ids) == 0 or (int(ids[0]) >= 0 and int(ids[-1]) < V)
+    inside = ids.shape[0] == 0 or (int(ids[0]) >= 0 and int(ids[-1]) < V)
     return inside and bool((ids[1:] > ids[:-1]).all())
 
 
@@ -155,7 +152,7 @@ def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out:
     function(target_logits, draft, *args[12:], out=Verified(*out))
 
 
-define(
+OP = define(
     "verify",
     "Tensor target_logits, Tensor tokens, Tensor tau, Tensor rows, Tensor? draft_logits, "
     "Tensor? max, Tensor? scale, Tensor? threshold, Tensor? total, Tensor? law_status, "

@@ -10,14 +10,6 @@ SPECDIFF_HD double exact_double(int64_t e) {
   return bit_cast<double>(e | 0x4330000000000000) - 0x1p52;
 }
 
-// int64(x 2^60) for x in [0, 1], exact, in two halves that fit 32-bit conversions.
-SPECDIFF_HD int64_t fixed60(double x) {
-  const double scaled = x * 0x1p30;
-  const int32_t high = int32_t(scaled);
-  const int32_t low = int32_t((scaled - double(high)) * 0x1p30);
-  return (int64_t(high) << 30) + low;
-}
-
 SPECDIFF_HD double inverse(int64_t total) { return 1.0 / double(total); }
 
 SPECDIFF_HD double probability(int64_t e, double inverse_total) {
@@ -29,9 +21,13 @@ SPECDIFF_HD double unit(uint64_t word) { return double(int64_t(word >> 11)) * 0x
 // Strict: a token of probability 0 is never accepted, not even by u = 0.
 SPECDIFF_HD bool accepts(uint64_t word, double p, double q) { return unit(word) * q < p; }
 
+// int64(max(p - q, 0) 2^60), exact: the mantissa shifted by the exponent.
 SPECDIFF_HD int64_t residual_weight(double p, double q) {
-  const double excess = p - q;
-  return fixed60(excess > 0 ? excess : 0);
+  const double difference = p - q;
+  const double excess = difference > 0x1p-62 ? difference : 0x1p-62;  // below 2^-60 it is 0
+  const uint64_t bits = bit_cast<uint64_t>(excess);
+  const uint64_t mantissa = (bits & 0xfffffffffffff) | uint64_t(1) << 52;
+  return int64_t(mantissa << 8 >> (1023 - (bits >> 52)));
 }
 
 }  // namespace specdiff

@@ -65,12 +65,17 @@ SPECDIFF_HD int64_t exp2_weight(float t) {
   return int64_t((uint64_t(mantissa) << 21) >> uint32_t(-n));
 }
 
-// Weight of token v with logit l under a law that has no fault.
-SPECDIFF_HD int64_t weight(float l, int64_t v, const RowLaw& law) {
-  if (law.scale == 0) return v == law.threshold ? kOne : 0;
+// Weight of a token with logit l under a law that is not greedy.
+SPECDIFF_HD int64_t sampled_weight(float l, const RowLaw& law) {
   const float shifted = l - law.max;
   const int64_t e = exp2_weight(shifted * law.scale);
   return e < law.threshold ? 0 : e;
+}
+
+// Weight of token v with logit l under a law that has no fault.
+SPECDIFF_HD int64_t weight(float l, int64_t v, const RowLaw& law) {
+  if (law.scale == 0) return v == law.threshold ? kOne : 0;
+  return sampled_weight(l, law);
 }
 
 SPECDIFF_HD bool valid_temperature(float x) { return x == 0 || (x >= 0x1p-95f && x <= 0x1p95f); }

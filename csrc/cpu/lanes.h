@@ -1,0 +1,155 @@
+// exp2_weight and residual_weight on vectors: the very operations of weights.h and accept.h, on
+// kUnroll vectors side by side, since one chain of 40 dependent operations cannot fill the units.
+#pragma once
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#define SPECDIFF_LANES
+#include <immintrin.h>
+
+#include "specdiff/weights.h"
+
+namespace specdiff::cpu {
+namespace {
+
+#ifdef __AVX512F__
+constexpr int kBytes = 64;
+#else
+constexpr int kBytes = 32;
+#endif
+constexpr int kLanes = kBytes / 4;
+constexpr int kUnroll = 4;
+constexpr int kGroup = kLanes * kUnroll;  // logits that one step takes
+
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef uint64_t Longs __attribute__((vector_size(kBytes)));
+typedef double Doubles __attribute__((vector_size(kBytes)));
+
+#ifdef __AVX512F__
+// masked forms with all lanes on: GCC warns of the plain ones' own definition
+inline Floats ceiling(Floats x) {
+  return Floats(_mm512_maskz_roundscale_ps(0xffff, __m512(x), _MM_FROUND_TO_POS_INF));
+}
+inline Floats smaller(Floats x, Floats y) {
+  return Floats(_mm512_maskz_min_ps(0xffff, __m512(x), __m512(y)));
+}
+inline Doubles larger(Doubles x, Doubles y) {
+  return Doubles(_mm512_maskz_max_pd(0xff, __m512d(x), __m512d(y)));
+}
+#else
+inline Floats ceiling(Floats x) { return Floats(_mm256_ceil_ps(__m256(x))); }
+inline Floats smaller(Floats x, Floats y) { return Floats(_mm256_min_ps(__m256(x), __m256(y))); }
+inline Doubles larger(Doubles x, Doubles y) {
+  return Doubles(_mm256_max_pd(__m256d(x), __m256d(y)));
+}
+#endif
+
+// The weights of kGroup logits: of those at even and at odd places of each vector.
+struct Group {
+  Longs even[kUnroll], odd[kUnroll];
+};
+
+#define SPECDIFF_EACH for (int u = 0; u < kUnroll; ++u)
+
+// Works on -t, so that shifts are by ceil(-t) = -floor(t).
+inline Group group_weights(const float* l, const RowLaw& law) {
+  Floats t[kUnroll], up[kUnroll], p[kUnroll];
+  SPECDIFF_EACH t[u] = reinterpret_cast<const Unaligned*>(l)[u] - law.max;
+  SPECDIFF_EACH t[u] = t[u] * -law.scale;
+  SPECDIFF_EACH t[u] = smaller(t[u], 46.0f - Floats{});
+  SPECDIFF_EACH t[u] = Floats(Ints(t[u]) & (t[u] >= 0x1p-30f));
+  SPECDIFF_EACH up[u] = ceiling(t[u]);
+  SPECDIFF_EACH t[u] = up[u] - t[u];  // f
+  SPECDIFF_EACH p[u] = t[u] * 0.0018671302f;
+  SPECDIFF_EACH p[u] = p[u] + 0.00901703f;
+  SPECDIFF_EACH p[u] = p[u] * t[u];
+  SPECDIFF_EACH p[u] = p[u] + 0.055799913f;
+  SPECDIFF_EACH p[u] = p[u] * t[u];
+  SPECDIFF_EACH p[u] = p[u] + 0.24016444f;
+  SPECDIFF_EACH p[u] = p[u] * t[u];
+  SPECDIFF_EACH p[u] = p[u] + 0.6931513f;
+  SPECDIFF_EACH p[u] = p[u] * t[u];
+  SPECDIFF_EACH p[u] = p[u] + 1.0f;
+  Group e;
+  SPECDIFF_EACH {
+    const Longs mantissa = Longs(Ints(p[u]) - 0x3f000000);  // p 2^23, since p is in [1, 2)
+    const Longs shift = Longs(__builtin_convertvector(up[u], Ints));
+    e.even[u] = (mantissa & 0xffffffffu) << 21 >> (shift & 0xffffffffu);
+    e.odd[u] = mantissa >> 32 << 21 >> (shift >> 32);
+  }
+  return e;
+}
+
+inline Longs at_least(Longs e, int64_t threshold) {
+  typedef int64_t Signed __attribute__((vector_size(kBytes)));
+  return Longs(Signed(e) & (Signed(e) >= threshold));
+}
+
+// The weights of kGroup logits under a law that is not greedy; without a threshold if kAll.
+template <bool kAll>
+inline Group law_weights(const float* l, const RowLaw& law) {
+  Group e = group_weights(l, law);
+  if (!kAll) {
+    SPECDIFF_EACH e.even[u] = at_least(e.even[u], law.threshold);
+    SPECDIFF_EACH e.odd[u] = at_least(e.odd[u], law.threshold);
+  }
+  return e;
+}
+
+inline Doubles probabilities(Longs e, double inverse_total) {
+  return (Doubles(e | 0x4330000000000000) - 0x1p52) * inverse_total;
+}
+
+inline Longs residual_weights(Longs e_p, Longs e_q, double inverse_p, double inverse_q) {
+  const Doubles difference = probabilities(e_p, inverse_p) - probabilities(e_q, inverse_q);
+  const Longs bits = Longs(larger(difference, 0x1p-62 - Doubles{}));
+  return ((bits & 0xfffffffffffff) | uint64_t(1) << 52) << 8 >> (1023 - (bits >> 52));
+}
+
+inline int64_t total_of(const Longs& x) {
+  uint64_t total = 0;
+  for (int i = 0; i < kBytes / 8; ++i) total += x[i];
+  return int64_t(total);
+}
+
+// The whole groups among n logits: their summed weights; i becomes the first logit left.
+template <bool kAll>
+inline int64_t sum_groups(const float* l, int n, const RowLaw& law, int& i) {
+  Longs even[kUnroll]{}, odd[kUnroll]{}, total{};
+  for (; i + kGroup <= n; i += kGroup) {
+    const Group e = law_weights<kAll>(l + i, law);
+    SPECDIFF_EACH even[u] += e.even[u];
+    SPECDIFF_EACH odd[u] += e.odd[u];
+  }
+  SPECDIFF_EACH total += even[u] + odd[u];
+  return total_of(total);
+}
+
+// The same for the residual weights of two rows.
+template <bool kAll>
+inline int64_t excess_groups(const float* l_p, const float* l_q, int n, const RowLaw& p,
+                             const RowLaw& q, double inverse_p, double inverse_q, int& i) {
+  Longs total[kUnroll]{};
+  for (; i + kGroup <= n; i += kGroup) {
+    const Group e_p = law_weights<kAll>(l_p + i, p), e_q = law_weights<kAll>(l_q + i, q);
+    SPECDIFF_EACH total[u] += residual_weights(e_p.even[u], e_q.even[u], inverse_p, inverse_q);
+    SPECDIFF_EACH total[u] += residual_weights(e_p.odd[u], e_q.odd[u], inverse_p, inverse_q);
+  }
+  for (int u = 1; u < kUnroll; ++u) total[0] += total[u];
+  return total_of(total[0]);
+}
+
+// Even and odd places back into their order.
+inline void store(const Group& e, int64_t* out) {
+  SPECDIFF_EACH {
+    for (int i = 0; i < kBytes / 8; ++i) {
+      out[u * kLanes + 2 * i] = int64_t(e.even[u][i]);
+      out[u * kLanes + 2 * i + 1] = int64_t(e.odd[u][i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace specdiff::cpu
+#endif
