@@ -24,10 +24,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# One thread, so that figures of different machines can be compared.
-bench: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s benchmarks --benchmark-only \
-	  --benchmark-group-by=group --benchmark-sort=mean --benchmark-columns=min,median,iqr,rounds
+# The ops on one thread, so that figures of different machines can be compared; then whole decoding.
+bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -W ignore benchmarks/bench_verify.py \
+	  --benchmark-only --benchmark-quiet --benchmark-disable-gc
+	$(BIN)/python benchmarks/bench_end_to_end.py
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info specdiff_kernels/*.so
@@ -38,6 +39,11 @@ $(VENV)/torch.txt: constraints.txt
 	$(PIP) install --retries 1 $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@.part
 	mv $@.part $@
+
+# What the benchmarks compare with; a peer that does not install is reported, not fatal.
+$(VENV)/peers.stamp: benchmarks/peers.txt $(VENV)/dev.stamp
+	-$(PIP) install -q --no-deps --upgrade --target $(VENV)/peers -r $<
+	touch $@
 
 $(VENV)/run.stamp: $(VENV)/torch.txt $(NATIVE)
 	$(PIP) install -c $< -e .

@@ -6,12 +6,14 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from specdiff_kernels import BackendError, available_backends, backends, row_law, use_backend
+from specdiff_kernels import _C, BackendError, available_backends, backends, row_law, use_backend
 from specdiff_kernels.__main__ import report
+from specdiff_kernels.cpp.pointers import address, addresses, logits_view
 
 LOGITS = torch.zeros(1, 4)
 
@@ -127,3 +129,28 @@ def test_ops_compile_without_graph_breaks():
         (LOGITS, torch.ones(1), None, None, None, None),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def runs_beside(function) -> bool:
+    """Whether this thread gets to run while `function` works in another."""
+    thread = threading.Thread(target=function)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # nobody is interrupted: only a lock that is let go lets us in
+    try:
+        thread.start()
+        return thread.is_alive()
+    finally:
+        sys.setswitchinterval(before)
+        thread.join()
+
+
+def test_native_code_releases_the_gil():
+    logits = torch.randn(4, 400_000)
+    law, temperature, top_k = row_law(logits), torch.ones(4), torch.full((4,), 9)
+    scratch = torch.empty(1, 400_000, dtype=torch.int64)
+    arguments = (
+        logits_view(logits), 4, addresses((temperature, top_k, None, None)), addresses(law),
+        address(scratch), 1,
+    )  # fmt: skip
+    assert runs_beside(lambda: _C.row_law(*arguments))
+    assert not runs_beside(lambda: sum(range(10**6)))

@@ -328,3 +328,18 @@ def test_bad_arguments_are_named(arguments, error, message):
         verify(torch.zeros(1, 2, 2), GOOD, **{"words": words([0, 0]), **arguments})
     with pytest.raises(ValueError, match="no positions"):
         verify(torch.zeros(1, 0, 2), Draft(*(x[:, :0] for x in GOOD[:3])), words=words([0, 0]))
+
+
+def test_an_accepted_draft_row_is_read_at_its_token_alone():
+    """Its law came with the draft: whatever else became of the row does not matter."""
+    torch.manual_seed(9)
+    target = torch.randn(1, 3, 70)
+    pool = target[0, :2].clone()
+    tokens = torch.tensor([[3, 40]])
+    draft = recorded_draft(tokens, pool, row_law(pool))
+    random = words([LAST_WORD, LAST_WORD, 5])
+    expected = verify(target, draft, words=random)
+    assert expected.accepted.tolist() == [2]
+    spoilt = torch.full_like(pool, NAN)
+    spoilt.scatter_(1, tokens.T, pool.gather(1, tokens.T))
+    assert_same(verify(target, draft._replace(logits=spoilt), words=random), expected)

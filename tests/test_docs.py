@@ -1,0 +1,53 @@
+"""What the documentation shows runs, and where it points something is."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import specdiff_kernels
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCTESTED = [
+    *(f"specdiff_kernels.ops.{op}" for op in ("row_law", "sample", "verify", "commit")),
+    "specdiff_kernels.backends",
+]
+
+
+def test_readme_example():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict = {}
+    exec(code, names)
+    accepted, emitted = names["accepted"], names["emitted"]
+    assert emitted.shape == (names["B"], names["K"] + 1)
+    assert torch.equal((emitted >= 0).sum(-1), accepted + 1)
+
+
+@pytest.mark.parametrize("name", DOCTESTED)
+def test_docstring_examples(name):
+    names = {**vars(specdiff_kernels), "torch": torch}
+    result = doctest.testmod(importlib.import_module(name), extraglobs=names)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    paths = re.findall(r"`((?:csrc|tests|benchmarks|docs|data|build_tools|python)/[\w/.-]+)`", text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("command", re.findall(r"^make (\w+)", README, re.M))
+def test_make_targets(command):
+    assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.M)
