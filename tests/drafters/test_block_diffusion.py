@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import News, load_drafter
@@ -18,6 +17,7 @@ from specdiff.drafters.block_diffusion import (
 )
 from specdiff.train import Blocks, Teacher, forward_blocks
 from specdiff_kernels import Purpose, row_law, sample
+from tests.tiny import tiny_model
 
 VOCAB, SIZE, K = 50, 32, 4
 DRAFT_IDS = torch.arange(1, VOCAB, 2)
@@ -25,20 +25,7 @@ DRAFT_IDS = torch.arange(1, VOCAB, 2)
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=SIZE,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return Target(LlamaForCausalLM(config).eval())
+    return Target(tiny_model("llama", vocab=VOCAB))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from transformers import (
 
 from specdiff import Target
 from specdiff import target as target_module
+from tests.tiny import tiny_model
 
 
 @torch.inference_mode()
@@ -173,9 +174,9 @@ def test_padding_beyond_the_context_disturbs_no_row(target):
             torch.testing.assert_close(got[b, :real], want[0], atol=1e-4, rtol=1e-4)
 
 
-def test_eager_and_sdpa_agree(make_model):
+def test_eager_and_sdpa_agree():
     for family in ("gpt2", "llama"):
-        model = make_model(family)
+        model = tiny_model(family)
         sdpa = Target(model)
         eager_model = copy.deepcopy(model)
         eager_model.set_attn_implementation("eager")
@@ -186,8 +187,8 @@ def test_eager_and_sdpa_agree(make_model):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_gpt_neo_still_works_by_itself(make_model):
-    untouched, taken = make_model("gpt_neo"), make_model("gpt_neo")
+def test_gpt_neo_still_works_by_itself():
+    untouched, taken = tiny_model("gpt_neo"), tiny_model("gpt_neo")
     tokens = torch.arange(30).view(2, 15)
     mask = torch.ones_like(tokens)
     mask[1, :4] = 0
@@ -197,9 +198,9 @@ def test_gpt_neo_still_works_by_itself(make_model):
     assert torch.equal(taken(tokens, attention_mask=mask).logits, before)
 
 
-def test_gpt_neo_obeys_its_local_window(make_model):
+def test_gpt_neo_obeys_its_local_window():
     """A token beyond both layers' reach through the window matters only by the global layer."""
-    model = make_model("gpt_neo")
+    model = tiny_model("gpt_neo")
     for block in model.transformer.h:
         block.attn.attention.attention_type = "local"
     target = Target(model)
@@ -245,15 +246,15 @@ def test_unsupported_models_say_why(build, message):
         Target(build())
 
 
-def test_attention_without_masks_is_refused(make_model):
-    model = make_model("llama")
+def test_attention_without_masks_is_refused():
+    model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         Target(model)
 
 
-def test_stop_tokens_come_from_the_model(make_model):
-    model = make_model("llama")
+def test_stop_tokens_come_from_the_model():
+    model = tiny_model("llama")
     assert Target(model).stop_tokens == ()
     model.config.eos_token_id = 3
     assert Target(model).stop_tokens == (3,)
@@ -262,9 +263,9 @@ def test_stop_tokens_come_from_the_model(make_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs(make_model, dtype):
+def test_half_precision_runs(dtype):
     for family in ("gpt2", "gpt_neo", "llama"):
-        target = Target(make_model(family, dtype=dtype))
+        target = Target(tiny_model(family, dtype=dtype))
         cache, rows, logits = ragged_rounds(target, 3, 1)
         assert logits[0].dtype == dtype and all(x.isfinite().all() for x in logits)
         assert cache.layers[0].keys.dtype == dtype and len(rows) == 3

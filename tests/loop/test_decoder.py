@@ -18,6 +18,7 @@ from specdiff import decoder as decoder_module
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.sampling import row_seeds
 from specdiff_kernels import Draft, LawError, RowLaw, row_law, sample, verify
+from tests.tiny import tiny_model
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
 DRAFTERS = ("prompt-lookup", "autoregressive", "scripted", "scripted-ragged")
@@ -100,11 +101,11 @@ def plain(target):
 
 
 @pytest.fixture
-def drafter(request, plain, make_model):
+def drafter(request, plain):
     if request.param == "prompt-lookup":
         return PromptLookup()
     if request.param == "autoregressive":
-        return Autoregressive(make_model("gpt2", seed=5))
+        return Autoregressive(tiny_model("gpt2", seed=5))
     return Scripted(plain, right=0.8, vocab=50, ragged=request.param == "scripted-ragged")
 
 
@@ -133,8 +134,8 @@ def test_a_perfect_drafter_gives_k_plus_one_tokens_a_forward(target, plain):
 
 
 @pytest.mark.parametrize("rule", ["token", "one-hot", "greedy"])
-def test_every_rule_keeps_the_greedy_text(target, plain, make_model, rule):
-    drafter = Autoregressive(make_model("llama", seed=2))
+def test_every_rule_keeps_the_greedy_text(target, plain, rule):
+    drafter = Autoregressive(tiny_model("llama", seed=2))
     got = Decoder(target, drafter, 3, rule).generate(PROMPTS, max_new_tokens=30)
     assert got.new_tokens == list(plain.values())
 
@@ -174,8 +175,8 @@ def test_stop_tokens_end_a_row_and_are_kept(target, plain, drafter):
     assert got.new_tokens == want and len(want[0]) <= 13
 
 
-def test_the_models_end_of_sequence_is_the_default_stop(make_model):
-    model = make_model("llama")
+def test_the_models_end_of_sequence_is_the_default_stop():
+    model = tiny_model("llama")
     free = Decoder(Target(model)).generate([1, 2, 3], max_new_tokens=20).new_tokens[0]
     model.generation_config.eos_token_id = free[7]
     end = free.index(free[7]) + 1
@@ -206,10 +207,10 @@ def test_max_new_tokens_is_met_exactly(target, plain, drafter, max_new_tokens):
 
 
 @pytest.mark.parametrize("name", ["prompt-lookup", "autoregressive"])
-def test_the_context_is_filled_and_not_exceeded(target, make_model, name):
+def test_the_context_is_filled_and_not_exceeded(target, name):
     limit = target.context_limit
     prompts = [[1, 2, 3] * 20, [4, 5], [6] * (limit - 1)]
-    drafter = PromptLookup() if name == "prompt-lookup" else Autoregressive(make_model("llama"))
+    drafter = PromptLookup() if name == "prompt-lookup" else Autoregressive(tiny_model("llama"))
     want = Decoder(target).generate(prompts, max_new_tokens=limit * 2)
     got = Decoder(target, drafter, 10).generate(prompts, max_new_tokens=limit * 2)
     assert [len(row) for row in want.sequences] == [limit] * 3
@@ -353,11 +354,11 @@ def without_residual(logits, draft, *parameters, **options):
 
 
 @pytest.fixture(scope="module")
-def five(make_model):
+def five():
     """A target of 5 tokens and a drafter that often disagrees with it."""
     torch.manual_seed(0)
-    target = Target(make_model("llama", vocab=5))
-    return target, Autoregressive(make_model("gpt2", vocab=5, seed=9))
+    target = Target(tiny_model("llama", vocab=5))
+    return target, Autoregressive(tiny_model("gpt2", vocab=5, seed=9))
 
 
 SAMPLINGS = [Sampling(temperature=1.0), Sampling(temperature=1.5, top_k=3)]
@@ -385,9 +386,9 @@ def test_mutants_are_caught(five, sampling, monkeypatch):
         assert p > 1e-3 if lives else p < 1e-9
 
 
-def test_accepting_on_equality_is_caught(make_model, monkeypatch):
+def test_accepting_on_equality_is_caught(monkeypatch):
     """u on a grid of quarters and p = 1/4 exactly: u <= p accepts twice as often as u < p."""
-    model = make_model("llama", vocab=4)
+    model = tiny_model("llama", vocab=4)
     model.lm_head.weight.data.zero_()
     target, sampling = Target(model), Sampling(temperature=1.0)
 
@@ -435,7 +436,7 @@ def test_bad_prompts(target, prompts, message):
         Decoder(target).generate(prompts)
 
 
-def test_bad_options(target, make_model):
+def test_bad_options(target):
     decoder = Decoder(target)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         decoder.generate([1], max_new_tokens=0)
@@ -448,9 +449,9 @@ def test_bad_options(target, make_model):
     with pytest.raises(ValueError, match="context of 64"):
         Decoder(target, PromptLookup(), k=64)
     with pytest.raises(ValueError, match="share the target's tokenizer"):
-        Decoder(target, Autoregressive(make_model("llama", vocab=51)))
+        Decoder(target, Autoregressive(tiny_model("llama", vocab=51)))
     with pytest.raises(ValueError, match="drafter's context holds 16"):
-        Decoder(target, Autoregressive(make_model("llama", context=16))).generate([1])
+        Decoder(target, Autoregressive(tiny_model("llama", context=16))).generate([1])
 
 
 @pytest.mark.parametrize(
@@ -469,13 +470,13 @@ def test_bad_sampling(values, message):
 
 
 @pytest.mark.parametrize("value, reason", [(float("nan"), "NaN"), (float("inf"), r"\+inf|NaN")])
-def test_a_sick_model_is_named_by_row_and_reason(make_model, value, reason):
-    model = make_model("llama")
+def test_a_sick_model_is_named_by_row_and_reason(value, reason):
+    model = tiny_model("llama")
     model.model.embed_tokens.weight.data[7] = value
     with pytest.raises(LawError, match=f"sequence 1 .*({reason})"):
         Decoder(Target(model), PromptLookup()).generate([[1, 2], [3, 7], [4]])
     with pytest.raises(LawError, match=f"drafter's logits: sequence 1 .*({reason})"):
-        Decoder(Target(make_model("gpt2")), Autoregressive(model)).generate([[1, 2], [3, 7]])
+        Decoder(Target(tiny_model("gpt2")), Autoregressive(model)).generate([[1, 2], [3, 7]])
 
 
 def test_a_drafter_out_of_bounds_is_named(target):
