@@ -1,7 +1,7 @@
 """Compiles csrc/ into `specdiff_kernels._C` and, if there is an nvcc, `specdiff_kernels._C_cuda`.
 
 Nothing of torch is needed. The files of csrc/cpu are compiled for the baseline instruction set,
-except tile.cpp: once for each entry of ISA_FLAGS, and the best one is chosen at run time.
+except those of PER_ISA: once for each entry of ISA_FLAGS, and the best is chosen at run time.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -34,14 +35,20 @@ FLAGS = [
 ]
 ISA_FLAGS = {
     "plain": [],
-    # scheduled before registers are assigned, which keeps the vectors of lanes.h side by side
-    "avx2": ["-mavx2", "-mf16c", "-mno-fma", "-fschedule-insns"],
+    "avx2": ["-mavx2", "-mf16c", "-mfma"],
     "avx512": [
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
-        *("-mprefer-vector-width=512", "-fschedule-insns"),
+        "-mprefer-vector-width=512",
     ],
 }
-TILE = os.path.join("csrc", "cpu", "tile.cpp")
+# Files that are compiled for every instruction set, with flags of their own.
+PER_ISA = {
+    # scheduled before registers are assigned, which keeps the vectors of lanes.h side by side
+    os.path.join("csrc", "cpu", "tile.cpp"): ["-fschedule-insns"],
+    # no part of the law, so it may contract
+    os.path.join("csrc", "cpu", "product.cpp"): ["-ffp-contract=fast"],
+}
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def is_x86() -> bool:
@@ -51,11 +58,16 @@ def is_x86() -> bool:
 def cpu_units() -> list[tuple[str, str, list[str]]]:
     """(source, folder of its object file, its own flags) of each compile of `_C`."""
     isas = list(ISA_FLAGS) if is_x86() else ["plain"]
-    common = [] if is_x86() else ["-DSPECDIFF_ONLY_PLAIN"]
-    tiles = [(TILE, isa, [*common, f"-DSPECDIFF_ISA={isa}", *ISA_FLAGS[isa]]) for isa in isas]
-    others = sorted({*glob("csrc/cpu/*.cpp"), "csrc/bindings/cpu.cpp"} - {TILE})
+    common = OPENMP if is_x86() else [*OPENMP, "-DSPECDIFF_ONLY_PLAIN"]
+    several = [(source, isa, isa_flags(source, isa)) for source in PER_ISA for isa in isas]
+    others = sorted({*glob("csrc/cpu/*.cpp"), "csrc/bindings/cpu.cpp"} - {*PER_ISA})
     # The bindings take longest: first.
-    return [(source, "baseline", common) for source in others] + tiles
+    return [(source, "baseline", common) for source in others] + several
+
+
+def isa_flags(source: str, isa: str) -> list[str]:
+    """Flags of a file of PER_ISA for one instruction set."""
+    return [f"-DSPECDIFF_ISA={isa}", *ISA_FLAGS[isa], *PER_ISA[source]]
 
 
 def extensions() -> list[Extension]:
@@ -92,7 +104,7 @@ class BuildNative(build_ext):
         if toolkit is None:
             objects = self._compile([partial(self._compile_cpp, *unit) for unit in cpu_units()])
             self.compiler.link_shared_object(
-                objects, str(target), extra_postargs=["-pthread"], target_lang="c++"
+                objects, str(target), extra_postargs=["-pthread", *OPENMP], target_lang="c++"
             )
             return
         bindings, *kernels = ext.sources

@@ -6,7 +6,7 @@
 """
 
 from .backends import BackendError, available_backends, use_backend
-from .ops import commit, row_law, sample, verify
+from .ops import commit, row_law, sample, skinny_linear, verify
 from .types import (
     MAX_VOCABULARY,
     Committed,
@@ -34,6 +34,7 @@ __all__ = [
     "commit",
     "row_law",
     "sample",
+    "skinny_linear",
     "use_backend",
     "verify",
 ]

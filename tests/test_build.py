@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from build_tools import cuda
-from build_tools.native import FLAGS, ISA_FLAGS, TILE, is_x86
+from build_tools.native import FLAGS, ISA_FLAGS, PER_ISA, is_x86, isa_flags
 
+TILE = "csrc/cpu/tile.cpp"  # the law
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["csrc/cuda/verify.cu"]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -113,16 +114,18 @@ def test_device_code_is_made_for_the_architectures_that_nvcc_knows(tmp_path: Pat
 
 
 @needs_x86_compiler
+@pytest.mark.parametrize("source", list(PER_ISA))
 @pytest.mark.parametrize("isa", list(ISA_FLAGS))
-def test_tile_objects_contract_nothing_and_leak_nothing(isa: str, tmp_path: Path) -> None:
+def test_what_is_compiled_for_one_instruction_set(source: str, isa: str, tmp_path: Path) -> None:
     """A fused multiply-add would change the law. A weak symbol could replace the baseline's copy
     of the same function at link time, and fault on a processor without the instruction set."""
-    output = tmp_path / "tile.o"
-    flags = [*FLAGS, *ISA_FLAGS[isa], f"-DSPECDIFF_ISA={isa}", "-fPIC", "-Icsrc/include"]
-    subprocess.run([COMPILER, *flags, "-c", TILE, "-o", output], cwd=ROOT, check=True)
+    output = tmp_path / "object.o"
+    flags = [*FLAGS, *isa_flags(source, isa), "-fPIC", "-Icsrc/include"]
+    subprocess.run([COMPILER, *flags, "-c", source, "-o", output], cwd=ROOT, check=True)
 
     code = subprocess.run(["objdump", "-d", output], capture_output=True, text=True, check=True)
-    assert not [line for line in code.stdout.splitlines() if "fmadd" in line or "fmsub" in line]
+    fused = [line for line in code.stdout.splitlines() if "fmadd" in line or "fmsub" in line]
+    assert bool(fused) == (isa != "plain" and source != TILE)
     if isa != "plain":
         register = {"avx2": "%ymm", "avx512": "%zmm"}[isa]
         assert register in code.stdout, "not vectorised for its instruction set"
@@ -154,7 +157,8 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "bindings").mkdir()
     (tmp_path / "csrc" / "bindings" / "cpu.cpp").touch()
-    (tmp_path / TILE).touch()
+    for source in PER_ISA:
+        (tmp_path / source).touch()
     return tmp_path
 
 

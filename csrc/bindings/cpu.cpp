@@ -1,4 +1,4 @@
-// Python sees four functions of addresses and sizes; tensors stay on the Python side.
+// Python sees functions of addresses and sizes; tensors stay on the Python side.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -79,6 +79,13 @@ void commit(Address lengths, Address emitted, int64_t batch, int64_t columns, Ad
                pointer<bool>(new_finished)});
 }
 
+void skinny_linear(Address x, int64_t m, int64_t k, int64_t x_stride, Address weight, int dtype,
+                   int64_t n, int64_t weight_stride, Address bias, Address out, int threads) {
+  py::gil_scoped_release release;
+  cpu::skinny_linear({pointer<const float>(x), m, k, x_stride, pointer<const void>(weight), dtype,
+                      n, weight_stride, pointer<const float>(bias), pointer<float>(out), threads});
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < cpu::isa_count(); ++i) {
@@ -103,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample", &sample);
   m.def("verify", &verify);
   m.def("commit", &commit);
+  m.def("skinny_linear", &skinny_linear);
   m.def("isa", [] { return cpu::kernels().isa; }, "Instruction set in use.");
   m.def("supported_isas", &supported_isas, "Instruction sets that this processor has.");
   m.def("use_isa", &use_isa, "Switch to another instruction set, for tests.");

@@ -2,37 +2,44 @@
 #include <atomic>
 #include <cstring>
 
+#include "product.h"
 #include "tile.h"
 
 namespace specdiff::cpu {
 
 extern const TileKernels kernels_plain;
+extern const Product product_plain;
 #ifndef SPECDIFF_ONLY_PLAIN
 extern const TileKernels kernels_avx2, kernels_avx512;
+extern const Product product_avx2, product_avx512;
 #endif
 
 namespace {
 
 struct Isa {
   const TileKernels* kernels;
+  const Product* product;
   bool (*supported)();
 };
 
 const Isa kIsas[] = {
 // best first
 #ifndef SPECDIFF_ONLY_PLAIN
-    {&kernels_avx512,
+    {&kernels_avx512, &product_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
      }},
-    {&kernels_avx2,
-     [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")); }},
+    {&kernels_avx2, &product_avx2,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+              __builtin_cpu_supports("fma");
+     }},
 #endif
-    {&kernels_plain, [] { return true; }},
+    {&kernels_plain, &product_plain, [] { return true; }},
 };
 
-std::atomic<const TileKernels*> in_use{nullptr};
+std::atomic<const Isa*> in_use{nullptr};
 
 }  // namespace
 
@@ -43,20 +50,27 @@ bool isa_supported(int index) { return kIsas[index].supported(); }
 bool use_isa(const char* name) {
   for (const Isa& isa : kIsas) {
     if (std::strcmp(isa.kernels->isa, name) == 0 && isa.supported()) {
-      in_use = isa.kernels;
+      in_use = &isa;
       return true;
     }
   }
   return false;
 }
 
-const TileKernels& kernels() {
+namespace {
+
+const Isa& isa() {
   if (in_use.load(std::memory_order_relaxed) == nullptr) {
-    for (const Isa& isa : kIsas) {
-      if (isa.supported() && use_isa(isa.kernels->isa)) break;
+    for (const Isa& best : kIsas) {
+      if (best.supported() && use_isa(best.kernels->isa)) break;
     }
   }
   return *in_use.load(std::memory_order_relaxed);
 }
+
+}  // namespace
+
+const TileKernels& kernels() { return *isa().kernels; }
+Product product() { return *isa().product; }
 
 }  // namespace specdiff::cpu

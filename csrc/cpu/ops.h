@@ -9,5 +9,6 @@ void row_law(const RowLawParams& params);
 void sample(const SampleParams& params);
 void verify(const VerifyParams& params);
 void commit(const CommitParams& params);
+void skinny_linear(const SkinnyLinearParams& params);
 
 }  // namespace specdiff::cpu

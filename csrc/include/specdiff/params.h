@@ -94,4 +94,16 @@ struct CommitParams {
   bool* new_finished;
 };
 
+// out [m, n] = x [m, k] weight[n, k]^T + bias [n]; rows contiguous, strides in elements.
+struct SkinnyLinearParams {
+  const float* x;
+  int64_t m, k, x_stride;
+  const void* weight;  // f32 or bf16
+  int32_t weight_dtype;
+  int64_t n, weight_stride;
+  const float* bias;  // or null
+  float* out;
+  int32_t threads;
+};
+
 }  // namespace specdiff

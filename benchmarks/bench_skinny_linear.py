@@ -1,0 +1,91 @@
+"""The linear layers of a model, M rows at a time: skinny_linear beside torch.
+
+    python benchmarks/bench_skinny_linear.py [--threads 1]
+
+Every weight of a SmolLM2-135M forward is passed once (538 MB in fp32, far more than the caches
+hold), in the model's order. The floor is reading them: `GB/s` is what a path achieves for one row.
+Ratios are to the best single-row path in fp32.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from machine import save
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from specdiff_kernels import skinny_linear
+
+D, KV, MLP, LAYERS, VOCAB = 576, 192, 1536, 30, 49152
+LAYER = [(D, D), (KV, D), (KV, D), (D, D), (MLP, D), (MLP, D), (D, MLP)]  # [N, K]
+ROWS = (1, 2, 3, 5, 9, 17)
+ROUNDS = 9
+
+
+def main(threads: Annotated[int, typer.Option(help="CPU threads")] = 1) -> None:
+    """Median of interleaved rounds, in ms per pass over all weights."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) * 0.02 for shape in LAYER * LAYERS + [(VOCAB, D)]]
+    halves = [weight.bfloat16() for weight in weights]
+    paths: dict[str, Callable[[dict[int, torch.Tensor]], Any]] = {
+        "skinny_linear": lambda x: [skinny_linear(x[w.shape[1]], w) for w in weights],
+        "skinny_linear, bf16 weights": lambda x: [skinny_linear(x[w.shape[1]], w) for w in halves],
+        "torch F.linear": lambda x: [F.linear(x[w.shape[1]], w) for w in weights],
+    }
+    check(weights, halves)
+    times: dict[tuple[str, int], list[float]] = {(p, m): [] for p in paths for m in ROWS}
+    inputs = {m: {k: torch.randn(m, k) for k in (D, MLP)} for m in ROWS}
+    with torch.inference_mode():
+        for _ in track(range(ROUNDS + 1), "measuring", transient=True):
+            for m in ROWS:
+                for name, run in paths.items():
+                    start = time.perf_counter()
+                    run(inputs[m])
+                    times[name, m].append(time.perf_counter() - start)
+    check(weights, halves)
+    ms = {key: 1e3 * statistics.median(values[1:]) for key, values in times.items()}
+    show(ms, list(paths), threads)
+    cases = [{"path": p, "rows": m, "ms": value} for (p, m), value in ms.items()]
+    command = f"python benchmarks/bench_skinny_linear.py --threads {threads}"
+    Console().print(
+        f"saved {save(f'skinny_linear_{threads}', {'command': command, 'cases': cases})}"
+    )
+
+
+def check(weights: list[torch.Tensor], halves: list[torch.Tensor]) -> None:
+    """Both paths are right to fp32 rounding."""
+    for weight in (*weights[:7], *halves[:7]):
+        x = torch.randn(5, weight.shape[1])
+        exact = x.double() @ weight.double().T
+        error = (skinny_linear(x, weight) - exact).abs().max()
+        if error > 1e-4 * exact.abs().max():
+            raise SystemExit(f"wrong by {error:.2e} at {list(weight.shape)} {weight.dtype}")
+
+
+def show(ms: dict[tuple[str, int], float], paths: list[str], threads: int) -> None:
+    bytes_read = 4 * (LAYERS * sum(n * k for n, k in LAYER) + VOCAB * D)
+    best = min(ms[name, 1] for name in paths if "bf16" not in name)
+    table = Table(
+        title=f"ms per pass over {bytes_read / 1e6:.0f} MB of weights, {threads} thread(s)"
+    )
+    table.add_column("rows")
+    for name in paths:
+        table.add_column(name, justify="right")
+    for m in ROWS:
+        table.add_row(str(m), *(f"{ms[p, m]:.1f} ({ms[p, m] / best:.2f}x)" for p in paths))
+    rates = (bytes_read / (2 if "bf16" in p else 1) / ms[p, 1] / 1e6 for p in paths)
+    table.add_row("GB/s, 1 row", *(f"{rate:.1f}" for rate in rates))
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,92 @@
+"""A linear layer on a few rows: as exact as torch's, and no row depends on another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specdiff_kernels import skinny_linear
+
+pytestmark = pytest.mark.usefixtures("implementation")
+NAN = float("nan")
+SHAPES = [(1, 1), (13, 7), (12, 8), (97, 33), (50, 577), (200, 1536)]  # [N, K]
+
+
+def inputs(M, N, K, dtype=torch.float32):
+    random = torch.Generator().manual_seed(1000 * M + N + K)
+    x = torch.randn(M, K, generator=random)
+    return x, torch.randn(N, K, generator=random).to(dtype), torch.randn(N, generator=random)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_error_is_at_most_twice_that_of_torch(N, K, dtype):
+    """Root mean square over all outputs, against fp64; one ulp of the result is allowed anyway."""
+    x, weight, bias = inputs(9, N, K, dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    allowed = 2 * rms(F.linear(x, weight.float(), bias) - exact) + 2.0**-23 * rms(exact)
+    assert rms(skinny_linear(x, weight, bias) - exact) <= allowed
+
+
+def rms(x):
+    return x.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_a_row_is_the_same_in_any_company(N, K, dtype):
+    x, weight, bias = inputs(32, N, K, dtype)
+    alone = torch.cat([skinny_linear(row[None], weight, bias) for row in x])
+    for M in range(1, 33):
+        assert torch.equal(skinny_linear(x[:M], weight, bias), alone[:M]), M
+        assert torch.equal(skinny_linear(x[-M:], weight, bias), alone[-M:]), M
+
+
+def test_threads_do_not_matter():
+    x, weight, bias = inputs(5, 1000, 576)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = skinny_linear(x, weight, bias)
+        torch.set_num_threads(3)
+        assert torch.equal(skinny_linear(x, weight, bias), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("K", [1, 15, 16, 17, 40])
+def test_views_between_sentinels(K):
+    """Nothing outside the rows is read, and nothing outside the result is written."""
+    x, weight, bias = inputs(7, 29, K)
+    frame_x, frame_w = torch.full((9, K + 5), NAN), torch.full((31, K + 3), NAN)
+    frame_x[1:8, 2 : K + 2], frame_w[1:30, 1 : K + 1] = x, weight
+    expected = skinny_linear(x, weight, bias)
+    frame = torch.full((9, 29), NAN)
+    result = skinny_linear(
+        frame_x[1:8, 2 : K + 2], frame_w[1:30, 1 : K + 1], bias, out=frame[1:8]
+    )  # fmt: skip
+    assert torch.equal(result, expected)
+    assert frame[0].isnan().all() and frame[8].isnan().all()
+    assert torch.equal(skinny_linear(x.T.contiguous().T, weight.T.contiguous().T, bias), expected)
+
+
+def test_empty_and_without_bias():
+    x, weight, _ = inputs(3, 5, 8)
+    assert torch.equal(skinny_linear(x, weight), skinny_linear(x, weight, torch.zeros(5)))
+    assert skinny_linear(x[:0], weight).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(8), torch.zeros(5, 8)), ValueError, r"^x: expected shape \[\*, \*\]"),
+        ((torch.zeros(1, 8), torch.zeros(5, 9)), ValueError, r"^weight: expected shape \[\*, 8\]"),
+        ((torch.zeros(1, 8).double(), torch.zeros(5, 8)), TypeError, "^x: expected dtype float32"),
+        ((torch.zeros(1, 8), torch.zeros(5, 8).half()), TypeError, "^weight: expected dtype float"),
+        ((torch.zeros(1, 8), torch.zeros(5, 8), torch.zeros(4)), ValueError, "^bias: expected sh"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        skinny_linear(*arguments)
