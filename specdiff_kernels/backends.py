@@ -87,27 +87,27 @@ def requested(name: str | None) -> str | None:
 
 
 @cache
-def _log_fallback(name: str, reason: str, instead: str) -> None:
-    logger.warning("backend %s is not used: %s; using %s", name, reason, instead)
-
-
-def implementation(op: str, device: torch.device, name: str | None) -> Callable[..., None]:
-    """The function that runs `op` on `device`.
+def find(op: str, device: str, forced: str | None) -> Callable[..., None]:
+    """The function that runs `op` on a type of device; the choice is made once.
 
     Raises:
-        BackendError: the backend asked for cannot run here. A forced backend never falls back.
+        BackendError: no backend, or not the one asked for, runs there.
     """
-    forced = requested(name)
     if forced is not None:
-        if reason := reason_against(forced, device.type):
+        if reason := reason_against(forced, device):
             raise BackendError(f"backend {forced!r} was asked for, but {reason}")
         return getattr(load(forced), op)
     skipped: dict[str, str] = {}
-    for candidate in ORDER.get(device.type, ("reference",)):
-        reason = reason_against(candidate, device.type)
+    for candidate in ORDER.get(device, ("reference",)):
+        reason = reason_against(candidate, device)
         if reason is None:
             for failed, why in skipped.items():
-                _log_fallback(failed, why, candidate)
+                logger.warning("backend %s is not used for %s: %s", failed, op, why)
             return getattr(load(candidate), op)
         skipped[candidate] = reason
-    raise BackendError(f"no backend runs on {device.type} tensors: {skipped}")
+    raise BackendError(f"no backend runs on {device} tensors: {skipped}")
+
+
+def implementation(op: str, device: torch.device, name: str | None) -> Callable[..., None]:
+    """The function that runs `op` on `device`, with the backend asked for or the best one."""
+    return find(op, device.type, requested(name))

@@ -18,6 +18,13 @@ from specdiff_kernels.cpp.pointers import address, addresses, logits_view
 LOGITS = torch.zeros(1, 4)
 
 
+@pytest.fixture(autouse=True)
+def choose_anew():
+    backends.find.cache_clear()
+    yield
+    backends.find.cache_clear()
+
+
 @pytest.fixture
 def ran(monkeypatch):
     """Names of the backends that ran, in order."""
@@ -29,8 +36,11 @@ def ran(monkeypatch):
             self.name, self.module = name, module
 
         def __getattr__(self, op):
-            names.append(self.name)
-            return getattr(self.module, op)
+            def run(*args, **kwargs):
+                names.append(self.name)
+                getattr(self.module, op)(*args, **kwargs)
+
+            return run
 
     def load(name):
         module = original(name)
@@ -75,7 +85,6 @@ def broken_cpp(monkeypatch):
     fault = ImportError("undefined symbol")
     monkeypatch.setattr(backends, "load", lambda n: fault if n == "cpp" else original(n))
     monkeypatch.delenv("SPECDIFF_BACKEND", raising=False)
-    backends._log_fallback.cache_clear()
 
 
 @pytest.mark.usefixtures("broken_cpp")
@@ -84,8 +93,8 @@ def test_fallback_is_logged_once_with_its_reason(caplog):
         row_law(LOGITS)
         row_law(LOGITS)
     assert [r.getMessage() for r in caplog.records] == [
-        "backend cpp is not used: it did not load (undefined symbol); reinstall with: "
-        "pip install --force-reinstall .; using reference"
+        "backend cpp is not used for row_law: it did not load (undefined symbol); reinstall with: "
+        "pip install --force-reinstall ."
     ]
 
 
