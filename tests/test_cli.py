@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.control import strip_control_codes
 from typer.testing import CliRunner
 
-from specdiff import Stats, Step
+from specdiff import Stats, Step, cpu
 from specdiff.cli import app, encode
+from specdiff.drafters import Autoregressive
 from specdiff.report import LiveText, Run, TextStream, figures, median_run
 from tests.tiny import tiny_model
 
@@ -91,6 +92,22 @@ def test_no_draft_is_plain_decoding(result):
     got = result("--no-draft")
     assert got["acceptance"] == []
     assert got["target_forwards"] == got["tokens"] == 24
+
+
+def test_models_are_accelerated_unless_told_otherwise(result, monkeypatch):
+    calls = []
+    real = cpu.skinny_linear
+    monkeypatch.setattr(cpu, "skinny_linear", lambda *args: calls.append(1) or real(*args))
+    text = result("--no-accelerate")["text"]
+    assert not calls
+    assert result()["text"] == text
+    assert calls
+
+
+def test_k_is_the_drafters_own_unless_given(result, target):
+    got = result(drafter=target)
+    assert len(got["acceptance"]) == Autoregressive.block
+    assert len(result("--k", "2", drafter=target)["acceptance"]) == 2
 
 
 def test_identical_is_null_when_sampling(result):

@@ -9,15 +9,16 @@ import pytest
 
 from specdiff import Decoder, Target, fetch, load_target
 from specdiff.cli import encode
+from specdiff.cpu import accelerate
 from specdiff.drafters import load_drafter
 
 TOKENS = 48
 
 
-@pytest.fixture(scope="module")
-def smollm2():
+@pytest.fixture(scope="module", params=["accelerated", "as it is"])
+def smollm2(request):
     model, tokenizer = load_target(fetch("smollm2-135m"))
-    return Target(model), tokenizer
+    return Target(accelerate(model) if request.param == "accelerated" else model), tokenizer
 
 
 @pytest.mark.slow

@@ -102,7 +102,9 @@ def generate(
         float | None, typer.Option(help="Drop tokens below this share of the likeliest.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    k: Annotated[int, typer.Option("--k", help="Most tokens drafted per round.")] = 8,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Most tokens drafted per round; default: its own.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Reverse steps of a diffusion drafter; default: its own.")
     ] = None,
@@ -113,11 +115,14 @@ def generate(
         bool, typer.Option("--compare", help=f"Also decode plainly; medians of {REPEATS} runs.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
+    no_accelerate: Annotated[
+        bool, typer.Option("--no-accelerate", help="On a CPU: leave linear layers to torch.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
 ) -> None:
     """Decode one prompt or a file of them, and show how fast it went."""
     prompts = read_prompts(prompt, batch_file)
-    if k < 1:
+    if k is not None and k < 1:
         raise ValueError(f"--k must be at least 1, got {k}; for plain decoding use --no-draft")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}")
@@ -131,7 +136,7 @@ def generate(
         from .sampling import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, min_p)
-        plain, tokenizer = load(target, rule.value, threads)
+        plain, tokenizer = load(target, rule.value, threads, not no_accelerate)
         decoder = plain if no_draft else with_drafter(plain, drafter, k, steps)
     ids = [encode(tokenizer, text, raw) for text in prompts]
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
@@ -175,11 +180,12 @@ def read_prompts(prompt: str | None, batch_file: Path | None) -> list[str]:
     return prompts
 
 
-def load(name_or_path: str, rule: str, threads: int | None) -> tuple[Decoder, Any]:
+def load(name_or_path: str, rule: str, threads: int | None, fast: bool) -> tuple[Decoder, Any]:
     """A plain decoder of a target, and the target's tokenizer."""
     import torch
     from transformers.utils import logging
 
+    from .cpu import accelerate
     from .decoder import Decoder
     from .models import load_target
     from .target import Target
@@ -189,10 +195,10 @@ def load(name_or_path: str, rule: str, threads: int | None) -> tuple[Decoder, An
     if threads is not None:
         torch.set_num_threads(threads)
     model, tokenizer = load_target(name_or_path)
-    return Decoder(Target(model), rule=rule), tokenizer
+    return Decoder(Target(accelerate(model) if fast else model), rule=rule), tokenizer
 
 
-def with_drafter(plain: Decoder, name_or_path: str, k: int, steps: int | None) -> Decoder:
+def with_drafter(plain: Decoder, name_or_path: str, k: int | None, steps: int | None) -> Decoder:
     """The same decoder with drafts."""
     from .decoder import Decoder
     from .drafters import load_drafter

@@ -125,7 +125,8 @@ class Decoder:
     Args:
         target: the model whose law the text follows.
         drafter: what proposes tokens; None is plain decoding by the same implementation.
-        k: most tokens drafted per round, at least 1. Fewer near the end of a row.
+        k: most tokens drafted per round, at least 1; None: the drafter's own choice. Fewer near
+            the end of a row.
         rule: how `specdiff_kernels.verify` judges a draft: "token", "one-hot" or "greedy".
         backend: of the ops; None chooses.
         tokenizer: with `decode`, as Hugging Face's; needed for stop strings and texts.
@@ -134,7 +135,7 @@ class Decoder:
         ValueError: k does not fit the context, or the drafter's vocabulary is not the target's.
 
     Example:
-        >>> decoder = Decoder(Target(model), PromptLookup(), k=8)
+        >>> decoder = Decoder(Target(model), PromptLookup(), k=5)
         >>> decoder.generate([1, 2, 3], max_new_tokens=32).new_tokens
     """
 
@@ -142,17 +143,18 @@ class Decoder:
         self,
         target: Target,
         drafter: Drafter | None = None,
-        k: int = 8,
+        k: int | None = None,
         rule: str = "token",
         *,
         backend: str | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
+        self.k = 0
         if drafter is not None:
-            check_drafter(target, drafter, k)
+            self.k = drafter.block if k is None else k
+            check_drafter(target, drafter, self.k)
         self.target = target
         self.drafter = drafter
-        self.k = k if drafter is not None else 0
         self.rule = rule
         self.backend = backend
         self.tokenizer = tokenizer
@@ -299,7 +301,7 @@ def generate(
     drafter: Drafter | None,
     input_ids: Prompts,
     *,
-    k: int = 8,
+    k: int | None = None,
     rule: str = "token",
     backend: str | None = None,
     tokenizer: Tokenizer | None = None,

@@ -30,13 +30,19 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .drafters.block_diffusion import BlockDiffusionConfig, BlockDiffusionNetwork, write_atomically
+from .drafters.block_diffusion import (
+    BlockDiffusionConfig,
+    BlockDiffusionNetwork,
+    principal_axes,
+    write_atomically,
+)
 
 REVEALED_SHARE = 0.25  # of blocks that start with a random left part revealed
-POSITION_DECAY = 0.85  # weight of position i is decay^i: a token counts only if all before it stand
+POSITION_DECAY = 0.8  # weight of position i is decay^i: a token counts only if all before it stand
 VARIATION_FROM = 0.6  # share of training after which total variation enters the loss
 VARIATION_WEIGHT = 0.5  # its weight at the end
 HIDDEN_BATCH = 16
+RIDGE = 1e-3  # relative to the inputs' mean square, which is 1
 
 
 class Conversations(NamedTuple):
@@ -63,8 +69,8 @@ class Recipe:
 
     steps: int = 4000
     batch: int = 4
-    anchors: int = 32
-    learning_rate: float = 2e-3
+    anchors: int = 64
+    learning_rate: float = 1e-3
     warmup: float = 0.04
     weight_decay: float = 0.05
     held_out: float = 0.05
@@ -218,6 +224,38 @@ def step_loss(
     with torch.no_grad():  # the law of position t comes from the state before it
         target = hidden[row, blocks.positions[used] - 1] @ teacher.draft_output.T
     return distillation_loss(logits[used], target, blocks.weight[used], variation)
+
+
+@torch.no_grad()
+def fit_linear(
+    network: BlockDiffusionNetwork, data: Conversations, teacher: Teacher, rows: Tensor
+) -> None:
+    """Start at the best linear prediction of the next state, by ridge regression.
+
+    h[t] from the token x[t], the state h[t-1] and a constant: in closed form, in one pass over
+    `rows`. Gradient steps from random weights need hours to get there. The network's stream then
+    runs along the principal axes of the states, scaled to a root mean square of about 1.
+    """
+    d = network.config.target_hidden_size
+    gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64)
+    cross, moments = gram.new_zeros(2 * d + 1, d), gram.new_zeros(d, d)
+    for part in rows[data.length[rows].argsort()].split(HIDDEN_BATCH):
+        tokens, hidden = data.tokens[part], teacher.states(part, int(data.length[part].max()))
+        t = torch.arange(1, hidden.shape[1])
+        inside = (t >= data.prompt_length[part, None] - 1) & (t < data.length[part, None])
+        token = F.embedding(tokens[:, t], teacher.embedding)[inside]
+        x = torch.cat((network.scaled(token), network.scaled(hidden[:, :-1][inside])), 1)
+        x, y = F.pad(x, (0, 1), value=1.0), hidden[:, 1:][inside]
+        gram, cross, moments = gram + x.T @ x, cross + x.T @ y, moments + y.T @ y
+    count = gram[-1, -1]
+    weight = torch.linalg.solve(gram + RIDGE * count * torch.eye(2 * d + 1), cross).float()
+    axes = principal_axes(moments.float(), network.config.hidden_size)
+    size = (moments.trace() / d / count).sqrt().float()
+    kept = axes.shape[1]
+    network.embed_in.weight.zero_()[:kept] = (weight[:d] @ axes / size).T
+    network.hidden_in.weight.zero_()[:kept] = (weight[d : 2 * d] @ axes / size).T
+    network.mask.zero_()[:kept] = weight[-1] @ axes / size
+    network.embed_out.weight.zero_()[:, :kept] = axes * size
 
 
 @torch.no_grad()
@@ -416,10 +454,10 @@ def train(
     anchors: Annotated[int, typer.Option(help="Blocks per conversation.")] = Recipe.anchors,
     learning_rate: Annotated[float, typer.Option(help="Peak.")] = Recipe.learning_rate,
     seed: Annotated[int, typer.Option(help="Of weights, split and batches.")] = Recipe.seed,
-    block: Annotated[int, typer.Option(help="K, the longest draft.")] = 8,
+    block: Annotated[int, typer.Option(help="K, the longest draft.")] = BlockDiffusionConfig.block,
     draft_vocab: Annotated[int, typer.Option(help="Tokens that can be drafted.")] = 8192,
-    hidden_size: Annotated[int, typer.Option(help="Width of the drafter.")] = 384,
-    layers: Annotated[int, typer.Option(help="Layers of the drafter.")] = 3,
+    hidden_size: Annotated[int, typer.Option(help="Width of the drafter.")] = 576,
+    layers: Annotated[int, typer.Option(help="Layers of the drafter.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Train a block-diffusion drafter for a target, or continue an interrupted training."""
@@ -441,7 +479,7 @@ def train(
         hidden_size=hidden_size,
         layers=layers,
         heads=hidden_size // 64,
-        intermediate_size=round(hidden_size * 7 / 3),
+        intermediate_size=round(hidden_size * 8 / 3),
         block=block,
     )
     recipe = Recipe(
@@ -458,6 +496,9 @@ def train(
         if checkpoint.exists():
             trainer.resume(checkpoint)
             console.print(f"continuing at step {trainer.step}")
+        else:
+            fit_linear(network, conversations, teacher, trainer.train_rows)
+            console.print(f"linear start: held-out loss {trainer.held_out_loss():.4f}")
         task = progress.add_task("training", total=steps, completed=trainer.step)
         recent: list[float] = []
         while trainer.step < steps and time.monotonic() - began < 60 * minutes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
+from ..cpu import accelerate, is_accelerated
 from ..target import Target
 from .autoregressive import Autoregressive
 from .base import Drafter, News
@@ -30,7 +31,9 @@ def load_drafter(
     steps: int | None = None,
     backend: str | None = None,
 ) -> Drafter:
-    """A drafter for `target`, on its device and in its dtype. Reads local files only.
+    """A drafter for `target`, on its device, in its dtype, accelerated if its model is.
+
+    Reads local files only.
 
     Args:
         name_or_path: "block-diffusion", "prompt-lookup", or a folder that holds a trained
@@ -59,7 +62,10 @@ def load_drafter(
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=target.dtype, use_safetensors=True, local_files_only=True
     )
-    return Autoregressive(model.to(target.device), backend=backend)
+    model = model.to(target.device)
+    return Autoregressive(
+        accelerate(model) if is_accelerated(target.model) else model, backend=backend
+    )
 
 
 def shipped_drafter() -> Path:

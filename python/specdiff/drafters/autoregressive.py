@@ -30,6 +30,7 @@ class Autoregressive:
     """
 
     needs_hidden = False
+    block = 4
 
     def __init__(self, model: PreTrainedModel, *, backend: str | None = None) -> None:
         self.model = Target(model)

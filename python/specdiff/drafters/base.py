@@ -28,10 +28,12 @@ class Drafter(Protocol):
     Attributes:
         needs_hidden: whether `News.hidden` must be filled in.
         vocab_size: of the target it drafts for; None: any.
+        block: tokens that it drafts per round unless told otherwise.
     """
 
     needs_hidden: bool
     vocab_size: int | None
+    block: int
 
     def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
         """Forget everything. `capacity`: most tokens a row can have, prompt included."""

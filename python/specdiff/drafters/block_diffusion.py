@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from specdiff_kernels import Draft, Purpose, RowLaw, check_status, row_law, sample
 
+from ..cpu import accelerate, is_accelerated
 from ..sampling import Sampling
 from ..target import Target
 from .base import News
@@ -46,11 +47,11 @@ class BlockDiffusionConfig:
     target_vocab_size: int
     target_hidden_size: int
     draft_vocab_size: int
-    hidden_size: int = 384
-    layers: int = 3
-    heads: int = 6
-    intermediate_size: int = 896
-    block: int = 8
+    hidden_size: int = 576
+    layers: int = 1
+    heads: int = 9
+    intermediate_size: int = 1536
+    block: int = 4
     steps: int = 1
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -160,7 +161,6 @@ class BlockDiffusionNetwork(nn.Module):
         self.mask = nn.Parameter(torch.zeros(d))
         self.offset = nn.Parameter(torch.zeros(config.block, d))
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
-        self.norm = nn.RMSNorm(d, config.norm_eps)
         self.embed_out = nn.Linear(d, target, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.draft_vocab_size))
         self.register_buffer("draft_ids", draft_ids.long())
@@ -169,7 +169,10 @@ class BlockDiffusionNetwork(nn.Module):
 
     @torch.no_grad()
     def initialise(self, embedding: Tensor, generator: torch.Generator | None = None) -> None:
-        """Random weights, with in and out projections on the principal axes of `embedding`.
+        """Random weights; the stream's axes are the principal axes of `embedding`.
+
+        `hidden_in` and what the layers add begin at zero, so the first output is a linear
+        function of the last token alone.
 
         Args:
             embedding: [V, target_hidden_size] of the target.
@@ -178,25 +181,23 @@ class BlockDiffusionNetwork(nn.Module):
         scale = 0.4 / self.config.hidden_size**0.5
         for layer in self.layers:
             for name, weight in layer.named_parameters():
-                if weight.ndim == 2:
-                    behind = self.config.layers**0.5 if name.startswith(("out", "down")) else 1.0
-                    nn.init.normal_(weight, std=scale / behind, generator=generator)
-        nn.init.normal_(self.mask, std=0.5, generator=generator)
-        nn.init.normal_(self.offset, std=0.5, generator=generator)
+                if name.startswith(("out", "down")):
+                    nn.init.zeros_(weight)
+                elif weight.ndim == 2:
+                    nn.init.normal_(weight, std=scale, generator=generator)
         nn.init.zeros_(self.hidden_in.weight)
         rows = embedding.float()
-        axes = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)  # columns, largest first
-        axes = axes[:, : self.config.hidden_size]
-        self.embed_in.weight.zero_()[: axes.shape[1]] = (
-            axes.T / (rows @ axes).square().mean().sqrt()
-        )
+        axes = principal_axes(rows.T @ rows, self.config.hidden_size)
+        self.embed_in.weight.zero_()[: axes.shape[1]] = axes.T
         self.embed_out.weight.zero_()[:, : axes.shape[1]] = axes / rows.norm(dim=1).mean()
 
     def embed_prefix(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         """Committed tokens [..., target_d], and the lm head input before each -> [..., d]"""
-        return self.embed_in(embedded) + self.hidden_in(
-            F.rms_norm(hidden, hidden.shape[-1:], eps=self.config.norm_eps)
-        )
+        return self.embed_in(self.scaled(embedded)) + self.hidden_in(self.scaled(hidden))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """[..., target_d] with a root mean square of 1 in each row."""
+        return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
     def embed_block(self, embedded: Tensor, revealed: int | Tensor, anchor: Tensor) -> Tensor:
         """Embed a block: revealed tokens as themselves, masks as the last token that they follow.
@@ -212,7 +213,10 @@ class BlockDiffusionNetwork(nn.Module):
         K = embedded.shape[-2]
         known = torch.arange(K, device=embedded.device) < revealed
         masks = anchor[..., None, :] + self.mask
-        return torch.where(known[..., None], self.embed_in(embedded), masks) + self.offset[:K]
+        return (
+            torch.where(known[..., None], self.embed_in(self.scaled(embedded)), masks)
+            + self.offset[:K]
+        )
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor, cache: PrefixCache | None = None
@@ -232,7 +236,7 @@ class BlockDiffusionNetwork(nn.Module):
         rotation = angles.cos(), angles.sin()
         for layer in self.layers:
             x = layer(x, rotation, mask, cache)
-        return self.norm(x)
+        return x
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (fp16, ids int32), each atomically."""
@@ -271,6 +275,11 @@ class BlockDiffusionNetwork(nn.Module):
         return network
 
 
+def principal_axes(moments: Tensor, count: int) -> Tensor:
+    """The `count` leading eigenvectors of a symmetric [d, d], as columns [d, min(count, d)]."""
+    return torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :count]
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name in the same folder, then move it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -293,7 +302,8 @@ class BlockDiffusion:
     revealed later and every draw is recorded with its law.
 
     Args:
-        network: the denoiser. It is moved to the target's device and dtype.
+        network: the denoiser. It is moved to the target's device and dtype, and accelerated if the
+            target's model is.
         target: whose embeddings it reads.
         steps: reverse steps T; None: the configuration's.
         backend: of the ops; None chooses.
@@ -302,7 +312,7 @@ class BlockDiffusion:
         ValueError: `steps` out of range, or a target of another shape.
 
     Example:
-        >>> decoder = Decoder(target, BlockDiffusion.load(folder, target), k=8)
+        >>> decoder = Decoder(target, BlockDiffusion.load(folder, target))
     """
 
     needs_hidden = True
@@ -329,9 +339,16 @@ class BlockDiffusion:
         self.network = network.to(target.device, target.dtype).eval().requires_grad_(False)
         self.embedding = embedding
         self.vocab_size: int | None = config.target_vocab_size
+        self.block = config.block
         self.backend = backend
         output = target.head.weight.detach()[network.draft_ids]
-        self.head = output @ network.embed_out.weight  # [Vd, d]
+        weight = output @ network.embed_out.weight  # [Vd, d]
+        Vd, d = weight.shape
+        self.head = nn.Linear(d, Vd, device="meta")
+        self.head.weight, self.head.bias = nn.Parameter(weight, False), network.bias
+        if is_accelerated(target.model):
+            accelerate(self.network)
+            accelerate(self.head)
 
     @classmethod
     def load(
@@ -347,17 +364,16 @@ class BlockDiffusion:
 
     def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
         self.sampling = sampling
-        self.cache = PrefixCache(self.network.config, batch, capacity, self.head)
+        self.cache = PrefixCache(self.network.config, batch, capacity, self.head.weight)
 
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, seed: Tensor, round: Tensor) -> Draft:
-        block = self.network.config.block
-        if not 1 <= k <= block:
-            raise ValueError(f"k must be in [1, {block}] for this drafter, got {k}")
+        if not 1 <= k <= self.block:
+            raise ValueError(f"k must be in [1, {self.block}] for this drafter, got {k}")
         if news.hidden is None:
             raise ValueError("news.hidden is None; a block-diffusion drafter needs hidden states")
         B, device = len(lengths), lengths.device
-        pool = self.head.new_empty(B, k, self.head.shape[0])
+        pool = self.head.weight.new_empty(B, k, self.head.out_features)
         tokens = torch.zeros(B, k, dtype=torch.int64, device=device)
         tau = torch.empty(B, k, dtype=torch.int32, device=device)
         laws = []
@@ -365,7 +381,7 @@ class BlockDiffusion:
         for step in range(steps):
             lo, hi = chunk(k, steps, step)
             states = self._read(news if step == 0 else None, tokens, lo)
-            logits = F.linear(states[:, lo:hi], self.head, self.network.bias)
+            logits = self.head(states[:, lo:hi])
             pool[:, lo:hi], tau[:, lo:hi] = logits, step
             flat = logits.flatten(0, 1)  # [B * (hi - lo), Vd]
             law = row_law(flat, *self.sampling.parameters, backend=self.backend)

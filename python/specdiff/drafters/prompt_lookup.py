@@ -47,11 +47,12 @@ class PromptLookup:
         max_ngram: longest n-gram to look for, at least 1.
 
     Example:
-        >>> decoder = Decoder(target, PromptLookup(), k=8)
+        >>> decoder = Decoder(target, PromptLookup())
     """
 
     needs_hidden = False
     vocab_size: int | None = None
+    block = 8
 
     def __init__(self, max_ngram: int = 3) -> None:
         if max_ngram < 1:

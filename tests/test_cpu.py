@@ -1,0 +1,99 @@
+"""Accelerated models: the same function, reversibly, row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specdiff import Decoder, Target
+from specdiff.cpu import accelerate, is_accelerated, restore
+from specdiff.drafters import Autoregressive, PromptLookup, load_drafter
+from tests.tiny import FAMILIES, tiny_model
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@torch.no_grad()
+def logits(model, tokens=TOKENS):
+    return model(tokens).logits
+
+
+def test_logits_are_those_of_the_model(family):
+    """Two layers of width 32 to 64: some 200 roundings of relative size 2^-24 in a chain."""
+    model = tiny_model(family)
+    before = logits(model)
+    after = logits(accelerate(model))
+    assert not torch.equal(after, before) or family == "gpt_neo"
+    assert (after - before).abs().max() < 200 * 2.0**-24 * before.abs().max()
+
+
+def test_restore_gives_back_the_same_bits(family):
+    model = tiny_model(family)
+    before = logits(model)
+    assert is_accelerated(accelerate(model, bf16=True))
+    assert not torch.equal(logits(model), before)
+    assert not is_accelerated(restore(model))
+    assert torch.equal(logits(model), before)
+    assert all(
+        p.is_contiguous() or p.t().is_contiguous() for p in model.parameters() if p.ndim == 2
+    )
+
+
+@torch.no_grad()
+def test_a_linear_layer_gives_a_token_the_same_alone_and_among_others():
+    model = accelerate(tiny_model("llama"))
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 9, 32)
+    together = layer(x)
+    assert together.shape == (2, 9, 64)
+    for b in range(2):
+        for i in range(9):
+            assert torch.equal(layer(x[b : b + 1, i : i + 1])[0, 0], together[b, i])
+
+
+def test_many_rows_and_gradients_go_to_torch(monkeypatch):
+    layer = torch.nn.Linear(8, 4)
+    accelerate(layer)
+    wide, narrow = torch.randn(33, 8), torch.randn(3, 8)
+    layer(narrow).sum().backward()
+    assert layer.weight.grad is not None
+
+    def refuse(*_):
+        raise AssertionError("skinny_linear was called")
+
+    monkeypatch.setattr("specdiff.cpu.skinny_linear", refuse)
+    with torch.no_grad():
+        layer(wide)
+        with pytest.raises(AssertionError, match="skinny_linear was called"):
+            layer(narrow)
+
+
+def test_other_dtypes_are_left_alone():
+    assert not is_accelerated(accelerate(tiny_model("llama", dtype=torch.bfloat16)))
+
+
+def test_bf16_is_used_for_many_rows_too():
+    layer = accelerate(torch.nn.Linear(64, 64), bf16=True)
+    x = torch.randn(40, 64)
+    with torch.no_grad():
+        assert torch.allclose(layer(x)[:20], layer(x[:20]), rtol=0, atol=1e-5)
+
+
+def test_greedy_text_is_that_of_plain_decoding(family):
+    target = Target(accelerate(tiny_model(family)))
+    prompts = [[1, 2, 3, 1, 2], [7, 8, 9]]
+    plain = Decoder(target).generate(prompts, max_new_tokens=25).new_tokens
+    for drafter in (PromptLookup(), Autoregressive(tiny_model("llama", seed=3))):
+        assert Decoder(target, drafter).generate(prompts, max_new_tokens=25).new_tokens == plain
+
+
+def test_a_drafter_follows_its_target(tmp_path):
+    tiny_model("gpt2", seed=1).save_pretrained(tmp_path)
+    for model, expected in ((tiny_model("llama"), False), (accelerate(tiny_model("llama")), True)):
+        drafter = load_drafter(tmp_path, Target(model))
+        assert is_accelerated(drafter.model.model) == expected
