@@ -30,7 +30,7 @@ def load(name: str) -> ModuleType | Exception:
     """The backend's module, or the error that keeps it from loading."""
     try:
         return importlib.import_module(f"specdiff_kernels.{name}")
-    except ImportError as error:
+    except (ImportError, BackendError) as error:
         return error
 
 
@@ -45,6 +45,8 @@ def reason_against(name: str, device: str) -> str | None:
     if name not in ORDER.get(device, ("reference",)):
         return f"it does not run on {device} tensors"
     module = load(name)
+    if isinstance(module, BackendError):
+        return str(module)
     if isinstance(module, Exception):
         return f"it did not load ({module}); reinstall with: pip install --force-reinstall ."
     return None
@@ -99,6 +101,8 @@ def find(op: str, device: str, forced: str | None) -> Callable[..., None]:
         return getattr(load(forced), op)
     skipped: dict[str, str] = {}
     for candidate in ORDER.get(device, ("reference",)):
+        if isinstance(fault := load(candidate), BackendError):
+            raise fault  # a wrong setting is no reason to fall back
         reason = reason_against(candidate, device)
         if reason is None:
             for failed, why in skipped.items():

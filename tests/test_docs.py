@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCTESTED = [
-    *(f"specdiff_kernels.ops.{op}" for op in ("row_law", "sample", "verify", "commit")),
+    *(
+        f"specdiff_kernels.ops.{op}"
+        for op in ("row_law", "sample", "verify", "commit", "skinny_linear")
+    ),
     "specdiff_kernels.backends",
 ]
 

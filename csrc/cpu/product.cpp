@@ -40,7 +40,7 @@ inline Floats load(const uint16_t* x) {  // bf16
   return Floats(__builtin_convertvector(halves, Words) << 16);
 }
 
-// The first n < kLanes values, then zeros.
+// The first n <= kLanes values, then zeros.
 template <class T>
 inline Floats load_some(const T* x, int64_t n) {
   T padded[kLanes] = {};

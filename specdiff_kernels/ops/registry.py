@@ -13,6 +13,7 @@ from ..backends import implementation
 from .checks import check_tensor
 
 Outputs = list[tuple[list[int], torch.dtype]]  # shape and dtype of each
+PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("specdiff", "DEF")
 
 
@@ -23,16 +24,26 @@ class Op(NamedTuple):
     into: Callable[..., None]  # inputs, backend, outputs
 
 
-def watched(tensor: Tensor) -> bool:
-    """Whether a compiler, a mode or a subclass has to see the call.
+def watched(args: Sequence[Any]) -> bool:
+    """Whether something other than the kernel has to see the call: a compiler, a mode, a transform,
+    a tracer, a profiler, autograd, or a tensor that is more than its memory.
 
     Otherwise it skips PyTorch's dispatcher, which takes longer over the twenty arguments of
     `verify` than everything else around the kernel.
     """
-    return (
+    if (
         torch.compiler.is_compiling()
-        or type(tensor) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return True
+    learns = torch.is_grad_enabled()
+    return any(
+        isinstance(x, Tensor)
+        and (type(x) not in PLAIN or x.is_neg() or (learns and x.requires_grad))
+        for x in args
     )
 
 
@@ -93,6 +104,6 @@ def define(
 
     packet = getattr(torch.ops.specdiff, name)
     return Op(
-        lambda *args: (packet.default if watched(args[0]) else functional)(*args),
-        lambda *args: (packet.out if watched(args[0]) else into)(*args),
+        lambda *args: (packet.default if watched(args) else functional)(*args),
+        lambda *args: (packet.out if watched(args) else into)(*args),
     )

@@ -1,4 +1,4 @@
-"""`skinny_linear`: a linear layer on a few rows, for the price of reading its weight once."""
+"""`skinny_linear`: a linear layer on a few rows, for one reading of its weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def skinny_linear(
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x weight^T + bias in fp32, meant for M <= 32 rows.
+    """x weight^T + bias in fp32, meant for M <= 32 rows and cheapest up to about 9.
 
     A target that checks K drafted tokens multiplies K + 1 rows by every weight. On a CPU the time
     goes into reading the weight, which one pass can serve all rows with.
@@ -38,7 +38,7 @@ def skinny_linear(
             registers, exactly.
         bias: f32 [N], or None.
         backend: force one; see `available_backends`.
-        out: f32 [M, N] to write into.
+        out: f32 [M, N] to write into; it may not overlap an input.
 
     Returns:
         f32 [M, N].
@@ -60,9 +60,27 @@ def skinny_linear(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     args = (x, weight, *contiguous(bias), backend)
     if out is not None:
+        if not torch.compiler.is_compiling():
+            check_apart(out, x=x, weight=weight, bias=bias)
         OP.into(*args, out)
         return out
     return OP.functional(*args)
+
+
+def check_apart(out: Tensor, **inputs: Tensor | None) -> None:
+    """Raise if `out` shares memory with an input, which is read while `out` is written."""
+    first, last = memory(out)
+    for name, tensor in inputs.items():
+        if tensor is not None and memory(tensor)[0] < last and first < memory(tensor)[1]:
+            raise ValueError(f"out: expected memory of its own, got some of {name}'s")
+
+
+def memory(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last one."""
+    if tensor.numel() == 0:
+        return 0, 0
+    furthest = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * (furthest + 1)
 
 
 def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Outputs:

@@ -163,3 +163,25 @@ def test_native_code_releases_the_gil():
     )  # fmt: skip
     assert runs_beside(lambda: _C.row_law(*arguments))
     assert not runs_beside(lambda: sum(range(10**6)))
+
+
+def test_what_watches_sees_the_call():
+    """Transforms, views of a sign, subclasses and autograd get what the dispatcher gives."""
+    logits = torch.randn(2, 3, 8)
+    negated = torch._neg_view(logits[0])
+    assert torch.equal(row_law(negated).max, row_law(-logits[0]).max)
+    assert torch.equal(torch.vmap(row_law)(logits).total[1], row_law(logits[1]).total)
+    with torch.profiler.profile() as profile:
+        row_law(logits[0])
+    assert "specdiff::row_law" in {event.key for event in profile.key_averages()}
+
+
+def test_report_with_a_wrong_setting():
+    result = subprocess.run(
+        [sys.executable, "-m", "specdiff_kernels"],
+        env={**os.environ, "SPECDIFF_CPU_ISA": "avx3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "SPECDIFF_CPU_ISA is 'avx3'" in result.stdout

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdiff_kernels import Draft, commit, row_law, sample, use_backend, verify
+from tests.enumeration import first_word
 
 from .conftest import IMPLEMENTATIONS, forced
 from .helpers import assert_same
@@ -164,7 +165,7 @@ def test_same_bits_at_full_size(implementation, V):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_threads_do_not_matter(implementation):
-    logits = torch.randn(40, 3000)
+    logits = torch.randn(64, 5000)
     before = torch.get_num_threads()
     try:
         with forced(implementation):
@@ -174,3 +175,31 @@ def test_threads_do_not_matter(implementation):
             assert_same(row_law(logits, top_p=0.9), one)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("top_k", [None, 700])
+def test_same_residual_to_the_unit(implementation, top_k):
+    """The words at which the drawn token changes shift by some 2^5 for each unit of 2^60."""
+    random = torch.Generator().manual_seed(7)
+    V, seen = 3000, torch.tensor([300, 1200, 2100, 2900])
+    target = torch.randn(1, 2, V, generator=random)
+    pool = target[0, :1] + torch.randn(1, V, generator=random)
+    token = (pool - target[0, :1]).argmax(-1)[None]
+
+    def boundaries():
+        law = row_law(pool)
+        rows = torch.zeros(len(seen), 1, dtype=torch.int64)
+        draft = Draft(token.expand(len(seen), 1), rows.int(), rows, pool, law)
+
+        def behind(last):
+            words = torch.stack((torch.full_like(last, -1), last), 1)
+            drawn = verify(target.expand(len(seen), 2, V), draft, top_k=top_k, words=words)
+            return drawn.emitted[:, 0] >= seen
+
+        return first_word(behind, len(seen))
+
+    with use_backend("reference"):
+        expected = boundaries()
+    with forced(implementation):
+        assert boundaries() == expected

@@ -90,3 +90,9 @@ def test_empty_and_without_bias():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         skinny_linear(*arguments)
+
+
+def test_out_may_not_overlap_an_input():
+    x, weight, _ = inputs(3, 8, 8)
+    with pytest.raises(ValueError, match="out: expected memory of its own, got some of x's"):
+        skinny_linear(x, weight, out=x)

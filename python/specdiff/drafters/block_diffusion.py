@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from specdiff_kernels import Draft, Purpose, RowLaw, check_status, row_law, sample
 
-from ..cpu import accelerate, is_accelerated
+from ..cpu import accelerate, is_accelerated, restore
 from ..sampling import Sampling
 from ..target import Target
 from .base import News
@@ -302,7 +302,7 @@ class BlockDiffusion:
     revealed later and every draw is recorded with its law.
 
     Args:
-        network: the denoiser. It is moved to the target's device and dtype, and accelerated if the
+        network: the denoiser. It is moved to the target's device and dtype, and accelerated iff the
             target's model is.
         target: whose embeddings it reads.
         steps: reverse steps T; None: the configuration's.
@@ -346,9 +346,9 @@ class BlockDiffusion:
         Vd, d = weight.shape
         self.head = nn.Linear(d, Vd, device="meta")
         self.head.weight, self.head.bias = nn.Parameter(weight, False), network.bias
-        if is_accelerated(target.model):
-            accelerate(self.network)
-            accelerate(self.head)
+        change = accelerate if is_accelerated(target.model) else restore
+        change(self.network)
+        change(self.head)
 
     @classmethod
     def load(
