@@ -31,18 +31,29 @@ typedef double Doubles __attribute__((vector_size(kBytes)));
 inline Floats ceiling(Floats x) {
   return Floats(_mm512_maskz_roundscale_ps(0xffff, __m512(x), _MM_FROUND_TO_POS_INF));
 }
-inline Floats smaller(Floats x, Floats y) {
-  return Floats(_mm512_maskz_min_ps(0xffff, __m512(x), __m512(y)));
-}
 inline Doubles larger(Doubles x, Doubles y) {
   return Doubles(_mm512_maskz_max_pd(0xff, __m512d(x), __m512d(y)));
 }
+inline Longs shifted(Longs x, Longs count) {
+  return Longs(_mm512_maskz_srlv_epi64(0xff, __m512i(x), __m512i(count)));
+}
+inline Ints whole(Floats x) { return Ints(_mm512_maskz_cvttps_epi32(0xffff, __m512(x))); }
+inline Longs low_times(Longs x, Longs y) {
+  return Longs(_mm512_maskz_mul_epu32(0xff, __m512i(x), __m512i(y)));
+}
 #else
 inline Floats ceiling(Floats x) { return Floats(_mm256_ceil_ps(__m256(x))); }
-inline Floats smaller(Floats x, Floats y) { return Floats(_mm256_min_ps(__m256(x), __m256(y))); }
 inline Doubles larger(Doubles x, Doubles y) {
   return Doubles(_mm256_max_pd(__m256d(x), __m256d(y)));
 }
+// 0 for a count of 64 or more
+inline Longs shifted(Longs x, Longs count) {
+  return Longs(_mm256_srlv_epi64(__m256i(x), __m256i(count)));
+}
+// 2^31 for anything that does not fit
+inline Ints whole(Floats x) { return Ints(_mm256_cvttps_epi32(__m256(x))); }
+// product of the low halves of two lanes
+inline Longs low_times(Longs x, Longs y) { return Longs(_mm256_mul_epu32(__m256i(x), __m256i(y))); }
 #endif
 
 // The weights of kGroup logits: of those at even and at odd places of each vector.
@@ -52,13 +63,16 @@ struct Group {
 
 #define SPECDIFF_EACH for (int u = 0; u < kUnroll; ++u)
 
-// Works on -t, so that shifts are by ceil(-t) = -floor(t).
+// Works on -t, so that shifts are by ceil(-t) = -floor(t); one that is too long, or no number, is
+// cut off by `whole` and `shifted`. kFine: some -t may lie in (0, 2^-30), where the law has -t = 0.
+template <bool kFine>
 inline Group group_weights(const float* l, const RowLaw& law) {
   Floats t[kUnroll], up[kUnroll], p[kUnroll];
   SPECDIFF_EACH t[u] = reinterpret_cast<const Unaligned*>(l)[u] - law.max;
   SPECDIFF_EACH t[u] = t[u] * -law.scale;
-  SPECDIFF_EACH t[u] = smaller(t[u], 46.0f - Floats{});
-  SPECDIFF_EACH t[u] = Floats(Ints(t[u]) & (t[u] >= 0x1p-30f));
+  if (kFine) {
+    SPECDIFF_EACH t[u] = Floats(Ints(t[u]) & (t[u] >= 0x1p-30f));
+  }
   SPECDIFF_EACH up[u] = ceiling(t[u]);
   SPECDIFF_EACH t[u] = up[u] - t[u];  // f
   SPECDIFF_EACH p[u] = t[u] * 0.0018671302f;
@@ -74,11 +88,17 @@ inline Group group_weights(const float* l, const RowLaw& law) {
   Group e;
   SPECDIFF_EACH {
     const Longs mantissa = Longs(Ints(p[u]) - 0x3f000000);  // p 2^23, since p is in [1, 2)
-    const Longs shift = Longs(__builtin_convertvector(up[u], Ints));
-    e.even[u] = (mantissa & 0xffffffffu) << 21 >> (shift & 0xffffffffu);
-    e.odd[u] = mantissa >> 32 << 21 >> (shift >> 32);
+    const Longs shift = Longs(whole(up[u]));
+    e.even[u] = shifted(low_times(mantissa, (uint64_t(1) << 21) - Longs{}), shift & 0xffffffffu);
+    e.odd[u] = shifted(mantissa >> 32 << 21, shift >> 32);
   }
   return e;
+}
+
+// No threshold, and no logit below the row's largest gives a -t in (0, 2^-30).
+inline bool plain(const RowLaw& law) {
+  const float below = from_order_key(order_key(law.max) - 1);
+  return law.threshold == 0 && (law.max - below) * law.scale >= 0x1p-30f;
 }
 
 inline Longs at_least(Longs e, int64_t threshold) {
@@ -86,11 +106,11 @@ inline Longs at_least(Longs e, int64_t threshold) {
   return Longs(Signed(e) & (Signed(e) >= threshold));
 }
 
-// The weights of kGroup logits under a law that is not greedy; without a threshold if kAll.
-template <bool kAll>
+// The weights of kGroup logits under a law that is not greedy. kPlain: it is plain.
+template <bool kPlain>
 inline Group law_weights(const float* l, const RowLaw& law) {
-  Group e = group_weights(l, law);
-  if (!kAll) {
+  Group e = group_weights<!kPlain>(l, law);
+  if (!kPlain) {
     SPECDIFF_EACH e.even[u] = at_least(e.even[u], law.threshold);
     SPECDIFF_EACH e.odd[u] = at_least(e.odd[u], law.threshold);
   }
@@ -114,11 +134,11 @@ inline int64_t total_of(const Longs& x) {
 }
 
 // The whole groups among n logits: their summed weights; i becomes the first logit left.
-template <bool kAll>
+template <bool kPlain>
 inline int64_t sum_groups(const float* l, int n, const RowLaw& law, int& i) {
   Longs even[kUnroll]{}, odd[kUnroll]{}, total{};
   for (; i + kGroup <= n; i += kGroup) {
-    const Group e = law_weights<kAll>(l + i, law);
+    const Group e = law_weights<kPlain>(l + i, law);
     SPECDIFF_EACH even[u] += e.even[u];
     SPECDIFF_EACH odd[u] += e.odd[u];
   }
@@ -127,12 +147,12 @@ inline int64_t sum_groups(const float* l, int n, const RowLaw& law, int& i) {
 }
 
 // The same for the residual weights of two rows.
-template <bool kAll>
+template <bool kPlain>
 inline int64_t excess_groups(const float* l_p, const float* l_q, int n, const RowLaw& p,
                              const RowLaw& q, double inverse_p, double inverse_q, int& i) {
   Longs total[kUnroll]{};
   for (; i + kGroup <= n; i += kGroup) {
-    const Group e_p = law_weights<kAll>(l_p + i, p), e_q = law_weights<kAll>(l_q + i, q);
+    const Group e_p = law_weights<kPlain>(l_p + i, p), e_q = law_weights<kPlain>(l_q + i, q);
     SPECDIFF_EACH total[u] += residual_weights(e_p.even[u], e_q.even[u], inverse_p, inverse_q);
     SPECDIFF_EACH total[u] += residual_weights(e_p.odd[u], e_q.odd[u], inverse_p, inverse_q);
   }

@@ -37,7 +37,7 @@ int64_t sum(const float* l, int n, RowLaw law) {
   int64_t total = 0;
   int i = 0;
 #ifdef SPECDIFF_LANES
-  total = law.threshold == 0 ? sum_groups<true>(l, n, law, i) : sum_groups<false>(l, n, law, i);
+  total = plain(law) ? sum_groups<true>(l, n, law, i) : sum_groups<false>(l, n, law, i);
 #endif
   for (; i < n; ++i) total += sampled_weight(l[i], law);
   return total;
@@ -66,8 +66,7 @@ int64_t excess(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, do
   int64_t total = 0;
   int i = 0;
 #ifdef SPECDIFF_LANES
-  const bool all = p.threshold == 0 && q.threshold == 0;
-  const auto groups = all ? excess_groups<true> : excess_groups<false>;
+  const auto groups = plain(p) && plain(q) ? excess_groups<true> : excess_groups<false>;
   total = groups(l_p, l_q, n, p, q, inverse_p, inverse_q, i);
 #endif
   for (; i < n; ++i) {
