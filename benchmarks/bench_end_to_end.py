@@ -80,7 +80,7 @@ def main(
         cases += [summary(setting, settings[0], temperature) for setting in settings]
     if not quick:
         content = {
-            "command": "python benchmarks/bench_end_to_end.py",
+            "command": f"python benchmarks/bench_end_to_end.py --tokens {tokens}",
             "target": target,
             "prompts": len(prompts),
             "new_tokens": tokens,
