@@ -5,7 +5,7 @@
 Every setting decodes every prompt; the settings take turns on each prompt, in an order that
 rotates, so that a slow moment of the machine strikes all of them. A speed-up is the median over the
 prompts of tokens per second relative to plain decoding of that prompt by the same implementation,
-with the same accelerated linear layers; unmodified transformers is measured beside it.
+with the same accelerated linear layers, and to unmodified transformers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(
         settings = make_settings(model, untouched, temperature, quick)
         measure(settings, prompts, tokens, f"temperature {temperature:g}")
         console.print(table(settings, temperature))
-        cases += [summary(setting, settings[0], temperature) for setting in settings]
+        cases += [summary(setting, settings, temperature) for setting in settings]
     if not quick:
         content = {
             "command": f"python benchmarks/bench_end_to_end.py --tokens {tokens}",
@@ -159,7 +159,9 @@ def speedup(setting: Setting, plain: Setting) -> float:
     return statistics.median(rates)
 
 
-def summary(setting: Setting, plain: Setting, temperature: float) -> dict[str, Any]:
+def summary(setting: Setting, settings: list[Setting], temperature: float) -> dict[str, Any]:
+    plain = settings[0]
+    (transformers,) = (s for s in settings if s.name == TRANSFORMERS)
     pairs = list(zip(setting.runs, plain.runs, strict=True))
     result: dict[str, Any] = {
         "setting": setting.name,
@@ -168,6 +170,7 @@ def summary(setting: Setting, plain: Setting, temperature: float) -> dict[str, A
         "tokens_per_second": sum(len(run.tokens) for run in setting.runs)
         / sum(run.seconds for run in setting.runs),
         "speedup": speedup(setting, plain),
+        "speedup_over_transformers": speedup(setting, transformers),
         "identical": sum(a.tokens == b.tokens for a, b in pairs) if temperature == 0 else None,
     }
     stats = [run.stats for run in setting.runs if run.stats is not None]
@@ -198,14 +201,16 @@ def table(settings: list[Setting], temperature: float) -> Table:
     mode = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     count, threads = len(plain.runs), torch.get_num_threads()
     result = Table(title=f"{mode}: {count} prompts, batch 1, {threads} threads")
-    for heading in ("setting", "tokens/s", "speed-up", "tokens/forward", "draft + verify ms"):
+    speeds = ("tokens/s", "speed-up", "over transformers")
+    for heading in ("setting", *speeds, "tokens/forward", "draft + verify ms"):
         result.add_column(heading, justify="left" if heading == "setting" else "right")
     result.add_column("conditional acceptance by position")
     if temperature == 0:
         result.add_column("identical text", justify="right")
     for setting in settings:
-        row = summary(setting, plain, temperature)
+        row = summary(setting, settings, temperature)
         cells = [setting.name, f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}x"]
+        cells.append(f"{row['speedup_over_transformers']:.2f}x")
         if "tokens_per_forward" in row:
             ms = row["ms_per_forward"]
             cells += [f"{row['tokens_per_forward']:.2f}", f"{ms['draft'] + ms['verify']:.2f}"]

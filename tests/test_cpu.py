@@ -88,6 +88,18 @@ def test_a_trainable_bias_learns():
     assert layer.bias.grad is not None
 
 
+@torch.no_grad()
+def test_norms_give_a_token_the_same_alone_and_among_others(family):
+    """torch's own, which `accelerate` leaves in place: sums over a token's own values only."""
+    x = torch.randn(1, 9, 32)
+    norms = [m for name, m in tiny_model(family).named_modules() if "norm" in name or "ln_" in name]
+    assert norms
+    for norm in norms:
+        together = norm(x)
+        for i in range(9):
+            assert torch.equal(norm(x[:, i : i + 1])[:, 0], together[:, i])
+
+
 def test_many_rows_and_gradients_go_to_torch(monkeypatch):
     layer = torch.nn.Linear(8, 4)
     accelerate(layer)
