@@ -233,7 +233,7 @@ def fit_linear(
     """Start at the best linear prediction of the next state, by ridge regression.
 
     h[t] from the token x[t], the state h[t-1] and a constant: in closed form, in one pass over
-    `rows`. Gradient steps from random weights need hours to get there. The network's stream then
+    `rows`, which spares the gradient steps from random weights to there. The network's stream then
     runs along the principal axes of the states, scaled to a root mean square of about 1.
     """
     d = network.config.target_hidden_size
