@@ -1,12 +1,14 @@
 """Fused kernels for speculative decoding with a diffusion drafter: the ops and their values.
 
-    from specdiff_kernels import Draft, commit, row_law, sample, verify
+    from specdiff_kernels import Draft, Reveal, commit, denoise_step, row_law, sample, verify
 
 `python -m specdiff_kernels` prints which backends run here.
 """
 
 from .backends import BackendError, available_backends, use_backend
-from .ops import commit, row_law, sample, skinny_linear, verify
+from .ops import commit, denoise_step, row_law, sample, skinny_linear, verify
+from .records import RECORDS, RULES, Record, choose_record
+from .reveal import Order, Reveal
 from .types import (
     MAX_VOCABULARY,
     Committed,
@@ -21,17 +23,24 @@ from .types import (
 
 __all__ = [
     "MAX_VOCABULARY",
+    "RECORDS",
+    "RULES",
     "BackendError",
     "Committed",
     "Draft",
     "LawError",
+    "Order",
     "Purpose",
+    "Record",
+    "Reveal",
     "RowLaw",
     "Status",
     "Verified",
     "available_backends",
     "check_status",
+    "choose_record",
     "commit",
+    "denoise_step",
     "row_law",
     "sample",
     "skinny_linear",

@@ -90,8 +90,9 @@ class Draft(NamedTuple):
     """K proposed tokens a sequence, and what is known of the law each was drawn from.
 
     A position is *recorded* when `rows` points at the logits that its token was sampled from;
-    -1 makes it *one-hot*: the token is a bare guess. `verify` decides which records it may use:
-    one counts only if no earlier position was sampled in a later reverse step (tau).
+    -1 makes it *one-hot*: the token is a bare guess. Which records `verify` may use is decided in
+    `specdiff_kernels.records`, from the last three fields and tau. A draft under construction has
+    token -1 where a position is still masked.
     """
 
     tokens: Tensor  # i64 [B, K]
@@ -101,7 +102,49 @@ class Draft(NamedTuple):
     law: RowLaw | None = None  # of the R rows
     draft_ids: Tensor | None = None  # i64 [Vd], strictly increasing: target id of each column
     lengths: Tensor | None = None  # i64 [B], drafted tokens of each sequence; None: K
-    value_dependent: bool = False  # sampled values decided which positions were revealed
+    value_dependent: bool = False  # sampled values decided which positions were revealed or masked
+    final_step: int | None = None  # the tau of the last scheduled step, which sampled all masked
+    entangled: bool = False  # the drafter keeps what `records` says after a rejection
+    entropy: Tensor | None = None  # f64 [B, K] nats, as `denoise_step` last measured it, or NaN
+
+    @classmethod
+    def masked(
+        cls,
+        B: int,
+        K: int,
+        logits: Tensor,
+        *,
+        draft_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        entangled: bool = False,
+    ) -> Draft:
+        """A draft with every position masked, for `denoise_step` to fill.
+
+        Args:
+            B, K: sequences and positions.
+            logits: [R, Vd], the pool that the drafter will write its logits to. Columns that are
+                no tokens (the mask, padding) are left out by a view: `pool[:, :V]`.
+            draft_ids, lengths, entangled: as in `Draft`.
+
+        Example:
+            >>> Draft.masked(1, 2, torch.zeros(2, 5)).tokens.tolist()
+            [[-1, -1]]
+        """
+        nothing = torch.full((B, K), -1, dtype=torch.int64, device=logits.device)
+        law = RowLaw(*(logits.new_zeros(len(logits), dtype=dtype) for dtype in LAW_DTYPES))
+        return cls(
+            nothing, nothing.int(), nothing, logits, law, draft_ids, lengths, entangled=entangled
+        )
+
+
+class Pending(NamedTuple):
+    """What a reverse step changes of a draft."""
+
+    tokens: Tensor  # i64 [B, K]
+    tau: Tensor  # i32 [B, K]
+    rows: Tensor  # i64 [B, K]
+    law: RowLaw  # of the R rows
+    entropy: Tensor  # f64 [B, K], only written
 
 
 class Verified(NamedTuple):

@@ -310,7 +310,7 @@ def run_of(seconds: float, tokens: list[int]) -> Run:
 def test_figures_come_from_the_median_runs():
     fast = median_run([run_of(s, [1, 2, 3, 4]) for s in (9.0, 2.0, 1.0)])
     plain = median_run([run_of(s, [1, 2, 3, 4]) for s in (4.0, 5.0, 3.0)])
-    got = figures(fast, "text", plain, greedy=True)
+    got = figures(fast, "text", plain, same=True)
     assert got["tokens_per_second"] == 2.0
     assert got["baseline_tokens_per_second"] == 1.0
     assert got["speedup"] == 2.0
@@ -318,5 +318,5 @@ def test_figures_come_from_the_median_runs():
 
 
 def test_different_text_is_not_called_identical():
-    got = figures(run_of(1, [1, 2]), "text", run_of(1, [1, 3]), greedy=True)
+    got = figures(run_of(1, [1, 2]), "text", run_of(1, [1, 3]), same=True)
     assert got["identical"] is False

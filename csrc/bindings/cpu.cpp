@@ -31,14 +31,15 @@ Parameters parameters(const AddressTuple& a) {
           pointer<const float>(a.at(2)), pointer<const float>(a.at(3))};
 }
 
-LawArrays law(const AddressTuple& a) {
-  return {pointer<float>(a.at(0)), pointer<float>(a.at(1)), pointer<int64_t>(a.at(2)),
-          pointer<int64_t>(a.at(3)), pointer<int32_t>(a.at(4))};
+LawArrays law(const AddressTuple& a, int first = 0) {
+  return {pointer<float>(a.at(first)), pointer<float>(a.at(first + 1)),
+          pointer<int64_t>(a.at(first + 2)), pointer<int64_t>(a.at(first + 3)),
+          pointer<int32_t>(a.at(first + 4))};
 }
 
 Randomness randomness(const AddressTuple& a) {
   return {pointer<const int64_t>(a.at(0)), pointer<const int64_t>(a.at(1)),
-          pointer<const int64_t>(a.at(2))};
+          pointer<const int64_t>(a.at(2)), pointer<const int64_t>(a.at(3))};
 }
 
 void row_law(const LogitsTuple& x, int64_t rows, const AddressTuple& params,
@@ -55,18 +56,77 @@ void sample(const LogitsTuple& x, int64_t rows, const AddressTuple& laws,
                purpose, pointer<const int64_t>(draft_ids), pointer<int64_t>(tokens), threads});
 }
 
-void verify(const LogitsTuple& target, int64_t batch, int64_t k, Address tokens, Address tau,
-            Address rows, const LogitsTuple& draft, int64_t draft_rows,
-            const AddressTuple& draft_law, Address draft_ids, Address lengths, bool value_dependent,
-            const AddressTuple& params, const AddressTuple& random, Address accepted,
-            Address emitted, Address status, Address scratch, int threads) {
+// drafted: tokens, tau, rows; columns: draft_ids, lengths; how: rule, record, final step
+void verify(const LogitsTuple& target, int64_t batch, int64_t k, const AddressTuple& drafted,
+            const LogitsTuple& draft, int64_t draft_rows, const AddressTuple& draft_law,
+            const AddressTuple& columns, const std::tuple<int, int, int>& how,
+            const AddressTuple& params, const AddressTuple& random, const AddressTuple& out,
+            Address prefixes, Address scratch, int threads) {
+  static_assert(sizeof(Prefix) == 6 * sizeof(int64_t), "see PREFIX_WORDS");
+  const auto [rule, record, final_step] = how;
   py::gil_scoped_release release;
-  cpu::verify({logits(target), batch, k, pointer<const int64_t>(tokens),
-               pointer<const int32_t>(tau), pointer<const int64_t>(rows), logits(draft), draft_rows,
-               law(draft_law), pointer<const int64_t>(draft_ids), pointer<const int64_t>(lengths),
-               value_dependent, parameters(params), randomness(random), pointer<int64_t>(accepted),
-               pointer<int64_t>(emitted), pointer<int32_t>(status), pointer<int64_t>(scratch),
+  cpu::verify({logits(target),
+               batch,
+               k,
+               pointer<const int64_t>(drafted.at(0)),
+               pointer<const int32_t>(drafted.at(1)),
+               pointer<const int64_t>(drafted.at(2)),
+               logits(draft),
+               draft_rows,
+               law(draft_law),
+               pointer<const int64_t>(columns.at(0)),
+               pointer<const int64_t>(columns.at(1)),
+               rule,
+               record,
+               final_step,
+               parameters(params),
+               randomness(random),
+               pointer<int64_t>(out.at(0)),
+               pointer<int64_t>(out.at(1)),
+               pointer<int32_t>(out.at(2)),
+               pointer<Prefix>(prefixes),
+               pointer<int64_t>(scratch),
                threads});
+}
+
+// state: tokens, tau, rows, law; columns: draft_ids, lengths, pool_rows; how: order, lo, hi, count,
+// rate; out: tokens, tau, rows, law, entropy
+void denoise_step(const LogitsTuple& pool, int64_t rows, int64_t batch, int64_t k,
+                  const AddressTuple& state, const AddressTuple& columns,
+                  const std::tuple<int, int64_t, int64_t, int64_t, Address>& how, int step,
+                  bool entropies, const AddressTuple& params, const AddressTuple& random,
+                  const AddressTuple& out, Address candidates, Address scratch, int threads) {
+  static_assert(sizeof(Candidate) == 2 * sizeof(int64_t), "see CANDIDATE_WORDS");
+  const auto [order, lo, hi, count, rate] = how;
+  py::gil_scoped_release release;
+  cpu::denoise_step({logits(pool),
+                     rows,
+                     batch,
+                     k,
+                     pointer<const int64_t>(state.at(0)),
+                     pointer<const int32_t>(state.at(1)),
+                     pointer<const int64_t>(state.at(2)),
+                     law(state, 3),
+                     pointer<const int64_t>(columns.at(0)),
+                     pointer<const int64_t>(columns.at(1)),
+                     pointer<const int64_t>(columns.at(2)),
+                     order,
+                     lo,
+                     hi,
+                     count,
+                     pointer<const double>(rate),
+                     step,
+                     entropies,
+                     parameters(params),
+                     randomness(random),
+                     pointer<int64_t>(out.at(0)),
+                     pointer<int32_t>(out.at(1)),
+                     pointer<int64_t>(out.at(2)),
+                     law(out, 3),
+                     pointer<double>(out.at(8)),
+                     pointer<Candidate>(candidates),
+                     pointer<int64_t>(scratch),
+                     threads});
 }
 
 void commit(Address lengths, Address emitted, int64_t batch, int64_t columns, Address stop_tokens,
@@ -108,6 +168,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels. Arguments are checked in Python, not here.";
   m.def("row_law", &row_law);
   m.def("sample", &sample);
+  m.def("denoise_step", &denoise_step);
   m.def("verify", &verify);
   m.def("commit", &commit);
   m.def("skinny_linear", &skinny_linear);

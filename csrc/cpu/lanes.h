@@ -6,7 +6,9 @@
 #define SPECDIFF_LANES
 #include <immintrin.h>
 
+#include "specdiff/philox.h"
 #include "specdiff/weights.h"
+#include "tile.h"
 
 namespace specdiff::cpu {
 namespace {
@@ -121,8 +123,9 @@ inline Doubles probabilities(Longs e, double inverse_total) {
   return (Doubles(e | 0x4330000000000000) - 0x1p52) * inverse_total;
 }
 
-inline Longs residual_weights(Longs e_p, Longs e_q, double inverse_p, double inverse_q) {
-  const Doubles difference = probabilities(e_p, inverse_p) - probabilities(e_q, inverse_q);
+inline Longs residual_weights(Longs e_p, Longs e_q, const Scales& by) {
+  const Doubles difference =
+      by.a * probabilities(e_p, by.inverse_p) - probabilities(e_q, by.inverse_q);
   const Longs bits = Longs(larger(difference, 0x1p-62 - Doubles{}));
   return ((bits & 0xfffffffffffff) | uint64_t(1) << 52) << 8 >> (1023 - (bits >> 52));
 }
@@ -149,15 +152,49 @@ inline int64_t sum_groups(const float* l, int n, const RowLaw& law, int& i) {
 // The same for the residual weights of two rows.
 template <bool kPlain>
 inline int64_t excess_groups(const float* l_p, const float* l_q, int n, const RowLaw& p,
-                             const RowLaw& q, double inverse_p, double inverse_q, int& i) {
+                             const RowLaw& q, const Scales& by, int& i) {
   Longs total[kUnroll]{};
   for (; i + kGroup <= n; i += kGroup) {
     const Group e_p = law_weights<kPlain>(l_p + i, p), e_q = law_weights<kPlain>(l_q + i, q);
-    SPECDIFF_EACH total[u] += residual_weights(e_p.even[u], e_q.even[u], inverse_p, inverse_q);
-    SPECDIFF_EACH total[u] += residual_weights(e_p.odd[u], e_q.odd[u], inverse_p, inverse_q);
+    SPECDIFF_EACH total[u] += residual_weights(e_p.even[u], e_q.even[u], by);
+    SPECDIFF_EACH total[u] += residual_weights(e_p.odd[u], e_q.odd[u], by);
   }
   for (int u = 1; u < kUnroll; ++u) total[0] += total[u];
   return total_of(total[0]);
+}
+
+constexpr int kNoise = kBytes / 8 * kUnroll;  // counters that one step of Philox takes
+
+// race_word of the token ids 2 pair .. 2 (pair + kNoise) - 1. High halves of the lanes may hold
+// anything until the end: products read the low ones.
+inline void noise_group(uint64_t seed, uint32_t position, uint32_t pair, uint64_t* words) {
+  Longs c0[kUnroll], c1[kUnroll], c2[kUnroll], c3[kUnroll]{};
+  SPECDIFF_EACH {
+    for (int i = 0; i < kBytes / 8; ++i) c0[u][i] = pair + u * (kBytes / 8) + i;
+    c1[u] = uint64_t(position) - Longs{};
+    c2[u] = uint64_t(kCoupled) - Longs{};
+  }
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    SPECDIFF_EACH {
+      const Longs low = low_times(c0[u], uint64_t(0xD2511F53u) - Longs{});
+      const Longs high = low_times(c2[u], uint64_t(0xCD9E8D57u) - Longs{});
+      c0[u] = high >> 32 ^ c1[u] ^ uint64_t(k0);
+      c1[u] = high;
+      c2[u] = low >> 32 ^ c3[u] ^ uint64_t(k1);
+      c3[u] = low;
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  SPECDIFF_EACH {
+    const Longs even = (c0[u] & 0xffffffffu) | c1[u] << 32;
+    const Longs odd = (c2[u] & 0xffffffffu) | c3[u] << 32;
+    for (int i = 0; i < kBytes / 8; ++i) {
+      words[2 * (u * (kBytes / 8) + i)] = even[i];
+      words[2 * (u * (kBytes / 8) + i) + 1] = odd[i];
+    }
+  }
 }
 
 // Even and odd places back into their order.

@@ -7,6 +7,7 @@ namespace specdiff::cpu {
 
 void row_law(const RowLawParams& params);
 void sample(const SampleParams& params);
+void denoise_step(const DenoiseStepParams& params);
 void verify(const VerifyParams& params);
 void commit(const CommitParams& params);
 void skinny_linear(const SkinnyLinearParams& params);

@@ -1,5 +1,7 @@
 #include "row.h"
 
+#include "specdiff/race.h"
+
 namespace specdiff::cpu {
 namespace {
 
@@ -96,6 +98,22 @@ int64_t greedy_sums(const Row& row, const RowLaw& law, int64_t* sums) {
   return kOne;
 }
 
+// The words of one tile's columns, read or made into the buffer.
+const int64_t* tile_noise(const Noise& noise, const int64_t* ids, int64_t tile, int n,
+                          int64_t* buffer) {
+  const int64_t first = tile * kTile;
+  if (noise.words) return noise.words + first;
+  if (!ids) {
+    uint64_t* words = reinterpret_cast<uint64_t*>(buffer);
+    kernels().noise(noise.seed, noise.position, first / 2, (n + 1) / 2, words);
+  } else {
+    for (int i = 0; i < n; ++i) {
+      buffer[i] = int64_t(race_word(noise.seed, noise.position, ids[first + i]));
+    }
+  }
+  return buffer;
+}
+
 int64_t tile_sums(const Row& row, const RowLaw& law, int64_t* sums) {
   alignas(64) float buffer[kTile];
   int64_t total = 0;
@@ -151,6 +169,29 @@ int64_t draw(const Row& row, const RowLaw& law, const int64_t* sums, uint64_t wo
   alignas(64) int64_t e[kTile];
   tile_weights(row, law, tile, e);
   return tile * kTile + scan(e, row.tile_size(tile), r);
+}
+
+int64_t race(const Row& row, const RowLaw& law, const int64_t* ids, const Noise& noise) {
+  if (law.scale == 0) return law.threshold;
+  alignas(64) int64_t e[kTile], buffer[kTile];
+  double best = std::numeric_limits<double>::infinity();
+  int64_t winner = 0;
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    const int n = row.tile_size(tile);
+    tile_weights(row, law, tile, e);
+    const int64_t* words = tile_noise(noise, ids, tile, n, buffer);
+    for (int i = 0; i < n; ++i) {
+      const double weight = exact_double(e[i]);
+      const uint64_t word = uint64_t(words[i]);
+      if (e[i] == 0 || !may_win(word, weight, best)) continue;
+      const double time = exponential(word) / weight;
+      if (time < best) {
+        best = time;
+        winner = tile * kTile + i;
+      }
+    }
+  }
+  return winner;
 }
 
 }  // namespace specdiff::cpu

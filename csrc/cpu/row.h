@@ -37,7 +37,7 @@ class Row {
     return int(columns - tile * kTile < kTile ? columns - tile * kTile : kTile);
   }
 
-  const int64_t columns;
+  int64_t columns;
 
  private:
   const char* data_;
@@ -54,6 +54,16 @@ RowLaw make_law(const Row& row, const Parameters& parameters, int64_t index, int
 
 // The token of mulhi(word, law.total), found by the tile sums and one tile's weights.
 int64_t draw(const Row& row, const RowLaw& law, const int64_t* sums, uint64_t word);
+
+// Where the exponential variates of a coupled draw come from.
+struct Noise {
+  const int64_t* words;  // of each column, or null
+  uint64_t seed;
+  int64_t position;
+};
+
+// argmin_v E_v / e_v; ids: token ids of the columns, or null.
+int64_t race(const Row& row, const RowLaw& law, const int64_t* ids, const Noise& noise);
 
 inline RowLaw load(const LawArrays& law, int64_t i) {
   return {law.max[i], law.scale[i], law.threshold[i], law.total[i], law.status[i]};

@@ -24,6 +24,19 @@ int64_t draw_reading(const Row& row, const RowLaw& law, uint64_t word) {
   return row.columns - 1;  // only if the law is not this row's
 }
 
+int64_t draw_column(const SampleParams& p, const Row& row, const RowLaw& law, int64_t i) {
+  const Randomness& random = p.random;
+  if (random.position) {
+    const int64_t* words = random.words ? random.words + i * row.columns : nullptr;
+    const uint64_t seed = words ? 0 : uint64_t(random.seed[i]);
+    return race(row, law, p.draft_ids, {words, seed, random.position[i]});
+  }
+  const uint64_t word = random.words
+                            ? uint64_t(random.words[i])
+                            : random_word(random.seed[i], p.slot[i], random.round[i], p.purpose);
+  return draw_reading(row, law, word);
+}
+
 }  // namespace
 
 void sample(const SampleParams& p) {
@@ -33,10 +46,7 @@ void sample(const SampleParams& p) {
       p.tokens[i] = -1;
       return;
     }
-    const uint64_t word =
-        p.random.words ? uint64_t(p.random.words[i])
-                       : random_word(p.random.seed[i], p.slot[i], p.random.round[i], p.purpose);
-    const int64_t column = draw_reading(Row(p.logits, 0, i), law, word);
+    const int64_t column = draw_column(p, Row(p.logits, 0, i), law, i);
     p.tokens[i] = p.draft_ids ? p.draft_ids[column] : column;
   });
 }

@@ -5,6 +5,8 @@
 
 #include "lanes.h"
 #include "specdiff/accept.h"
+#include "specdiff/race.h"
+#include "specdiff/reveal.h"
 
 #define SPECDIFF_CONCAT_(a, b) a##b
 #define SPECDIFF_CONCAT(a, b) SPECDIFF_CONCAT_(a, b)
@@ -51,35 +53,53 @@ void weights(const float* l, int n, RowLaw law, int64_t* e) {
   for (; i < n; ++i) e[i] = sampled_weight(l[i], law);
 }
 
-int64_t residual(const int64_t* e_p, const int64_t* e_q, int n, double inverse_p, double inverse_q,
-                 int64_t* w) {
+int64_t residual(const int64_t* e_p, const int64_t* e_q, int n, Scales by, int64_t* w) {
   int64_t total = 0;
   for (int i = 0; i < n; ++i) {
-    w[i] = residual_weight(probability(e_p[i], inverse_p), probability(e_q[i], inverse_q));
+    w[i] = residual_weight(by.a * probability(e_p[i], by.inverse_p),
+                           probability(e_q[i], by.inverse_q));
     total += w[i];
   }
   return total;
 }
 
-int64_t excess(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, double inverse_p,
-               double inverse_q) {
+int64_t excess(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Scales by) {
   int64_t total = 0;
   int i = 0;
 #ifdef SPECDIFF_LANES
   const auto groups = plain(p) && plain(q) ? excess_groups<true> : excess_groups<false>;
-  total = groups(l_p, l_q, n, p, q, inverse_p, inverse_q, i);
+  total = groups(l_p, l_q, n, p, q, by, i);
 #endif
   for (; i < n; ++i) {
-    total += residual_weight(probability(sampled_weight(l_p[i], p), inverse_p),
-                             probability(sampled_weight(l_q[i], q), inverse_q));
+    total += residual_weight(by.a * probability(sampled_weight(l_p[i], p), by.inverse_p),
+                             probability(sampled_weight(l_q[i], q), by.inverse_q));
   }
   return total;
+}
+
+int64_t spreads(const float* l, int n, RowLaw law) {
+  int64_t total = 0;
+  for (int i = 0; i < n; ++i) total += spread(l[i], law);
+  return total;
+}
+
+void noise(uint64_t seed, int64_t position, int64_t pair, int pairs, uint64_t* words) {
+  int i = 0;
+#ifdef SPECDIFF_LANES
+  for (; i + kNoise <= pairs; i += kNoise) {
+    noise_group(seed, uint32_t(position), uint32_t(pair + i), words + 2 * i);
+  }
+#endif
+  for (; i < pairs; ++i) {
+    words[2 * i] = race_word(seed, position, 2 * (pair + i));
+    words[2 * i + 1] = race_word(seed, position, 2 * (pair + i) + 1);
+  }
 }
 
 }  // namespace
 
 extern const TileKernels SPECDIFF_CONCAT(kernels_, SPECDIFF_ISA);
 const TileKernels SPECDIFF_CONCAT(kernels_, SPECDIFF_ISA) = {
-    SPECDIFF_STRING(SPECDIFF_ISA), widen, extremes, sum, weights, residual, excess};
+    SPECDIFF_STRING(SPECDIFF_ISA), widen, extremes, sum, weights, residual, excess, spreads, noise};
 
 }  // namespace specdiff::cpu

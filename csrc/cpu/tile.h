@@ -9,6 +9,11 @@ namespace specdiff::cpu {
 constexpr int kTile = 1024;
 constexpr int kMaxTiles = (1 << 19) / kTile;
 
+// What a residual a p - q multiplies with: 1 / Z_p, 1 / Z_q and a.
+struct Scales {
+  double inverse_p, inverse_q, a;
+};
+
 struct TileKernels {
   const char* isa;
   // n half-precision logits -> f32
@@ -18,12 +23,14 @@ struct TileKernels {
   // sum of the weights of a row that is not greedy
   int64_t (*sum)(const float* l, int n, RowLaw law);
   void (*weights)(const float* l, int n, RowLaw law, int64_t* e);
-  // w[v] = residual weight of (p - q)+; returns the sum
-  int64_t (*residual)(const int64_t* e_p, const int64_t* e_q, int n, double inverse_p,
-                      double inverse_q, int64_t* w);
+  // w[v] = residual weight of (a p - q)+; returns the sum
+  int64_t (*residual)(const int64_t* e_p, const int64_t* e_q, int n, Scales scales, int64_t* w);
   // the same sum from the logits of two rows over the same tokens, neither of them greedy
-  int64_t (*excess)(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, double inverse_p,
-                    double inverse_q);
+  int64_t (*excess)(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Scales scales);
+  // sum of the spreads of a row that is neither greedy nor truncated
+  int64_t (*spread)(const float* l, int n, RowLaw law);
+  // race_word of the token ids 2 pair .. 2 (pair + pairs) - 1
+  void (*noise)(uint64_t seed, int64_t position, int64_t pair, int pairs, uint64_t* words);
 };
 
 // The kernels in use: the best that the processor has, or what use_isa chose.

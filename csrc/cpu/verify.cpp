@@ -1,97 +1,11 @@
 #include <algorithm>
 
 #include "ops.h"
-#include "row.h"
+#include "residual.h"
 #include "threads.h"
 
 namespace specdiff::cpu {
 namespace {
-
-// The recorded law of one drafted position, over the target's ids.
-struct DraftRow {
-  Row row;
-  RowLaw law;
-  const int64_t* ids;  // of the columns, increasing, or null
-
-  // weight of target id v
-  int64_t weight_of(int64_t v) const {
-    if (law.status != kOk) return 0;
-    int64_t column = v;
-    if (ids) {
-      column = std::lower_bound(ids, ids + row.columns, v) - ids;
-      if (column == row.columns || ids[column] != v) return 0;
-    }
-    return weight(row.at(column), column, law);
-  }
-};
-
-// Walks a draft row alongside the target's tiles and lays its weights out over target ids.
-class DraftTiles {
- public:
-  explicit DraftTiles(const DraftRow& draft) : draft_(draft) {}
-
-  void next(int64_t tile, int n, int64_t* e) {
-    if (!draft_.ids) return tile_weights(draft_.row, draft_.law, tile, e);
-    std::fill(e, e + n, 0);
-    const int64_t first = tile * kTile;
-    for (; column_ < draft_.row.columns && draft_.ids[column_] < first + n; ++column_) {
-      e[draft_.ids[column_] - first] = weight(draft_.row.at(column_), column_, draft_.law);
-    }
-  }
-
-  void seek(int64_t tile) {
-    if (draft_.ids) {
-      column_ =
-          std::lower_bound(draft_.ids, draft_.ids + draft_.row.columns, tile * kTile) - draft_.ids;
-    }
-  }
-
- private:
-  const DraftRow& draft_;
-  int64_t column_ = 0;
-};
-
-// sum_v W(v) of every tile from the two rows' logits at once; both dense, neither greedy.
-int64_t dense_excess(const Row& target, const RowLaw& law, const DraftRow& draft, int64_t* excess) {
-  alignas(64) float p[kTile], q[kTile];
-  const double inverse_p = inverse(law.total), inverse_q = inverse(draft.law.total);
-  int64_t total = 0;
-  for (int64_t tile = 0; tile < target.tiles(); ++tile) {
-    const int n = target.tile_size(tile);
-    const float* l_p = target.tile(tile * kTile, n, p);
-    const float* l_q = draft.row.tile(tile * kTile, n, q);
-    excess[tile] = kernels().excess(l_p, l_q, n, law, draft.law, inverse_p, inverse_q);
-    total += excess[tile];
-  }
-  return total;
-}
-
-// One draw from (p - q)+; from p if that is empty.
-int64_t draw_residual(const Row& target, const RowLaw& law, const int64_t* sums,
-                      const DraftRow& draft, uint64_t word) {
-  alignas(64) int64_t e_p[kTile], e_q[kTile], w[kTile];
-  int64_t excess[kMaxTiles];
-  const double inverse_p = inverse(law.total), inverse_q = inverse(draft.law.total);
-  DraftTiles tiles(draft);
-  const auto residual = [&](int64_t tile) {
-    const int n = target.tile_size(tile);
-    tile_weights(target, law, tile, e_p);
-    tiles.next(tile, n, e_q);
-    return kernels().residual(e_p, e_q, n, inverse_p, inverse_q, w);
-  };
-  int64_t total = 0;
-  if (draft.ids || law.scale == 0 || draft.law.scale == 0) {
-    for (int64_t tile = 0; tile < target.tiles(); ++tile) total += excess[tile] = residual(tile);
-  } else {
-    total = dense_excess(target, law, draft, excess);
-  }
-  if (total == 0) return draw(target, law, sums, word);
-  int64_t r = mulhi(word, total);
-  const int64_t tile = scan(excess, target.tiles(), r);
-  tiles.seek(tile);
-  residual(tile);
-  return tile * kTile + scan(w, target.tile_size(tile), r);
-}
 
 // One draw from p without x; from p if that is empty.
 int64_t draw_without(const Row& target, const RowLaw& law, int64_t* sums, int64_t x,
@@ -107,86 +21,204 @@ int64_t draw_without(const Row& target, const RowLaw& law, int64_t* sums, int64_
   return tile * kTile + scan(e, target.tile_size(tile), r);
 }
 
-// Verifies one sequence: the target's rows are read in order, up to the first rejection.
+// Verifies one sequence. The target's rows are read in order, for as long as a token may follow.
 class Sequence {
  public:
   Sequence(const VerifyParams& params, int64_t b, int thread)
       : p_(params), b_(b), emitted_(params.emitted + b * (params.k + 1)) {
     scratch_ = p_.scratch ? p_.scratch + thread * p_.target.columns : nullptr;
+    length_ = p_.lengths ? p_.lengths[b_] : p_.k;
   }
 
   void run() {
     std::fill(emitted_, emitted_ + p_.k + 1, -1);
-    p_.accepted[b_] = 0;
-    const int64_t length = p_.lengths ? p_.lengths[b_] : p_.k;
-    int32_t status = length < 0 || length > p_.k ? kToken : kOk;
-    int64_t i = 0;
-    if (status == kOk) {
-      while (i < length && (status = examine(i)) == kOk && !rejected_) ++i;
-    }
-    if (status == kOk && !rejected_) status = bonus(i);
+    int32_t status = kToken;
+    if (0 <= length_ && length_ <= p_.k) status = by_rule();
     p_.status[b_] = status;
-    if (status == kOk) {
-      p_.accepted[b_] = i;
-    } else {
-      std::fill(emitted_, emitted_ + p_.k + 1, -1);
-    }
+    p_.accepted[b_] = status == kOk ? accepted_ : 0;
+    if (status != kOk) std::fill(emitted_, emitted_ + p_.k + 1, -1);
   }
 
  private:
+  int32_t by_rule() {
+    if (p_.rule == kBlockRule) return block_rule();
+    return p_.rule == kCoupledRule ? coupled_rule() : token_rule();
+  }
+
+  int32_t token_rule() {
+    bool rejected = false;
+    for (; accepted_ < length_; ++accepted_) {
+      const int32_t status = examine(accepted_, &rejected);
+      if (status != kOk || rejected) return status;
+    }
+    return bonus();
+  }
+
+  // Accepts or rejects drafted token i, and emits what follows from that.
+  int32_t examine(int64_t i, bool* rejected) {
+    const Row target(p_.target, b_, i);
+    const RowLaw law = law_of(target);
+    if (law.status != kOk) return law.status;
+    const bool is_recorded = recorded(i);
+    DraftRow draft{target, {}, nullptr};
+    const int32_t status = find_draft(i, is_recorded, &draft);
+    if (status != kOk) return status;
+    const int64_t x = token(i);
+    const double q = probability(draft.weight_of(x), inverse(draft.law.total));
+    *rejected = !accepts(accept_word(i), chance(target, law, x), q);
+    emitted_[i] = x;
+    if (!*rejected) return kOk;
+    if (!is_recorded) {
+      emitted_[i] = draw_without(target, law, sums_, x, last_word(i));
+      return kOk;
+    }
+    const Residual residual(target, law, draft, 1);
+    emitted_[i] =
+        residual.total() ? residual.draw(last_word(i)) : draw(target, law, sums_, last_word(i));
+    return kOk;
+  }
+
+  int32_t block_rule() {
+    Prefix* prefixes = p_.prefixes + b_ * (p_.k + 1);
+    prefixes[0].chance = 1;
+    int64_t i = 0;  // the longest prefix that has a chance
+    for (; i < length_; ++i) {
+      const int32_t status = extend(prefixes, i);
+      if (status != kOk) return status;
+      if (prefixes[i + 1].chance == 0) break;
+    }
+    for (; i > 0; --i) {
+      const double u = unit(accept_word(i - 1)), chance = prefixes[i].chance;
+      if (u >= chance) continue;  // h_i is at most P_i
+      if (i == length_ || chance == 1) break;
+      if (end_with_residual(prefixes[i], i, u)) return kOk;
+    }
+    accept(i);
+    if (i == length_) return bonus();
+    end_with_residual(prefixes[i], i, -1);
+    return kOk;
+  }
+
+  // P_{i+1} = min(1, P_i p(x) / q(x)), and what is needed of position i later.
+  int32_t extend(Prefix* prefixes, int64_t i) {
+    const Row target(p_.target, b_, i);
+    const RowLaw law = law_of(target);
+    if (law.status != kOk) return law.status;
+    prefixes[i].law = law;
+    prefixes[i].recorded = recorded(i);
+    DraftRow draft{target, {}, nullptr};
+    const int32_t status = find_draft(i, prefixes[i].recorded, &draft);
+    if (status != kOk) return status;
+    const double q = probability(draft.weight_of(token(i)), inverse(draft.law.total));
+    const double joint = prefixes[i].chance * chance(target, law, token(i));
+    prefixes[i + 1].chance = std::min(1.0, joint / q);
+    return kOk;
+  }
+
+  // Accepts i tokens and draws from the residual behind them iff u < h_i.
+  bool end_with_residual(const Prefix& prefix, int64_t i, double u) {
+    const Row target(p_.target, b_, i);
+    DraftRow draft{target, {}, nullptr};
+    find_draft(i, prefix.recorded, &draft);
+    const Residual residual(target, prefix.law, draft, prefix.chance);
+    const double S = double(residual.total()) * 0x1p-60;
+    const double rest = S + 1.0;
+    if (u >= 0 && !(u < S / (rest - prefix.chance))) return false;
+    accept(i);
+    if (residual.total()) {
+      emitted_[i] = residual.draw(last_word(i));
+    } else {
+      const RowLaw law = law_of(target);  // for the sums of its tiles
+      emitted_[i] = draw(target, law, sums_, last_word(i));
+    }
+    return true;
+  }
+
+  void accept(int64_t i) {
+    accepted_ = i;
+    std::copy_n(p_.tokens + b_ * p_.k, i, emitted_);
+  }
+
+  int32_t coupled_rule() {
+    for (;; ++accepted_) {
+      const Row target(p_.target, b_, accepted_);
+      const RowLaw law = law_of(target);
+      if (law.status != kOk) return law.status;
+      const bool drafted = accepted_ < length_;
+      if (drafted && !in_vocabulary(token(accepted_))) return kToken;
+      const int64_t y = race(target, law, nullptr, noise(accepted_));
+      emitted_[accepted_] = y;
+      if (!drafted || token(accepted_) != y) return kOk;
+    }
+  }
+
+  int32_t bonus() {
+    const Row target(p_.target, b_, length_);
+    const RowLaw law = law_of(target);
+    if (law.status == kOk) {
+      emitted_[length_] = draw(target, law, sums_, word(p_.k, length_, kBonus));
+    }
+    return law.status;
+  }
+
+  RowLaw law_of(const Row& target) { return make_law(target, p_.parameters, b_, sums_, scratch_); }
+
+  double chance(const Row& target, const RowLaw& law, int64_t x) const {
+    return probability(weight(target.at(x), x, law), inverse(law.total));
+  }
+
+  int64_t token(int64_t i) const { return p_.tokens[b_ * p_.k + i]; }
+  bool in_vocabulary(int64_t x) const { return 0 <= x && x < p_.target.columns; }
+
+  // Whether the record of position i counts. To be asked in order.
+  bool recorded(int64_t i) {
+    const int64_t at = b_ * p_.k + i;
+    latest_ = i == 0 ? p_.tau[at] : std::max(latest_, p_.tau[at]);
+    if (p_.rows[at] < 0 || p_.record == kOneHot) return false;
+    if (p_.record == kFinal) return p_.tau[at] == p_.final_step;
+    return p_.record == kEntangled || p_.tau[at] == latest_;
+  }
+
+  // The law that drafted token i came from: its record, or all weight on the token.
+  int32_t find_draft(int64_t i, bool is_recorded, DraftRow* draft) const {
+    const int64_t x = token(i), row = p_.rows[b_ * p_.k + i];
+    if (!in_vocabulary(x)) return kToken;
+    if (!is_recorded) {
+      draft->law.threshold = x;
+      draft->law.total = kOne;
+      return kOk;
+    }
+    if (!p_.draft.data || row >= p_.draft_rows) return kToken;
+    draft->row = Row(p_.draft, 0, row);
+    draft->law = load(p_.draft_law, row);
+    draft->ids = p_.draft_ids;
+    return draft->weight_of(x) == 0 ? kDraft : kOk;
+  }
+
   uint64_t word(int64_t column, int64_t slot, Purpose purpose) const {
     const Randomness& random = p_.random;
     if (random.words) return uint64_t(random.words[b_ * (p_.k + 1) + column]);
     return random_word(random.seed[b_], slot, random.round[b_], purpose);
   }
-
-  // Running-max rule: position i's record counts if none before it was sampled in a later step.
-  bool recorded(int64_t i) {
-    const int64_t at = b_ * p_.k + i;
-    latest_ = i == 0 ? p_.tau[at] : std::max(latest_, p_.tau[at]);
-    return !p_.value_dependent && p_.rows[at] >= 0 && p_.tau[at] >= latest_;
-  }
-
-  // Accepts or rejects drafted token i, and emits what follows from that.
-  int32_t examine(int64_t i) {
-    const Row target(p_.target, b_, i);
-    const RowLaw law = make_law(target, p_.parameters, b_, sums_, scratch_);
-    if (law.status != kOk) return law.status;
-    const int64_t x = p_.tokens[b_ * p_.k + i], row = p_.rows[b_ * p_.k + i];
-    const bool is_recorded = recorded(i);
-    if (x < 0 || x >= p_.target.columns) return kToken;
-    if (is_recorded && (!p_.draft.data || row >= p_.draft_rows)) return kToken;
-    const double p = probability(weight(target.at(x), x, law), inverse(law.total));
-    const uint64_t accept = word(i, i, kAccept);
-    if (!is_recorded) {
-      rejected_ = !accepts(accept, p, 1.0);
-      emitted_[i] = rejected_ ? draw_without(target, law, sums_, x, last_word(i)) : x;
-      return kOk;
-    }
-    const DraftRow draft{Row(p_.draft, 0, row), load(p_.draft_law, row), p_.draft_ids};
-    const int64_t e_q = draft.weight_of(x);
-    if (e_q == 0) return kDraft;
-    rejected_ = !accepts(accept, p, probability(e_q, inverse(draft.law.total)));
-    emitted_[i] = rejected_ ? draw_residual(target, law, sums_, draft, last_word(i)) : x;
-    return kOk;
-  }
-
+  uint64_t accept_word(int64_t i) const { return word(i, i, kAccept); }
   uint64_t last_word(int64_t i) const { return word(p_.k, i, kResidual); }
 
-  int32_t bonus(int64_t i) {
-    const Row target(p_.target, b_, i);
-    const RowLaw law = make_law(target, p_.parameters, b_, sums_, scratch_);
-    if (law.status == kOk) emitted_[i] = draw(target, law, sums_, word(p_.k, i, kBonus));
-    return law.status;
+  Noise noise(int64_t i) const {
+    const Randomness& random = p_.random;
+    if (random.words) {
+      return {random.words + (b_ * (p_.k + 1) + i) * p_.target.columns, 0, 0};
+    }
+    return {nullptr, uint64_t(random.seed[b_]), random.position[b_] + i};
   }
 
   const VerifyParams& p_;
   const int64_t b_;
   int64_t* const emitted_;
   int64_t* scratch_;
+  int64_t length_;
+  int64_t accepted_ = 0;
   int64_t sums_[kMaxTiles];
   int32_t latest_ = 0;
-  bool rejected_ = false;
 };
 
 }  // namespace

@@ -39,8 +39,18 @@ class Rule(str, Enum):
     """Of `specdiff_kernels.verify`."""
 
     token = "token"
-    one_hot = "one-hot"
+    block = "block"
     greedy = "greedy"
+    coupled = "coupled"
+
+
+class Record(str, Enum):
+    """Of `specdiff_kernels.verify`."""
+
+    one_hot = "one-hot"
+    final = "final"
+    running_max = "running-max"
+    entangled = "entangled"
 
 
 @contextmanager
@@ -92,7 +102,8 @@ def generate(
         str, typer.Option(help="A known model or a Hugging Face folder.")
     ] = "smollm2-135m",
     drafter: Annotated[
-        str, typer.Option(help="block-diffusion, prompt-lookup or a folder.")
+        str,
+        typer.Option(help="block-diffusion, prompt-lookup or a folder, such as one of sedd-small."),
     ] = "block-diffusion",
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -108,7 +119,13 @@ def generate(
     steps: Annotated[
         int | None, typer.Option(help="Reverse steps of a diffusion drafter; default: its own.")
     ] = None,
-    rule: Annotated[Rule, typer.Option(help="How drafts are judged.")] = Rule.token,
+    rule: Annotated[
+        Rule,
+        typer.Option(help="How drafts are judged; coupled: the text is that of --no-draft."),
+    ] = Rule.token,
+    record: Annotated[
+        Record | None, typer.Option(help="Which recorded draft laws count; default: all that may.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Per prompt.")] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     compare: Annotated[
@@ -137,7 +154,8 @@ def generate(
 
         sampling = Sampling(temperature, top_k, top_p, min_p)
         plain, tokenizer = load(target, rule.value, threads, not no_accelerate)
-        decoder = plain if no_draft else with_drafter(plain, drafter, k, steps)
+        laws = None if record is None else record.value
+        decoder = plain if no_draft else with_drafter(plain, drafter, k, steps, laws)
     ids = [encode(tokenizer, text, raw) for text in prompts]
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
 
@@ -156,8 +174,8 @@ def generate(
     run, baseline = median_run(runs), median_run(baselines) if baselines else None
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in run.new_tokens]
     text = texts if batch_file is not None else texts[0]
-    greedy = sampling.greedy or rule is Rule.greedy
-    result = figures(run, text, baseline, greedy=greedy)
+    same = sampling.greedy or rule in (Rule.greedy, Rule.coupled)
+    result = figures(run, text, baseline, same=same)
     if live is None:
         typer.echo(json.dumps(result))
         return
@@ -198,13 +216,15 @@ def load(name_or_path: str, rule: str, threads: int | None, fast: bool) -> tuple
     return Decoder(Target(accelerate(model) if fast else model), rule=rule), tokenizer
 
 
-def with_drafter(plain: Decoder, name_or_path: str, k: int | None, steps: int | None) -> Decoder:
+def with_drafter(
+    plain: Decoder, name_or_path: str, k: int | None, steps: int | None, record: str | None
+) -> Decoder:
     """The same decoder with drafts."""
     from .decoder import Decoder
     from .drafters import load_drafter
 
     drafter = load_drafter(name_or_path, plain.target, steps=steps)
-    return Decoder(plain.target, drafter, k, plain.rule)
+    return Decoder(plain.target, drafter, k, plain.rule, record=record)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> list[int]:

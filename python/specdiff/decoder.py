@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from specdiff_kernels import Committed, Draft, check_status, commit, verify
 
-from .drafters.base import Drafter, News
+from .adaptive import AdaptiveK
+from .drafters.base import Drafter, Draws, News
 from .sampling import Sampling, row_seeds
 from .target import Target
 
@@ -125,9 +126,11 @@ class Decoder:
     Args:
         target: the model whose law the text follows.
         drafter: what proposes tokens; None is plain decoding by the same implementation.
-        k: most tokens drafted per round, at least 1; None: the drafter's own choice. Fewer near
-            the end of a row.
-        rule: how `specdiff_kernels.verify` judges a draft: "token", "one-hot" or "greedy".
+        k: most tokens drafted per round, at least 1; None: the drafter's own choice; an AdaptiveK
+            chooses anew in every round. Fewer near the end of a row.
+        rule: how `specdiff_kernels.verify` judges a draft: "token", "block", "greedy" or "coupled".
+            With "coupled" the text is that of plain decoding under this rule with the same seed.
+        record: which recorded laws count, see `specdiff_kernels.verify`; None: all that may.
         backend: of the ops; None chooses.
         tokenizer: with `decode`, as Hugging Face's; needed for stop strings and texts.
 
@@ -143,19 +146,23 @@ class Decoder:
         self,
         target: Target,
         drafter: Drafter | None = None,
-        k: int | None = None,
+        k: int | AdaptiveK | None = None,
         rule: str = "token",
         *,
+        record: str | None = None,
         backend: str | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.k = 0
+        self.adaptive = k if isinstance(k, AdaptiveK) else None
         if drafter is not None:
-            self.k = drafter.block if k is None else k
+            most = k.most if isinstance(k, AdaptiveK) else k
+            self.k = drafter.block if most is None else most
             check_drafter(target, drafter, self.k)
         self.target = target
         self.drafter = drafter
         self.rule = rule
+        self.record = record
         self.backend = backend
         self.tokenizer = tokenizer
 
@@ -211,6 +218,8 @@ class Decoder:
         news = News(tokens, counts, before)
         if drafter is not None:
             drafter.start(len(prompts), max(limits) + 1, sampling)
+        if self.adaptive is not None:
+            self.adaptive.start(len(prompts))
 
         round = torch.zeros_like(counts)
         finished = torch.zeros_like(counts, dtype=torch.bool)
@@ -218,19 +227,22 @@ class Decoder:
         done = [False] * len(prompts)
         while not all(done):
             # a row drafts at most one token less than it may still emit
+            most = self._most(len(done))
             room = [
-                0 if over else min(self.k, end - length - 1)
-                for over, end, length in zip(done, limits, lengths, strict=True)
+                0 if over else min(k, end - length - 1)
+                for over, k, end, length in zip(done, most, limits, lengths, strict=True)
             ]
+            position = cache.lengths + 1 if self.rule == "coupled" else None
             with stats.time("draft", device):
-                draft, drafted = self._draft(news, room, seeds, round)
+                draft, drafted = self._draft(news, room, Draws(seeds, round, position))
             with stats.time("target", device):
                 ahead = draft.tokens.clamp(0, target.vocab_size - 1)  # verify reports bad ids
                 logits, hidden = target.forward(torch.cat([last, ahead], 1), cache)
             with stats.time("verify", device):
                 verified = verify(
                     logits, draft, *sampling.parameters,
-                    rule=self.rule, seed=seeds, round=round, backend=self.backend,
+                    rule=self.rule, record=self.record, seed=seeds, round=round,
+                    position=position, backend=self.backend,
                 )  # fmt: skip
                 check_status(verified.status.masked_fill(finished, 0), "sequence")
             with stats.time("commit", device):
@@ -253,6 +265,8 @@ class Decoder:
             done, kept = finished.tolist(), committed.kept.tolist()
             accepted = verified.accepted.tolist()
             stats.count(drafted, accepted, kept)
+            if self.adaptive is not None:
+                self.adaptive.update(drafted, accepted)
             fresh = [row[:n] for row, n in zip(emitted.tolist(), kept, strict=True)]
             for row, more in zip(new, fresh, strict=True):
                 row += more
@@ -277,15 +291,26 @@ class Decoder:
         sequences = [row + more for row, more in zip(prompts, new, strict=True)]
         return Generation(sequences, new, texts, step.stats)
 
-    def _draft(
-        self, news: News, room: list[int], seeds: Tensor, round: Tensor
-    ) -> tuple[Draft, list[int]]:
+    def _most(self, batch: int) -> list[int]:
+        """Most tokens that each row may draft in the coming round."""
+        if self.adaptive is None:
+            return [self.k] * batch
+        return self.adaptive.choose(self.k)
+
+    def _draft(self, news: News, room: list[int], draws: Draws) -> tuple[Draft, list[int]]:
         """A draft as wide as its longest row, and its lengths; width 0 without room or drafter."""
-        lengths = torch.tensor(room, device=seeds.device)
+        lengths = torch.tensor(room, device=draws.seed.device)
         if self.drafter is None or max(room) == 0:
-            none = torch.empty(len(room), 0, dtype=torch.int64, device=seeds.device)
+            none = torch.empty(len(room), 0, dtype=torch.int64, device=lengths.device)
             return Draft(none, none.int(), none, lengths=lengths), room
-        draft = self.drafter.draft(news, max(room), lengths, seeds, round)
+        draft = self.drafter.draft(news, max(room), lengths, draws)
+        if self.adaptive is not None:
+            if draft.entangled:
+                raise ValueError(
+                    "k must be a number with a drafter that keeps entangled tokens: they have to "
+                    "be examined, whatever was accepted before"
+                )
+            draft = self.adaptive.withhold(draft)
         drafted = draft.lengths.tolist() if draft.lengths is not None else [max(room)] * len(room)
         if any(have > want for have, want in zip(drafted, room, strict=True)):
             raise ValueError(f"the drafter proposed {drafted} tokens where {room} were wanted")
@@ -301,8 +326,9 @@ def generate(
     drafter: Drafter | None,
     input_ids: Prompts,
     *,
-    k: int | None = None,
+    k: int | AdaptiveK | None = None,
     rule: str = "token",
+    record: str | None = None,
     backend: str | None = None,
     tokenizer: Tokenizer | None = None,
     **options: Any,
@@ -314,7 +340,7 @@ def generate(
     """
     if not isinstance(target, Target):
         target = Target(target)
-    decoder = Decoder(target, drafter, k, rule, backend=backend, tokenizer=tokenizer)
+    decoder = Decoder(target, drafter, k, rule, record=record, backend=backend, tokenizer=tokenizer)
     return decoder.generate(input_ids, **options)
 
 

@@ -31,7 +31,7 @@ def median_run(runs: Sequence[Run]) -> Run:
 
 
 def figures(
-    run: Run, text: str | list[str], baseline: Run | None = None, *, greedy: bool = False
+    run: Run, text: str | list[str], baseline: Run | None = None, *, same: bool = False
 ) -> dict[str, Any]:
     """What --json prints.
 
@@ -39,7 +39,7 @@ def figures(
         run: with the drafter.
         text: of each prompt, or of the only one.
         baseline: the same prompts by plain decoding; None: not measured.
-        greedy: whether both runs must give the same text; otherwise `identical` is None.
+        same: whether both runs must give the same text; otherwise `identical` is None.
     """
     stats = run.stats
     speed = stats.tokens_per_second
@@ -54,7 +54,7 @@ def figures(
         "tokens_per_second": speed,
         "baseline_tokens_per_second": base_speed,
         "speedup": speed / base_speed if base_speed else None,
-        "identical": run.new_tokens == baseline.new_tokens if baseline and greedy else None,
+        "identical": run.new_tokens == baseline.new_tokens if baseline and same else None,
     }
 
 

@@ -6,12 +6,13 @@ import specdiff_kernels._C as _C
 
 from ..backends import BackendError
 from .commit import commit
+from .denoise_step import denoise_step
 from .row_law import row_law
 from .sample import sample
 from .skinny_linear import skinny_linear
 from .verify import verify
 
-__all__ = ["commit", "row_law", "sample", "skinny_linear", "verify"]
+__all__ = ["commit", "denoise_step", "row_law", "sample", "skinny_linear", "verify"]
 
 if isa := os.environ.get("SPECDIFF_CPU_ISA"):
     if isa not in _C.supported_isas():

@@ -1,4 +1,4 @@
-"""One token per row, by integer inverse CDF."""
+"""One token per row, by integer inverse CDF or by the race of exponential variates."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def sample(
     round: Tensor | None,
     slot: Tensor | None,
     purpose: int,
+    position: Tensor | None,
     words: Tensor | None,
     draft_ids: Tensor | None,
     *,
@@ -27,7 +28,7 @@ def sample(
         logits_view(logits),
         logits.shape[0],
         addresses(law),
-        addresses((words, seed, round)),
+        addresses((words, seed, round, position)),
         address(slot),
         purpose,
         address(draft_ids),

@@ -98,18 +98,18 @@ def check_random(
     N: int,
     device: torch.device,
     words_shape: tuple[int, ...],
-    seed: Tensor | None,
-    round: Tensor | None,
     words: Tensor | None,
+    **key: Tensor | None,
 ) -> None:
-    """Raise unless the draws come either from `words` or from `seed` and `round`."""
+    """Raise unless the draws come either from `words` or from all tensors [N] of their key."""
     if words is not None:
         check_tensor("words", words, words_shape, INT64, device)
         return
-    for name, tensor in (("seed", seed), ("round", round)):
+    for name, tensor in key.items():
         if tensor is None:
             raise ValueError(
-                f"{name}: expected a tensor [{N}] int64, got None; pass seed and round, or words"
+                f"{name}: expected a tensor [{N}] int64, got None; pass {' and '.join(key)}, or "
+                "words"
             )
         check_tensor(name, tensor, (N,), INT64, device)
 

@@ -32,6 +32,7 @@ def sample(
     round: Tensor | None = None,
     slot: Tensor | None = None,
     purpose: int = Purpose.DRAFT,
+    position: Tensor | None = None,
     words: Tensor | None = None,
     draft_ids: Tensor | None = None,
     backend: str | None = None,
@@ -39,7 +40,9 @@ def sample(
 ) -> Tensor:
     """Draw one token per row by integer inverse CDF: the first v with e_0 + ... + e_v > r.
 
-    r is the high half of word x total, so each probability is e(v) / total to within 2^-64.
+    r is the high half of word x total, so each probability is e(v) / total to within 2^-64. With
+    `position` the draw is *coupled* instead: argmax_v log e(v) + Gumbel noise, which depends on
+    seed, position and token id alone, so that two laws drawn from at one position mostly agree.
 
     Args:
         logits: [N, V], the logits that `law` was made from.
@@ -47,7 +50,10 @@ def sample(
         seed, round, slot: i64 [N]; with `purpose` they key Philox4x32-10, so that a draw depends
             on its own sequence alone. slot defaults to 0.
         purpose: a `Purpose`; two uses of randomness never share one.
-        words: i64 [N], the random 64-bit words themselves, in place of the above.
+        position: i64 [N], absolute positions in their sequences, in place of round, slot and
+            purpose, for a coupled draw; see `verify`.
+        words: i64 [N], the random 64-bit words themselves, in place of seed and round. With
+            `position`: [N, V], one for each column.
         draft_ids: i64 [V], token ids of the columns when the rows cover a reduced vocabulary.
         backend, out: as in `row_law`.
 
@@ -66,16 +72,21 @@ def sample(
     logits = check_logits("logits", logits, (None, None), device)
     N, V = logits.shape
     law = check_law("law", law, N, device)
-    check_random(N, device, (N,), seed, round, words)
+    if position is not None:
+        check_tensor("position", position, (N,), INT64, device)
+        check_random(N, device, (N, V), words, seed=seed)
+    else:
+        check_random(N, device, (N,), words, seed=seed, round=round)
     if draft_ids is not None:
         check_tensor("draft_ids", draft_ids, (V,), INT64, device)
     if slot is None and words is None:
         slot = torch.zeros(N, dtype=torch.int64, device=device)
     if slot is not None:
         check_tensor("slot", slot, (N,), INT64, device)
-    seed, round, slot, words, draft_ids = contiguous(seed, round, slot, words, draft_ids)
+    seed, round, slot = contiguous(seed, round, slot)
+    position, words, draft_ids = contiguous(position, words, draft_ids)
     args = (
-        logits, *law, seed, round, slot, check_purpose(purpose), words, draft_ids,
+        logits, *law, seed, round, slot, check_purpose(purpose), position, words, draft_ids,
         backend,
     )  # fmt: skip
     if out is not None:
@@ -95,7 +106,7 @@ def _call(function: Callable[..., None], logits: Tensor, *rest: Any, out: Any) -
 OP = define(
     "sample",
     f"Tensor logits, {LAW_SCHEMA}, Tensor? seed, Tensor? round, Tensor? slot, int purpose, "
-    "Tensor? words, Tensor? draft_ids",
+    "Tensor? position, Tensor? words, Tensor? draft_ids",
     ["tokens"],
     _outputs,
     _call,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..records import RULES, Record, choose_record
 from ..types import Draft, RowLaw, Verified
 from .checks import (
     INT64,
@@ -21,8 +22,6 @@ from .checks import (
 )
 from .registry import Outputs, define
 
-RULES = ("token", "one-hot", "greedy")
-
 
 def verify(
     target_logits: Tensor,
@@ -33,19 +32,26 @@ def verify(
     min_p: float | Tensor | None = None,
     *,
     rule: str = "token",
+    record: str | None = None,
     seed: Tensor | None = None,
     round: Tensor | None = None,
+    position: Tensor | None = None,
     words: Tensor | None = None,
     backend: str | None = None,
     out: Verified | None = None,
 ) -> Verified:
     """Verify K drafted tokens of each sequence against the target's logits.
 
-    Left to right, drafted token x is accepted iff u q(x) < p(x) (Leviathan et al., 2211.17192,
-    Algorithm 1). At the first rejection one token is drawn from (p - q)+; if nothing was
-    rejected, from the target's law behind the last drafted token. Where the draft recorded no
-    usable q (see `Draft`), q is one-hot at x. Emitted tokens follow the target's law exactly.
-    Rows after the first rejection are not read.
+    Rule "token" (Leviathan et al. 2211.17192, Algorithm 1): left to right, drafted token x is
+    accepted iff u q(x) < p(x); at the first rejection one token is drawn from (p - q)+. Rows after
+    it are not read. Rule "block" (Sun et al. 2403.10444, Algorithm 2) judges prefixes as a whole
+    and accepts at least as many on average; it reads every row of a prefix that has a chance.
+    If nothing was rejected, one token more is drawn from the target's law behind the draft. Emitted
+    tokens follow the target's law exactly. Where no recorded q may be used, q is one-hot at x.
+
+    Rule "coupled": token y = argmax_v log p(v) + Gumbel noise keyed by the sequence's seed, the
+    absolute position and v alone; drafted tokens are accepted while they equal y. The text is,
+    token for token, what K = 0 gives with the same seed, whatever was drafted.
 
     Args:
         target_logits: [B, K + 1, V] f32, bf16 or f16, any strides with contiguous rows; row i is
@@ -54,17 +60,23 @@ def verify(
         temperature, top_k, top_p, min_p: of the target's law, a number or a tensor [B]; see
             `row_law`. Temperature 0 accepts the longest prefix equal to the argmax; greedy and
             sampled sequences may be mixed.
-        rule: "token"; "one-hot" ignores every recorded q; "greedy" means temperature 0.
+        rule: "token", "block", "coupled", or "greedy", which means temperature 0.
+        record: which recorded q count: "running-max", "final", "one-hot" or "entangled"; None is
+            the strongest that keeps the law, given how the draft came about. See
+            docs/losslessness.md.
         seed, round: i64 [B]; a sequence's own seed and its count of verification rounds.
+        position: i64 [B], absolute position of the first drafted token; in place of `round` under
+            the coupled rule.
         words: i64 [B, K + 1] random words in place of seed and round: one for each acceptance,
-            the last for the token that ends the round.
+            the last for the token that ends the round. Coupled: [B, K + 1, V], one for each token.
         backend, out: as in `row_law`.
 
     Returns:
         Verified(accepted i64 [B], emitted i64 [B, K + 1] padded with -1, status i32 [B]).
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or range.
+        ValueError, TypeError: an argument of the wrong shape, dtype or range, or a record that
+            would bias the output.
         BackendError: a forced backend cannot run.
 
     Example:
@@ -79,12 +91,12 @@ def verify(
     B, positions, V = target_logits.shape
     if positions == 0:
         raise ValueError("target_logits: expected [B, K + 1, V] with K >= 0, got no positions")
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    chosen = choose_record(draft, rule, record)
     draft = check_draft(draft, B, positions - 1, V, device)
-    check_random(B, device, (B, positions), seed, round, words)
-    if rule == "one-hot":
-        draft = draft._replace(rows=torch.full_like(draft.rows, -1))
+    if rule == "coupled":
+        check_random(B, device, (B, positions, V), words, seed=seed, position=position)
+    else:
+        check_random(B, device, (B, positions), words, seed=seed, round=round)
     args = (
         target_logits,
         draft.tokens,
@@ -94,12 +106,14 @@ def verify(
         *(draft.law or (None,) * len(RowLaw._fields)),
         draft.draft_ids,
         draft.lengths,
-        draft.value_dependent,
+        draft.final_step or 0,
+        RULES.index(rule),
+        int(chosen),
         per_row("temperature", 0.0 if rule == "greedy" else temperature, B, device),
         per_row("top_k", top_k, B, device),
         per_row("top_p", top_p, B, device),
         per_row("min_p", min_p, B, device),
-        *contiguous(seed, round, words),
+        *contiguous(seed, round, position, words),
         backend,
     )
     if out is not None:
@@ -108,8 +122,11 @@ def verify(
     return Verified(*OP.functional(*args))
 
 
-def check_draft(draft: Draft, B: int, K: int, V: int, device: torch.device) -> Draft:
-    """The draft with contiguous fields, or an error that names the field at fault."""
+def check_draft(draft: Draft, B: int, K: int, V: int | None, device: torch.device) -> Draft:
+    """The draft with contiguous fields, or an error that names the field at fault.
+
+    V: the target's vocabulary; None: not known here.
+    """
     check_tensor("draft.tokens", draft.tokens, (B, K), INT64, device)
     check_tensor("draft.tau", draft.tau, (B, K), (torch.int32,), device)
     check_tensor("draft.rows", draft.rows, (B, K), INT64, device)
@@ -126,17 +143,19 @@ def check_draft(draft: Draft, B: int, K: int, V: int, device: torch.device) -> D
         check_tensor("draft.draft_ids", ids, (None,), INT64, device)
         if ids.device.type == "cpu" and not increasing_ids(ids, V):
             raise ValueError(
-                f"draft.draft_ids: expected strictly increasing ids in [0, {V}), got others; sort "
-                "the columns of the drafter's head once"
+                f"draft.draft_ids: expected strictly increasing ids in [0, {V or 2**31}), got "
+                "others; sort the columns of the drafter's head once"
             )
     tokens, tau, rows, ids, lengths = contiguous(
         draft.tokens, draft.tau, draft.rows, ids, draft.lengths
     )
-    return Draft(tokens, tau, rows, logits, law, ids, lengths, draft.value_dependent)
+    return draft._replace(
+        tokens=tokens, tau=tau, rows=rows, logits=logits, law=law, draft_ids=ids, lengths=lengths
+    )
 
 
-def increasing_ids(ids: Tensor, V: int) -> bool:
-    inside = ids.shape[0] == 0 or (int(ids[0]) >= 0 and int(ids[-1]) < V)
+def increasing_ids(ids: Tensor, V: int | None) -> bool:
+    inside = ids.shape[0] == 0 or (int(ids[0]) >= 0 and int(ids[-1]) < (V or 2**31))
     return inside and bool((ids[1:] > ids[:-1]).all())
 
 
@@ -148,16 +167,18 @@ def _outputs(target_logits: Tensor, *_: Any) -> Outputs:
 def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out: Any) -> None:
     logits, law = args[3], args[4:9]
     laws = None if logits is None else RowLaw(*law)
-    draft = Draft(args[0], args[1], args[2], logits, laws, args[9], args[10], args[11])
-    function(target_logits, draft, *args[12:], out=Verified(*out))
+    draft = Draft(args[0], args[1], args[2], logits, laws, args[9], args[10], final_step=args[11])
+    rule, record = RULES[args[12]], Record(args[13])
+    function(target_logits, draft, rule, record, *args[14:], out=Verified(*out))
 
 
 OP = define(
     "verify",
     "Tensor target_logits, Tensor tokens, Tensor tau, Tensor rows, Tensor? draft_logits, "
     "Tensor? max, Tensor? scale, Tensor? threshold, Tensor? total, Tensor? law_status, "
-    "Tensor? draft_ids, Tensor? lengths, bool value_dependent, Tensor temperature, "
-    "Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? seed, Tensor? round, Tensor? words",
+    "Tensor? draft_ids, Tensor? lengths, int final_step, int rule, int record, "
+    "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
+    "Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
     Verified._fields,
     _outputs,
     _call,

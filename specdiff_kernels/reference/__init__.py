@@ -1,9 +1,10 @@
 """The specification: every op by its equations, in plain PyTorch, on any device."""
 
 from .commit import commit
+from .denoise_step import denoise_step
 from .row_law import row_law
 from .sample import sample
 from .skinny_linear import skinny_linear
 from .verify import verify
 
-__all__ = ["commit", "row_law", "sample", "skinny_linear", "verify"]
+__all__ = ["commit", "denoise_step", "row_law", "sample", "skinny_linear", "verify"]

@@ -6,14 +6,19 @@ is a sum of integers, so that any backend can reproduce it bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..types import RowLaw
+from ..types import Purpose, RowLaw
 
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+SQRT_HALF = 0x3FE6A09E667F3BCD  # the bits of sqrt(1/2)
+ARTANH_TERMS = (17, 15, 13, 11, 9, 7, 5, 3, 1)  # artanh s = s + s^3/3 + s^5/5 + ...
+EXP_DEGREE = 13  # of the exponential's Taylor polynomial on [0, ln 2)
 ONE = 1 << 44  # the weight of a row's largest logit
 MASK32 = 0xFFFFFFFF
 # 2^f on [0, 1), relative error at most 1.7e-7, value 1 at 0, monotone
@@ -104,10 +109,86 @@ def philox(key: Tensor, counter: Sequence[Tensor | int]) -> tuple[Tensor, ...]:
 
 
 def random_word(
-    seed: Tensor | None, slot: Tensor | int | None, round: Tensor | None, purpose: Tensor | int
+    seed: Tensor | None,
+    slot: Tensor | int | None,
+    round: Tensor | None,
+    purpose: Tensor | int,
+    step: Tensor | int = 0,
 ) -> Tensor:
-    """The 64-bit word of (seed, slot, round, purpose), as an int64 pattern. -> i64 [N]"""
+    """The 64-bit word of (seed, slot, round, purpose, step), an int64 pattern. -> i64 [N]"""
     if seed is None or slot is None or round is None:
         raise ValueError("seed, slot, round: expected tensors, got None; or pass words")
-    low, high, _, _ = philox(seed, (slot, round, purpose, 0))
+    low, high, _, _ = philox(seed, (slot, round, purpose, step))
     return low | (high << 32)
+
+
+def log(x: Tensor) -> Tensor:
+    """Natural logarithm of positive normal numbers, f64, relative error at most 1e-15.
+
+    x = 2^k z with z in [sqrt(1/2), sqrt(2)); ln z = 2 artanh(s), s = (z - 1) / (z + 1).
+    """
+    bits = x.contiguous().view(torch.int64)
+    k = (bits - SQRT_HALF) >> 52
+    z = (bits - (k << 52)).view(torch.float64)
+    s = (z - 1.0) / (z + 1.0)
+    w = s * s
+    p = torch.full_like(w, 1.0 / ARTANH_TERMS[0])
+    for n in ARTANH_TERMS[1:]:
+        p = p * w
+        p = p + 1.0 / n
+    p = p * (s + s)
+    return k.double() * LN_2 + p
+
+
+def exp2(t: Tensor) -> Tensor:
+    """2^t in f64 for t cut to [-1000, 1000], relative error at most 1e-12."""
+    t = t.clamp(-1000.0, 1000.0)
+    n = t.floor()
+    y = (t - n) * LN_2
+    p = torch.full_like(y, 1.0 / math.factorial(EXP_DEGREE))
+    for k in range(EXP_DEGREE - 1, -1, -1):
+        p = p * y
+        p = p + 1.0 / math.factorial(k)
+    return p * ((n.long() + 1023) << 52).view(torch.float64)
+
+
+def mean_exp(law: RowLaw, V: int) -> Tensor:
+    """m = (1/V) sum_v exp(l_v) from the untruncated law at temperature 1. -> f64 [N]"""
+    share = law.total.double() * 2.0**-44 / float(V)
+    return exp2(law.max.double() * LOG2_E) * share
+
+
+def entropy(logits: Tensor, law: RowLaw) -> Tensor:
+    """Entropy in nats of untruncated laws at temperature 1, to about 1e-3. [N, V] -> f64 [N]
+
+    ln Z + ln 2 sum_v e(v) (-t(v)) / Z, with the sum over integers: e in units of 2^16, t of 2^-10.
+    """
+    t = ((logits.float() - law.max[:, None]) * law.scale[:, None]).nan_to_num(neginf=-46.0)
+    spread = (-t.clamp(min=-46.0) * 1024.0).to(torch.int64)
+    S = ((weights(logits, law) >> 16) * spread).sum(-1)
+    Z = law.total.double()
+    return log(Z * 2.0**-44) + S.double() / Z * (64.0 * LN_2)
+
+
+def exponential(word: Tensor) -> Tensor:
+    """E = -ln u, u = ((word >> 11) + 1) 2^-53 in (0, 1], f64."""
+    u = (((word >> 11) & ((1 << 53) - 1)) + 1).double() * 2.0**-53
+    return 0.0 - log(u)
+
+
+def race(e: Tensor, words: Tensor) -> Tensor:
+    """argmin_v E_v / e_v over e_v > 0: token v wins with probability e_v / sum e. -> i64 [N]
+
+    The Gumbel race: -ln(E_v / e_v) = ln e_v + Gumbel noise. e, words: i64 [N, V].
+    """
+    times = exponential(words) / e.double()
+    return torch.where(e > 0, times, float("inf")).argmin(-1)
+
+
+def race_words(seed: Tensor | None, position: Tensor | None, ids: Tensor) -> Tensor:
+    """The words of token ids at sequences' absolute positions. [N], [N], [V] -> i64 [N, V]"""
+    if seed is None or position is None:
+        raise ValueError("seed, position: expected tensors, got None; or pass words")
+    key = seed[:, None].expand(len(seed), len(ids))
+    c0, c1, c2, c3 = philox(key, (ids >> 1, position[:, None], Purpose.COUPLED, 0))
+    return torch.where(ids & 1 == 0, c0 | (c1 << 32), c2 | (c3 << 32))

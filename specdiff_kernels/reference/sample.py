@@ -1,4 +1,4 @@
-"""One token per row, by integer inverse CDF."""
+"""One token per row, by integer inverse CDF or by the race of exponential variates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..types import RowLaw
-from .numerics import draw, random_word, weights
+from .numerics import draw, race, race_words, random_word, weights
 
 
 def sample(
@@ -16,13 +16,20 @@ def sample(
     round: Tensor | None,
     slot: Tensor | None,
     purpose: int,
+    position: Tensor | None,
     words: Tensor | None,
     draft_ids: Tensor | None,
     *,
     out: Tensor,
 ) -> None:
     """[N, V] logits and their law -> i64 [N], -1 where the row has no law."""
-    word = words if words is not None else random_word(seed, slot, round, purpose)
-    column = draw(weights(logits, law), word).clamp(max=logits.shape[-1] - 1)
+    V = logits.shape[-1]
+    e = weights(logits, law)
+    if position is not None:
+        ids = torch.arange(V, device=e.device) if draft_ids is None else draft_ids
+        column = race(e, race_words(seed, position, ids) if words is None else words)
+    else:
+        word = random_word(seed, slot, round, purpose) if words is None else words
+        column = draw(e, word).clamp(max=V - 1)
     token = column if draft_ids is None else draft_ids[column]
     out.copy_(torch.where(law.status == 0, token, -1))

@@ -1,75 +1,191 @@
-"""Verification of a draft by the token rule, position by position."""
+"""Verification of a draft: the token rule, the block rule and the coupled rule."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..records import Record
 from ..types import LAW_DTYPES, Draft, Purpose, RowLaw, Status, Verified
-from .numerics import draw, probability, random_word, unit, weights
+from .numerics import ONE, draw, probability, race, race_words, random_word, unit, weights
 from .row_law import row_law
 
 
 def verify(
     target_logits: Tensor,
     draft: Draft,
+    rule: str,
+    record: Record,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
     seed: Tensor | None,
     round: Tensor | None,
+    position: Tensor | None,
     words: Tensor | None,
     *,
     out: Verified,
 ) -> None:
-    """[B, K+1, V] target logits and a Draft -> Verified.
-
-    Accept x iff u q(x) < p(x) (Leviathan et al. 2211.17192, Algorithm 1); on rejection emit from
-    (p - q)+, after the last drafted token from p.
-    """
-    B, positions, V = target_logits.shape
+    """[B, K+1, V] target logits and a Draft -> Verified."""
+    B, positions, _ = target_logits.shape
     K = positions - 1
     lengths = draft_lengths(draft, B, K)
-    recorded = recorded_positions(draft)  # [B, K]
     status = torch.where((lengths < 0) | (lengths > K), int(Status.TOKEN), 0).int()
-    running = status == Status.OK
-    accepted = torch.zeros_like(lengths)
-    emitted = torch.full_like(out.emitted, -1)
-
-    for i in range(K + 1):
-        p_law = empty_law(B, target_logits.device)
-        row_law(target_logits[:, i], temperature, top_k, top_p, min_p, out=p_law)
-        e_p = weights(target_logits[:, i], p_law)  # [B, V]
-        status = torch.where(running, p_law.status, status)
-        drafted = running & (i < lengths)
-        if i < K:
-            x = draft.tokens[:, i]
-            e_q, q_total, fault = draft_weights(draft, i, recorded[:, i], V)
-            status = torch.where(drafted & (status == Status.OK), fault, status)
-            x_at = x.clamp(0, V - 1)[:, None]
-            one_hot = torch.zeros_like(e_p, dtype=torch.bool).scatter_(1, x_at, True)
-            p, q = probability(e_p, p_law.total[:, None]), probability(e_q, q_total[:, None])
-            q_x = torch.where(recorded[:, i], q.gather(1, x_at)[:, 0], 1.0)
-            accept = unit(accept_word(words, seed, round, i)) * q_x < p.gather(1, x_at)[:, 0]
-            residual = ((p - q).clamp(min=0) * 2.0**60).to(torch.int64)
-            without_x = torch.where(one_hot, 0, e_p)
-            residual = torch.where(recorded[:, i, None], residual, without_x)
-            residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, e_p)
-        else:
-            x, accept, residual = lengths, torch.zeros_like(drafted), e_p
-        running = running & (status == Status.OK)
-        accept = accept & drafted
-        last = torch.where(drafted[:, None], residual, e_p)
-        token = draw(last, last_word(words, seed, round, i, drafted))
-        emitted[:, i] = torch.where(running, torch.where(accept, x, token), -1)
-        accepted += running & accept
-        running = running & accept
+    laws = []
+    for i in range(positions):
+        laws.append(empty_law(B, target_logits.device))
+        row_law(target_logits[:, i], temperature, top_k, top_p, min_p, out=laws[i])
+    e_p = [weights(target_logits[:, i], laws[i]) for i in range(positions)]  # each [B, V]
+    round_ = Round(draft, lengths, recorded_positions(draft, record), laws, e_p, status)
+    if rule == "coupled":
+        accepted, token, status = coupled_rule(round_, seed, position, words)
+    else:
+        random = Random(seed, round, words)
+        accepted, token, status = (block_rule if rule == "block" else token_rule)(round_, random)
 
     good = status == Status.OK
+    column = torch.arange(positions, device=accepted.device)
+    padded = torch.cat((draft.tokens, token[:, None]), 1)
+    emitted = torch.where(column < accepted[:, None], padded, -1)
+    emitted = torch.where(column == accepted[:, None], token[:, None], emitted)
     out.accepted.copy_(torch.where(good, accepted, 0))
     out.emitted.copy_(torch.where(good[:, None], emitted, -1))
     out.status.copy_(status)
+
+
+class Round(NamedTuple):
+    """What the three rules look at."""
+
+    draft: Draft
+    lengths: Tensor  # i64 [B]
+    recorded: Tensor  # bool [B, K]
+    laws: list[RowLaw]  # of the K + 1 target rows
+    e_p: list[Tensor]  # their weights [B, V]
+    status: Tensor  # i32 [B], faults of the arguments
+
+
+class Random(NamedTuple):
+    """Where a round's words come from."""
+
+    seed: Tensor | None
+    round: Tensor | None
+    words: Tensor | None
+
+    def accept(self, i: int) -> Tensor:
+        """For drafted token i. -> i64 [B]"""
+        if self.words is not None:
+            return self.words[:, i]
+        return random_word(self.seed, i, self.round, Purpose.ACCEPT)
+
+    def last(self, i: int, drafted: Tensor) -> Tensor:
+        """For the token that ends the round at position i: a residual draw or the bonus."""
+        if self.words is not None:
+            return self.words[:, -1]
+        purpose = torch.where(drafted, int(Purpose.RESIDUAL), int(Purpose.BONUS))
+        return random_word(self.seed, i, self.round, purpose)
+
+
+def token_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
+    """Accept x iff u q(x) < p(x); on rejection emit from (p - q)+ (Leviathan et al. 2211.17192,
+    Algorithm 1), after the last drafted token from p. -> accepted, token behind, status [B]
+    """
+    status, accepted, token = r.status, torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
+    running = status == Status.OK
+    for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
+        status = torch.where(running, law.status, status)
+        drafted = running & (i < r.lengths)
+        accept, residual = torch.zeros_like(drafted), e_p
+        if i < r.draft.tokens.shape[1]:
+            e_q, q_total, fault = draft_weights(r.draft, i, r.recorded[:, i], e_p.shape[1])
+            status = torch.where(drafted & (status == Status.OK), fault, status)
+            x = r.draft.tokens[:, i].clamp(0, e_p.shape[1] - 1)[:, None]
+            p, q = probability(e_p, law.total[:, None]), probability(e_q, q_total[:, None])
+            accept = unit(random.accept(i)) * q.gather(1, x)[:, 0] < p.gather(1, x)[:, 0]
+            without_x = e_p.scatter(1, x, 0)
+            residual = torch.where(r.recorded[:, i, None], excess(p, q), without_x)
+        running = running & (status == Status.OK)
+        accept = accept & drafted
+        last = torch.where(drafted[:, None], or_else(residual, e_p), e_p)
+        drawn = draw(last, random.last(i, drafted))
+        token = torch.where(running & ~accept, drawn, token)
+        accepted = accepted + (running & accept)
+        running = running & accept
+    return accepted, token, status
+
+
+def block_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
+    """Block verification (Sun et al. 2403.10444, Algorithm 2): P_i = min(1, P_{i-1} p(x_i)/q(x_i)),
+    S_i = sum_v (P_i p_{i+1}(v) - q_{i+1}(v))+, accept up to the largest i with u_i < h_i,
+    h_i = min(P_i, S_i / (S_i + 1 - P_i)), 1 where P_i is 1, and h_K = P_K; then emit from
+    (P_i p_{i+1} - q_{i+1})+, after the last drafted token from p. -> accepted, token behind, status
+
+    Once P_i is 0 nothing further is read.
+    """
+    status, V = r.status, r.e_p[0].shape[1]
+    accepted, token = torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
+    last_fault = torch.zeros_like(status)  # of the bonus row, if it comes to that
+    P = torch.ones_like(r.lengths, dtype=torch.float64)
+    for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
+        running = (status == Status.OK) & (P > 0) & (i <= r.lengths)
+        drafted = running & (i < r.lengths)
+        status = torch.where(drafted, law.status, status)
+        S, residual, p_x, q_x = torch.zeros_like(P), e_p, P, P
+        if i < r.draft.tokens.shape[1]:
+            e_q, q_total, fault = draft_weights(r.draft, i, r.recorded[:, i], V)
+            status = torch.where(drafted & (status == Status.OK), fault, status)
+            x = r.draft.tokens[:, i].clamp(0, V - 1)[:, None]
+            p, q = probability(e_p, law.total[:, None]), probability(e_q, q_total[:, None])
+            residual = excess(P[:, None] * p, q)
+            S = residual.sum(-1).double() * 2.0**-60
+            p_x, q_x = p.gather(1, x)[:, 0], q.gather(1, x)[:, 0]
+        h = torch.where(drafted & (P < 1), torch.minimum(S / (S + 1.0 - P), P), P)
+        u = unit(random.accept(i - 1)) if i else torch.full_like(P, -1.0)
+        here = running & (status == Status.OK) & (u < h)
+        last = torch.where(drafted[:, None], or_else(residual, e_p), e_p)
+        drawn = draw(last, random.last(i, drafted))
+        accepted, token = torch.where(here, i, accepted), torch.where(here, drawn, token)
+        last_fault = torch.where(here, law.status, last_fault)
+        P = torch.where(drafted, (P * p_x / q_x).clamp(max=1.0), P)
+    return accepted, token, torch.where(status == Status.OK, last_fault, status)
+
+
+def coupled_rule(
+    r: Round, seed: Tensor | None, position: Tensor | None, words: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Emit y = argmin_v E_v / e_p(v), the noise keyed by absolute position and token alone; go on
+    while the drafted token is y. -> accepted, token behind, status [B]
+    """
+    status, accepted, token = r.status, torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
+    running = status == Status.OK
+    V = r.e_p[0].shape[1]
+    for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
+        status = torch.where(running, law.status, status)
+        drafted = running & (i < r.lengths)
+        ids = torch.arange(V, device=e_p.device)
+        at = None if position is None else position + i
+        y = race(e_p, race_words(seed, at, ids) if words is None else words[:, i])
+        x = r.draft.tokens[:, i] if i < r.draft.tokens.shape[1] else y
+        bad_id = drafted & (status == Status.OK) & ((x < 0) | (x >= V))
+        status = torch.where(bad_id, int(Status.TOKEN), status)
+        running = running & (status == Status.OK)
+        accept = running & drafted & (x == y)
+        token = torch.where(running & ~accept, y, token)
+        accepted = accepted + accept
+        running = accept
+    return accepted, token, status
+
+
+def excess(p: Tensor, q: Tensor) -> Tensor:
+    """int(max(p - q, 0) 2^60). f64 -> i64"""
+    return ((p - q).clamp(min=0) * 2.0**60).to(torch.int64)
+
+
+def or_else(e: Tensor, other: Tensor) -> Tensor:
+    """Weights e [B, V], or the other ones where they are all 0."""
+    return torch.where(e.sum(-1, keepdim=True) > 0, e, other)
 
 
 def draft_lengths(draft: Draft, B: int, K: int) -> Tensor:
@@ -79,53 +195,43 @@ def draft_lengths(draft: Draft, B: int, K: int) -> Tensor:
     return torch.full((B,), K, dtype=torch.int64, device=draft.tokens.device)
 
 
-def recorded_positions(draft: Draft) -> Tensor:
-    """Where the recorded law may be used: the running-max rule. -> bool [B, K]
-
-    x_i still follows its recorded law given that all earlier positions were accepted only if none
-    of them was sampled in a later reverse step. If sampled values chose what to reveal, nowhere.
-    """
+def recorded_positions(draft: Draft, record: Record) -> Tensor:
+    """Where the recorded law is used. -> bool [B, K]"""
     recorded = draft.rows >= 0
-    if draft.value_dependent:
+    if record == Record.ONE_HOT or draft.tokens.shape[1] == 0:
         return torch.zeros_like(recorded)
-    if draft.tokens.shape[1] == 0:
-        return recorded
-    return recorded & (draft.tau >= draft.tau.cummax(-1).values)
+    if record == Record.FINAL:
+        return recorded & (draft.tau == draft.final_step)
+    if record == Record.RUNNING_MAX:
+        return recorded & (draft.tau >= draft.tau.cummax(-1).values)
+    return recorded
 
 
 def draft_weights(draft: Draft, i: int, recorded: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of position i's recorded laws over the target's ids. -> [B, V], total, fault [B]"""
+    """Weights of position i's laws over the target's ids: the recorded one, or all on the token.
+
+    Returns:
+        e_q [B, V], its total and the fault of the record [B].
+    """
     x = draft.tokens[:, i]
     fault = torch.where((x < 0) | (x >= V), int(Status.TOKEN), int(Status.OK)).int()
-    e = torch.zeros((len(x), V), dtype=torch.int64, device=x.device)
-    total = torch.ones_like(x)
+    one_hot = torch.zeros((len(x), V), dtype=torch.int64, device=x.device)
+    one_hot.scatter_(1, x.clamp(0, V - 1)[:, None], ONE)
+    total = torch.full_like(x, ONE)
     if draft.logits is None or draft.law is None or len(draft.logits) == 0:
-        return e, total, torch.where(recorded, int(Status.TOKEN), fault)
+        return one_hot, total, torch.where(recorded, int(Status.TOKEN), fault)
     R = len(draft.logits)
     fault = torch.where(recorded & (draft.rows[:, i] >= R), int(Status.TOKEN), fault)
     row = draft.rows[:, i].clamp(0, R - 1)
     law = RowLaw(*(field[row] for field in draft.law))
-    reduced = weights(draft.logits[row], law)  # [B, Vd]
     ids = torch.arange(V, device=x.device) if draft.draft_ids is None else draft.draft_ids
-    e[:, ids] = torch.where(recorded[:, None], reduced, 0)
-    total = torch.where(recorded & (law.status == 0), law.total, total)
+    e = torch.zeros_like(one_hot)
+    e[:, ids] = weights(draft.logits[row], law)  # [B, Vd] -> [B, V]
     weightless = e.gather(1, x.clamp(0, V - 1)[:, None])[:, 0] == 0
     contradiction = recorded & weightless & (fault == Status.OK)
-    return e, total, torch.where(contradiction, int(Status.DRAFT), fault)
-
-
-def accept_word(words: Tensor | None, seed: Tensor | None, round: Tensor | None, i: int) -> Tensor:
-    return words[:, i] if words is not None else random_word(seed, i, round, Purpose.ACCEPT)
-
-
-def last_word(
-    words: Tensor | None, seed: Tensor | None, round: Tensor | None, i: int, drafted: Tensor
-) -> Tensor:
-    """The word of the token that ends the round at position i: a residual draw or the bonus."""
-    if words is not None:
-        return words[:, -1]
-    purpose = torch.where(drafted, int(Purpose.RESIDUAL), int(Purpose.BONUS))
-    return random_word(seed, i, round, purpose)
+    fault = torch.where(contradiction, int(Status.DRAFT), fault)
+    e = torch.where(recorded[:, None], e, one_hot)
+    return e, torch.where(recorded & (law.status == 0), law.total, total), fault
 
 
 def empty_law(N: int, device: torch.device) -> RowLaw:

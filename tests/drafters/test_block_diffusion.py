@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from specdiff import Decoder, Sampling, Target
-from specdiff.drafters import News, load_drafter
+from specdiff.drafters import Draws, News, load_drafter
 from specdiff.drafters.block_diffusion import (
     BlockDiffusion,
     BlockDiffusionConfig,
     BlockDiffusionNetwork,
-    chunk,
 )
+from specdiff.schedule import chunk
 from specdiff.train import Blocks, Teacher, forward_blocks
 from specdiff_kernels import Purpose, row_law, sample
+from specdiff_kernels.reference.numerics import random_word
 from tests.tiny import tiny_model
 
 VOCAB, SIZE, K = 50, 32, 4
@@ -81,27 +82,28 @@ def test_draft_equals_a_fresh_forward(target, network, steps, sampling):
         before = [torch.cat((row, states[b, : counts[b]])) for b, row in enumerate(before)]
         lengths = torch.tensor([K if count else 0 for count in counts])
         round = torch.full((3,), turn)
-        draft = drafter.draft(News(new, torch.tensor(counts), states), K, lengths, seed, round)
+        news = News(new, torch.tensor(counts), states)
+        draft = drafter.draft(news, K, lengths, Draws(seed, round))
         for b in (b for b in range(3) if counts[b]):
             row = torch.cat((tokens[b], draft.tokens[b]))
             for step in range(steps):
                 lo, hi = chunk(K, steps, step)
                 want = recomputed(network, target, row, before[b], revealed=lo)[lo:hi]
-                have = draft.logits[draft.rows[b, lo:hi]]
+                have = draft.logits[b * K + lo : b * K + hi]
                 torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
                 assert draft.tau[b, lo:hi].tolist() == [step] * (hi - lo)
-        law = row_law(draft.logits, *sampling.parameters)
-        assert all(torch.equal(have, want) for have, want in zip(draft.law, law, strict=True))
-        again = sample(
-            draft.logits,
-            law,
-            seed=seed.repeat_interleave(K),
-            round=round.repeat_interleave(K),
-            slot=torch.arange(K).repeat(3),
-            purpose=Purpose.DRAFT,
-            draft_ids=DRAFT_IDS,
+                guess = [-1] * (hi - lo)  # greedy tokens are no draws
+                rows = list(range(b * K + lo, b * K + hi))
+                assert draft.rows[b, lo:hi].tolist() == (guess if sampling.greedy else rows)
+        rows = torch.arange(3 * K).view(3, K)[lengths > 0].flatten()
+        law = row_law(draft.logits[rows], *sampling.parameters)
+        assert all(torch.equal(have[rows], want) for have, want in zip(draft.law, law, strict=True))
+        sequence = rows // K
+        words = random_word(
+            seed[sequence], rows % K, round[sequence], Purpose.DRAFT, draft.tau.flatten()[rows]
         )
-        assert torch.equal(draft.tokens.flatten(), again)
+        again = sample(draft.logits[rows], law, words=words, draft_ids=DRAFT_IDS)
+        assert torch.equal(draft.tokens.flatten()[rows], again)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -152,9 +154,9 @@ def test_bad_arguments(target, network):
     drafter = BlockDiffusion(network, target)
     drafter.start(1, 10, Sampling())
     with pytest.raises(ValueError, match=r"k must be in \[1, 4\] for this drafter, got 5"):
-        drafter.draft(News(one[:, None], one, torch.zeros(1, 1, SIZE)), 5, one, one, one)
+        drafter.draft(News(one[:, None], one, torch.zeros(1, 1, SIZE)), 5, one, Draws(one, one))
     with pytest.raises(ValueError, match=r"news.hidden is None"):
-        drafter.draft(News(one[:, None], one, None), 4, one, one, one)
+        drafter.draft(News(one[:, None], one, None), 4, one, Draws(one, one))
     network.config = BlockDiffusionConfig(VOCAB + 1, SIZE, len(DRAFT_IDS), 16, 2, 2, 32, K)
     with pytest.raises(ValueError, match="was trained for a target with embeddings"):
         BlockDiffusion(network, target)

@@ -53,7 +53,7 @@ class Scripted:
         self.rows = [[] for _ in range(batch)]
         self.prompts = None
 
-    def draft(self, news, k, lengths, seed, round):
+    def draft(self, news, k, lengths, draws):
         new = [row[:n] for row, n in zip(news.tokens.tolist(), news.counts.tolist(), strict=True)]
         self.rows = [row + more for row, more in zip(self.rows, new, strict=True)]
         self.prompts = self.prompts or [tuple(row) for row in new]
@@ -77,7 +77,7 @@ class Constant(Scripted):
     def __init__(self, token: int):
         self.token = token
 
-    def draft(self, news, k, lengths, seed, round):
+    def draft(self, news, k, lengths, draws):
         return one_hot([[self.token] * n for n in lengths.tolist()], k)
 
 
@@ -133,7 +133,7 @@ def test_a_perfect_drafter_gives_k_plus_one_tokens_a_forward(target, plain):
     assert got.stats.acceptance == [1.0] * 5 and got.stats.accepted_at == [15] * 5
 
 
-@pytest.mark.parametrize("rule", ["token", "one-hot", "greedy"])
+@pytest.mark.parametrize("rule", ["token", "block", "greedy", "coupled"])
 def test_every_rule_keeps_the_greedy_text(target, plain, rule):
     drafter = Autoregressive(tiny_model("llama", seed=2))
     got = Decoder(target, drafter, 3, rule).generate(PROMPTS, max_new_tokens=30)
@@ -238,8 +238,8 @@ def test_a_stream_adds_up_to_the_generation(target, plain):
 
 def test_conditional_acceptance_counts_what_was_examined(target, plain):
     class WrongAtTwo(Scripted):
-        def draft(self, news, k, lengths, seed, round):
-            draft = super().draft(news, k, lengths, seed, round)
+        def draft(self, news, k, lengths, draws):
+            draft = super().draft(news, k, lengths, draws)
             draft.tokens[:, 2:3] = (draft.tokens[:, 2:3] + 1) % 50
             return draft
 
@@ -258,10 +258,10 @@ def test_a_drafter_is_told_every_token_and_the_hidden_state_before_it(target, pl
             super().start(batch, capacity, sampling)
             self.heard = [torch.empty(0, target.hidden_size) for _ in range(batch)]
 
-        def draft(self, news, k, lengths, seed, round):
+        def draft(self, news, k, lengths, draws):
             for b, n in enumerate(news.counts.tolist()):
                 self.heard[b] = torch.cat([self.heard[b], news.hidden[b, :n]])
-            return super().draft(news, k, lengths, seed, round)
+            return super().draft(news, k, lengths, draws)
 
     drafter = Listener(plain, right=0.7, vocab=50, ragged=True)
     got = Decoder(target, drafter, 5).generate(PROMPTS, max_new_tokens=30)
@@ -484,8 +484,8 @@ def test_a_drafter_out_of_bounds_is_named(target):
         Decoder(target, Constant(50), 3).generate([1, 2])
 
     class TooLong(Constant):
-        def draft(self, news, k, lengths, seed, round):
-            return super().draft(news, k + 1, lengths + 1, seed, round)
+        def draft(self, news, k, lengths, draws):
+            return super().draft(news, k + 1, lengths + 1, draws)
 
     with pytest.raises(ValueError, match=r"proposed \[4\] tokens where \[3\]"):
         Decoder(target, TooLong(1), 3).generate([1, 2])
@@ -495,8 +495,8 @@ def test_a_law_that_contradicts_the_draft_is_an_error(target):
     class Liar(Constant):
         """Records a law that gives its own token no weight."""
 
-        def draft(self, news, k, lengths, seed, round):
-            draft = super().draft(news, k, lengths, seed, round)
+        def draft(self, news, k, lengths, draws):
+            draft = super().draft(news, k, lengths, draws)
             logits = torch.zeros(1, 50)
             logits[0, self.token] = -torch.inf
             law = RowLaw(*row_law(logits))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specdiff import Decoder, Sampling
-from specdiff.drafters import Autoregressive, News, PromptLookup, load_drafter
+from specdiff.drafters import Autoregressive, Draws, News, PromptLookup, load_drafter
 from specdiff_kernels import Purpose, row_law, sample
 
 
@@ -19,7 +19,7 @@ def news_of(rows: list[list[int]]) -> News:
 def lookup(drafter: PromptLookup, rows, k, lengths=None) -> list[list[int]]:
     lengths = torch.full((len(rows),), k) if lengths is None else torch.tensor(lengths)
     zeros = torch.zeros(len(rows), dtype=torch.int64)
-    draft = drafter.draft(news_of(rows), k, lengths, zeros, zeros)
+    draft = drafter.draft(news_of(rows), k, lengths, Draws(zeros, zeros))
     assert (draft.rows == -1).all() and draft.tokens.shape == (len(rows), k)
     return [row[:n] for row, n in zip(draft.tokens.tolist(), draft.lengths.tolist(), strict=True)]
 
@@ -79,7 +79,7 @@ def test_autoregressive_records_the_law_of_every_token(model, sampling):
         round = torch.full((3,), turn)
         lengths = torch.tensor([4, 2, 3]) * torch.tensor([len(more) > 0 for more in new])
         with torch.inference_mode():
-            draft = drafter.draft(news_of(new), k, lengths, seed, round)
+            draft = drafter.draft(news_of(new), k, lengths, Draws(seed, round))
         assert draft.tau.tolist() == [[0, 1, 2, 3]] * 3
         assert drafter.cache.lengths.tolist() == [len(row) for row in committed]
         for b, row in enumerate(committed):
@@ -113,7 +113,7 @@ def test_load_drafter(model, target, tmp_path):
     got = Decoder(target, drafter, 3).generate([1, 2], max_new_tokens=9)
     assert got.new_tokens == want.new_tokens and got.stats.acceptance == [1.0] * 3
     for name in ("prompt-lookup", tmp_path):
-        with pytest.raises(ValueError, match="steps belong to a block-diffusion drafter"):
+        with pytest.raises(ValueError, match="steps belong to a diffusion drafter"):
             load_drafter(name, target, steps=2)
     with pytest.raises(ValueError, match="unknown drafter 'no-such'; expected 'block-diffusion'"):
         load_drafter("no-such", target)

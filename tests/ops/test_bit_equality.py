@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specdiff_kernels import Draft, commit, row_law, sample, use_backend, verify
+from specdiff_kernels import (
+    Draft,
+    Reveal,
+    commit,
+    denoise_step,
+    row_law,
+    sample,
+    use_backend,
+    verify,
+)
 from tests.enumeration import first_word
 
 from .conftest import IMPLEMENTATIONS, forced
@@ -29,13 +38,13 @@ class Case:
     drafted: Tensor  # [B K, Vd]
     draft_ids: Tensor | None
     parameters: dict[str, Tensor | None]  # [B]
-    words: Tensor | None  # [B, K + 1]
+    words: Tensor | None  # [B, K + 1], coupled [B, K + 1, V]
     draft_words: Tensor  # [B K]
     tau: Tensor
     rows: Tensor
     lengths: Tensor | None
     rule: str
-    value_dependent: bool
+    record: dict  # what the draft says of itself
     damage: Tensor | None  # tokens [B, K] in place of the sampled ones
 
 
@@ -77,6 +86,7 @@ def cases(draw) -> Case:
         "min_p": pick(None, uniform() * 0.3, torch.ones(B)),
     }
     word = lambda *shape: torch.randint(-(2**63), 2**63 - 1, shape, generator=random)
+    rule = pick("token", "token", "block", "block", "greedy", "coupled")
     rows = torch.arange(B * K).view(B, K)
     rows = rows.masked_fill(torch.rand(rows.shape, generator=random) < 0.3, -1)
     return Case(
@@ -84,13 +94,18 @@ def cases(draw) -> Case:
         drafted.to(pick(torch.float32, torch.bfloat16)),
         ids,
         parameters,
-        pick(None, word(B, K + 1)),
+        pick(None, word(B, K + 1, V) if rule == "coupled" else word(B, K + 1)),
         word(B * K),
         torch.randint(0, 3, (B, K), generator=random, dtype=torch.int32),
         rows,
         pick(None, torch.randint(0, K + 1, (B,), generator=random)),
-        pick("token", "token", "one-hot", "greedy"),
-        pick(False, False, True),
+        rule,
+        pick(
+            {},
+            {"value_dependent": True},
+            {"value_dependent": True, "final_step": 1},
+            {"entangled": True},
+        ),
         pick(None, None, torch.randint(-1, V + 1, (B, K), generator=random)),
     )
 
@@ -114,16 +129,27 @@ def run(case: Case) -> list:
         round=round.repeat_interleave(K),
         slot=torch.arange(B * K),
     )
+    raced = sample(
+        case.drafted,
+        law,
+        seed=seed.repeat_interleave(K),
+        position=torch.arange(B * K),
+        draft_ids=case.draft_ids,
+    )
     drafted = tokens.view(B, K) if case.damage is None else case.damage
+    if case.rule == "coupled" and case.damage is None:
+        drafted = raced.view(B, K)
     draft = Draft(drafted, case.tau, case.rows, case.drafted, law, case.draft_ids, case.lengths,
-                  case.value_dependent)  # fmt: skip
-    random = {"seed": seed, "round": round} if case.words is None else {"words": case.words}
+                  **case.record)  # fmt: skip
+    random = {"seed": seed, "round": round, "position": torch.arange(B) * K}
+    if case.words is not None:
+        random = {"words": case.words}
     verified = verify(case.target, draft, **case.parameters, rule=case.rule, **random)
     committed = commit(
         torch.arange(B), verified.emitted, stop_tokens=torch.arange(0, V, 3),
         limit=torch.arange(B) + K,
     )  # fmt: skip
-    return [target_law, law, (tokens, keyed), verified, committed]
+    return [target_law, law, (tokens, keyed, raced), verified, committed]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
@@ -142,8 +168,9 @@ def test_same_bits(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 @pytest.mark.parametrize("V", [50257, 50258, 151936])
-def test_same_bits_at_full_size(implementation, V):
+def test_same_bits_at_full_size(implementation, V, rule):
     random = torch.Generator().manual_seed(V)
     target = torch.randn(2, 4, V, generator=random).mul(3).bfloat16()
     drafted = target[:, :3].reshape(6, V) + torch.randn(6, V, generator=random)
@@ -152,8 +179,9 @@ def test_same_bits_at_full_size(implementation, V):
         target, drafted, None,
         {"temperature": torch.tensor([0.8, 1.3]), "top_k": torch.tensor([0, 500]),
          "top_p": torch.tensor([1.0, 0.9]), "min_p": None},
-        words, words[:, :3].flatten(), torch.zeros(2, 3, dtype=torch.int32),
-        torch.arange(6).view(2, 3), None, "token", False, None,
+        None if rule == "coupled" else words, words[:, :3].flatten(),
+        torch.zeros(2, 3, dtype=torch.int32),
+        torch.arange(6).view(2, 3), None, rule, {}, None,
     )  # fmt: skip
     with use_backend("reference"):
         expected = run(case)
@@ -161,6 +189,111 @@ def test_same_bits_at_full_size(implementation, V):
         result = run(case)
     assert_same(expected[0], result[0])
     assert_same(expected[3], result[3])
+
+
+@dataclass
+class Denoising:
+    """Inputs of one reverse step."""
+
+    draft: Draft
+    reveal: Reveal
+    options: dict
+
+
+@st.composite
+def denoisings(draw) -> Denoising:
+    pick = lambda *options: draw(st.sampled_from(options))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    V = draw(st.one_of(st.integers(1, 80), st.sampled_from([1024, 1025, 2049])))
+    B, K = draw(st.integers(1, 3)), draw(st.integers(0, 6))
+    R = B * K + pick(0, 2)
+    pool = torch.randn(R, V + 3, generator=random) * pick(0.0, 1.0, 5.0, 20.0)
+    pool += pick(0.0, -8.0, 30.0)
+    pool = pool.to(pick(torch.float32, torch.bfloat16, torch.float16))
+    pool[:, V:] = NAN  # columns that are no tokens
+    if pick(True, False, False):
+        pool[torch.rand(pool.shape, generator=random) < 0.3] = -INF
+    if R and pick(True, False, False, False):
+        pool[draw(st.integers(0, R - 1)), draw(st.integers(0, V - 1))] = pick(NAN, INF)
+    ids = torch.randperm(V + 50, generator=random)[:V].sort().values
+    integers = lambda low, high, *shape: torch.randint(low, high, shape, generator=random)
+    draft = Draft.masked(
+        B,
+        K,
+        pool[:, :V],
+        draft_ids=pick(None, ids),
+        lengths=pick(None, integers(0, K + 1, B)),
+    )
+    revealed = torch.rand((B, K), generator=random) < pick(0.0, 0.4)
+    draft = draft._replace(
+        tokens=draft.tokens.masked_fill(revealed, 7),
+        tau=draft.tau.masked_fill(revealed, 2),
+        rows=draft.rows.masked_fill(revealed, 1),
+    )
+    rate = draw(st.floats(0, 2))
+    reveal = pick(
+        Reveal.all(),
+        Reveal.chunk(*sorted((draw(st.integers(0, K)), draw(st.integers(0, K))))),
+        Reveal.mdlm(rate),
+        Reveal.sedd(pick(rate, torch.rand(B, generator=random, dtype=torch.float64))),
+        Reveal.first_hitting(),
+        Reveal.lowest_entropy(draw(st.integers(0, K))),
+        Reveal.highest_confidence(draw(st.integers(0, K))),
+    )
+    coupled = pick(False, False, True)
+    per_position = 1 + V if coupled else 2
+    options = {
+        "temperature": torch.tensor([pick(0.0, 0.5, 1.0) for _ in range(B)]),
+        "top_k": pick(None, None, integers(0, V + 2, B)),
+        "top_p": pick(None, None, torch.rand(B, generator=random) * 0.99 + 0.01),
+        "entropies": pick(False, True),
+        "pool_rows": torch.randperm(R, generator=random)[: B * K].view(B, K),
+        "position": integers(0, 1000, B) if coupled else None,
+    }
+    if pick(True, False):
+        options["words"] = integers(-(2**63), 2**63 - 1, B, K, per_position)
+    else:
+        options |= {"seed": integers(-(2**63), 2**63 - 1, B), "round": integers(0, 9, B)}
+    return Denoising(draft, reveal, options)
+
+
+def tensors_of(draft: Draft) -> list[Tensor]:
+    entropy = [] if draft.entropy is None else [draft.entropy.nan_to_num(-1.0)]
+    return [draft.tokens, draft.tau, draft.rows, *draft.law, *entropy]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(case=denoisings())
+def test_same_bits_of_a_reverse_step(implementation, case):
+    with use_backend("reference"):
+        expected = tensors_of(denoise_step(case.draft, case.reveal, 3, **case.options))
+    with forced(implementation):
+        result = tensors_of(denoise_step(case.draft, case.reveal, 3, **case.options))
+    assert len(result) == len(expected)
+    for a, b in zip(result, expected, strict=True):
+        assert torch.equal(a, b), (case.reveal, a, b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize(
+    "reveal",
+    [Reveal.all(), Reveal.sedd(0.5), Reveal.lowest_entropy(3), Reveal.highest_confidence(3)],
+    ids=lambda reveal: reveal.order.name,
+)
+def test_same_bits_of_a_reverse_step_at_full_size(implementation, reveal):
+    random = torch.Generator().manual_seed(2)
+    pool = torch.randn(12, 50258, generator=random).mul(3).bfloat16()
+    draft = Draft.masked(2, 6, pool[:, :50257])
+    options = {
+        "temperature": torch.tensor([0.8, 1.0]), "top_p": torch.tensor([0.9, 1.0]),
+        "entropies": True, "seed": torch.tensor([1, 2]), "round": torch.tensor([0, 5]),
+    }  # fmt: skip
+    with use_backend("reference"):
+        expected = tensors_of(denoise_step(draft, reveal, 0, **options))
+    with forced(implementation):
+        result = tensors_of(denoise_step(draft, reveal, 0, **options))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])

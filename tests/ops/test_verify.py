@@ -198,7 +198,7 @@ def test_running_max_and_value_dependence_choose_one_hot():
     )  # fmt: skip
     assert_same(by_rule, by_hand)
     dependent = verify(target, recorded._replace(value_dependent=True), words=random)
-    assert_same(dependent, verify(target, recorded, rule="one-hot", words=random))
+    assert_same(dependent, verify(target, recorded, record="one-hot", words=random))
     assert not torch.equal(dependent.accepted, verify(target, recorded, words=random).accepted)
 
 
@@ -316,7 +316,7 @@ def test_bad_drafts_are_named(change, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"rule": "tokens"}, ValueError, "rule: expected one of token, one-hot, greedy"),
+        ({"rule": "tokens"}, ValueError, "rule: expected one of token, block, greedy"),
         ({"temperature": -1.0}, ValueError, "temperature: expected"),
         ({"words": words([0])}, ValueError, "words: expected shape"),
         ({"words": None}, ValueError, "seed: expected a tensor"),

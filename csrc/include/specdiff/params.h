@@ -31,11 +31,13 @@ struct LawArrays {
   int32_t* status;
 };
 
-// Random words, or null and the seeds and rounds that make them.
+// Random words, or null and the seeds and rounds that make them. Coupled draws take seeds and
+// absolute positions.
 struct Randomness {
   const int64_t* words;
   const int64_t* seed;
   const int64_t* round;
+  const int64_t* position;
 };
 
 // scratch: int64 [threads, columns] for truncated rows, else null.
@@ -60,6 +62,16 @@ struct SampleParams {
   int32_t threads;
 };
 
+enum Rule : int32_t { kTokenRule, kBlockRule, kGreedyRule, kCoupledRule };
+enum Record : int32_t { kOneHot, kFinal, kRunningMax, kEntangled };
+
+// What the block rule keeps of a prefix of i drafted tokens.
+struct Prefix {
+  RowLaw law;        // of the target behind it
+  double chance;     // P_i
+  int64_t recorded;  // whether token i + 1 is
+};
+
 struct VerifyParams {
   Logits target;
   int64_t batch, k;
@@ -71,12 +83,46 @@ struct VerifyParams {
   LawArrays draft_law;
   const int64_t* draft_ids;  // [draft.columns], increasing, or null
   const int64_t* lengths;    // [batch], or null
-  bool value_dependent;
+  int32_t rule, record, final_step;
   Parameters parameters;  // [batch]
-  Randomness random;      // words [batch, k + 1]
+  Randomness random;      // words [batch, k + 1], coupled [batch, k + 1, columns]
   int64_t* accepted;
   int64_t* emitted;  // [batch, k + 1]
   int32_t* status;
+  Prefix* prefixes;  // [batch, k + 1] for the block rule, else null
+  int64_t* scratch;
+  int32_t threads;
+};
+
+// A masked position that the step may reveal.
+struct Candidate {
+  double rank;    // the lowest are revealed first
+  int64_t token;  // -1: none
+};
+
+struct DenoiseStepParams {
+  Logits logits;
+  int64_t pool, batch, k;
+  const int64_t* tokens;  // [batch, k], as tau, rows and pool_rows
+  const int32_t* tau;
+  const int64_t* rows;
+  LawArrays law;             // [pool]
+  const int64_t* draft_ids;  // [logits.columns] or null
+  const int64_t* lengths;    // [batch], or null
+  const int64_t* pool_rows;
+  int32_t order;
+  int64_t lo, hi, count;
+  const double* rate;  // [batch]
+  int32_t step;
+  bool entropies;
+  Parameters parameters;  // [batch]
+  Randomness random;      // words [batch, k, 2], coupled [batch, k, 1 + columns]
+  int64_t* new_tokens;
+  int32_t* new_tau;
+  int64_t* new_rows;
+  LawArrays new_law;
+  double* entropy;        // [batch, k]
+  Candidate* candidates;  // [batch, k]
   int64_t* scratch;
   int32_t threads;
 };

@@ -24,8 +24,9 @@ SPECDIFF_HD Counter philox(uint64_t key, Counter c) {
   return c;
 }
 
-SPECDIFF_HD uint64_t random_word(int64_t seed, int64_t slot, int64_t round, uint32_t purpose) {
-  const Counter r = philox(uint64_t(seed), {uint32_t(slot), uint32_t(round), purpose, 0});
+SPECDIFF_HD uint64_t random_word(int64_t seed, int64_t slot, int64_t round, uint32_t purpose,
+                                 uint32_t step = 0) {
+  const Counter r = philox(uint64_t(seed), {uint32_t(slot), uint32_t(round), purpose, step});
   return r.slot | uint64_t(r.round) << 32;
 }
 

@@ -14,14 +14,22 @@ from transformers import AutoModelForCausalLM
 from ..cpu import accelerate, is_accelerated
 from ..target import Target
 from .autoregressive import Autoregressive
-from .base import Drafter, News
+from .base import Drafter, Draws, News
 from .prompt_lookup import PromptLookup
 
 BLOCK_DIFFUSION = "specdiff_block_diffusion"  # model_type in config.json
 SHIPPED = "smollm2-135m-block-diffusion"
 CHOICES = f"'block-diffusion' (the shipped {SHIPPED}), 'prompt-lookup', or a folder with a drafter"
 
-__all__ = ["Autoregressive", "Drafter", "News", "PromptLookup", "load_drafter", "shipped_drafter"]
+__all__ = [
+    "Autoregressive",
+    "Drafter",
+    "Draws",
+    "News",
+    "PromptLookup",
+    "load_drafter",
+    "shipped_drafter",
+]
 
 
 def load_drafter(
@@ -37,8 +45,9 @@ def load_drafter(
 
     Args:
         name_or_path: "block-diffusion", "prompt-lookup", or a folder that holds a trained
-            BlockDiffusion or any causal language model with the target's vocabulary.
-        steps: reverse steps of a BlockDiffusion drafter; None is its own default.
+            BlockDiffusion, a SEDD or MDLM checkpoint, or any causal language model with the
+            target's vocabulary.
+        steps: reverse steps of a diffusion drafter; None is its own default.
         backend: of the ops; None chooses.
 
     Raises:
@@ -54,10 +63,13 @@ def load_drafter(
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"unknown drafter {str(name_or_path)!r}; expected {CHOICES}")
-    if json.loads(config.read_text()).get("model_type") == BLOCK_DIFFUSION:
+    fields = json.loads(config.read_text())
+    if fields.get("model_type") == BLOCK_DIFFUSION:
         from .block_diffusion import BlockDiffusion
 
         return BlockDiffusion.load(folder, target, steps=steps, backend=backend)
+    if "graph" in fields and "noise" in fields:  # as the configurations of SEDD have
+        return load_ddit(folder, target, steps, backend)
     refuse_steps(steps, "an autoregressive drafter")
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=target.dtype, use_safetensors=True, local_files_only=True
@@ -66,6 +78,16 @@ def load_drafter(
     return Autoregressive(
         accelerate(model) if is_accelerated(target.model) else model, backend=backend
     )
+
+
+def load_ddit(folder: Path, target: Target, steps: int | None, backend: str | None) -> Drafter:
+    """A SEDD or MDLM drafter, on the target's device and in its dtype."""
+    from .ddit import DDiT
+    from .sedd import DEFAULT_STEPS, MDLM, SEDD
+
+    network = DDiT.from_pretrained(folder).to(target.device, target.dtype)
+    kind = SEDD if network.config.time_conditioned else MDLM
+    return kind(network, steps=DEFAULT_STEPS if steps is None else steps, backend=backend)
 
 
 def shipped_drafter() -> Path:
@@ -77,4 +99,4 @@ def shipped_drafter() -> Path:
 
 def refuse_steps(steps: int | None, what: str) -> None:
     if steps is not None:
-        raise ValueError(f"steps belong to a block-diffusion drafter; {what} has none")
+        raise ValueError(f"steps belong to a diffusion drafter; {what} has none")

@@ -13,7 +13,7 @@ from specdiff_kernels import Draft, Purpose, RowLaw, check_status, row_law, samp
 
 from ..sampling import Sampling
 from ..target import Target
-from .base import News
+from .base import Draws, News
 
 
 class Autoregressive:
@@ -46,7 +46,7 @@ class Autoregressive:
         self.sampling = sampling
         self.cache = self.model.new_cache(batch, capacity)
 
-    def draft(self, news: News, k: int, lengths: Tensor, seed: Tensor, round: Tensor) -> Draft:
+    def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         B = len(lengths)
         logits = self._read(news)  # [B, V]
         pool = logits.new_empty(B, k, logits.shape[-1])
@@ -56,14 +56,14 @@ class Autoregressive:
         for i in range(k):
             pool[:, i] = logits
             law = row_law(logits, *self.sampling.parameters, backend=self.backend)
-            slot = torch.full_like(seed, i)
             tokens[:, i] = sample(
                 logits,
                 law,
-                seed=seed,
-                round=round,
-                slot=slot,
+                seed=draws.seed,
+                round=draws.round,
+                slot=torch.full_like(draws.seed, i),
                 purpose=Purpose.DRAFT,
+                position=None if draws.position is None else draws.position + i,
                 backend=self.backend,
             )
             laws.append(law)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from specdiff_kernels import Draft
+from specdiff_kernels import Draft, check_status
 
 from ..sampling import Sampling
 
@@ -20,6 +20,14 @@ class News(NamedTuple):
     tokens: Tensor  # i64 [B, N], right-padded
     counts: Tensor  # i64 [B], how many of them are real; 0 for rows that have finished
     hidden: Tensor | None  # [B, N, d], the target's lm head input at the position BEFORE each token
+
+
+class Draws(NamedTuple):
+    """What keys the random numbers of a round."""
+
+    seed: Tensor  # i64 [B], random bits of each sequence
+    round: Tensor  # i64 [B], which draft of its sequence this is
+    position: Tensor | None = None  # i64 [B], of the first drafted token, if draws are coupled
 
 
 class Drafter(Protocol):
@@ -38,16 +46,22 @@ class Drafter(Protocol):
     def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
         """Forget everything. `capacity`: most tokens a row can have, prompt included."""
 
-    def draft(self, news: News, k: int, lengths: Tensor, seed: Tensor, round: Tensor) -> Draft:
+    def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         """Propose up to `lengths[b]` <= k tokens for row b.
 
         Args:
             news: tokens committed since the last call.
             k: width of the draft, at least 1.
             lengths: i64 [B], most tokens wanted per row; 0 for rows that have finished.
-            seed: i64 [B], random bits of each sequence.
-            round: i64 [B], which draft of its sequence this is.
+            draws: keys of its random numbers, as the ops take them.
 
         Returns:
             a Draft with tokens [B, k], whose `lengths` are at most those given.
         """
+
+
+def check_draft_laws(draft: Draft) -> None:
+    """Raise LawError if a row that the draft was drawn from, row b K + i, has no law."""
+    if draft.law is not None and draft.law.status.numel():
+        B, K = draft.tokens.shape
+        check_status(draft.law.status.view(B, K).amax(1), "the drafter's logits: sequence")

@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from specdiff_kernels import Draft, Purpose, RowLaw, check_status, row_law, sample
+from specdiff_kernels import Draft, Reveal, denoise_step
 
 from ..cpu import accelerate, is_accelerated, restore
 from ..sampling import Sampling
+from ..schedule import chunk
 from ..target import Target
-from .base import News
+from .base import Draws, News, check_draft_laws
 
 MODEL_TYPE = "specdiff_block_diffusion"
 
@@ -290,11 +291,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def chunk(k: int, steps: int, step: int) -> tuple[int, int]:
-    """Positions [lo, hi) that reverse step s of T reveals: floor(k s / T), floor(k (s + 1) / T)."""
-    return k * step // steps, k * (step + 1) // steps
-
-
 class BlockDiffusion:
     """Drafts with a BlockDiffusionNetwork: k tokens in `steps` forwards.
 
@@ -367,48 +363,31 @@ class BlockDiffusion:
         self.cache = PrefixCache(self.network.config, batch, capacity, self.head.weight)
 
     @torch.no_grad()
-    def draft(self, news: News, k: int, lengths: Tensor, seed: Tensor, round: Tensor) -> Draft:
+    def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         if not 1 <= k <= self.block:
             raise ValueError(f"k must be in [1, {self.block}] for this drafter, got {k}")
         if news.hidden is None:
             raise ValueError("news.hidden is None; a block-diffusion drafter needs hidden states")
-        B, device = len(lengths), lengths.device
-        pool = self.head.weight.new_empty(B, k, self.head.out_features)
-        tokens = torch.zeros(B, k, dtype=torch.int64, device=device)
-        tau = torch.empty(B, k, dtype=torch.int32, device=device)
-        laws = []
+        B = len(lengths)
+        pool = self.head.weight.new_empty(B * k, self.head.out_features)
+        ids = self.network.draft_ids
+        draft = Draft.masked(B, k, pool, draft_ids=ids, lengths=lengths)
         steps = min(self.steps, k)
         for step in range(steps):
             lo, hi = chunk(k, steps, step)
-            states = self._read(news if step == 0 else None, tokens, lo)
-            logits = self.head(states[:, lo:hi])
-            pool[:, lo:hi], tau[:, lo:hi] = logits, step
-            flat = logits.flatten(0, 1)  # [B * (hi - lo), Vd]
-            law = row_law(flat, *self.sampling.parameters, backend=self.backend)
-            drawn = sample(
-                flat,
-                law,
-                seed=seed.repeat_interleave(hi - lo),
-                round=round.repeat_interleave(hi - lo),
-                slot=torch.arange(lo, hi, device=device).repeat(B),
-                purpose=Purpose.DRAFT,
-                draft_ids=self.network.draft_ids,
+            states = self._read(news if step == 0 else None, draft.tokens, lo)
+            pool.view(B, k, -1)[:, lo:hi] = self.head(states[:, lo:hi])
+            draft = denoise_step(
+                draft,
+                Reveal.chunk(lo, hi),
+                step,
+                *self.sampling.parameters,
+                entropies=step == 0,
+                **draws._asdict(),
                 backend=self.backend,
             )
-            tokens[:, lo:hi] = drawn.view(B, hi - lo)
-            laws.append([field.view(B, hi - lo) for field in law])
-        law = RowLaw(*(torch.cat(field, 1).flatten() for field in zip(*laws, strict=True)))
-        wanted = torch.arange(k, device=device) < lengths[:, None]
-        check_status((law.status.view(B, k) * wanted).amax(1), "the drafter's logits: sequence")
-        return Draft(
-            tokens=tokens,
-            tau=tau,
-            rows=torch.arange(B * k, device=device).view(B, k),
-            logits=pool.view(B * k, -1),
-            law=law,
-            draft_ids=self.network.draft_ids,
-            lengths=lengths,
-        )
+        check_draft_laws(draft)
+        return draft
 
     def _read(self, news: News | None, tokens: Tensor, revealed: int) -> Tensor:
         """One forward over news, if any, and the block. -> states of the block [B, K, d]"""

@@ -12,7 +12,7 @@ from torch import Tensor
 from specdiff_kernels import Draft
 
 from ..sampling import Sampling
-from .base import News
+from .base import Draws, News
 
 
 class Row:
@@ -62,7 +62,7 @@ class PromptLookup:
     def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
         self.rows = [Row(self.max_ngram) for _ in range(batch)]
 
-    def draft(self, news: News, k: int, lengths: Tensor, seed: Tensor, round: Tensor) -> Draft:
+    def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         B = len(self.rows)
         proposals = []
         wanted = lengths.tolist()

@@ -1,0 +1,78 @@
+#include "residual.h"
+
+#include <algorithm>
+
+namespace specdiff::cpu {
+namespace {
+
+// The draft's weights at the target's ids of one tile.
+void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e) {
+  if (!draft.ids) {
+    if (draft.law.scale != 0) return tile_weights(draft.row, draft.law, tile, e);
+    for (int i = 0; i < n; ++i) e[i] = tile * kTile + i == draft.law.threshold ? kOne : 0;
+    return;
+  }
+  std::fill(e, e + n, 0);
+  const int64_t first = tile * kTile;
+  const int64_t* end = draft.ids + draft.row.columns;
+  for (const int64_t* id = std::lower_bound(draft.ids, end, first); id < end && *id < first + n;
+       ++id) {
+    const int64_t column = id - draft.ids;
+    e[*id - first] = weight(draft.row.at(column), column, draft.law);
+  }
+}
+
+}  // namespace
+
+int64_t DraftRow::weight_of(int64_t v) const {
+  if (law.status != kOk) return 0;
+  int64_t column = v;
+  if (ids) {
+    column = std::lower_bound(ids, ids + row.columns, v) - ids;
+    if (column == row.columns || ids[column] != v) return 0;
+  }
+  return weight(row.at(column), column, law);
+}
+
+Residual::Residual(const Row& target, const RowLaw& law, const DraftRow& draft, double a)
+    : target_(target),
+      law_(law),
+      draft_(draft),
+      scales_{inverse(law.total), inverse(draft.law.total), a} {
+  if (!draft.ids && law.scale != 0 && draft.law.scale != 0) {
+    dense_sums();
+  } else {
+    alignas(64) int64_t w[kTile];
+    for (int64_t tile = 0; tile < target.tiles(); ++tile) sums_[tile] = tile_weights_into(tile, w);
+  }
+  for (int64_t tile = 0; tile < target.tiles(); ++tile) total_ += sums_[tile];
+}
+
+int64_t Residual::draw(uint64_t word) const {
+  int64_t r = mulhi(word, total_);
+  const int64_t tile = scan(sums_, target_.tiles(), r);
+  alignas(64) int64_t w[kTile];
+  tile_weights_into(tile, w);
+  return tile * kTile + scan(w, target_.tile_size(tile), r);
+}
+
+int64_t Residual::tile_weights_into(int64_t tile, int64_t* w) const {
+  alignas(64) int64_t e_p[kTile], e_q[kTile];
+  const int n = target_.tile_size(tile);
+  tile_weights(target_, law_, tile, e_p);
+  draft_weights(draft_, tile, n, e_q);
+  return kernels().residual(e_p, e_q, n, scales_, w);
+}
+
+// From the two rows' logits at once; both dense, neither greedy.
+void Residual::dense_sums() {
+  alignas(64) float p[kTile], q[kTile];
+  for (int64_t tile = 0; tile < target_.tiles(); ++tile) {
+    const int n = target_.tile_size(tile);
+    const float* l_p = target_.tile(tile * kTile, n, p);
+    const float* l_q = draft_.row.tile(tile * kTile, n, q);
+    sums_[tile] = kernels().excess(l_p, l_q, n, law_, draft_.law, scales_);
+  }
+}
+
+}  // namespace specdiff::cpu

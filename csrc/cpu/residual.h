@@ -1,0 +1,40 @@
+// The law a p - q, cut at 0, that a rejected token is replaced by.
+#pragma once
+
+#include "row.h"
+
+namespace specdiff::cpu {
+
+// The law that one drafted token came from, over the target's ids.
+struct DraftRow {
+  Row row;
+  RowLaw law;
+  const int64_t* ids;  // of the columns, increasing, or null
+
+  // weight of target id v
+  int64_t weight_of(int64_t v) const;
+};
+
+class Residual {
+ public:
+  // Sums W(v) = (a p(v) - q(v))+ in units of 2^-60.
+  Residual(const Row& target, const RowLaw& law, const DraftRow& draft, double a);
+
+  int64_t total() const { return total_; }
+
+  // One draw by W, whose total must not be 0.
+  int64_t draw(uint64_t word) const;
+
+ private:
+  int64_t tile_weights_into(int64_t tile, int64_t* w) const;
+  void dense_sums();
+
+  const Row& target_;
+  const RowLaw& law_;
+  const DraftRow& draft_;
+  const Scales scales_;
+  int64_t total_ = 0;
+  int64_t sums_[kMaxTiles];  // by tile
+};
+
+}  // namespace specdiff::cpu

@@ -1,0 +1,26 @@
+// Coupled draws: argmin_v E_v / e_v with exponential variates that belong to a sequence's absolute
+// position and a token id, whatever the round, the draft and the law.
+#pragma once
+
+#include "specdiff/elementary.h"
+#include "specdiff/philox.h"
+
+namespace specdiff {
+
+SPECDIFF_HD uint64_t race_word(uint64_t seed, int64_t position, int64_t id) {
+  const Counter r = philox(seed, {uint32_t(id >> 1), uint32_t(position), kCoupled, 0});
+  return id & 1 ? r.purpose | uint64_t(r.extra) << 32 : r.slot | uint64_t(r.round) << 32;
+}
+
+// E = -ln u, u = ((word >> 11) + 1) 2^-53 in (0, 1]
+SPECDIFF_HD double exponential(uint64_t word) {
+  return 0.0 - log(double(int64_t(word >> 11) + 1) * 0x1p-53);
+}
+
+// False if E / weight cannot be below `best`, found without a logarithm: E >= 1 - u.
+SPECDIFF_HD bool may_win(uint64_t word, double weight, double best) {
+  const double least = double((int64_t(1) << 53) - 1 - int64_t(word >> 11)) * 0x1p-53;
+  return least * (1 - 1e-9) < best * weight || least == 0;
+}
+
+}  // namespace specdiff

@@ -1,0 +1,32 @@
+// What decides whether a masked position is revealed.
+#pragma once
+
+#include "specdiff/elementary.h"
+#include "specdiff/weights.h"
+
+namespace specdiff {
+
+enum Order : int32_t { kAll, kChunk, kMdlm, kSedd, kFirstHitting, kLowestEntropy, kConfidence };
+
+// m = (1/V) sum_v exp(l_v), from the untruncated law at temperature 1.
+SPECDIFF_HD double mean_exp(const RowLaw& law, int64_t columns) {
+  const double share = double(law.total) * 0x1p-44 / double(columns);
+  return exp2(double(law.max) * 1.4426950408889634) * share;
+}
+
+// e(v) in units of 2^16 times -log2 of e(v) / 2^44 in units of 2^-10.
+SPECDIFF_HD int64_t spread(float l, const RowLaw& law) {
+  const float shifted = l - law.max;
+  float t = shifted * law.scale;
+  t = t < -46.0f ? -46.0f : t;
+  return (exp2_weight(t) >> 16) * int64_t(int32_t(-t * 1024.0f));
+}
+
+// Entropy in nats from sum_v spread(v).
+SPECDIFF_HD double entropy(int64_t spread, int64_t total) {
+  const double Z = double(total);
+  const double mean = double(spread) / Z * (64.0 * kLn2);
+  return log(Z * 0x1p-44) + mean;
+}
+
+}  // namespace specdiff

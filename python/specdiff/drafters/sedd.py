@@ -1,0 +1,219 @@
+"""SEDD and MDLM: absorbing-state diffusion over the whole text drafts K tokens in T reverse steps.
+
+The drafter of SpecDiff (2408.05636). The committed text is the part that is not masked; K masks
+stand behind it, and each step reveals some of them, in any order of `schedule`.
+SEDD: 2310.16834; MDLM: 2406.07524.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdiff_kernels import Draft, denoise_step
+
+from ..noise import times
+from ..sampling import Sampling
+from ..schedule import ORDERS, schedule
+from .base import Draws, News, check_draft_laws
+from .ddit import DDiT, Modulation
+
+DEFAULT_STEPS = 2
+HOT_STARTS = (None, "entangled", "recycled")
+
+
+class SEDD:
+    """Drafts with a DDiT network, which sees as much of the text as fits beside K masks.
+
+    Of a text longer than `network.config.length - K` tokens the last ones are given, at positions
+    from 0 on. Keys and values are not kept: attention goes both ways.
+
+    Args:
+        network: with the target's vocabulary. It is put into eval mode.
+        block: K, tokens drafted per round unless told otherwise.
+        steps: T, forwards of the network per round.
+        order: which positions each step reveals, see `schedule`; None: "analytic".
+        hot_start: what becomes of the tokens behind a rejected one. None: all are masked again.
+            "entangled": those that an examined token was conditioned on stay, with their record,
+            and every record counts. "recycled": all stay as bare guesses, and only what is freed
+            behind them is drafted.
+        draft_sampling: the law that drafts are drawn by; None: the target's. Any is exact. Low
+            temperatures often accept more, since positions sampled at once are incoherent.
+        backend: of the ops; None chooses.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> decoder = Decoder(target, SEDD.from_pretrained(folder), k=8)
+    """
+
+    needs_hidden = False
+    orders: tuple[str, ...] = ORDERS
+
+    def __init__(
+        self,
+        network: DDiT,
+        *,
+        block: int = 8,
+        steps: int = DEFAULT_STEPS,
+        order: str | None = None,
+        hot_start: str | None = None,
+        draft_sampling: Sampling | None = None,
+        backend: str | None = None,
+    ) -> None:
+        config = network.config
+        if not 1 <= block < config.length:
+            raise ValueError(f"block must be in [1, length = {config.length}), got {block}")
+        if order is not None and order not in self.orders:
+            raise ValueError(f"order must be one of {', '.join(self.orders)}, got {order!r}")
+        if hot_start not in HOT_STARTS:
+            raise ValueError(f"hot_start must be one of {HOT_STARTS}, got {hot_start!r}")
+        if hot_start == "entangled" and order == "confidence":
+            raise ValueError(
+                "hot_start 'entangled' needs records that count everywhere, but with order "
+                "'confidence' sampled values decide what is revealed: use 'recycled' or None"
+            )
+        self.network = network.eval().requires_grad_(False)
+        self.vocab_size: int | None = network.vocab_size
+        self.block = block
+        self.steps = steps
+        self.order = order or self.orders[0]
+        self.hot_start = hot_start
+        self.draft_sampling = draft_sampling
+        self.backend = backend
+        self.table = network.modulations([config.noise.sigma(t) for t, _ in times(steps)])
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> SEDD:
+        """Read a checkpoint such as louaaron/sedd-small from a local folder, in fp32 on the CPU.
+
+        Args:
+            folder: see `DDiT.from_pretrained`.
+            options: of the constructor.
+
+        Raises:
+            ValueError: no usable checkpoint, or an option out of its range.
+
+        Example:
+            >>> SEDD.from_pretrained("sedd-small", block=40, steps=8)
+        """
+        return cls(DDiT.from_pretrained(folder), **options)
+
+    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+        device = self.table[0].final.device
+        self.sampling = self.draft_sampling or sampling
+        self.text = torch.zeros(batch, capacity + 1, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.previous: Draft | None = None
+        self.step = 0  # reverse steps so far
+
+    @torch.no_grad()
+    def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
+        network = self.network
+        if not 1 <= k < network.config.length:
+            raise ValueError(f"k must be in [1, length = {network.config.length}), got {k}")
+        self._append(news)
+        B = len(lengths)
+        pool = self.table[0].final.new_empty(B * k, network.vocab_size + 1)
+        logits = pool[:, : network.vocab_size]  # the mask is no token
+        draft = Draft.masked(B, k, logits, lengths=lengths, entangled=self.hot_start == "entangled")
+        if self.hot_start is not None and self.previous is not None:
+            draft = carry_over(self.previous, draft, news.counts)
+        wanted = torch.arange(k, device=lengths.device) < lengths[:, None]
+        for number, reveal in enumerate(schedule(self.order, self.steps, k, network.config.noise)):
+            masked = wanted & (draft.tokens < 0)
+            if not masked.any():
+                break
+            states = self._denoise(draft.tokens, self.table[number])
+            pool[masked.flatten()] = network.head(states[masked])
+            draft = denoise_step(
+                draft,
+                reveal,
+                self.step + number,
+                *self.sampling.parameters,
+                entropies=number == 0,
+                **draws._asdict(),
+                backend=self.backend,
+            )
+        check_draft_laws(draft)
+        self.step += self.steps
+        self.previous = draft
+        return draft
+
+    def _append(self, news: News) -> None:
+        """Committed tokens into `text`, padding into its last column."""
+        column = torch.arange(news.tokens.shape[1], device=self.counts.device)
+        at = self.counts[:, None] + column
+        spare = self.text.shape[1] - 1
+        self.text.scatter_(1, at.where(column < news.counts[:, None], spare), news.tokens)
+        self.counts = self.counts + news.counts
+
+    def _denoise(self, tokens: Tensor, modulation: Modulation) -> Tensor:
+        """One forward over each row's last tokens and its draft. i64 [B, K] -> states [B, K, d]"""
+        B, K = tokens.shape
+        window = self.counts.clamp(max=self.network.config.length - K)  # [B]
+        column = torch.arange(int(window.max()) + K, device=tokens.device)  # [N]
+        source = (self.counts - window)[:, None] + column
+        text = self.text.gather(1, source.clamp(max=self.text.shape[1] - 1))
+        place = column - window[:, None]  # in the draft, [B, N]
+        drafted = tokens.where(tokens >= 0, self.network.mask_id)
+        drafted = drafted.gather(1, place.clamp(0, K - 1))
+        real = place < K
+        states = self.network(text.where(place < 0, drafted), modulation, real)
+        at = window[:, None] + torch.arange(K, device=tokens.device)
+        return states.gather(1, at[..., None].expand(B, K, states.shape[-1]))
+
+
+class MDLM(SEDD):
+    """Drafts with a network that was trained as MDLM: its outputs are normalised, so that masked
+    positions are revealed at the rate of the noise alone.
+
+    Arguments as of `SEDD`; the order is "ancestral" unless told otherwise.
+    """
+
+    orders = tuple(order for order in ORDERS if order not in ("analytic", "euler"))
+
+
+def carry_over(old: Draft, new: Draft, counts: Tensor) -> Draft:
+    """Tokens of the last draft behind what was committed of it, in their new places.
+
+    Args:
+        old: the last draft.
+        new: all masked; its pool takes the logits of tokens that keep their record. If it is
+            entangled, these are the tokens that an examined one was conditioned on: those of an
+            earlier step than some examined one. They stay until they are examined themselves, so
+            that their tau becomes -1. Otherwise all are kept, as bare guesses.
+        counts: i64 [B], tokens committed since: the accepted ones and one more.
+    """
+    B, k = new.tokens.shape
+    width = old.tokens.shape[1]
+    source = torch.arange(k, device=counts.device) + counts[:, None]  # [B, k]
+    kept = (source < width) & (counts[:, None] > 0)
+    source = source.clamp(max=width - 1)
+    tokens, tau, rows = (x.gather(1, source) for x in (old.tokens, old.tau, old.rows))
+    kept &= tokens >= 0
+    recorded = torch.zeros_like(kept)
+    if new.entangled and old.lengths is not None:
+        examined = torch.minimum(counts, old.lengths)[:, None]
+        seen = torch.arange(width, device=counts.device) < examined
+        kept &= (tau < old.tau.where(seen, -1).amax(1, keepdim=True)) | (tau < 0)
+        tau = torch.full_like(tau, -1)
+        recorded = kept & (rows >= 0)
+    places = torch.arange(B * k, device=counts.device).view(B, k)
+    for to, of in zip(pool_of(new), pool_of(old), strict=True):
+        to[places[recorded]] = of[rows[recorded]]
+    rows = places.where(recorded, -1)
+    return new._replace(
+        tokens=tokens.where(kept, new.tokens),
+        tau=tau.where(kept, new.tau),
+        rows=rows.where(kept, new.rows),
+    )
+
+
+def pool_of(draft: Draft) -> list[Tensor]:
+    """The logits that a draft was drawn from, and the fields of their laws: R rows each."""
+    return [x for x in (draft.logits, *(draft.law or ())) if x is not None]

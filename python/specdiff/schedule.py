@@ -1,0 +1,61 @@
+"""Which positions each reverse step of a diffusion drafter reveals."""
+
+from __future__ import annotations
+
+from specdiff_kernels import Reveal
+
+from .noise import Noise, ancestral_rate, euler_rate, times
+
+ORDERS = (
+    "analytic",
+    "euler",
+    "ancestral",
+    "first-hitting",
+    "left-to-right",
+    "entropy",
+    "confidence",
+)
+
+
+def schedule(order: str, steps: int, k: int, noise: Noise) -> list[Reveal]:
+    """The reveals of T reverse steps over K positions; the last one takes all that is left.
+
+    Args:
+        order: "analytic" or "euler" (SEDD's samplers), "ancestral" (MDLM's), "first-hitting" (one
+            position at random), "left-to-right" (chunks), "entropy" (those of least entropy),
+            "confidence" (those whose sampled token is likeliest).
+        steps: T.
+        k: K.
+        noise: of the drafter's training; it sets the rates of the first three orders.
+
+    Raises:
+        ValueError: an unknown order, or `steps` below 1.
+
+    Example:
+        >>> [reveal.order.name for reveal in schedule("entropy", 2, 8, LogLinear())]
+        ['ENTROPY', 'ALL']
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    early = times(steps)[:-1]
+    if order == "analytic":
+        first = [Reveal.sedd(ancestral_rate(noise, t, s)) for t, s in early]
+    elif order == "euler":
+        first = [Reveal.sedd(euler_rate(noise, t, s)) for t, s in early]
+    elif order == "ancestral":
+        first = [Reveal.mdlm(ancestral_rate(noise, t, s)) for t, s in early]
+    elif order == "first-hitting":
+        first = [Reveal.first_hitting() for _ in early]
+    else:
+        chunks = [chunk(k, steps, step) for step in range(steps - 1)]
+        kind = {"entropy": Reveal.lowest_entropy, "confidence": Reveal.highest_confidence}
+        if order == "left-to-right":
+            first = [Reveal.chunk(lo, hi) for lo, hi in chunks]
+        else:
+            first = [kind[order](hi - lo) for lo, hi in chunks]
+    return [*first, Reveal.all()]
+
+
+def chunk(k: int, steps: int, step: int) -> tuple[int, int]:
+    """Positions [lo, hi) that reverse step s of T reveals: floor(k s / T), floor(k (s + 1) / T)."""
+    return k * step // steps, k * (step + 1) // steps

@@ -1,0 +1,174 @@
+"""`denoise_step`: one reverse step of absorbing-state diffusion over [B, K] positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reveal import Order, Reveal
+from ..types import LAW_DTYPES, Draft, Pending, RowLaw
+from .checks import INT64, check_random, check_tensor, contiguous, device_of, per_row
+from .registry import Outputs, define
+from .verify import check_draft
+
+
+def denoise_step(
+    draft: Draft,
+    reveal: Reveal,
+    step: int,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    *,
+    pool_rows: Tensor | None = None,
+    entropies: bool = False,
+    seed: Tensor | None = None,
+    round: Tensor | None = None,
+    position: Tensor | None = None,
+    words: Tensor | None = None,
+    backend: str | None = None,
+    out: Draft | None = None,
+) -> Draft:
+    """Reveal some masked positions of a draft: decide which, draw their tokens, record the laws.
+
+    A position is masked while its token is -1. One that is revealed gets a token drawn from its row
+    of `draft.logits`, tau = step, and its row recorded (-1 if the row is greedy: the token is then
+    a bare guess). The reveal decision is independent of the token, except under
+    `Reveal.highest_confidence`. Rows of revealed positions are not read, nor those of masked ones
+    that this step cannot reveal; laws of all rows that were read are renewed.
+    SEDD: 2310.16834, section 4.1; MDLM: 2406.07524, section 3.
+
+    Args:
+        draft: as `Draft.masked` makes it or as this function returned it, with the model's new
+            logits in the pool. Positions at or beyond `draft.lengths` stay masked.
+        reveal: which positions, see `Reveal`.
+        step: number of this reverse step, recorded as tau; it must grow from call to call. Under
+            `Reveal.all()` it becomes the draft's `final_step`.
+        temperature, top_k, top_p, min_p: of the draft's law, a number or a tensor [B]; see
+            `row_law`. The reveal decision always goes by the model's own law, temperature 1.
+        pool_rows: i64 [B, K], row of the pool that holds each position's logits, all different;
+            None: b K + i.
+        entropies: also measure the entropy of the model's law at each row read, into
+            `draft.entropy`. Taken before any sampling, it may decide how much is drafted.
+        seed, round: i64 [B], as in `verify`; position i draws with slot i.
+        position: i64 [B], absolute position of the draft's first token, for coupled draws; see
+            `verify` and `sample`. Reveal decisions still take `round`.
+        words: i64 [B, K, 2], the words of each reveal decision and each token, in place of seed and
+            round; first-hitting takes [:, 0, 0]. Coupled: [B, K, 1 + V].
+        backend, out: as in `row_law`; `out` may be `draft` itself if it has a law and an entropy.
+
+    Returns:
+        the Draft. `check_status(draft.law.status)` tells whether a row read had no law; its
+        position stays masked.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or range.
+        BackendError: a forced backend cannot run.
+
+    Example:
+        >>> draft = Draft.masked(1, 2, torch.tensor([[0.0, 9.0], [9.0, 0.0]]))
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> half = denoise_step(draft, Reveal.chunk(0, 1), 0, 0.0, seed=zero, round=zero)
+        >>> whole = denoise_step(half, Reveal.all(), 1, 0.0, seed=zero, round=zero)
+        >>> whole.tokens.tolist(), whole.tau.tolist()
+        ([[1, 0]], [[0, 1]])
+    """
+    device = device_of("draft.tokens", draft.tokens)
+    if draft.tokens.ndim != 2:
+        raise ValueError(f"draft.tokens: expected [B, K], got {list(draft.tokens.shape)}")
+    B, K = draft.tokens.shape
+    checked = check_draft(draft, B, K, None, device)
+    if checked.logits is None or checked.law is None:
+        raise ValueError("draft.logits: expected the pool of the model's logits, got None")
+    R, V = checked.logits.shape
+    pool_rows = check_pool_rows(pool_rows, B, K, R, device)
+    if step < 0:
+        raise ValueError(f"step: expected a number >= 0, got {step}")
+    if position is not None:
+        check_tensor("position", position, (B,), INT64, device)
+    per_position = 2 if position is None else 1 + V
+    check_random(B, device, (B, K, per_position), words, seed=seed, round=round)
+    entropies = entropies or reveal.order is Order.ENTROPY
+    args = (
+        checked.logits, checked.tokens, checked.tau, checked.rows, *checked.law,
+        checked.draft_ids, checked.lengths, pool_rows,
+        int(reveal.order), reveal.lo, reveal.hi, reveal.number,
+        per_sequence(reveal.rate, B, device), step, entropies,
+        per_row("temperature", temperature, B, device),
+        per_row("top_k", top_k, B, device),
+        per_row("top_p", top_p, B, device),
+        per_row("min_p", min_p, B, device),
+        *contiguous(seed, round, position, words),
+        backend,
+    )  # fmt: skip
+    if out is None:
+        results = OP.functional(*args)
+    else:
+        if out.law is None or out.entropy is None:
+            raise ValueError("out: expected a Draft with law and entropy, got None")
+        results = (out.tokens, out.tau, out.rows, *out.law, out.entropy)
+        OP.into(*args, *results)
+    return draft._replace(
+        tokens=results[0],
+        tau=results[1],
+        rows=results[2],
+        law=RowLaw(*results[3:8]),
+        value_dependent=draft.value_dependent or reveal.order is Order.CONFIDENCE,
+        final_step=step if reveal.order is Order.ALL else draft.final_step,
+        entropy=results[8] if entropies else draft.entropy,
+    )
+
+
+def check_pool_rows(
+    pool_rows: Tensor | None, B: int, K: int, R: int, device: torch.device
+) -> Tensor:
+    """Rows [B, K] of a pool of R rows; None: row b K + i."""
+    rows = torch.arange(B * K, device=device).view(B, K) if pool_rows is None else pool_rows
+    check_tensor("pool_rows", rows, (B, K), INT64, device)
+    if rows.numel() and device.type == "cpu":
+        least, most = int(rows.min()), int(rows.max())
+        if least < 0 or most >= R:
+            raise ValueError(
+                f"pool_rows: expected rows in [0, {R}), got {least} to {most}; without pool_rows "
+                f"draft.logits needs B K = {B * K} rows"
+            )
+    return rows.contiguous()
+
+
+def per_sequence(rate: float | Tensor, B: int, device: torch.device) -> Tensor:
+    """A reveal rate as f64 [B]."""
+    if isinstance(rate, Tensor):
+        return check_tensor("rate", rate, (B,), (torch.float64,), device).contiguous()
+    return torch.full((B,), rate, dtype=torch.float64, device=device)
+
+
+def _outputs(logits: Tensor, tokens: Tensor, *_: Any) -> Outputs:
+    shape, rows = list(tokens.shape), [logits.shape[0]]
+    laws = [(rows, dtype) for dtype in LAW_DTYPES]
+    whole = [(shape, torch.int64), (shape, torch.int32), (shape, torch.int64)]
+    return [*whole, *laws, (shape, torch.float64)]
+
+
+def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
+    logits, tokens, tau, rows = args[:4]
+    old = Pending(tokens, tau, rows, RowLaw(*args[4:9]), out[8])
+    new = Pending(out[0], out[1], out[2], RowLaw(*out[3:8]), out[8])
+    reveal = Reveal(Order(args[12]), *args[13:16])
+    function(logits, old, *args[9:12], reveal, *args[16:], out=new)
+
+
+OP = define(
+    "denoise_step",
+    "Tensor logits, Tensor masked_tokens, Tensor old_tau, Tensor old_rows, Tensor old_max, "
+    "Tensor old_scale, Tensor old_threshold, Tensor old_total, Tensor old_status, "
+    "Tensor? draft_ids, Tensor? lengths, Tensor pool_rows, int order, int lo, int hi, int number, "
+    "Tensor rate, int step, bool entropies, Tensor temperature, Tensor? top_k, Tensor? top_p, "
+    "Tensor? min_p, Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
+    ("tokens", "tau", "rows", *RowLaw._fields, "entropy"),
+    _outputs,
+    _call,
+)

@@ -1,0 +1,102 @@
+"""Which records of a draft may be used: the one place that decides it.
+
+A recorded law q_i may judge x_i only if x_i still follows q_i given all that was decided before it
+is examined. docs/losslessness.md has the argument and the enumeration for each of these.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from .types import Draft
+
+RULES = ("token", "block", "greedy", "coupled")
+
+
+class Record(IntEnum):
+    """Where q counts as recorded; everywhere else the token is one-hot."""
+
+    ONE_HOT = 0  # nowhere
+    FINAL = 1  # where tau is the last scheduled step
+    RUNNING_MAX = 2  # where no earlier position has a later tau
+    ENTANGLED = 3  # everywhere
+
+
+RECORDS = {
+    "one-hot": Record.ONE_HOT,
+    "final": Record.FINAL,
+    "running-max": Record.RUNNING_MAX,
+    "entangled": Record.ENTANGLED,
+}
+
+
+def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
+    """What `verify` does with a draft's records under a rule.
+
+    Args:
+        draft: its `value_dependent`, `final_step` and `entangled` say how it came about.
+        rule: one of RULES.
+        record: one of RECORDS; None: the strongest that is legal.
+
+    Raises:
+        ValueError: an unknown name, or a combination whose output would not follow the target's
+            law; the message says why.
+
+    Example:
+        >>> choose_record(draft._replace(value_dependent=True, final_step=3), "token", None).name
+        'FINAL'
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if record is not None and record not in RECORDS:
+        raise ValueError(f"record: expected one of {', '.join(RECORDS)}, got {record!r}")
+    if rule == "coupled":
+        if record is not None:
+            raise ValueError(
+                f"record: the coupled rule compares tokens and uses no q, got {record!r}; leave it"
+            )
+        return Record.ONE_HOT
+    chosen = Record.ONE_HOT if rule == "greedy" else strongest(draft, rule)
+    if record is None:
+        return chosen
+    reason = reason_against(RECORDS[record], draft, rule)
+    if reason is not None:
+        name = {value: key for key, value in RECORDS.items()}[chosen]
+        raise ValueError(f"record: {record!r} would bias the output: {reason}; use {name!r}")
+    return RECORDS[record]
+
+
+def strongest(draft: Draft, rule: str) -> Record:
+    order = (Record.ENTANGLED, Record.RUNNING_MAX, Record.FINAL, Record.ONE_HOT)
+    return next(record for record in order if reason_against(record, draft, rule) is None)
+
+
+def reason_against(record: Record, draft: Draft, rule: str) -> str | None:
+    """Why these records must not be used; None if they may."""
+    if record is Record.FINAL and draft.final_step is None:
+        return "the draft names no final_step, so no position was sampled in the last scheduled one"
+    if record is Record.RUNNING_MAX:
+        if draft.value_dependent:
+            return (
+                "sampled values decided which positions were revealed, so that a value which is "
+                "still there no longer follows the law it was drawn from"
+            )
+        if draft.entangled:
+            return (
+                "the draft holds tokens kept after a rejection, which follow their recorded law "
+                "only if every draft is verified with q everywhere"
+            )
+    if record is Record.ENTANGLED:
+        if not draft.entangled:
+            return (
+                "q everywhere is exact only if the drafter keeps, after a rejection, each later "
+                "token that an examined one was conditioned on (Draft.entangled)"
+            )
+        if draft.value_dependent:
+            return "sampled values decided which positions were revealed"
+        if rule == "block":
+            return (
+                "the block rule lets later tokens decide on earlier ones, which ties what is kept "
+                "to what was emitted"
+            )
+    return None
