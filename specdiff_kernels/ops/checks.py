@@ -52,6 +52,11 @@ def device_of(name: str, tensor: Tensor) -> torch.device:
     return tensor.device
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether its entries can be looked at without waiting for a device or breaking a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_logits(
     name: str, logits: Tensor, shape: tuple[int | None, ...], device: torch.device
 ) -> Tensor:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ..reveal import Order, Reveal
 from ..types import LAW_DTYPES, Draft, Pending, RowLaw
-from .checks import INT64, check_random, check_tensor, contiguous, device_of, per_row
+from .checks import (
+    INT64,
+    check_random,
+    check_tensor,
+    contiguous,
+    device_of,
+    per_row,
+    readable,
+)
 from .registry import Outputs, define
 from .verify import check_draft
 
@@ -127,16 +135,18 @@ def check_pool_rows(
     pool_rows: Tensor | None, B: int, K: int, R: int, device: torch.device
 ) -> Tensor:
     """Rows [B, K] of a pool of R rows; None: row b K + i."""
-    rows = torch.arange(B * K, device=device).view(B, K) if pool_rows is None else pool_rows
-    check_tensor("pool_rows", rows, (B, K), INT64, device)
-    if rows.numel() and device.type == "cpu":
-        least, most = int(rows.min()), int(rows.max())
-        if least < 0 or most >= R:
+    if pool_rows is None:
+        if R < B * K:
             raise ValueError(
-                f"pool_rows: expected rows in [0, {R}), got {least} to {most}; without pool_rows "
-                f"draft.logits needs B K = {B * K} rows"
+                f"draft.logits: expected at least B K = {B * K} rows, got {R}; or pass pool_rows"
             )
-    return rows.contiguous()
+        return torch.arange(B * K, device=device).view(B, K)
+    check_tensor("pool_rows", pool_rows, (B, K), INT64, device)
+    if pool_rows.numel() and readable(pool_rows):
+        least, most = int(pool_rows.min()), int(pool_rows.max())
+        if least < 0 or most >= R:
+            raise ValueError(f"pool_rows: expected rows in [0, {R}), got {least} to {most}")
+    return pool_rows.contiguous()
 
 
 def per_sequence(rate: float | Tensor, B: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from .checks import (
     contiguous,
     device_of,
     per_row,
+    readable,
 )
 from .registry import Outputs, define
 
@@ -141,7 +142,7 @@ def check_draft(draft: Draft, B: int, K: int, V: int | None, device: torch.devic
         law = check_law("draft.law", law, logits.shape[0], device)
     if ids is not None:
         check_tensor("draft.draft_ids", ids, (None,), INT64, device)
-        if ids.device.type == "cpu" and not increasing_ids(ids, V):
+        if readable(ids) and not increasing_ids(ids, V):
             raise ValueError(
                 f"draft.draft_ids: expected strictly increasing ids in [0, {V or 2**31}), got "
                 "others; sort the columns of the drafter's head once"

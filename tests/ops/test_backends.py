@@ -11,7 +11,18 @@ import threading
 import pytest
 import torch
 
-from specdiff_kernels import _C, BackendError, available_backends, backends, row_law, use_backend
+from specdiff_kernels import (
+    _C,
+    BackendError,
+    Draft,
+    Reveal,
+    available_backends,
+    backends,
+    denoise_step,
+    row_law,
+    use_backend,
+    verify,
+)
 from specdiff_kernels.__main__ import report
 from specdiff_kernels.cpp.pointers import address, addresses, logits_view
 
@@ -138,6 +149,23 @@ def test_ops_compile_without_graph_breaks():
         (LOGITS, torch.ones(1), None, None, None, None),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_a_round_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    pool, target, zero = torch.randn(4, 9), torch.randn(2, 3, 9), torch.zeros(2).long()
+    key = {"seed": torch.arange(2), "round": zero}
+
+    def one_round(pool, target):
+        draft = Draft.masked(2, 2, pool)
+        draft = denoise_step(draft, Reveal.sedd(0.5), 0, entropies=True, **key)
+        draft = denoise_step(draft, Reveal.all(), 1, **key)
+        verified = verify(target, draft, rule="block", **key)
+        return *draft.law, draft.entropy.nan_to_num(), *verified
+
+    compiled = torch.compile(one_round, fullgraph=True, backend="eager")
+    for have, want in zip(compiled(pool, target), one_round(pool, target), strict=True):
+        assert torch.equal(have, want)
 
 
 def runs_beside(function) -> bool:
