@@ -28,6 +28,7 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -W ignore benchmarks/bench_verify.py \
 	  --benchmark-only --benchmark-quiet --benchmark-disable-gc
+	$(BIN)/python benchmarks/bench_denoise_step.py
 	$(BIN)/python benchmarks/bench_skinny_linear.py
 	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_end_to_end.py

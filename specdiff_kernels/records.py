@@ -43,7 +43,10 @@ def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
             law; the message says why.
 
     Example:
-        >>> choose_record(draft._replace(value_dependent=True, final_step=3), "token", None).name
+        >>> draft = Draft.masked(1, 4, torch.zeros(4, 9))._replace(value_dependent=True)
+        >>> choose_record(draft, "token", None).name
+        'ONE_HOT'
+        >>> choose_record(draft._replace(final_step=3), "token", None).name
         'FINAL'
     """
     if rule not in RULES:

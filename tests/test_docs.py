@@ -18,25 +18,31 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 DOCTESTED = [
     *(
         f"specdiff_kernels.ops.{op}"
-        for op in ("row_law", "sample", "verify", "commit", "skinny_linear")
+        for op in ("row_law", "sample", "denoise_step", "verify", "commit", "skinny_linear")
     ),
     "specdiff_kernels.backends",
+    "specdiff_kernels.records",
+    "specdiff_kernels.types",
+    "specdiff.noise",
+    "specdiff.schedule",
 ]
 
 
 def test_readme_example():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(code, names)
     accepted, emitted = names["accepted"], names["emitted"]
     assert emitted.shape == (names["B"], names["K"] + 1)
     assert torch.equal((emitted >= 0).sum(-1), accepted + 1)
+    assert (names["verified"].status == 0).all() and (names["draft"].tokens >= 0).all()
 
 
 @pytest.mark.parametrize("name", DOCTESTED)
 def test_docstring_examples(name):
     names = {**vars(specdiff_kernels), "torch": torch}
-    result = doctest.testmod(importlib.import_module(name), extraglobs=names)
+    flags = doctest.ELLIPSIS
+    result = doctest.testmod(importlib.import_module(name), extraglobs=names, optionflags=flags)
     assert result.attempted > 0
     assert result.failed == 0
 

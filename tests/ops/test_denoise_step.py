@@ -311,7 +311,9 @@ def test_bad_reveals_are_named():
         Reveal.sedd(-0.5)
     with pytest.raises(ValueError, match="number: expected a number of positions >= 0"):
         Reveal.lowest_entropy(-1)
-    with pytest.raises(ValueError, match=r"expected at least B K = 8 rows, got 7; or pass pool_rows"):
+    with pytest.raises(
+        ValueError, match=r"expected at least B K = 8 rows, got 7; or pass pool_rows"
+    ):
         denoise_step(Draft.masked(2, 4, torch.zeros(7, 5)), Reveal.all(), 0, **KEY)
     with pytest.raises(ValueError, match=r"draft\.logits: expected the pool"):
         nothing = fresh()._replace(logits=None, law=None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, getcontext
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdiff_kernels.reference.numerics import exp2_weight, mulhi, philox
+from specdiff_kernels.reference.numerics import exp2, exp2_weight, log, mulhi, philox
 from specdiff_kernels.reference.row_law import ceil_share
 
 WORDS = st.integers(0, 2**64 - 1)
@@ -55,3 +56,25 @@ def test_exp2_weight_bounds():
     assert (e[1:] >= e[:-1]).all()
     assert int(exp2_weight(torch.zeros(1))) == 1 << 44
     assert (e[t < -45] == 0).all()
+
+
+def relative_errors(have: torch.Tensor, exact: list[Decimal]) -> list[float]:
+    return [float(abs(Decimal(x) - e) / abs(e)) for x, e in zip(have.tolist(), exact, strict=True)]
+
+
+def test_log_and_exp2_are_accurate():
+    """Against 40 decimal digits, most closely where the logarithm is near 0."""
+    getcontext().prec = 40
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2000, generator=generator, dtype=torch.float64)
+    near_one = 1 - x[:500] * 2.0 ** -torch.arange(500).remainder(53).double()
+    powers = x.clone()[:500] * 2.0 ** torch.arange(-250, 250).double()
+    x = torch.cat((x, near_one[near_one < 1], powers))
+    assert max(relative_errors(log(x), [Decimal(v).ln() for v in x.tolist()])) < 1e-15
+    assert log(torch.ones(1, dtype=torch.float64)).item() == 0
+    t = torch.linspace(-1000, 1000, 3001, dtype=torch.float64)
+    exact = [(Decimal(v) * Decimal(2).ln()).exp() for v in t.tolist()]
+    assert max(relative_errors(exp2(t), exact)) < 1e-12
+    assert torch.equal(
+        exp2(torch.tensor([-3.0, 0.0, 5.0]).double()), torch.tensor([0.125, 1, 32]).double()
+    )

@@ -76,6 +76,117 @@ def test_one_hot_residual_is_the_target_without_x():
     assert [float(r) for r in residual] == pytest.approx(without, abs=1e-14)
 
 
+def prefix_chances(target, draft, K):
+    """h_i of the block rule: exact P(a prefix of i tokens is accepted | no longer one was)."""
+    column = torch.arange(K + 1)
+
+    def misses(word):
+        longer = torch.where(column > torch.arange(K)[:, None], LAST_WORD, 0)
+        longer[torch.arange(K), torch.arange(K)] = word
+        shown = draft._replace(**{n: getattr(draft, n).expand(K, K) for n in FIELDS})
+        result = verify(target.expand(K, K + 1, -1), shown, rule="block", words=longer)
+        return result.accepted < torch.arange(1, K + 1)
+
+    return [edge / 2**64 for edge in first_word(misses, K)]
+
+
+FIELDS = ("tokens", "tau", "rows")
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_block_rule_is_sun_et_als(one_hot):
+    """h_i = S_i / (S_i + 1 - P_i), h_K = P_K; the last word draws from (P_i p - q)+."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        V, K = 5, 3
+        p_logits, pool = torch.randn(1, K + 1, V), torch.randn(K, V)
+        tokens = torch.randint(0, V, (1, K))
+        draft = one_hot_draft(tokens) if one_hot else recorded_draft(tokens, pool, row_law(pool))
+        p = [law_of(row) for row in p_logits[0]]
+        q = [[float(v == x) for v in range(V)] if one_hot else law_of(row)
+             for x, row in zip(tokens[0].tolist(), pool, strict=True)]  # fmt: skip
+        P = [1.0]
+        for i, x in enumerate(tokens[0].tolist()):
+            P.append(min(1.0, P[-1] * p[i][x] / q[i][x]))
+        excess = [[max(P[i] * a - b, 0) for a, b in zip(p[i], q[i], strict=True)] for i in range(K)]
+        S = [sum(row) for row in excess]
+        h = [1.0 if P[i] == 1 else S[i] / (S[i] + 1 - P[i]) for i in range(1, K)] + [P[K]]
+        for i, have in enumerate(prefix_chances(p_logits, draft, K)):
+            if 1.0 not in h[i + 1 :]:
+                assert have == pytest.approx(h[i], abs=1e-13)
+        for i in range(K):  # accept i tokens and no more, if there is a way
+            if 1.0 not in h[i:] and (i == 0 or h[i - 1] > 0):
+                law = law_behind(p_logits, draft, K, i, V)
+                assert law == pytest.approx([e / S[i] for e in excess[i]], abs=1e-13)
+
+
+def law_behind(target, draft, K, accepted, V) -> list[float]:
+    """Law of the token that the block rule emits behind so many accepted ones."""
+
+    def behind(last):
+        n = len(last)
+        fixed = torch.full((n, K + 1), LAST_WORD)
+        fixed[:, accepted - 1 if accepted else K] = 0
+        fixed[:, -1] = last
+        shown = draft._replace(**{f: getattr(draft, f).expand(n, K) for f in FIELDS})
+        result = verify(target.expand(n, -1, -1), shown, rule="block", words=fixed)
+        assert (result.accepted == accepted).all()
+        return result.emitted[:, accepted]
+
+    return [float(share) for share in probabilities(behind, 1, V)[0]]
+
+
+def test_block_rule_accepts_at_least_as_many():
+    """Expected accepted tokens over every draft, exactly; strictly more somewhere."""
+    V, K = 3, 2
+    gains = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        target_table, pool = torch.randn(1 + V, V), torch.randn(1 + V, V)
+        law = row_law(pool)
+        p, q = ([law_of(row) for row in rows] for rows in (target_table, pool))
+        token_mean = block_mean = 0.0
+        for x, y in ((x, y) for x in range(V) for y in range(V)):
+            chance = q[0][x] * q[1 + x][y]
+            a, b = min(1, p[0][x] / q[0][x]), min(1, p[1 + x][y] / q[1 + x][y])
+            token_mean += chance * (a + a * b)
+            target = target_table[torch.tensor([0, 1 + x, 0])][None]
+            draft = Draft(torch.tensor([[x, y]]), torch.zeros(1, 2).int(),
+                          torch.tensor([[0, 1 + x]]), pool, law)  # fmt: skip
+            h1, h2 = prefix_chances(target, draft, K)
+            block_mean += chance * (2 * h2 + (1 - h2) * h1)
+        gains.append(block_mean - token_mean)
+    assert min(gains) > -1e-12 and max(gains) > 1e-3
+
+
+def test_block_rule_reads_no_further_than_a_prefix_with_a_chance():
+    """A drafted token of probability 0 leaves none; what stands before it may be accepted."""
+    target = torch.tensor([[[0.0, 0.0], [0.0, -INF], [NAN, NAN], [INF, 0.0]]])
+    pool = torch.zeros(3, 2)
+    draft = recorded_draft(torch.tensor([[0, 1, 0]]), pool, row_law(pool))
+    result = verify(target, draft, rule="block", words=words([0, 0, 0, LAST_WORD]))
+    assert lists(result) == [[1], [[0, 0, -1, -1]], [0]]
+    reached = verify(target, draft._replace(tokens=torch.tensor([[0, 0, 0]])), rule="block",
+                     words=words([0, 0, 0, 0]))  # fmt: skip
+    assert lists(reached) == [[0], [[-1] * 4], [Status.NAN]]
+    bonus = target[:, [0, 0, 3]]
+    taken = recorded_draft(torch.tensor([[0, 0]]), pool[:2], row_law(pool[:2]))
+    assert verify(bonus, taken, rule="block", words=words([0, 0, 0])).status.item() == (
+        Status.POS_INF
+    )
+
+
+@pytest.mark.parametrize("change", [{"lengths": i64(3)}, {"tokens": i64(9)[None]},
+                                    {"rows": i64(7)[None]}])  # fmt: skip
+def test_block_rule_has_the_token_rules_faults(change):
+    pool = torch.zeros(1, 2)
+    draft = recorded_draft(i64(0)[None], pool, row_law(pool))._replace(**change)
+    results = [verify(torch.zeros(1, 2, 2), draft, rule=rule, words=words([0, 0]))
+               for rule in ("token", "block")]  # fmt: skip
+    assert_same(*results)
+    assert results[0].status.item() == Status.TOKEN
+
+
 def test_equal_laws_accept_every_word():
     """p = q bitwise: u q < p for every u < 1."""
     logits = torch.randn(1, 3, 100)
