@@ -130,11 +130,10 @@ class Draft(NamedTuple):
             >>> Draft.masked(1, 2, torch.zeros(2, 5)).tokens.tolist()
             [[-1, -1]]
         """
-        nothing = torch.full((B, K), -1, dtype=torch.int64, device=logits.device)
+        tokens = torch.full((B, K), -1, dtype=torch.int64, device=logits.device)
         law = RowLaw(*(logits.new_zeros(len(logits), dtype=dtype) for dtype in LAW_DTYPES))
-        return cls(
-            nothing, nothing.int(), nothing, logits, law, draft_ids, lengths, entangled=entangled
-        )
+        tau, rows = tokens.int(), tokens.clone()
+        return cls(tokens, tau, rows, logits, law, draft_ids, lengths, entangled=entangled)
 
 
 class Pending(NamedTuple):

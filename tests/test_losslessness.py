@@ -130,6 +130,18 @@ def test_adaptive_lengths(schedule, rule):
     assert World(2, schedule, seed=1).distance(after) > BIASED
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("schedule", ["right first", "confidence"])
+def test_entangled_drafts_under_other_records(schedule, rule):
+    """What `verify` takes by itself is exact; the running max is refused, and biased if forced."""
+    way = Way(rule=rule, hot_start="entangled")
+    assert world(schedule, 0).distance(way) < EXACT
+    with pytest.raises(ValueError, match="would bias the output"):
+        world(schedule, 0).distance(way._replace(record="running-max"))
+    forced = way._replace(record="running-max", forget=True)
+    assert max(world(schedule, seed).distance(forced) for seed in SEEDS) > BIASED
+
+
 def test_adaptive_lengths_and_entangled_tokens_do_not_go_together():
     """A token that another was conditioned on, withheld and then overwritten."""
     way = Way(hot_start="entangled", withhold="entropy")

@@ -47,7 +47,7 @@ class Way(NamedTuple):
     rule: str = "token"
     hot_start: str | None = None  # "entangled", "recycled", or "entangled anew": kept once only
     withhold: str | None = None  # "entropy" (before sampling) or "value" (after it)
-    forget: bool = False  # hide that sampled values decided on the reveal
+    forget: bool = False  # hide that sampled values decided on the reveal, or that tokens stayed
 
 
 class State(NamedTuple):
@@ -241,7 +241,7 @@ class World:
             "lengths": torch.tensor([self.lengths(s, way) for s in states]),
             "final_step": final.pop() if final else None,
             "value_dependent": any(s.value_dependent for s in states) and not way.forget,
-            "entangled": way.hot_start is not None and way.hot_start != "recycled",
+            "entangled": way.hot_start not in (None, "recycled") and not way.forget,
         }
         draft = self.draft_of(states, unfinished=False, **fields)
         if way.record == "forced":

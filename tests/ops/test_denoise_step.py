@@ -273,11 +273,7 @@ def test_in_place_and_other_pool_rows():
     expected = denoise_step(draft, Reveal.mdlm(0.5), 0, pool_rows=rows, entropies=True, **KEY)
     read = expected.tokens >= 0
     assert torch.equal(expected.rows[read], rows[read])
-    own = Draft.masked(2, 4, draft.logits)
-    own = own._replace(
-        tokens=own.tokens.clone(), rows=own.rows.clone(),
-        entropy=torch.zeros(2, 4, dtype=torch.float64),
-    )  # fmt: skip
+    own = Draft.masked(2, 4, draft.logits)._replace(entropy=torch.zeros(2, 4).double())
     done = denoise_step(own, Reveal.mdlm(0.5), 0, pool_rows=rows, entropies=True, out=own, **KEY)
     for a, b in zip((done.tokens, done.rows, *done.law), (own.tokens, own.rows, *own.law),
                     strict=True):  # fmt: skip
