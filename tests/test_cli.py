@@ -122,6 +122,33 @@ def test_greedy_rule_is_greedy_at_any_temperature(result):
     assert got["text"] == result()["text"]
 
 
+@pytest.mark.parametrize("name", ["prompt-lookup", "itself"])
+def test_coupled_text_is_that_of_no_draft(result, target, name):
+    """With a prompt that repeats itself, so that both drafters propose something."""
+    drafter = target if name == "itself" else name
+    options = ["--rule", "coupled", "--temperature", "1", "--seed", "3"]
+    got = result(*options, prompt=f"{PROMPT} {PROMPT}", drafter=drafter)
+    plain = result(*options, "--no-draft", prompt=f"{PROMPT} {PROMPT}")
+    assert got["text"] == plain["text"] and plain["acceptance"] == []
+    proposed = got["acceptance"]
+    assert proposed == [1.0] * 4 if name == "itself" else len(proposed) > 0
+    assert got["text"] != result("--temperature", "1", "--seed", "3", prompt=f"{PROMPT} {PROMPT}")
+
+
+def test_coupled_text_is_compared_at_any_temperature(result, target):
+    got = result("--compare", "--rule", "coupled", "--temperature", "1", drafter=target)
+    assert got["identical"] is True
+    assert got["text"] != result()["text"]
+
+
+def test_record_decides_which_draft_laws_count(result, target):
+    """A model accepts its own draws if their law counts, and not as bare guesses."""
+    options = ["--temperature", "1", "--k", "3"]
+    for args in ([], ["--record", "running-max"]):
+        assert result(*options, *args, drafter=target)["acceptance"] == [1.0] * 3
+    assert result(*options, "--record", "one-hot", drafter=target)["acceptance"][0] < 0.9
+
+
 def test_seed_decides_sampled_text(result):
     texts = [result("--temperature", "1", "--seed", seed)["text"] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
@@ -181,6 +208,9 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "a", "--min-p", "-1"], r"min_p must be in \[0, 1\]"),
         (["--prompt", "a", "--threads", "0"], "--threads must be at least 1"),
         (["--prompt", "a", "--compare", "--no-draft"], "leave out --no-draft"),
+        (["--prompt", "a", "--record", "final"], "would bias the output: .* names no final_step"),
+        (["--prompt", "a", "--record", "entangled"], "would bias the output: .* the drafter keeps"),
+        (["--prompt", "a", "--rule", "coupled", "--record", "one-hot"], "uses no q: 'one-hot'"),
     ],
 )
 def test_user_errors_are_one_line(run, args, message):

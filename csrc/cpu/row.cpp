@@ -180,16 +180,8 @@ int64_t race(const Row& row, const RowLaw& law, const int64_t* ids, const Noise&
     const int n = row.tile_size(tile);
     tile_weights(row, law, tile, e);
     const int64_t* words = tile_noise(noise, ids, tile, n, buffer);
-    for (int i = 0; i < n; ++i) {
-      const double weight = exact_double(e[i]);
-      const uint64_t word = uint64_t(words[i]);
-      if (e[i] == 0 || !may_win(word, weight, best)) continue;
-      const double time = exponential(word) / weight;
-      if (time < best) {
-        best = time;
-        winner = tile * kTile + i;
-      }
-    }
+    const int i = kernels().race(e, words, n, &best);
+    if (i >= 0) winner = tile * kTile + i;
   }
   return winner;
 }

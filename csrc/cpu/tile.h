@@ -31,6 +31,8 @@ struct TileKernels {
   int64_t (*spread)(const float* l, int n, RowLaw law);
   // race_word of the token ids 2 pair .. 2 (pair + pairs) - 1
   void (*noise)(uint64_t seed, int64_t position, int64_t pair, int pairs, uint64_t* words);
+  // the first of those that reach the least E / e below `best`, which it becomes; -1 if none does
+  int (*race)(const int64_t* e, const int64_t* words, int n, double* best);
 };
 
 // The kernels in use: the best that the processor has, or what use_isa chose.

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adaptive import AdaptiveK
     from .cache import RowCache
     from .decoder import Decoder, Generation, Stats, Step, generate
     from .models import FetchError, fetch, load_target
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .target import Target
 
 _HOMES = {
+    "AdaptiveK": "adaptive",
     "RowCache": "cache",
     "Decoder": "decoder",
     "Generation": "decoder",
@@ -28,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptiveK",
     "Decoder",
     "FetchError",
     "Generation",

@@ -24,7 +24,8 @@ class AdaptiveK:
     Args:
         most: K is at most this; None: the drafter's own block.
         least_chance: in (0, 1).
-        max_entropy: in nats; None: no limit. Needs a drafter that measures, as diffusion ones do.
+        max_entropy: in nats; None: no limit. Positions count that the drafter measured in its first
+            step: diffusion drafters measure all, block diffusion those of its first chunk.
 
     Raises:
         ValueError: an argument out of its range.
@@ -43,7 +44,7 @@ class AdaptiveK:
             raise ValueError(f"most must be at least 1, got {most}")
         if not 0 < least_chance < 1:
             raise ValueError(f"least_chance must be in (0, 1), got {least_chance}")
-        if max_entropy is not None and max_entropy < 0:
+        if max_entropy is not None and not max_entropy >= 0:
             raise ValueError(f"max_entropy must be at least 0, got {max_entropy}")
         self.most = most
         self.least_chance = least_chance
@@ -70,11 +71,12 @@ class AdaptiveK:
 
     def withhold(self, draft: Draft) -> Draft:
         """The draft, cut in front of the first position of too much entropy."""
-        if self.max_entropy is None or draft.entropy is None or draft.lengths is None:
+        if self.max_entropy is None or draft.entropy is None:
             return draft
         certain = ~(draft.entropy > self.max_entropy)  # NaN: not measured
         leading = certain.long().cumprod(1).sum(1)
-        return draft._replace(lengths=torch.minimum(draft.lengths, leading))
+        wanted = leading if draft.lengths is None else draft.lengths
+        return draft._replace(lengths=torch.minimum(wanted, leading))
 
 
 def reach(acceptance: float, least_chance: float) -> int:

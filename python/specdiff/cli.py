@@ -145,6 +145,8 @@ def generate(
         raise ValueError(f"--threads must be at least 1, got {threads}")
     if compare and no_draft:
         raise ValueError("--compare sets drafts against plain decoding: leave out --no-draft")
+    if record is not None and no_draft:
+        raise ValueError("--record says which laws of drafts count: leave out --no-draft")
     if target in MODELS:
         fetch(target)  # before any other progress is shown
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdiff_kernels import Committed, Draft, check_status, commit, verify
+from specdiff_kernels import RECORDS, RULES, Committed, Draft, check_status, commit, verify
 
 from .adaptive import AdaptiveK
 from .drafters.base import Drafter, Draws, News
@@ -135,7 +135,8 @@ class Decoder:
         tokenizer: with `decode`, as Hugging Face's; needed for stop strings and texts.
 
     Raises:
-        ValueError: k does not fit the context, or the drafter's vocabulary is not the target's.
+        ValueError: k does not fit the context, the drafter's vocabulary is not the target's, or
+            no such rule or record.
 
     Example:
         >>> decoder = Decoder(Target(model), PromptLookup(), k=5)
@@ -153,9 +154,11 @@ class Decoder:
         backend: str | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
+        check_names(rule, record)
         self.k = 0
-        self.adaptive = k if isinstance(k, AdaptiveK) else None
+        self.adaptive = None
         if drafter is not None:
+            self.adaptive = k if isinstance(k, AdaptiveK) else None
             most = k.most if isinstance(k, AdaptiveK) else k
             self.k = drafter.block if most is None else most
             check_drafter(target, drafter, self.k)
@@ -241,8 +244,8 @@ class Decoder:
             with stats.time("verify", device):
                 verified = verify(
                     logits, draft, *sampling.parameters,
-                    rule=self.rule, record=self.record, seed=seeds, round=round,
-                    position=position, backend=self.backend,
+                    rule=self.rule, record=self.record if max(room) else None,
+                    seed=seeds, round=round, position=position, backend=self.backend,
                 )  # fmt: skip
                 check_status(verified.status.masked_fill(finished, 0), "sequence")
             with stats.time("commit", device):
@@ -303,7 +306,8 @@ class Decoder:
         if self.drafter is None or max(room) == 0:
             none = torch.empty(len(room), 0, dtype=torch.int64, device=lengths.device)
             return Draft(none, none.int(), none, lengths=lengths), room
-        draft = self.drafter.draft(news, max(room), lengths, draws)
+        # always as wide, so that a row's draft does not depend on the room of its batch mates
+        draft = self.drafter.draft(news, self.k, lengths, draws)
         if self.adaptive is not None:
             if draft.entangled:
                 raise ValueError(
@@ -311,7 +315,7 @@ class Decoder:
                     "be examined, whatever was accepted before"
                 )
             draft = self.adaptive.withhold(draft)
-        drafted = draft.lengths.tolist() if draft.lengths is not None else [max(room)] * len(room)
+        drafted = draft.lengths.tolist() if draft.lengths is not None else [self.k] * len(room)
         if any(have > want for have, want in zip(drafted, room, strict=True)):
             raise ValueError(f"the drafter proposed {drafted} tokens where {room} were wanted")
         width = max(drafted)
@@ -342,6 +346,15 @@ def generate(
         target = Target(target)
     decoder = Decoder(target, drafter, k, rule, record=record, backend=backend, tokenizer=tokenizer)
     return decoder.generate(input_ids, **options)
+
+
+def check_names(rule: str, record: str | None) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if record is not None and record not in RECORDS:
+        raise ValueError(f"record must be one of {', '.join(RECORDS)}, got {record!r}")
+    if rule == "coupled" and record is not None:
+        raise ValueError(f"record must be None under the coupled rule, which uses no q: {record!r}")
 
 
 def check_drafter(target: Target, drafter: Drafter, k: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from specdiff import Decoder, Sampling, Target
+from specdiff import AdaptiveK, Decoder, Sampling, Target
 from specdiff.drafters import Draws, News, load_drafter
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import MDLM, SEDD
@@ -135,7 +135,7 @@ def test_what_entangled_drafts_keep(network, target):
     for (old, _), (new, counts) in zip(drafter.drafts, drafter.drafts[1:], strict=False):
         assert old.entangled and new.entangled
         for b, shift in enumerate(counts.tolist()):
-            if not shift or new.tokens.shape[1] < old.tokens.shape[1]:
+            if not shift or not new.lengths[b]:
                 continue
             latest = old.tau[b, : min(shift, int(old.lengths[b]))].max()
             for i in range(old.tokens.shape[1] - shift):
@@ -159,11 +159,11 @@ def test_recycled_tokens_are_bare_guesses(network, target):
     Decoder(target, drafter, K).generate(PROMPTS[:1], max_new_tokens=20, sampling=sampling)
     seen = 0
     for (old, _), (new, counts) in zip(drafter.drafts, drafter.drafts[1:], strict=False):
-        shift = int(counts[0])
-        left = min(old.tokens.shape[1] - shift, new.tokens.shape[1])
+        shift, wanted = int(counts[0]), int(new.lengths[0])
+        left = int(old.lengths[0]) - shift
         if left > 0:
             assert torch.equal(new.tokens[0, :left], old.tokens[0, shift : shift + left])
-            assert (new.rows[0, :left] == -1).all() and (new.rows[0, left:] >= 0).all()
+            assert (new.rows[0, :left] == -1).all() and (new.rows[0, left:wanted] >= 0).all()
             seen += left
     assert seen > 10
 
@@ -272,3 +272,22 @@ def test_bad_arguments_are_named(network, options, message):
         SEDD(network, **options)
     with pytest.raises(ValueError, match="order must be one of ancestral"):
         MDLM(network, order="analytic")
+
+
+@pytest.mark.parametrize("k", [K, AdaptiveK(K)], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("order", ["analytic", "left-to-right"])
+def test_a_row_of_a_batch_is_the_row_alone(network, target, order, k):
+    """Though rows end, and shorten their drafts, at different times."""
+    options = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5)}
+    decoder = Decoder(target, SEDD(network, order=order, steps=2), k)
+    rows = decoder.generate(PROMPTS, seed=[4, 5, 6], **options).new_tokens
+    for b, prompt in enumerate(PROMPTS):
+        assert decoder.generate(prompt, seed=[4 + b], **options).new_tokens == rows[b : b + 1]
+
+
+@pytest.mark.parametrize("record", ["final", "one-hot"])
+def test_records_to_the_end_of_the_row(network, target, record):
+    """The last round has no room for a draft, whatever record was asked for."""
+    decoder = Decoder(target, SEDD(network), K, record=record)
+    for n in (1, 2, 7):
+        assert len(decoder.generate([1, 2], max_new_tokens=n).new_tokens[0]) == n

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from scipy.stats import chisquare
 
 from specdiff import Decoder, Sampling, Target, generate
 from specdiff import decoder as decoder_module
+from specdiff.adaptive import AdaptiveK
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.sampling import row_seeds
 from specdiff_kernels import Draft, LawError, RowLaw, row_law, sample, verify
@@ -154,6 +156,49 @@ def test_a_row_of_a_batch_is_the_row_alone(target, drafter, sampling):
     other = decoder.generate(PROMPTS, seed=[11, 99, 13], **options)
     assert [other.new_tokens[b] == batch.new_tokens[b] for b in (0, 2)] == [True, True]
     assert (other.new_tokens[1] == batch.new_tokens[1]) == sampling.greedy
+
+
+COUPLED = [Sampling(temperature=1.0), Sampling(temperature=0.8, top_p=0.95)]
+
+
+@pytest.fixture(scope="session")
+def coupled(target):
+    """Plain sampling under the coupled rule, once for each (sampling, seeds)."""
+
+    @cache
+    def texts(sampling: Sampling, seeds: tuple[int, ...]) -> list[list[int]]:
+        decoder = Decoder(target, None, rule="coupled")
+        options = dict(max_new_tokens=15, sampling=sampling, seed=seeds)
+        return decoder.generate(PROMPTS, **options).new_tokens
+
+    return texts
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS, indirect=True)
+@pytest.mark.parametrize("sampling", COUPLED, ids=repr)
+@pytest.mark.parametrize("k", [1, 4])
+def test_coupled_text_is_that_of_coupled_plain_sampling(target, coupled, drafter, sampling, k):
+    """Token for token, in a batch and for a row alone; another seed has another text."""
+    seeds = (11, 12, 13)
+    want = coupled(sampling, seeds)
+    if isinstance(drafter, Scripted):
+        drafter.texts = dict(zip(map(tuple, PROMPTS), want, strict=True))
+    options = dict(max_new_tokens=15, sampling=sampling)
+    decoder = Decoder(target, drafter, k, "coupled")
+    batch = decoder.generate(PROMPTS, seed=seeds, **options)
+    assert batch.new_tokens == want and batch.stats.drafted > 0
+    for prompt, seed, text in zip(PROMPTS, seeds, want, strict=True):
+        assert decoder.generate(prompt, seed=[seed], **options).new_tokens == [text]
+    assert all(a != b for a, b in zip(coupled(sampling, (21, 22, 23)), want, strict=True))
+
+
+@pytest.mark.parametrize("sampling", COUPLED, ids=repr)
+def test_a_coupled_model_accepts_its_own_drafts(target, coupled, sampling):
+    """It draws with the noise that judges it."""
+    options = dict(max_new_tokens=15, sampling=sampling, seed=(1, 2, 3))
+    got = Decoder(target, Autoregressive(target.model), 4, "coupled").generate(PROMPTS, **options)
+    assert got.stats.acceptance == [1.0] * 4 and got.stats.tokens_per_forward == 5
+    assert got.new_tokens == coupled(sampling, (1, 2, 3))
 
 
 def test_an_int_seed_gives_each_row_its_own(target):
@@ -306,11 +351,11 @@ def exact_law(target: Target, prompt: list[int], sampling: Sampling) -> dict[tup
     return law
 
 
-def p_value(target, drafter, sampling, k=3, seed=0) -> float:
+def p_value(target, drafter, sampling, rule="token", k=3, seed=0) -> float:
     """Of chi-squared between sampled continuations and the exact law."""
     prompt = [1, 2]
     law = exact_law(target, prompt, sampling)
-    decoder = Decoder(target, drafter, k)
+    decoder = Decoder(target, drafter, k, rule)
     prompts = [prompt] * SAMPLES
     rows = decoder.generate(prompts, max_new_tokens=LENGTH, sampling=sampling, seed=seed).new_tokens
     counts = Counter(map(tuple, rows))
@@ -365,15 +410,33 @@ SAMPLINGS = [Sampling(temperature=1.0), Sampling(temperature=1.5, top_k=3)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
-@pytest.mark.parametrize("name", ["none", "autoregressive", "prompt-lookup", "constant"])
-def test_sampled_text_follows_the_exact_law(five, sampling, name):
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ("token", "none"),
+        ("token", "autoregressive"),
+        ("token", "prompt-lookup"),
+        ("token", "constant"),
+        ("block", "autoregressive"),
+        ("block", "constant"),
+        ("coupled", "autoregressive"),  # the text of any other drafter is the same
+    ],
+)
+def test_sampled_text_follows_the_exact_law(five, sampling, rule, name):
     target, autoregressive = five
     drafters = {"none": None, "autoregressive": autoregressive, "constant": Constant(2)}
-    assert p_value(target, drafters.get(name, PromptLookup()), sampling) > 1e-3
+    assert p_value(target, drafters.get(name, PromptLookup()), sampling, rule) > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_lengths_that_adapt_keep_the_exact_law(five, rule):
+    target, drafter = five
+    assert p_value(target, drafter, Sampling(temperature=1.0), rule, k=AdaptiveK(2, 0.3)) > 1e-3
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=repr)
-def test_mutants_are_caught(five, sampling, monkeypatch):
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_mutants_are_caught(five, sampling, rule, monkeypatch):
     target, drafter = five
     for mutant, lives in (
         (with_words(lambda words: words), True),  # the control: honest words
@@ -382,8 +445,19 @@ def test_mutants_are_caught(five, sampling, monkeypatch):
     ):
         torch.manual_seed(1)
         monkeypatch.setattr(decoder_module, "verify", mutant)
-        p = p_value(target, drafter, sampling)
+        p = p_value(target, drafter, sampling, rule)
         assert p > 1e-3 if lives else p < 1e-9
+
+
+def test_coupled_noise_that_ignores_the_position_is_caught(five, monkeypatch):
+    """Each round would meet the noise of the round before."""
+
+    def without_position(*arguments, position, **options):
+        return verify(*arguments, position=torch.zeros_like(position), **options)
+
+    target, drafter = five
+    monkeypatch.setattr(decoder_module, "verify", without_position)
+    assert p_value(target, drafter, Sampling(temperature=1.0), "coupled") < 1e-9
 
 
 def test_accepting_on_equality_is_caught(monkeypatch):

@@ -2,6 +2,7 @@
 // position and a token id, whatever the round, the draft and the law.
 #pragma once
 
+#include "specdiff/accept.h"
 #include "specdiff/elementary.h"
 #include "specdiff/philox.h"
 
@@ -17,10 +18,11 @@ SPECDIFF_HD double exponential(uint64_t word) {
   return 0.0 - log(double(int64_t(word >> 11) + 1) * 0x1p-53);
 }
 
-// False if E / weight cannot be below `best`, found without a logarithm: E >= 1 - u.
+// False if E / weight cannot be below `best`, found without a logarithm: E >= 1 - u, here from the
+// upper 52 bits. Also false for a weight of 0.
 SPECDIFF_HD bool may_win(uint64_t word, double weight, double best) {
-  const double least = double((int64_t(1) << 53) - 1 - int64_t(word >> 11)) * 0x1p-53;
-  return least * (1 - 1e-9) < best * weight || least == 0;
+  const double least = exact_double((int64_t(1) << 52) - 1 - int64_t(word >> 12)) * 0x1p-52;
+  return least * (1 - 1e-9) < best * weight;
 }
 
 }  // namespace specdiff

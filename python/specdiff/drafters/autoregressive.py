@@ -47,7 +47,7 @@ class Autoregressive:
         self.cache = self.model.new_cache(batch, capacity)
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        B = len(lengths)
+        B, k = len(lengths), max(1, int(lengths.max()))  # a forward each: no more than wanted
         logits = self._read(news)  # [B, V]
         pool = logits.new_empty(B, k, logits.shape[-1])
         tokens = torch.empty(B, k, dtype=torch.int64, device=lengths.device)

@@ -51,12 +51,12 @@ class Drafter(Protocol):
 
         Args:
             news: tokens committed since the last call.
-            k: width of the draft, at least 1.
+            k: width of the draft, at least 1 and the same in every round.
             lengths: i64 [B], most tokens wanted per row; 0 for rows that have finished.
             draws: keys of its random numbers, as the ops take them.
 
         Returns:
-            a Draft with tokens [B, k], whose `lengths` are at most those given.
+            a Draft of at most k columns, whose `lengths` are at most those given.
         """
 
 

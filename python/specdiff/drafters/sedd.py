@@ -129,7 +129,7 @@ class SEDD:
             if not masked.any():
                 break
             states = self._denoise(draft.tokens, self.table[number])
-            pool[masked.flatten()] = network.head(states[masked])
+            fill(pool, masked, network.head(states[masked]))
             draft = denoise_step(
                 draft,
                 reveal,
@@ -141,8 +141,9 @@ class SEDD:
             )
         check_draft_laws(draft)
         self.step += self.steps
-        self.previous = draft
-        return draft
+        # also where it had nothing left to reveal
+        self.previous = draft._replace(final_step=self.step - 1)
+        return self.previous
 
     def _append(self, news: News) -> None:
         """Committed tokens into `text`, padding into its last column."""
@@ -176,6 +177,14 @@ class MDLM(SEDD):
     """
 
     orders = tuple(order for order in ORDERS if order not in ("analytic", "euler"))
+
+
+def fill(pool: Tensor, masked: Tensor, logits: Tensor) -> None:
+    """Put the logits of masked positions, bool [B, K], into their rows of the pool [B K, V + 1]."""
+    if len(logits) == len(pool):
+        pool.copy_(logits)
+    else:
+        pool[masked.flatten()] = logits
 
 
 def carry_over(old: Draft, new: Draft, counts: Tensor) -> Draft:
