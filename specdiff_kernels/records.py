@@ -34,7 +34,7 @@ def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
     """What `verify` does with a draft's records under a rule.
 
     Args:
-        draft: its `value_dependent`, `final_step` and `entangled` say how it came about.
+        draft: its `value_dependent`, `final_step`, `entangled` and `coupled` say how it came about.
         rule: one of RULES.
         record: one of RECORDS; None: the strongest that is legal.
 
@@ -76,6 +76,11 @@ def strongest(draft: Draft, rule: str) -> Record:
 
 def reason_against(record: Record, draft: Draft, rule: str) -> str | None:
     """Why these records must not be used; None if they may."""
+    if record is not Record.ONE_HOT and draft.coupled:
+        return (
+            "its tokens were drawn with noise that is never drawn anew, so that earlier rounds "
+            "have seen it; the coupled rule is made for such drafts"
+        )
     if record is Record.FINAL and draft.final_step is None:
         return "the draft names no final_step, so no position was sampled in the last scheduled one"
     if record is Record.RUNNING_MAX:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from torch import Tensor
@@ -37,9 +37,9 @@ class Reveal(NamedTuple):
 
     @classmethod
     def chunk(cls, lo: int, hi: int) -> Reveal:
-        """Positions lo <= i < hi. Raises ValueError unless 0 <= lo <= hi."""
-        if not 0 <= lo <= hi:
-            raise ValueError(f"chunk: expected 0 <= lo <= hi, got lo = {lo}, hi = {hi}")
+        """Positions lo <= i < hi. Raises ValueError unless they are integers, 0 <= lo <= hi."""
+        if not (isinstance(lo, Integral) and isinstance(hi, Integral) and 0 <= lo <= hi):
+            raise ValueError(f"chunk: expected integers 0 <= lo <= hi, got lo = {lo}, hi = {hi}")
         return cls(Order.CHUNK, lo=lo, hi=hi)
 
     @classmethod
@@ -48,8 +48,10 @@ class Reveal(NamedTuple):
         (2406.07524, section 3).
 
         Args:
-            rate: (alpha_s - alpha_t) / (1 - alpha_t), a number or f64 [B].
+            rate: (alpha_s - alpha_t) / (1 - alpha_t), a number in [0, 1] or f64 [B].
         """
+        if not isinstance(rate, Tensor) and isinstance(rate, Real) and rate > 1:
+            raise ValueError(f"rate: expected a probability, in [0, 1], got {rate!r}")
         return cls(Order.MDLM, rate=checked_rate(rate))
 
     @classmethod
@@ -90,6 +92,6 @@ def checked_rate(rate: float | Tensor) -> float | Tensor:
 
 
 def checked_number(number: int) -> int:
-    if number < 0:
-        raise ValueError(f"number: expected a number of positions >= 0, got {number}")
+    if not isinstance(number, Integral) or number < 0:
+        raise ValueError(f"number: expected how many positions, an integer >= 0, got {number!r}")
     return number

@@ -29,7 +29,8 @@ REASONS = {
     Status.EMPTY: "no token has any weight: all its logits are -inf",
     Status.PARAMETER: "a sampling parameter is out of range: temperature must be 0 or in "
     "[2^-95, 2^95], top_k >= 0, top_p in (0, 1], min_p in [0, 1]",
-    Status.TOKEN: "a drafted token or a draft row index is out of range",
+    Status.TOKEN: "a drafted token is out of range (-1: still masked), or a draft row index or a "
+    "draft's length is, or a row is recorded of a draft without logits and law",
     Status.DRAFT: "a drafted token has no weight in the draft law recorded for it: record "
     "row -1 for a token that was not drawn from a recorded law",
 }
@@ -91,8 +92,9 @@ class Draft(NamedTuple):
 
     A position is *recorded* when `rows` points at the logits that its token was sampled from;
     -1 makes it *one-hot*: the token is a bare guess. Which records `verify` may use is decided in
-    `specdiff_kernels.records`, from the last three fields and tau. A draft under construction has
-    token -1 where a position is still masked.
+    `specdiff_kernels.records`, from tau, value_dependent, final_step, entangled and coupled. A
+    draft under construction has token -1 where a position is still masked. Rows of revealed
+    positions must stay as they are until `verify` has read them.
     """
 
     tokens: Tensor  # i64 [B, K]
@@ -104,7 +106,8 @@ class Draft(NamedTuple):
     lengths: Tensor | None = None  # i64 [B], drafted tokens of each sequence; None: K
     value_dependent: bool = False  # sampled values decided which positions were revealed or masked
     final_step: int | None = None  # the tau of the last scheduled step, which sampled all masked
-    entangled: bool = False  # the drafter keeps what `records` says after a rejection
+    entangled: bool = False  # the drafter keeps what docs/losslessness.md says after a rejection
+    coupled: bool = False  # tokens were drawn with the noise of their absolute positions
     entropy: Tensor | None = None  # f64 [B, K] nats, as `denoise_step` last measured it, or NaN
 
     @classmethod

@@ -18,7 +18,7 @@ void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e) {
   for (const int64_t* id = std::lower_bound(draft.ids, end, first); id < end && *id < first + n;
        ++id) {
     const int64_t column = id - draft.ids;
-    e[*id - first] = weight(draft.row.at(column), column, draft.law);
+    if (*id >= first) e[*id - first] = weight(draft.row.at(column), column, draft.law);
   }
 }
 

@@ -24,8 +24,9 @@ class AdaptiveK:
     Args:
         most: K is at most this; None: the drafter's own block.
         least_chance: in (0, 1).
-        max_entropy: in nats; None: no limit. Positions count that the drafter measured in its first
-            step: diffusion drafters measure all, block diffusion those of its first chunk.
+        max_entropy: in nats; None: no limit. Only positions count that the drafter's first step
+            measured, which are those that it read: all under the orders "analytic", "euler",
+            "entropy" and "confidence" and in one step, else those that it revealed.
 
     Raises:
         ValueError: an argument out of its range.

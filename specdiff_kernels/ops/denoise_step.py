@@ -52,16 +52,18 @@ def denoise_step(
 
     Args:
         draft: as `Draft.masked` makes it or as this function returned it, with the model's new
-            logits in the pool. Positions at or beyond `draft.lengths` stay masked.
+            logits in the rows of masked positions; those of revealed ones are recorded and must
+            not be written again. Positions at or beyond `draft.lengths` stay masked.
         reveal: which positions, see `Reveal`.
-        step: number of this reverse step, recorded as tau; it must grow from call to call. Under
-            `Reveal.all()` it becomes the draft's `final_step`.
+        step: number of this reverse step, recorded as tau; larger than that of every revealed
+            position. Under `Reveal.all()` it becomes the draft's `final_step`.
         temperature, top_k, top_p, min_p: of the draft's law, a number or a tensor [B]; see
             `row_law`. The reveal decision always goes by the model's own law, temperature 1.
         pool_rows: i64 [B, K], row of the pool that holds each position's logits, all different;
             None: b K + i.
         entropies: also measure the entropy of the model's law at each row read, into
-            `draft.entropy`. Taken before any sampling, it may decide how much is drafted.
+            `draft.entropy`. Asked of the first step alone it is taken before any sampling, and may
+            decide how much is drafted.
         seed, round: i64 [B], as in `verify`; position i draws with slot i.
         position: i64 [B], absolute position of the draft's first token, for coupled draws; see
             `verify` and `sample`. Reveal decisions still take `round`.
@@ -85,6 +87,8 @@ def denoise_step(
         >>> whole.tokens.tolist(), whole.tau.tolist()
         ([[1, 0]], [[0, 1]])
     """
+    if not isinstance(draft, Draft):
+        raise TypeError(f"draft: expected a Draft, got {type(draft).__name__}")
     device = device_of("draft.tokens", draft.tokens)
     if draft.tokens.ndim != 2:
         raise ValueError(f"draft.tokens: expected [B, K], got {list(draft.tokens.shape)}")
@@ -94,18 +98,16 @@ def denoise_step(
         raise ValueError("draft.logits: expected the pool of the model's logits, got None")
     R, V = checked.logits.shape
     pool_rows = check_pool_rows(pool_rows, B, K, R, device)
-    if step < 0:
-        raise ValueError(f"step: expected a number >= 0, got {step}")
+    order = check_reveal(reveal, step, checked.tau)
     if position is not None:
         check_tensor("position", position, (B,), INT64, device)
     per_position = 2 if position is None else 1 + V
     check_random(B, device, (B, K, per_position), words, seed=seed, round=round)
-    entropies = entropies or reveal.order is Order.ENTROPY
     args = (
         checked.logits, checked.tokens, checked.tau, checked.rows, *checked.law,
         checked.draft_ids, checked.lengths, pool_rows,
-        int(reveal.order), reveal.lo, reveal.hi, reveal.number,
-        per_sequence(reveal.rate, B, device), step, entropies,
+        int(order), reveal.lo, reveal.hi, reveal.number,
+        per_sequence(reveal.rate, B, device), step, entropies or order is Order.ENTROPY,
         per_row("temperature", temperature, B, device),
         per_row("top_k", top_k, B, device),
         per_row("top_p", top_p, B, device),
@@ -125,10 +127,25 @@ def denoise_step(
         tau=results[1],
         rows=results[2],
         law=RowLaw(*results[3:8]),
-        value_dependent=draft.value_dependent or reveal.order is Order.CONFIDENCE,
-        final_step=step if reveal.order is Order.ALL else draft.final_step,
+        value_dependent=draft.value_dependent or order is Order.CONFIDENCE,
+        final_step=step if order is Order.ALL else draft.final_step,
+        coupled=draft.coupled or position is not None,
         entropy=results[8] if entropies else draft.entropy,
     )
+
+
+def check_reveal(reveal: Reveal, step: int, tau: Tensor) -> Order:
+    """The order of a reveal, which a step later than all of tau [B, K] is to make."""
+    if not isinstance(reveal, Reveal):
+        raise TypeError(f"reveal: expected a Reveal such as Reveal.all(), got {reveal!r}")
+    if not isinstance(step, int) or not 0 <= step < 2**31:
+        raise ValueError(f"step: expected an integer in [0, 2^31), got {step!r}")
+    if tau.numel() and readable(tau) and step <= (latest := int(tau.max())):
+        raise ValueError(
+            f"step: expected more than {latest}, the draft's latest reverse step, got {step}; "
+            "records are judged by their order"
+        )
+    return Order(reveal.order)
 
 
 def check_pool_rows(
@@ -146,6 +163,8 @@ def check_pool_rows(
         least, most = int(pool_rows.min()), int(pool_rows.max())
         if least < 0 or most >= R:
             raise ValueError(f"pool_rows: expected rows in [0, {R}), got {least} to {most}")
+        if len(pool_rows.unique()) < pool_rows.numel():
+            raise ValueError("pool_rows: expected a row for each position, got one twice")
     return pool_rows.contiguous()
 
 

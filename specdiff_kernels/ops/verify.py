@@ -92,8 +92,10 @@ def verify(
     B, positions, V = target_logits.shape
     if positions == 0:
         raise ValueError("target_logits: expected [B, K + 1, V] with K >= 0, got no positions")
-    chosen = choose_record(draft, rule, record)
     draft = check_draft(draft, B, positions - 1, V, device)
+    chosen = choose_record(draft, rule, record)
+    if position is not None and rule != "coupled":
+        raise ValueError(f"position: only the coupled rule takes one, got one under {rule!r}")
     if rule == "coupled":
         check_random(B, device, (B, positions, V), words, seed=seed, position=position)
     else:
@@ -128,25 +130,27 @@ def check_draft(draft: Draft, B: int, K: int, V: int | None, device: torch.devic
 
     V: the target's vocabulary; None: not known here.
     """
+    if not isinstance(draft, Draft):
+        raise TypeError(f"draft: expected a Draft, got {type(draft).__name__}")
     check_tensor("draft.tokens", draft.tokens, (B, K), INT64, device)
     check_tensor("draft.tau", draft.tau, (B, K), (torch.int32,), device)
     check_tensor("draft.rows", draft.rows, (B, K), INT64, device)
     if draft.lengths is not None:
         check_tensor("draft.lengths", draft.lengths, (B,), INT64, device)
     logits, law, ids = draft.logits, draft.law, draft.draft_ids
+    if ids is not None:
+        check_tensor("draft.draft_ids", ids, (None,), INT64, device)
     if (logits is None) != (law is None):
         raise ValueError("draft: expected logits and law together, or neither; got one of them")
     if logits is not None and law is not None:
         Vd = V if ids is None else ids.shape[0]
         logits = check_logits("draft.logits", logits, (None, Vd), device)
         law = check_law("draft.law", law, logits.shape[0], device)
-    if ids is not None:
-        check_tensor("draft.draft_ids", ids, (None,), INT64, device)
-        if readable(ids) and not increasing_ids(ids, V):
-            raise ValueError(
-                f"draft.draft_ids: expected strictly increasing ids in [0, {V or 2**31}), got "
-                "others; sort the columns of the drafter's head once"
-            )
+    if ids is not None and readable(ids) and not increasing_ids(ids, V):
+        raise ValueError(
+            f"draft.draft_ids: expected strictly increasing ids in [0, {V or 2**31}), got others; "
+            "sort the columns of the drafter's head once"
+        )
     tokens, tau, rows, ids, lengths = contiguous(
         draft.tokens, draft.tau, draft.rows, ids, draft.lengths
     )

@@ -234,7 +234,7 @@ def denoisings(draw) -> Denoising:
     reveal = pick(
         Reveal.all(),
         Reveal.chunk(*sorted((draw(st.integers(0, K)), draw(st.integers(0, K))))),
-        Reveal.mdlm(rate),
+        Reveal.mdlm(min(rate, 1.0)),
         Reveal.sedd(pick(rate, torch.rand(B, generator=random, dtype=torch.float64))),
         Reveal.first_hitting(),
         Reveal.lowest_entropy(draw(st.integers(0, K))),

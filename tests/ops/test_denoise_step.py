@@ -210,7 +210,7 @@ def test_lowest_entropy():
     key = {"seed": i64(0), "round": i64(0)}
     exact = torch.distributions.Categorical(logits=logits.double()).entropy()
     for temperature in (0.0, 1.0, 0.3):
-        done = denoise_step(draft, Reveal.lowest_entropy(2), 0, temperature, **key)
+        done = denoise_step(draft, Reveal.lowest_entropy(2), 0, temperature, entropies=True, **key)
         torch.testing.assert_close(done.entropy[0], exact, atol=2e-3, rtol=0)
         order = exact.sort(stable=True).indices[:2].sort().values
         assert (done.tokens[0] >= 0).nonzero()[:, 0].tolist() == order.tolist()
@@ -260,11 +260,22 @@ def test_coupled_draws_are_those_of_sample():
     at = (position[:, None] + torch.arange(3)).flatten()
     drawn = sample(draft.logits, done.law, seed=KEY["seed"].repeat_interleave(3), position=at)
     assert torch.equal(done.tokens.flatten(), drawn)
+    assert done.coupled and not denoise_step(draft, Reveal.all(), 0, **KEY).coupled
     # another round of the drafter draws the same
     later = denoise_step(
         draft, Reveal.all(), 7, position=position, seed=KEY["seed"], round=i64(5, 5)
     )
     assert torch.equal(later.tokens, done.tokens)
+
+
+def test_an_order_by_its_number_is_that_order():
+    draft = fresh()
+    for reveal in (Reveal.all(), Reveal.lowest_entropy(2), Reveal.highest_confidence(2)):
+        by_number = reveal._replace(order=int(reveal.order))
+        have, want = (denoise_step(draft, r, 0, **KEY) for r in (by_number, reveal))
+        assert torch.equal(have.tokens, want.tokens) and have.final_step == want.final_step
+        assert have.value_dependent == want.value_dependent
+    assert want.entropy is None  # measured for the order's sake alone
 
 
 def test_in_place_and_other_pool_rows():
@@ -286,7 +297,13 @@ def test_in_place_and_other_pool_rows():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": -1}, "step: expected a number >= 0, got -1"),
+        ({"step": -1}, r"step: expected an integer in \[0, 2\^31\), got -1"),
+        ({"step": 1.5}, r"step: expected an integer in \[0, 2\^31\), got 1.5"),
+        (
+            {"draft": fresh()._replace(tau=torch.full((2, 4), 3).int()), "step": 3},
+            "step: expected more than 3, the draft's latest reverse step, got 3",
+        ),
+        ({"pool_rows": torch.zeros(2, 4).long()}, "pool_rows: expected a row for each position"),
         ({"pool_rows": torch.full((2, 4), 8)}, r"pool_rows: expected rows in \[0, 8\), got 8 to 8"),
         ({"seed": None}, r"seed: expected a tensor \[2\] int64, got None"),
         ({"words": torch.zeros(2, 4, dtype=torch.int64)}, "words: expected shape"),
@@ -295,17 +312,26 @@ def test_in_place_and_other_pool_rows():
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = {"reveal": Reveal.all(), "step": 0, **KEY} | change
+    arguments = {"draft": fresh(), "reveal": Reveal.all(), "step": 0, **KEY} | change
     with pytest.raises(ValueError, match=message):
-        denoise_step(fresh(), **arguments)
+        denoise_step(**arguments)
 
 
 def test_bad_reveals_are_named():
-    with pytest.raises(ValueError, match="chunk: expected 0 <= lo <= hi"):
-        Reveal.chunk(3, 2)
+    for chunk in ((3, 2), (0, 1.5)):
+        with pytest.raises(ValueError, match="chunk: expected integers 0 <= lo <= hi"):
+            Reveal.chunk(*chunk)
+    with pytest.raises(ValueError, match=r"rate: expected a probability, in \[0, 1\], got 7"):
+        Reveal.mdlm(7)
+    with pytest.raises(
+        TypeError, match=r"reveal: expected a Reveal such as Reveal.all\(\), got 'all'"
+    ):
+        denoise_step(fresh(), "all", 0, **KEY)
+    with pytest.raises(TypeError, match="draft: expected a Draft, got tuple"):
+        denoise_step(tuple(fresh()), Reveal.all(), 0, **KEY)
     with pytest.raises(ValueError, match="rate: expected a number >= 0"):
         Reveal.sedd(-0.5)
-    with pytest.raises(ValueError, match="number: expected a number of positions >= 0"):
+    with pytest.raises(ValueError, match="number: expected how many positions"):
         Reveal.lowest_entropy(-1)
     with pytest.raises(
         ValueError, match=r"expected at least B K = 8 rows, got 7; or pass pool_rows"

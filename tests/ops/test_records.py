@@ -241,3 +241,16 @@ def test_an_earlier_step_behind_a_later_one_is_judged_as_one_hot():
     assert [accepted(at, "one-hot") for at in range(4)] == [0, 0, 0, 0]
     kept = draft._replace(entangled=True)
     assert verify(target, kept, record="entangled", words=words).accepted.item() == 4
+
+
+def test_coupled_drafts_are_bare_guesses_to_the_other_rules():
+    """Their noise is that of their positions, which earlier rounds have seen."""
+    draft = Draft.masked(1, 2, torch.zeros(2, 5))._replace(coupled=True, final_step=0)
+    for rule in ("token", "block", "greedy", "coupled"):
+        assert choose_record(draft, rule, None) is Record.ONE_HOT
+    for record in ("running-max", "final"):
+        with pytest.raises(ValueError, match=r"noise that is never drawn anew.* use 'one-hot'"):
+            choose_record(draft, "token", record)
+    key = {name: torch.zeros(1, dtype=torch.int64) for name in ("seed", "round", "position")}
+    with pytest.raises(ValueError, match="position: only the coupled rule takes one"):
+        verify(torch.zeros(1, 3, 5), draft, **key)

@@ -82,6 +82,7 @@ class Autoregressive:
             logits=pool.view(B * k, -1),
             law=RowLaw(*(field.flatten() for field in law)),
             lengths=lengths,
+            coupled=draws.position is not None,
         )
 
     def _read(self, news: News) -> Tensor:
