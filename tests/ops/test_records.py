@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from specdiff_kernels import RECORDS, RULES, Draft, choose_record, row_law, verify
+from specdiff_kernels import RECORDS, RULES, Draft, Record, choose_record, row_law, verify
 
 from .helpers import LAST_WORD, assert_same, one_hot_draft
 
