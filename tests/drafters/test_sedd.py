@@ -291,3 +291,20 @@ def test_records_to_the_end_of_the_row(network, target, record):
     decoder = Decoder(target, SEDD(network), K, record=record)
     for n in (1, 2, 7):
         assert len(decoder.generate([1, 2], max_new_tokens=n).new_tokens[0]) == n
+
+
+def test_rows_of_one_length_need_no_mask(network, target):
+    """So that flash-attn may be used where it is installed."""
+    masks = []
+
+    class Watched(DDiT):
+        def forward(self, tokens, modulation, mask=None):
+            masks.append(mask)
+            return super().forward(tokens, modulation, mask)
+
+    for prompts in ([[1, 2, 3]], [[1, 2], [3, 4]], [[1, 2, 3], [4]]):
+        masks.clear()
+        decoder = Decoder(target, SEDD(Watched(network.config), steps=1), 2)
+        next(decoder.stream(prompts, max_new_tokens=4))
+        assert len(masks) == 1
+        assert (masks[0] is None) == (len({len(row) for row in prompts}) == 1)
