@@ -141,9 +141,11 @@ def run(case: Case) -> list:
         drafted = raced.view(B, K)
     draft = Draft(drafted, case.tau, case.rows, case.drafted, law, case.draft_ids, case.lengths,
                   **case.record)  # fmt: skip
-    random = {"seed": seed, "round": round, "position": torch.arange(B) * K}
+    random = {"seed": seed, "round": round}
     if case.words is not None:
         random = {"words": case.words}
+    elif case.rule == "coupled":
+        random = {"seed": seed, "position": torch.arange(B) * K}
     verified = verify(case.target, draft, **case.parameters, rule=case.rule, **random)
     committed = commit(
         torch.arange(B), verified.emitted, stop_tokens=torch.arange(0, V, 3),
