@@ -7,7 +7,7 @@
 
 from .backends import BackendError, available_backends, use_backend
 from .ops import commit, denoise_step, row_law, sample, skinny_linear, verify
-from .records import RECORDS, RULES, Record, choose_record
+from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal
 from .types import (
     MAX_VOCABULARY,
@@ -37,6 +37,7 @@ __all__ = [
     "Status",
     "Verified",
     "available_backends",
+    "check_names",
     "check_status",
     "choose_record",
     "commit",

@@ -49,17 +49,8 @@ def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
         >>> choose_record(draft._replace(final_step=3), "token", None).name
         'FINAL'
     """
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    if record is not None and record not in RECORDS:
-        raise ValueError(f"record: expected one of {', '.join(RECORDS)}, got {record!r}")
-    if rule == "coupled":
-        if record is not None:
-            raise ValueError(
-                f"record: the coupled rule compares tokens and uses no q, got {record!r}; leave it"
-            )
-        return Record.ONE_HOT
-    chosen = Record.ONE_HOT if rule == "greedy" else strongest(draft, rule)
+    check_names(rule, record)
+    chosen = Record.ONE_HOT if rule in ("greedy", "coupled") else strongest(draft, rule)
     if record is None:
         return chosen
     reason = reason_against(RECORDS[record], draft, rule)
@@ -67,6 +58,18 @@ def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
         name = {value: key for key, value in RECORDS.items()}[chosen]
         raise ValueError(f"record: {record!r} would bias the output: {reason}; use {name!r}")
     return RECORDS[record]
+
+
+def check_names(rule: str, record: str | None) -> None:
+    """Raise ValueError unless some draft can be judged by this rule and record."""
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if record is not None and record not in RECORDS:
+        raise ValueError(f"record: expected one of {', '.join(RECORDS)}, got {record!r}")
+    if rule == "coupled" and record is not None:
+        raise ValueError(
+            f"record: the coupled rule compares tokens and uses no q, got {record!r}; leave it"
+        )
 
 
 def strongest(draft: Draft, rule: str) -> Record:

@@ -210,7 +210,7 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "a", "--compare", "--no-draft"], "leave out --no-draft"),
         (["--prompt", "a", "--record", "final"], "would bias the output: .* names no final_step"),
         (["--prompt", "a", "--record", "entangled"], "would bias the output: .* the drafter keeps"),
-        (["--prompt", "a", "--rule", "coupled", "--record", "one-hot"], "uses no q: 'one-hot'"),
+        (["--prompt", "a", "--rule", "coupled", "--record", "one-hot"], "uses no q, got 'one-hot'"),
     ],
 )
 def test_user_errors_are_one_line(run, args, message):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdiff_kernels import RECORDS, RULES, Committed, Draft, check_status, commit, verify
+from specdiff_kernels import Committed, Draft, check_names, check_status, commit, verify
 
 from .adaptive import AdaptiveK
 from .drafters.base import Drafter, Draws, News
@@ -346,15 +346,6 @@ def generate(
         target = Target(target)
     decoder = Decoder(target, drafter, k, rule, record=record, backend=backend, tokenizer=tokenizer)
     return decoder.generate(input_ids, **options)
-
-
-def check_names(rule: str, record: str | None) -> None:
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if record is not None and record not in RECORDS:
-        raise ValueError(f"record must be one of {', '.join(RECORDS)}, got {record!r}")
-    if rule == "coupled" and record is not None:
-        raise ValueError(f"record must be None under the coupled rule, which uses no q: {record!r}")
 
 
 def check_drafter(target: Target, drafter: Drafter, k: int) -> None:

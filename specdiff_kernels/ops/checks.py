@@ -82,11 +82,12 @@ PARAMETERS = {
     "top_k": (torch.int64, "an integer >= 0 (0: off)", lambda x: x >= 0 and x == int(x)),
     "top_p": (torch.float32, "a number in (0, 1]", lambda x: 0 < x <= 1),
     "min_p": (torch.float32, "a number in [0, 1]", lambda x: 0 <= x <= 1),
+    "rate": (torch.float64, "a number >= 0", lambda x: x >= 0),
 }  # fmt: skip
 
 
 def per_row(name: str, value: float | Tensor | None, N: int, device: torch.device) -> Tensor | None:
-    """A sampling parameter as a tensor [N]; None stays None. Numbers are checked here, the
+    """A parameter as a tensor [N]; None stays None. Numbers are checked here, the
     entries of a tensor by the kernel, through the row's status."""
     if value is None:
         return None

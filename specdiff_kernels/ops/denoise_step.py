@@ -107,7 +107,7 @@ def denoise_step(
         checked.logits, checked.tokens, checked.tau, checked.rows, *checked.law,
         checked.draft_ids, checked.lengths, pool_rows,
         int(order), reveal.lo, reveal.hi, reveal.number,
-        per_sequence(reveal.rate, B, device), step, entropies or order is Order.ENTROPY,
+        per_row("rate", reveal.rate, B, device), step, entropies or order is Order.ENTROPY,
         per_row("temperature", temperature, B, device),
         per_row("top_k", top_k, B, device),
         per_row("top_p", top_p, B, device),
@@ -166,13 +166,6 @@ def check_pool_rows(
         if len(pool_rows.unique()) < pool_rows.numel():
             raise ValueError("pool_rows: expected a row for each position, got one twice")
     return pool_rows.contiguous()
-
-
-def per_sequence(rate: float | Tensor, B: int, device: torch.device) -> Tensor:
-    """A reveal rate as f64 [B]."""
-    if isinstance(rate, Tensor):
-        return check_tensor("rate", rate, (B,), (torch.float64,), device).contiguous()
-    return torch.full((B,), rate, dtype=torch.float64, device=device)
 
 
 def _outputs(logits: Tensor, tokens: Tensor, *_: Any) -> Outputs:
