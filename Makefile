@@ -1,4 +1,4 @@
-# make demo | test | lint | bench. Each makes .venv and installs what it needs.
+# make demo | test | lint | bench | gpu. Each but the last makes .venv and installs what it needs.
 #   make test TORCH=torch==2.13.0                  PyPI's torch (CUDA on Linux) instead of the CPU one
 #   make test PYTHON=python3.12 VENV=.venv312      another interpreter
 PYTHON ?= python3
@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/specdiff generate --prompt "$(PROMPT)" --compare
@@ -33,6 +33,11 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_end_to_end.py
 
+# On a machine with a GPU: what is installed there is used as it is.
+gpu:
+	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) benchmarks/bench_gpu.py
+
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info specdiff_kernels/*.so
 
@@ -41,6 +46,7 @@ $(VENV)/torch.txt: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --retries 1 $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@.part
+	$(BIN)/python -c 'import triton' 2> /dev/null || grep '^triton' constraints.txt >> $@.part
 	mv $@.part $@
 
 # What the benchmarks compare with; a peer that does not install is reported, not fatal.

@@ -5,7 +5,7 @@
 `python -m specdiff_kernels` prints which backends run here.
 """
 
-from .backends import BackendError, available_backends, use_backend
+from .backends import BackendError, available_backends, use_backend, workspace_size
 from .ops import commit, denoise_step, row_law, sample, skinny_linear, verify
 from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal
@@ -47,4 +47,5 @@ __all__ = [
     "skinny_linear",
     "use_backend",
     "verify",
+    "workspace_size",
 ]

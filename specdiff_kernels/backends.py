@@ -10,14 +10,19 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
 logger = logging.getLogger("specdiff_kernels")
 
 # in order of preference on each device
-ORDER = {"cpu": ("cpp", "reference"), "cuda": ("reference",)}
-NAMES = ("cpp", "reference")
+ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
+NAMES = ("cpp", "triton", "reference")
+REMEDIES = {
+    "cpp": "reinstall with: pip install --force-reinstall .",
+    "triton": "install it with: pip install triton",
+}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 
 
@@ -40,16 +45,24 @@ def check_name(name: str, source: str) -> str:
     return name
 
 
-def reason_against(name: str, device: str) -> str | None:
-    """Why backend `name` cannot run on `device`; None if it can."""
-    if name not in ORDER.get(device, ("reference",)):
+def reason_against(name: str, device: str, op: str = "verify") -> str | None:
+    """Why backend `name` cannot run `op` on `device`; None if it can."""
+    if name == "triton" and device == "cpu":
+        if not interprets_triton():
+            return "it runs on cpu tensors under Triton's interpreter alone: set TRITON_INTERPRET=1"
+    elif name not in ORDER.get(device, ("reference",)):
         return f"it does not run on {device} tensors"
     module = load(name)
     if isinstance(module, BackendError):
         return str(module)
     if isinstance(module, Exception):
-        return f"it did not load ({module}); reinstall with: pip install --force-reinstall ."
-    return None
+        return f"it did not load ({module}); {REMEDIES[name]}"
+    return None if hasattr(module, op) else f"it has no {op}"
+
+
+def interprets_triton() -> bool:
+    """Whether Triton's kernels are interpreted, which is decided when they are loaded."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def available_backends(device: str = "cpu") -> dict[str, str | None]:
@@ -89,21 +102,21 @@ def requested(name: str | None) -> str | None:
 
 
 @cache
-def find(op: str, device: str, forced: str | None) -> Callable[..., None]:
+def find(op: str, device: str, forced: str | None) -> Callable[..., Any]:
     """The function that runs `op` on a type of device; the choice is made once.
 
     Raises:
         BackendError: no backend, or not the one asked for, runs there.
     """
     if forced is not None:
-        if reason := reason_against(forced, device):
+        if reason := reason_against(forced, device, op):
             raise BackendError(f"backend {forced!r} was asked for, but {reason}")
         return getattr(load(forced), op)
     skipped: dict[str, str] = {}
     for candidate in ORDER.get(device, ("reference",)):
         if isinstance(fault := load(candidate), BackendError):
             raise fault  # a wrong setting is no reason to fall back
-        reason = reason_against(candidate, device)
+        reason = reason_against(candidate, device, op)
         if reason is None:
             for failed, why in skipped.items():
                 logger.warning("backend %s is not used for %s: %s", failed, op, why)
@@ -112,6 +125,23 @@ def find(op: str, device: str, forced: str | None) -> Callable[..., None]:
     raise BackendError(f"no backend runs on {device} tensors: {skipped}")
 
 
-def implementation(op: str, device: torch.device, name: str | None) -> Callable[..., None]:
+def workspace_size(rows: int, V: int, *, device: str = "cuda", backend: str | None = None) -> int:
+    """int64 words of scratch for an op over `rows` rows of V logits; 0: none is taken.
+
+    `row_law` and `sample` work on N rows, `denoise_step` on B K, `verify` on B (K + 1). A workspace
+    that is large enough may serve one call after another on the same stream; its contents need not
+    be set.
+
+    Raises:
+        BackendError: no backend, or not the one asked for, runs there.
+
+    Example:
+        >>> workspace_size(9, 50257, device="cpu", backend="reference")
+        0
+    """
+    return find("workspace_size", device, requested(backend))(rows, V)
+
+
+def implementation(op: str, device: torch.device, name: str | None) -> Callable[..., Any]:
     """The function that runs `op` on `device`, with the backend asked for or the best one."""
     return find(op, device.type, requested(name))

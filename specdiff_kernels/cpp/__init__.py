@@ -12,7 +12,15 @@ from .sample import sample
 from .skinny_linear import skinny_linear
 from .verify import verify
 
-__all__ = ["commit", "denoise_step", "row_law", "sample", "skinny_linear", "verify"]
+__all__ = [
+    "commit",
+    "denoise_step",
+    "row_law",
+    "sample",
+    "skinny_linear",
+    "verify",
+    "workspace_size",
+]
 
 if isa := os.environ.get("SPECDIFF_CPU_ISA"):
     if isa not in _C.supported_isas():
@@ -21,3 +29,8 @@ if isa := os.environ.get("SPECDIFF_CPU_ISA"):
             "which this processor has"
         )
     _C.use_isa(isa)
+
+
+def workspace_size(rows: int, V: int) -> int:
+    """No workspace is taken."""
+    return 0

@@ -126,6 +126,17 @@ def check_purpose(purpose: int) -> int:
     return int(purpose)
 
 
+def check_workspace(workspace: Tensor | None, out: Any, device: torch.device) -> None:
+    """Raise unless a workspace is int64 [n] and comes with outputs; its size is the backend's."""
+    if workspace is None:
+        return
+    check_tensor("workspace", workspace, (None,), INT64, device)
+    if out is None:
+        raise ValueError("workspace: expected `out` with it, got None; allocate the outputs too")
+    if not workspace.is_contiguous():
+        raise ValueError("workspace: expected contiguous memory, got a strided view")
+
+
 def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Each tensor with contiguous memory; None stays None."""
     return tuple(t if t is None else t.contiguous() for t in tensors)

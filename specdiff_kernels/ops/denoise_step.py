@@ -14,6 +14,7 @@ from .checks import (
     INT64,
     check_random,
     check_tensor,
+    check_workspace,
     contiguous,
     device_of,
     per_row,
@@ -40,6 +41,7 @@ def denoise_step(
     words: Tensor | None = None,
     backend: str | None = None,
     out: Draft | None = None,
+    workspace: Tensor | None = None,
 ) -> Draft:
     """Reveal some masked positions of a draft: decide which, draw their tokens, record the laws.
 
@@ -69,7 +71,8 @@ def denoise_step(
             `verify` and `sample`. Reveal decisions still take `round`.
         words: i64 [B, K, 2], the words of each reveal decision and each token, in place of seed and
             round; first-hitting takes [:, 0, 0]. Coupled: [B, K, 1 + V].
-        backend, out: as in `row_law`; `out` may be `draft` itself if it has a law and an entropy.
+        backend, out, workspace: as in `row_law`; `out` may be `draft` itself if it has a law and an
+            entropy.
 
     Returns:
         the Draft. `check_status(draft.law.status)` tells whether a row read had no law; its
@@ -115,13 +118,14 @@ def denoise_step(
         *contiguous(seed, round, position, words),
         backend,
     )  # fmt: skip
+    check_workspace(workspace, out, device)
     if out is None:
         results = OP.functional(*args)
     else:
         if out.law is None or out.entropy is None:
             raise ValueError("out: expected a Draft with law and entropy, got None")
         results = (out.tokens, out.tau, out.rows, *out.law, out.entropy)
-        OP.into(*args, *results)
+        OP.into(*args, workspace, *results)
     return draft._replace(
         tokens=results[0],
         tau=results[1],
@@ -193,4 +197,5 @@ OP = define(
     ("tokens", "tau", "rows", *RowLaw._fields, "entropy"),
     _outputs,
     _call,
+    workspace=True,
 )

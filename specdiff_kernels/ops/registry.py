@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ def define(
     outputs: Sequence[str],
     specs: Callable[..., Outputs],
     call: Callable[..., None],
+    *,
+    workspace: bool = False,
 ) -> Op:
     """Register `specdiff::name` and `specdiff::name.out`.
 
@@ -61,6 +64,7 @@ def define(
         outputs: names of the output tensors.
         specs: inputs -> shape and dtype of each output.
         call: (backend function, inputs, outputs) -> None, fills the outputs.
+        workspace: whether the `out` form takes one, behind the backend's name.
 
     Returns:
         Both forms; they go through PyTorch's dispatcher where something watches it.
@@ -70,13 +74,17 @@ def define(
     mutable = ", ".join(f"Tensor({a}!) {o}" for a, o in zip(aliases, outputs, strict=True))
     results = ", ".join(["Tensor"] * len(outputs))
     LIBRARY.define(f"{name}({inputs}) -> ({results})")
-    LIBRARY.define(f"{name}.out({inputs}, {mutable}) -> ()")
+    scratch = ", Tensor(z!)? workspace" if workspace else ""
+    LIBRARY.define(f"{name}.out({inputs}{scratch}, {mutable}) -> ()")
 
     def allocate(*args: Any) -> tuple[Tensor, ...]:
         return tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in specs(*args[:-1]))
 
-    def run(args: Sequence[Any], out: Sequence[Tensor]) -> None:
-        function = implementation(name, out[0].device, args[-1])
+    def run(args: Sequence[Any], out: Sequence[Tensor], given: Tensor | None = None) -> None:
+        device, backend = out[0].device, args[-1]
+        function = implementation(name, device, backend)
+        if given is not None and implementation("workspace_size", device, backend)(1, 1):
+            function = functools.partial(function, workspace=given)
         call(function, *args[:-1], out=out)
 
     def functional(*args: Any) -> Any:
@@ -86,11 +94,14 @@ def define(
 
     def into(*args: Any) -> None:
         inputs, out = args[: -len(outputs)], args[-len(outputs) :]
+        given = None
+        if workspace:
+            inputs, given = inputs[:-1], inputs[-1]
         for field, tensor, (shape, dtype) in zip(outputs, out, specs(*inputs[:-1]), strict=True):
             check_tensor(f"out.{field}", tensor, tuple(shape), (dtype,), args[0].device)
             if not tensor.is_contiguous():
                 raise ValueError(f"out.{field}: expected contiguous memory, got a strided view")
-        run(inputs, out)
+        run(inputs, out, given)
 
     def fake(*args: Any) -> Any:
         out = allocate(*args)

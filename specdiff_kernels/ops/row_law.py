@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..types import LAW_DTYPES, RowLaw
-from .checks import check_logits, device_of, per_row
+from .checks import check_logits, check_workspace, device_of, per_row
 from .registry import Outputs, define
 
 
@@ -21,6 +21,7 @@ def row_law(
     *,
     backend: str | None = None,
     out: RowLaw | None = None,
+    workspace: Tensor | None = None,
 ) -> RowLaw:
     """Reduce rows of logits to integer laws: all that later ops need beside the logits.
 
@@ -37,6 +38,7 @@ def row_law(
         min_p: a number or f32 [N] in [0, 1], relative to the largest probability.
         backend: force one; see `available_backends`.
         out: a RowLaw to write into.
+        workspace: with `out`, scratch to use in place of an allocation; see `workspace_size`.
 
     Returns:
         RowLaw of [N] tensors. A row without a law (NaN, +inf, all -inf, a parameter tensor's entry
@@ -62,8 +64,9 @@ def row_law(
         per_row("min_p", min_p, N, device),
         backend,
     )
+    check_workspace(workspace, out, device)
     if out is not None:
-        OP.into(*args, *out)
+        OP.into(*args, workspace, *out)
         return out
     return RowLaw(*OP.functional(*args))
 
@@ -83,4 +86,5 @@ OP = define(
     RowLaw._fields,
     _outputs,
     _call,
+    workspace=True,
 )

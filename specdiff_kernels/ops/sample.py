@@ -16,6 +16,7 @@ from .checks import (
     check_purpose,
     check_random,
     check_tensor,
+    check_workspace,
     contiguous,
     device_of,
 )
@@ -37,6 +38,7 @@ def sample(
     draft_ids: Tensor | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Draw one token per row by integer inverse CDF: the first v with e_0 + ... + e_v > r.
 
@@ -55,7 +57,7 @@ def sample(
         words: i64 [N], the random 64-bit words themselves, in place of seed and round. With
             `position`: [N, V], one for each column.
         draft_ids: i64 [V], token ids of the columns when the rows cover a reduced vocabulary.
-        backend, out: as in `row_law`.
+        backend, out, workspace: as in `row_law`.
 
     Returns:
         i64 [N] token ids, -1 where the row has no law.
@@ -89,8 +91,9 @@ def sample(
         logits, *law, seed, round, slot, check_purpose(purpose), position, words, draft_ids,
         backend,
     )  # fmt: skip
+    check_workspace(workspace, out, device)
     if out is not None:
-        OP.into(*args, out)
+        OP.into(*args, workspace, out)
         return out
     return OP.functional(*args)
 
@@ -110,4 +113,5 @@ OP = define(
     ["tokens"],
     _outputs,
     _call,
+    workspace=True,
 )

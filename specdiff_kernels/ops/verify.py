@@ -16,6 +16,7 @@ from .checks import (
     check_logits,
     check_random,
     check_tensor,
+    check_workspace,
     contiguous,
     device_of,
     per_row,
@@ -40,6 +41,7 @@ def verify(
     words: Tensor | None = None,
     backend: str | None = None,
     out: Verified | None = None,
+    workspace: Tensor | None = None,
 ) -> Verified:
     """Verify K drafted tokens of each sequence against the target's logits.
 
@@ -70,7 +72,7 @@ def verify(
             the coupled rule.
         words: i64 [B, K + 1] random words in place of seed and round: one for each acceptance,
             the last for the token that ends the round. Coupled: [B, K + 1, V], one for each token.
-        backend, out: as in `row_law`.
+        backend, out, workspace: as in `row_law`.
 
     Returns:
         Verified(accepted i64 [B], emitted i64 [B, K + 1] padded with -1, status i32 [B]).
@@ -119,8 +121,9 @@ def verify(
         *contiguous(seed, round, position, words),
         backend,
     )
+    check_workspace(workspace, out, device)
     if out is not None:
-        OP.into(*args, *out)
+        OP.into(*args, workspace, *out)
         return out
     return Verified(*OP.functional(*args))
 
@@ -187,4 +190,5 @@ OP = define(
     Verified._fields,
     _outputs,
     _call,
+    workspace=True,
 )

@@ -7,4 +7,17 @@ from .sample import sample
 from .skinny_linear import skinny_linear
 from .verify import verify
 
-__all__ = ["commit", "denoise_step", "row_law", "sample", "skinny_linear", "verify"]
+__all__ = [
+    "commit",
+    "denoise_step",
+    "row_law",
+    "sample",
+    "skinny_linear",
+    "verify",
+    "workspace_size",
+]
+
+
+def workspace_size(rows: int, V: int) -> int:
+    """No workspace is taken."""
+    return 0

@@ -1,0 +1,162 @@
+"""The exact sampling law on a GPU: weights, random words, accept rule, logarithm.
+
+Every float operation is one IEEE operation: kernels are launched with `enable_fp_fusion=False`,
+divide fp32 by `tl.div_rn`, and call no other function of a maths library than `floor`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from ..reference.numerics import ARTANH_TERMS, EXP_DEGREE, SQRT_HALF
+from ..types import Purpose
+
+ONE = tl.constexpr(1 << 44)  # the weight of a row's largest logit
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+SQRT_HALF_BITS = tl.constexpr(SQRT_HALF)
+ARTANH = tl.constexpr(tuple(1.0 / n for n in ARTANH_TERMS))
+LAST_OF_ARTANH = tl.constexpr(len(ARTANH_TERMS) - 1)
+EXPONENTIAL = tl.constexpr(tuple(1.0 / math.factorial(n) for n in range(EXP_DEGREE, -1, -1)))
+LAST_OF_EXPONENTIAL = tl.constexpr(EXP_DEGREE)
+COUPLED = tl.constexpr(int(Purpose.COUPLED))
+
+
+@triton.jit
+def exp2_weight(t):
+    """floor(2^(t + 44)) of t <= 0 (f32), up to the polynomial's error. -> i64"""
+    t = tl.where(t > -9.313225746154785e-10, 0.0, t)  # -2^-30
+    t = tl.maximum(t, -46.0)  # all weights there are 0
+    n = tl.floor(t)
+    f = t - n
+    p = f * 0.0018671302
+    p = (p + 0.00901703) * f
+    p = (p + 0.055799913) * f
+    p = (p + 0.24016444) * f
+    p = (p + 0.6931513) * f
+    p = p + 1.0
+    mantissa = p.to(tl.int32, bitcast=True) - 0x3F000000  # p 2^23, as 1 <= p < 2
+    return (mantissa.to(tl.int64) << 21) >> (-n).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def weight(l, column, law):
+    """Integer weight of a column with logit l under a law without fault. -> i64"""
+    e = exp2_weight((l - law.max) * law.scale)
+    e = tl.where(e < law.threshold, 0, e)
+    return tl.where(law.scale == 0, tl.where(column == law.threshold, ONE, 0), e)
+
+
+@triton.jit
+def inverse(total):
+    return 1.0 / total.to(tl.float64)
+
+
+@triton.jit
+def probability(e, inverse_total):
+    return e.to(tl.float64) * inverse_total
+
+
+@triton.jit
+def unit(word):
+    """u = (word >> 11) 2^-53, f64 in [0, 1)."""
+    return ((word >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16
+
+
+@triton.jit
+def excess(p, q):
+    """int(max(p - q, 0) 2^60). f64 -> i64"""
+    return (tl.maximum(p - q, 0.0) * 1152921504606846976.0).to(tl.int64)
+
+
+@triton.jit
+def mulhi(word, total):
+    """High 64 bits of the 128-bit product of unsigned `word` and total < 2^63."""
+    high = tl.umulhi(word.to(tl.uint64, bitcast=True), total.to(tl.uint64, bitcast=True))
+    return high.to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def join_halves(low, high):
+    """Two u32 as the int64 pattern of one word."""
+    return (low.to(tl.uint64) | (high.to(tl.uint64) << 32)).to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def random_word(seed, slot, round, purpose, step):
+    """The word of (seed, slot, round, purpose, step). -> i64"""
+    slot, round = tl.cast(slot, tl.uint32), tl.cast(round, tl.uint32)
+    purpose, step = tl.cast(purpose, tl.uint32), tl.cast(step, tl.uint32)
+    low, high, _, _ = tl.philox(seed, slot, round, purpose, step)
+    return join_halves(low, high)
+
+
+@triton.jit
+def race_words(seed, position, ids):
+    """The words of token ids i64 [n] at a sequence's absolute position. -> i64 [n]"""
+    zero = ids.to(tl.uint32) * 0
+    c0, c1, c2, c3 = tl.philox(
+        seed, (ids >> 1).to(tl.uint32), position.to(tl.uint32) + zero, zero + COUPLED, zero
+    )
+    return tl.where((ids & 1) == 0, join_halves(c0, c1), join_halves(c2, c3))
+
+
+@triton.jit
+def log(x):
+    """Natural logarithm of positive normal numbers, f64; as the reference computes it."""
+    bits = x.to(tl.int64, bitcast=True)
+    k = (bits - SQRT_HALF_BITS) >> 52
+    z = (bits - (k << 52)).to(tl.float64, bitcast=True)
+    s = (z - 1.0) / (z + 1.0)
+    w = s * s
+    p = w * ARTANH[0]
+    for i in tl.static_range(1, LAST_OF_ARTANH):
+        p = (p + ARTANH[i]) * w
+    p = (p + ARTANH[LAST_OF_ARTANH]) * (s + s)
+    return k.to(tl.float64) * LN_2 + p
+
+
+@triton.jit
+def exp2(t):
+    """2^t in f64 for t cut to [-1000, 1000]; as the reference computes it."""
+    t = tl.minimum(tl.maximum(t, -1000.0), 1000.0)
+    n = tl.floor(t)
+    y = (t - n) * LN_2
+    p = y * EXPONENTIAL[0]
+    for i in tl.static_range(1, LAST_OF_EXPONENTIAL):
+        p = (p + EXPONENTIAL[i]) * y
+    p = p + EXPONENTIAL[LAST_OF_EXPONENTIAL]
+    return p * ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def exponential(word):
+    """E = -ln u, u = ((word >> 11) + 1) 2^-53 in (0, 1], f64."""
+    u = (((word >> 11) & 0x1FFFFFFFFFFFFF) + 1).to(tl.float64) * 1.1102230246251565e-16
+    return 0.0 - log(u)
+
+
+@triton.jit
+def mean_exp(law, V):
+    """m = (1/V) sum_v exp(l_v) from the untruncated law at temperature 1. -> f64"""
+    share = law.total.to(tl.float64) * 5.684341886080802e-14  # 2^-44
+    share = share / tl.full([], V, tl.float64)
+    return exp2(law.max.to(tl.float64) * LOG2_E) * share
+
+
+@triton.jit
+def spread(l, law):
+    """e in units of 2^16 times -log2 of e / 2^44 in units of 2^-10. -> i64"""
+    t = tl.maximum((l - law.max) * law.scale, -46.0)
+    return (exp2_weight(t) >> 16) * (-t * 1024.0).to(tl.int32).to(tl.int64)
+
+
+@triton.jit
+def entropy(spread, total):
+    """Entropy in nats from the sum of a row's spreads."""
+    Z = total.to(tl.float64)
+    mean = spread.to(tl.float64) / Z * (64.0 * LN_2)
+    return log(Z * 5.684341886080802e-14) + mean

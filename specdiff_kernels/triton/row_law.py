@@ -1,0 +1,62 @@
+"""Row law: logits -> max, scale, threshold, total, status."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import RowLaw
+from .arguments import ARRIVED, Logits, Parameters, Split, launch, scratch
+from .row import (
+    OK,
+    area_of,
+    arrives_last,
+    begin_law,
+    end_law,
+    store_tile_max,
+    store_tile_sums,
+    write_law,
+)
+
+
+def row_law(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    *,
+    out: RowLaw,
+    workspace: Tensor | None = None,
+) -> None:
+    N, V = logits.shape
+    rows, device = Logits.of(logits), logits.device
+    parameters = Parameters(temperature, top_k, top_p, min_p)
+    workspace = scratch(workspace, N, V, device)
+    split = Split.of(V, whole=parameters.selects)
+    launch(maxima, N * split.tiles, device, rows, workspace, TILE=split.tile)
+    launch(sums, N * split.parts, device, rows, parameters, out, workspace, split.parts,
+           maxnreg=split.maxnreg, **split.constants)  # fmt: skip
+
+
+@triton.jit
+def maxima(logits, workspace, TILE: tl.constexpr):
+    tiles = tl.cdiv(logits.V, TILE)
+    row, tile = tl.program_id(0).to(tl.int64) // tiles, tl.program_id(0) % tiles
+    area = area_of(workspace, row, tiles)
+    tl.store(area + ARRIVED, 0)
+    store_tile_max(area, logits.data + row * logits.row_stride, logits.V, tile, TILE)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sums(logits, parameters, out, workspace, parts, TILE: tl.constexpr, TILES: tl.constexpr):
+    tiles = tl.cdiv(logits.V, TILE)
+    index, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
+    area, row = area_of(workspace, index, tiles), logits.data + index * logits.row_stride
+    law = begin_law(area, row, logits.V, parameters, index, tiles, TILE, TILES)
+    if law.status == OK:
+        first, last = part * tiles // parts, (part + 1) * tiles // parts
+        store_tile_sums(area, row, logits.V, law, first, last, tiles, TILE)
+    if arrives_last(area + ARRIVED, parts):
+        write_law(out, index, end_law(area, law, tiles, TILE, TILES))
