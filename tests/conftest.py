@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.ops import interpreter
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton's kernels are loaded
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full-sizes", action="store_true", help="do not cut what is interpreted")
+
+
+def pytest_configure(config):
+    interpreter.FULL = config.getoption("--full-sizes")
 
 
 @pytest.fixture(scope="session")

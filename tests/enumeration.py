@@ -12,6 +12,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from specdiff_kernels import use_backend
+from tests.ops.interpreter import is_slow
+
 WORDS = 2**64
 
 
@@ -24,7 +27,22 @@ def first_word(changed: Callable[[Tensor], Tensor], n: int) -> list[int]:
     """For each of n independent draws the smallest word at which `changed` holds, or 2^64.
 
     changed: int64 patterns [n] -> bool [n], False below some word and True from there on.
+
+    Interpreted ops are slow: there the reference finds the words, and the op in question has to
+    change at each of them.
     """
+    if not is_slow():
+        return bisect(changed, n)
+    with use_backend("reference"):
+        words = bisect(changed, n)
+    before = changed(patterns([max(word - 1, 0) for word in words])).tolist()
+    there = changed(patterns([min(word, WORDS - 1) for word in words])).tolist()
+    assert before == [word == 0 for word in words]
+    assert there == [word < WORDS for word in words]
+    return words
+
+
+def bisect(changed: Callable[[Tensor], Tensor], n: int) -> list[int]:
     low, high = [0] * n, [WORDS] * n
     for _ in range(64):
         middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]

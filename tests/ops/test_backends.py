@@ -20,6 +20,7 @@ from specdiff_kernels import (
     backends,
     denoise_step,
     row_law,
+    skinny_linear,
     use_backend,
     verify,
 )
@@ -79,7 +80,7 @@ def test_argument_beats_block_beats_environment(ran, monkeypatch):
 
 @pytest.mark.parametrize("force", ["argument", "block", "environment"])
 def test_unknown_names(force, monkeypatch):
-    with pytest.raises(BackendError, match="expected one of cpp, reference"):
+    with pytest.raises(BackendError, match="expected one of cpp, triton, reference"):
         if force == "argument":
             row_law(LOGITS, backend="cuda-12")
         elif force == "block":
@@ -88,6 +89,29 @@ def test_unknown_names(force, monkeypatch):
         else:
             monkeypatch.setenv("SPECDIFF_BACKEND", "cuda-12")
             row_law(LOGITS)
+
+
+def test_triton_is_the_default_on_a_gpu(monkeypatch, caplog):
+    pytest.importorskip("triton", reason="triton is not installed")
+    function = backends.find("verify", "cuda", None)
+    assert function.__module__ == "specdiff_kernels.triton.verify"
+    original = backends.load
+    missing = ModuleNotFoundError("No module named 'triton'")
+    monkeypatch.setattr(backends, "load", lambda n: missing if n == "triton" else original(n))
+    with caplog.at_level(logging.WARNING, "specdiff_kernels"):
+        function = backends.find("sample", "cuda", None)
+    assert function.__module__ == "specdiff_kernels.reference.sample"
+    assert "install it with: pip install triton" in caplog.text
+
+
+def test_what_triton_cannot_do_is_said(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="under Triton's interpreter alone: set TRITON_INTERPR"):
+        row_law(LOGITS, backend="triton")
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match="'triton' was asked for, but it has no skinny_linear"):
+        skinny_linear(LOGITS, LOGITS, backend="triton")
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -24,9 +26,13 @@ from specdiff_kernels import (
 from tests.enumeration import first_word
 
 from .conftest import IMPLEMENTATIONS, forced
-from .helpers import assert_same
+from .helpers import LAST_WORD, assert_same
+from .interpreter import sized
 
 EXAMPLES = int(os.environ.get("SPECDIFF_EXAMPLES", "300"))
+INTERPRETED = EXAMPLES if torch.cuda.is_available() else EXAMPLES // 20
+NATIVE = [name for name in IMPLEMENTATIONS[1:] if isinstance(name, str)]
+TRITON = IMPLEMENTATIONS[-1:]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -110,6 +116,16 @@ def cases(draw) -> Case:
     )
 
 
+@contextmanager
+def cut_into_tiles(V: int, number: int) -> Iterator[None]:
+    """Triton's tiles made smaller, so that short rows have some."""
+    arguments = pytest.importorskip("specdiff_kernels.triton.arguments")
+    tile = max(16, 1 << (-(-V // number) - 1).bit_length())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(arguments, "TILE", tile)
+        yield
+
+
 def repeat(parameters: dict[str, Tensor | None], times: int) -> dict[str, Tensor | None]:
     return {k: v if v is None else v.repeat_interleave(times) for k, v in parameters.items()}
 
@@ -154,10 +170,22 @@ def run(case: Case) -> list:
     return [target_law, law, (tokens, keyed, raced), verified, committed]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("implementation", NATIVE)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(case=cases())
 def test_same_bits(implementation, case):
+    check_same_bits(implementation, case)
+
+
+@pytest.mark.parametrize("implementation", TRITON)
+@settings(max_examples=INTERPRETED, deadline=None)
+@given(case=cases(), tiles=st.sampled_from([1, 3, 8]))
+def test_same_bits_by_triton(implementation, case, tiles):
+    with cut_into_tiles(case.target.shape[-1], tiles):
+        check_same_bits(implementation, case)
+
+
+def check_same_bits(implementation: str, case: Case) -> None:
     with use_backend("reference"):
         expected = run(case)
     with forced(implementation):
@@ -173,6 +201,7 @@ def test_same_bits(implementation, case):
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 @pytest.mark.parametrize("V", [50257, 50258, 151936])
 def test_same_bits_at_full_size(implementation, V, rule):
+    skip_if_interpreted(implementation)
     random = torch.Generator().manual_seed(V)
     target = torch.randn(2, 4, V, generator=random).mul(3).bfloat16()
     drafted = target[:, :3].reshape(6, V) + torch.randn(6, V, generator=random)
@@ -191,6 +220,31 @@ def test_same_bits_at_full_size(implementation, V, rule):
         result = run(case)
     assert_same(expected[0], result[0])
     assert_same(expected[3], result[3])
+
+
+def skip_if_interpreted(implementation: str) -> None:
+    with forced(implementation):
+        if sized(1, interpreted=0) == 0:
+            pytest.skip("minutes under Triton's interpreter; run with --full-sizes")
+
+
+@pytest.mark.parametrize("implementation", TRITON)
+def test_same_bits_of_a_whole_vocabulary_by_triton(implementation):
+    """Untruncated, so that it can be interpreted."""
+    random = torch.Generator().manual_seed(3)
+    target = torch.randn(1, 2, 50257, generator=random).mul(3).bfloat16()
+    pool = target[0, :1] + torch.randn(1, 50257, generator=random)
+    token = (pool - target[0, :1]).argmax().view(1, 1)
+    nothing = torch.zeros_like(token)
+    words = torch.tensor([[LAST_WORD, 2**61]])  # rejected, then a draw from the residual
+    results = []
+    for name in ("reference", implementation):
+        with forced(name):
+            draft = Draft(token, nothing.int(), nothing, pool, row_law(pool))
+            results.append((draft.law, verify(target, draft, words=words)))
+    for a, b in zip(*results, strict=True):
+        assert_same(a, b)
+    assert results[0][1].accepted.item() == 0
 
 
 @dataclass
@@ -264,10 +318,22 @@ def tensors_of(draft: Draft) -> list[Tensor]:
     return [draft.tokens, draft.tau, draft.rows, *draft.law, *entropy]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("implementation", NATIVE)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(case=denoisings())
 def test_same_bits_of_a_reverse_step(implementation, case):
+    check_same_step(implementation, case)
+
+
+@pytest.mark.parametrize("implementation", TRITON)
+@settings(max_examples=INTERPRETED * 2, deadline=None)
+@given(case=denoisings(), tiles=st.sampled_from([1, 3, 8]))
+def test_same_bits_of_a_reverse_step_by_triton(implementation, case, tiles):
+    with cut_into_tiles(case.draft.logits.shape[-1], tiles):
+        check_same_step(implementation, case)
+
+
+def check_same_step(implementation: str, case: Denoising) -> None:
     with use_backend("reference"):
         expected = tensors_of(denoise_step(case.draft, case.reveal, 3, **case.options))
     with forced(implementation):
@@ -284,6 +350,7 @@ def test_same_bits_of_a_reverse_step(implementation, case):
     ids=lambda reveal: reveal.order.name,
 )
 def test_same_bits_of_a_reverse_step_at_full_size(implementation, reveal):
+    skip_if_interpreted(implementation)
     random = torch.Generator().manual_seed(2)
     pool = torch.randn(12, 50258, generator=random).mul(3).bfloat16()
     draft = Draft.masked(2, 6, pool[:, :50257])
@@ -298,7 +365,7 @@ def test_same_bits_of_a_reverse_step_at_full_size(implementation, reveal):
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("implementation", NATIVE)
 def test_threads_do_not_matter(implementation):
     logits = torch.randn(64, 5000)
     before = torch.get_num_threads()

@@ -11,6 +11,7 @@ from specdiff_kernels.reference.numerics import exponential, weights
 from tests.enumeration import first_word, patterns
 
 from .helpers import assert_same, i64, one_hot_draft
+from .interpreter import sized
 
 pytestmark = pytest.mark.usefixtures("implementation")
 NODES = 48
@@ -84,10 +85,10 @@ def test_no_draft_changes_the_text(keyed):
 def test_drafts_by_the_same_noise_agree():
     """P(match) is sum_x 1 / sum_y max(p_y / p_x, q_y / q_x); independent draws agree far less.
 
-    4000 draws; the bound is 4.5 standard deviations.
+    The bound is 4.5 standard deviations.
     """
     torch.manual_seed(2)
-    N, V = 4000, 12
+    N, V = sized(4000, interpreted=150), 12
     p_row, noise = torch.randn(1, V), torch.randn(1, V)
     q_row = p_row + 0.4 * noise
     p, q = p_row[0].double().softmax(0), q_row[0].double().softmax(0)
@@ -142,8 +143,9 @@ def test_ends_of_the_word():
 
 def test_greedy_and_truncated_rows():
     torch.manual_seed(4)
-    logits = torch.randn(50, 40)
-    key = {"seed": torch.arange(50), "position": torch.arange(50)}
+    N = sized(50, interpreted=10)
+    logits = torch.randn(N, 40)
+    key = {"seed": torch.arange(N), "position": torch.arange(N)}
     assert torch.equal(sample(logits, row_law(logits, 0.0), **key), logits.argmax(-1))
     law = row_law(logits, top_k=3)
     kept = weights(logits, law) > 0

@@ -14,6 +14,7 @@ from specdiff_kernels.reference.numerics import weights
 from tests.enumeration import WORDS, first_word, probabilities
 
 from .helpers import assert_same, i64
+from .interpreter import sized
 
 pytestmark = pytest.mark.usefixtures("implementation")
 NAN, INF = float("nan"), float("inf")
@@ -59,8 +60,8 @@ def staggered_score(row: torch.Tensor, sigma: float, dsigma: float) -> torch.Ten
 
 @pytest.mark.parametrize("noise", [LogLinear(), Geometric()], ids=repr)
 def test_sedd_is_staggered_score_times_transition(noise):
-    """100 random steps: the reveal probability and the token's law, to 1e-6."""
-    V, N = 7, 100
+    """Random steps: the reveal probability and the token's law, to 1e-6."""
+    V, N = 7, sized(100, interpreted=6)
     generator = torch.Generator().manual_seed(0)
     times = torch.rand(N, 2, generator=generator, dtype=torch.float64).sort(descending=True)
     steps = times.values.tolist()

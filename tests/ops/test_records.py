@@ -10,6 +10,7 @@ import torch
 from specdiff_kernels import RECORDS, RULES, Draft, Record, choose_record, row_law, verify
 
 from .helpers import LAST_WORD, assert_same, one_hot_draft
+from .interpreter import sized
 
 JUDGING = ("token", "block")  # the rules that look at q
 
@@ -108,13 +109,14 @@ def test_unknown_names(rule, record, message):
 
 # --- what verify does with it ---
 
-B, K, V, LAST = 48, 4, 6, 3
+K, V, LAST = 4, 6, 3
 on_every_backend = pytest.mark.usefixtures("implementation")
 
 
 def a_round(**how) -> tuple[torch.Tensor, Draft, dict]:
     """Target logits, a ragged draft of random steps with some positions unrecorded, and words."""
     torch.manual_seed(0)
+    B = sized(48, interpreted=14)
     target, pool = torch.randn(B, K + 1, V), torch.randn(B * K, V)
     rows = torch.arange(B * K).view(B, K)
     draft = Draft(
@@ -201,12 +203,12 @@ def test_the_greedy_rule_and_the_coupled_rule_ignore_records():
     draft.tokens[:, :2] = target[:, :2].argmax(-1)  # so that something is accepted
     bare = one_hot_draft(draft.tokens, lengths=draft.lengths)
     want = verify(target, bare, rule="greedy", **random)
-    assert want.accepted.tolist() != [0] * B
+    assert want.accepted.any()
     for record in (None, "one-hot", "final", "running-max"):
         assert_same(verify(target, draft, rule="greedy", record=record, **random), want)
     kept = draft._replace(entangled=True)
     assert_same(verify(target, kept, rule="greedy", record="entangled", **random), want)
-    noise = {"words": torch.randint(-(2**63), 2**63 - 1, (B, K + 1, V))}
+    noise = {"words": torch.randint(-(2**63), 2**63 - 1, (len(target), K + 1, V))}
     want = verify(target, bare, rule="coupled", **noise)
     for changed in (draft, kept, draft._replace(rows=draft.rows + 10**6)):
         assert_same(verify(target, changed, rule="coupled", **noise), want)

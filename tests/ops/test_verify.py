@@ -12,6 +12,7 @@ from specdiff_kernels.reference.numerics import probability, weights
 from tests.enumeration import first_word, probabilities
 
 from .helpers import LAST_WORD, assert_same, i64, one_hot_draft, recorded_draft
+from .interpreter import sized
 
 pytestmark = pytest.mark.usefixtures("implementation")
 NAN, INF = float("nan"), float("inf")
@@ -96,7 +97,7 @@ FIELDS = ("tokens", "tau", "rows")
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_block_rule_is_sun_et_als(one_hot):
     """h_i = S_i / (S_i + 1 - P_i), h_K = P_K; the last word draws from (P_i p - q)+."""
-    for seed in range(2):
+    for seed in range(sized(2, interpreted=1)):
         torch.manual_seed(seed)
         V, K = 5, 3
         p_logits, pool = torch.randn(1, K + 1, V), torch.randn(K, V)
@@ -140,7 +141,7 @@ def test_block_rule_accepts_at_least_as_many():
     """Expected accepted tokens over every draft, exactly; strictly more somewhere."""
     V, K = 3, 2
     gains = []
-    for seed in range(2):
+    for seed in range(sized(2, interpreted=1)):
         torch.manual_seed(seed)
         target_table, pool = torch.randn(1 + V, V), torch.randn(1 + V, V)
         law = row_law(pool)
@@ -296,12 +297,13 @@ def test_bad_entries_of_lengths_and_rows():
 def test_running_max_and_value_dependence_choose_one_hot():
     """A position drawn in an earlier step than one before it is checked as a bare guess."""
     torch.manual_seed(4)
-    target, pool = torch.randn(64, 3, 8), torch.randn(128, 8)
-    tokens = torch.randint(0, 8, (64, 2))
+    B = sized(64, interpreted=10)
+    target, pool = torch.randn(B, 3, 8), torch.randn(2 * B, 8)
+    tokens = torch.randint(0, 8, (B, 2))
     recorded = recorded_draft(tokens, pool, row_law(pool))
-    rows = torch.arange(128).view(64, 2)
-    late_first = torch.tensor([[1, 0]], dtype=torch.int32).expand(64, 2)
-    random = torch.randint(-(2**63), 2**63 - 1, (64, 3))
+    rows = torch.arange(2 * B).view(B, 2)
+    late_first = torch.tensor([[1, 0]], dtype=torch.int32).expand(B, 2)
+    random = torch.randint(-(2**63), 2**63 - 1, (B, 3))
     by_rule = verify(target, recorded._replace(tau=late_first), words=random)
     by_hand = verify(
         target, recorded._replace(rows=torch.stack((rows[:, 0], rows[:, 1] * 0 - 1), 1)),
@@ -345,12 +347,13 @@ def test_greedy_and_sampled_rows_in_one_batch():
 
 def test_truncated_targets_emit_kept_tokens_only():
     torch.manual_seed(7)
-    target, pool = torch.randn(200, 2, 40), torch.randn(200, 40)
+    B = sized(200, interpreted=10)
+    target, pool = torch.randn(B, 2, 40), torch.randn(B, 40)
     law = row_law(target[:, 0], top_k=3)
     kept = weights(target[:, 0], law) > 0
-    draft = recorded_draft(torch.randint(0, 40, (200, 1)), pool, row_law(pool))
-    zero = torch.zeros(200, dtype=torch.int64)
-    result = verify(target, draft, top_k=3, seed=torch.arange(200), round=zero)
+    draft = recorded_draft(torch.randint(0, 40, (B, 1)), pool, row_law(pool))
+    zero = torch.zeros(B, dtype=torch.int64)
+    result = verify(target, draft, top_k=3, seed=torch.arange(B), round=zero)
     assert kept.gather(1, result.emitted[:, :1]).all()
 
 

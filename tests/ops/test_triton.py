@@ -1,0 +1,300 @@
+"""What is Triton's alone: compiled code, launches, workspaces, the order of programs, streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specdiff_kernels import (
+    RULES,
+    Draft,
+    Reveal,
+    Verified,
+    commit,
+    denoise_step,
+    row_law,
+    sample,
+    use_backend,
+    verify,
+    workspace_size,
+)
+from specdiff_kernels.backends import interprets_triton
+
+from .conftest import forced
+from .helpers import assert_same, i64
+from .interpreter import in_any_order
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+ARCHITECTURES = (80, 90, 100, 120)
+B, K, V = 2, 3, 70
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+interpreted = pytest.mark.skipif(not interprets_triton(), reason="Triton is not interpreted")
+
+# --- compiled for GPUs that need not be there ---
+
+
+def compiled(*arguments: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ops.compile_triton", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def all_compiled():
+    """Two architectures at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {arch: pool.submit(compiled, str(arch)) for arch in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiled_kernels_are_exact_and_spill_nothing(all_compiled: dict[int, Future], arch):
+    kernels = all_compiled[arch].result()
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "advance", "end_round", "judge", "maxima", "race_rows", "reveal_rows", "search", "sums",
+        "tokens",
+    }  # fmt: skip
+    for kernel in kernels:
+        assert kernel["fused"] == 0, kernel
+        assert kernel["approximate"] == [], kernel
+        # floor: of -2^-30 at most, or of 0
+        assert set(kernel["flushing"]) <= {"cvt.rmi.ftz.f32.f32"}, kernel
+        assert kernel["spilled"] == 0, kernel
+
+
+def test_fused_multiply_adds_would_be_seen():
+    assert any(kernel["fused"] for kernel in compiled("90", "--fuse"))
+
+
+# --- what a call does beside its kernels ---
+
+
+class Recorded(TorchDispatchMode):
+    """Names of PyTorch's operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def a_round(rule: str = "token", seed: int = 0) -> tuple[torch.Tensor, Draft, dict]:
+    """Target logits, a recorded draft of them, and the arguments of `verify`, all tensors."""
+    torch.manual_seed(seed)
+    target = torch.randn(B, K + 1, V)
+    pool = target[:, :K].reshape(B * K, V) + 0.5 * torch.randn(B * K, V)
+    law = row_law(pool, backend="reference")
+    tokens = sample(pool, law, seed=torch.arange(B * K), round=torch.zeros(B * K).long(),
+                    backend="reference")  # fmt: skip
+    draft = Draft(tokens.view(B, K), torch.zeros(B, K).int(), torch.arange(B * K).view(B, K), pool,
+                  law)  # fmt: skip
+    temperature = torch.full((B,), 0.0 if rule == "greedy" else 0.9)
+    key = {"seed": torch.arange(B), "position" if rule == "coupled" else "round": torch.arange(B)}
+    return target, draft, {"temperature": temperature, "rule": rule, **key}
+
+
+def empty_result() -> Verified:
+    return Verified(i64(*[7] * B), torch.full((B, K + 1), 7), i64(*[7] * B).int())
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched."""
+    names = []
+    kind = (
+        triton.runtime.interpreter.InterpretedFunction
+        if interprets_triton()
+        else triton.JITFunction
+    )
+    original = kind.run
+
+    def run(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", run)
+    return names
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_a_verification_is_three_launches_and_nothing_else(rule, truncated, launches):
+    """With outputs and workspace passed in nothing is allocated, and nothing waits."""
+    target, draft, options = a_round(rule)
+    if truncated:
+        options |= {"top_k": i64(*[9] * B), "top_p": torch.full((B,), 0.9)}
+    want = verify(target, draft, **options, backend="reference")
+    out = empty_result()
+    with forced("triton"):
+        workspace = torch.full((workspace_size(B * (K + 1), V, device="cpu"),), -1)
+        with Recorded() as recorded:
+            verify(target, draft, **options, out=out, workspace=workspace)
+    assert len(launches) == (2 if rule == "coupled" else 3)
+    assert {name for name in recorded.names if not name.startswith("specdiff")} <= {
+        "aten.detach.default"
+    }
+    assert_same(out, want)
+
+
+def test_launches_of_the_other_ops(launches):
+    target, draft, _ = a_round()
+    zero = torch.zeros(B, dtype=torch.int64)
+    with forced("triton"):
+        law = row_law(target[:, 0], torch.ones(B))
+        assert launches == ["maxima", "sums"]
+        sample(target[:, 0], law, seed=zero, round=zero)
+        assert launches[2:] == ["search", "tokens"]
+        masked = Draft.masked(B, K, draft.logits)
+        denoise_step(masked, Reveal.sedd(0.5), 0, entropies=True, seed=zero, round=zero)
+        assert launches[4:] == ["maxima", "reveal_rows"]
+        commit(zero, draft.tokens)
+        assert launches[6:] == ["advance"]
+
+
+@interpreted
+@pytest.mark.parametrize("rule", RULES)
+def test_programs_may_run_in_any_order(rule, monkeypatch):
+    """Counters and partial sums do not depend on who comes last, or on what the workspace held."""
+    from specdiff_kernels.triton import arguments
+
+    monkeypatch.setattr(arguments, "TILE", 16)  # 5 tiles
+    for seed in range(3):
+        target, draft, options = a_round(rule, seed)
+        want = verify(target, draft, **options, backend="reference")
+        out = empty_result()
+        with forced("triton"), in_any_order(seed):
+            size = workspace_size(B * (K + 1), V, device="cpu")
+            workspace = torch.randint(-(2**63), 2**63 - 1, (size,))
+            for _ in range(2):  # the second time the workspace holds what the first left
+                verify(target, draft, **options, out=out, workspace=workspace)
+                assert_same(out, want)
+
+
+@interpreted
+@pytest.mark.parametrize("reveal", [Reveal.sedd(0.5), Reveal.highest_confidence(2)])
+def test_programs_of_a_step_may_run_in_any_order(reveal, monkeypatch):
+    from specdiff_kernels.triton import arguments
+
+    monkeypatch.setattr(arguments, "TILE", 16)
+    _, draft, _ = a_round()
+    for seed in range(3):
+        key = {"seed": torch.arange(B) + seed, "round": torch.zeros(B, dtype=torch.int64)}
+        masked = Draft.masked(B, K, draft.logits)
+        want = denoise_step(masked, reveal, 0, entropies=True, backend="reference", **key)
+        own = masked._replace(entropy=torch.zeros(B, K).double())
+        with forced("triton"), in_any_order(seed):
+            denoise_step(own, reveal, 0, entropies=True, out=own, **key)
+        for name in ("tokens", "tau", "rows"):
+            assert torch.equal(getattr(own, name), getattr(want, name))
+        assert_same(own.law, want.law)
+
+
+@interpreted
+def test_a_wrong_workspace_is_named():
+    target, draft, options = a_round()
+    out = empty_result()
+    with forced("triton"):
+        size = workspace_size(B * (K + 1), V, device="cpu")
+        few = torch.zeros(size - 1, dtype=torch.int64)
+        with pytest.raises(ValueError, match=f"workspace: expected at least {size} int64 words"):
+            verify(target, draft, **options, out=out, workspace=few)
+    with pytest.raises(TypeError, match="workspace: expected dtype int64"):
+        verify(target, draft, **options, out=out, workspace=few.int())
+    with pytest.raises(ValueError, match="workspace: expected `out` with it"):
+        verify(target, draft, **options, workspace=few)
+    with pytest.raises(ValueError, match="workspace: expected contiguous memory"):
+        verify(target, draft, **options, out=out, workspace=few.repeat(2)[::2])
+    verify(target, draft, **options, out=out, workspace=few[:0])  # a backend that takes none
+
+
+@interpreted
+def test_a_workspace_grows_with_rows_and_tiles():
+    sizes = [workspace_size(rows, 50257, device="cpu", backend="triton") for rows in (1, 2, 9)]
+    assert sizes[1] == 2 * sizes[0] and sizes[2] == 9 * sizes[0]
+    grown = [workspace_size(1, V, device="cpu", backend="triton") for V in (4096, 8192, 151936)]
+    assert all(a < b for a, b in pairwise(grown))
+    assert workspace_size(9, 50257, device="cpu", backend="reference") == 0
+
+
+# --- without triton ---
+
+
+def test_the_package_works_without_triton_and_says_so():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from specdiff_kernels import available_backends, row_law
+print(row_law(torch.zeros(1, 4)).total.item())
+print(available_backends("cpu")["triton"])
+print(available_backends("cuda")["triton"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    total, *reasons = done.stdout.splitlines()
+    assert total == str(4 * 2**44), done.stderr
+    for reason in reasons:
+        assert "it did not load" in reason and "pip install triton" in reason
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_graph_on_a_side_stream_draws_anew_at_each_replay(rule):
+    """Replays with another round give what plain calls with that round give; outputs poisoned."""
+    target, draft, options = a_round(rule)
+    move = lambda x: x.cuda() if isinstance(x, torch.Tensor) else x
+    there = Draft(*map(move, draft[:4]), type(draft.law)(*map(move, draft.law)))
+    target_there, options_there = move(target), {k: move(v) for k, v in options.items()}
+    out = Verified(*map(move, empty_result()))
+    call = lambda: verify(target_there, there, **options_there, out=out, backend="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+            options_there["round"] += 1
+    seen = set()
+    for replay in range(8):
+        for tensor in out:
+            tensor.fill_(99)
+        graph.replay()
+        torch.cuda.synchronize()
+        now = options | {"round": options["round"] + replay}
+        have = Verified(*(tensor.cpu() for tensor in out))
+        assert_same(have, verify(target, draft, **now, backend="reference"))
+        seen.add(str(have))
+    assert len(seen) > 1
+
+
+@pytest.mark.gpu
+@no_gpu
+def test_nothing_waits_for_the_device():
+    target, draft, options = a_round()
+    move = lambda x: x.cuda() if isinstance(x, torch.Tensor) else x
+    there = Draft(*map(move, draft[:4]), type(draft.law)(*map(move, draft.law)))
+    options = {k: move(v) for k, v in options.items()}
+    with use_backend("triton"):
+        verify(move(target), there, **options)
+        target = move(target)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            verify(target, there, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
