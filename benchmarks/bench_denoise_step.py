@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from inputs import Inputs, Shape, make_inputs
+from inputs import Inputs, Shape, accepted_moments, make_inputs
 from machine import save
 from rich.console import Console
 from rich.progress import track
@@ -318,7 +318,7 @@ def check_rounds(name: str, case: Case, rounds: list[Round]) -> None:
     require(bool(((accepted >= 0) & (accepted <= case.k)).all()), f"{name}: accepted beyond K")
     if case.steps > 1:
         return
-    mean, variance = accepted_moments(case.inputs.acceptance[0])
+    mean, variance = (x.item() for x in accepted_moments(case.inputs.acceptance[0]))
     allowed = GATE_DEVIATIONS * math.sqrt(variance / len(rounds))
     found = accepted.double().mean().item()
     require(
@@ -330,14 +330,6 @@ def check_rounds(name: str, case: Case, rounds: list[Round]) -> None:
 def require(condition: bool, what: str) -> None:
     if not condition:
         raise SystemExit(what)
-
-
-def accepted_moments(chances: Tensor) -> tuple[float, float]:
-    """Mean and variance of the number of accepted tokens. [K] -> E[n], Var[n]"""
-    reached = chances.cumprod(-1)  # P(n >= i)
-    odd = 2 * torch.arange(1, len(chances) + 1) - 1
-    mean = reached.sum().item()
-    return mean, (reached * odd).sum().item() - mean**2  # E[n^2] = sum_i (2i - 1) P(n >= i)
 
 
 def summary(rounds: list[Round]) -> dict[str, Any]:

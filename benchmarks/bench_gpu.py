@@ -1,0 +1,601 @@
+"""`verify` on a GPU beside plain torch, flashinfer and transformers: bf16 logits, temperature 1.
+
+    python benchmarks/bench_gpu.py [--shapes 1x8x50257,32x8x128256] [--repetitions 200]
+
+The draft was made in one step and all its laws are recorded. Every run has another of DRAWS drafts
+and a round of its own, so that the position of the first rejection is averaged over, and starts
+from a cold L2 cache; the rows of a shape take turns. A row is timed as the replay of a CUDA graph
+unless it waits for the device.
+
+Ours are given what drafting leaves behind: the draft's logits and laws. The others make
+probabilities of both models' logits, or of the target's alone where q is given. They know the token
+rule only. transformers gets the draft's logits in fp32, as its assistant keeps them.
+
+Ours must equal the reference bit for bit, before and after timing, or nothing is reported. The
+others must give tokens that exist, and accept as many as the exact law on average; one that does
+not is left out, and the report says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from inputs import DRAWS, Shape, accepted_moments, make_logits, ratio
+from machine import RESULTS, gpu, write
+from peers import Outcome, Unusable, find, settled
+from peers import Transformers as TransformersPeer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from specdiff_kernels import Draft, RowLaw, Verified, available_backends, row_law, sample, verify
+
+SHAPES = "1x8x50257,1x40x50257,32x8x128256,64x16x151936"
+RULES = ("token", "block")
+WARM_UP = 3
+MIN_FLUSH = 1 << 28  # bytes; overwriting and reading them also covers the launch of what is timed
+COPIED = 1 << 30  # bytes of the copy that measures the bandwidth
+COPIES = 25
+GATE_DEVIATIONS = 4.5  # false alarm 7e-6
+OURS_POISON, REFERENCE_POISON = -7, -9
+LOGIT = 2  # bytes
+EXAMINED = 8 + 4 + 8 + LOGIT + 28  # bytes of a drafted token, its tau, row, logit and law
+SEQUENCE = 4 + 8 + 8  # bytes of a temperature, seed and round
+REFERENCE_REASON = (
+    "dynamo takes `tensor == Status.OK` for False; with plain integers there, inductor takes over "
+    "two minutes for K = 1 and over four for K = 2 (torch 2.13, one core)"
+)
+console = Console(width=max(130, Console().width))
+
+
+def main(
+    shapes: Annotated[str, typer.Option(help="BxKxV, separated by commas")] = SHAPES,
+    repetitions: Annotated[int, typer.Option(min=100, help="timed runs of each row")] = 200,
+    output: Annotated[Path | None, typer.Option(help="JSON file; default: in results/")] = None,
+) -> None:
+    """Median of interleaved runs in microseconds, and relative to the least time for its bytes."""
+    wanted = parse_shapes(shapes)
+    device = cuda_device()
+    command = f"python benchmarks/bench_gpu.py --shapes {shapes} --repetitions {repetitions}"
+    hardware = gpu(device)
+    path = output or result_path(hardware["name"], datetime.date.today())
+    with torch.no_grad():
+        content = benchmark(device, wanted, repetitions)
+    write(path, {"gpu": hardware, "command": command, **content})
+    console.print(f"saved {path}", soft_wrap=True)
+
+
+def cuda_device() -> torch.device:
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device here, so there is nothing to measure")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """ "1x8x50257,..." -> shapes"""
+    if not re.fullmatch(r"\d+x\d+x\d+(,\d+x\d+x\d+)*", text):
+        raise typer.BadParameter(f"--shapes: expected BxKxV, separated by commas, got {text!r}")
+    return [Shape(*map(int, shape.split("x"))) for shape in text.split(",")]
+
+
+def result_path(device_name: str, day: datetime.date) -> Path:
+    folder = "-".join(re.findall("[a-z0-9]+", device_name.lower()))
+    return RESULTS / folder / f"{day.isoformat()}.json"
+
+
+def benchmark(device: torch.device, shapes: Sequence[Shape], repetitions: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    clock = Clock(device)
+    bandwidth = copy_bandwidth(clock, device)
+    cases = []
+    for shape in shapes:
+        cases.append(measure(shape, device, clock, bandwidth, repetitions))
+        show(cases[-1])
+    console.print(f"a copy of {COPIED / 1e9:.2f} GB reads and writes {bandwidth:.0f} GB/s")
+    console.print(f"not measured: the reference under torch.compile: {REFERENCE_REASON}")
+    return {
+        "copy_gb_per_s": bandwidth,
+        "repetitions": repetitions,
+        "cases": cases,
+        "not_measured": [{"name": "reference, torch.compile", "reason": REFERENCE_REASON}],
+    }
+
+
+# --- what is given ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape's tensors. `load` puts another draft and round into them, none ever moves."""
+
+    shape: Shape
+    target: Tensor  # bf16 [B, K + 1, V]
+    draft_logits: Tensor  # bf16 [B, K, V]
+    draft: Draft  # of these logits
+    draws: Tensor = field(repr=False)  # i64 [DRAWS, B, K]
+    chances: Tensor = field(repr=False)  # f64 [DRAWS, B, K], min(1, p/q) at the tokens
+    temperature: Tensor
+    seed: Tensor
+    round: Tensor
+    zero: Tensor  # i64 [B]
+    tokens32: Tensor  # the draft's, for who takes no others
+
+    @cached_property
+    def q(self) -> Tensor:
+        """f32 [B, K, V]"""
+        return self.draft_logits.softmax(-1, dtype=torch.float32)
+
+    def load(self, number: int) -> None:
+        self.draft.tokens.copy_(self.draws[number % DRAWS])
+        self.tokens32.copy_(self.draft.tokens)
+        self.round.fill_(number)
+
+
+def make_case(shape: Shape, device: torch.device) -> Case:
+    """Reproducible on a kind of device: logits by `make_logits`, law and tokens by the reference,
+    one sequence at a time."""
+    B, K, V = shape
+    logits = make_logits(shape, torch.Generator(device).manual_seed(0))
+    target, drafted = (x.bfloat16() for x in logits)
+    del logits
+    seed = torch.arange(B, device=device)
+    temperature = torch.ones(B, device=device)
+    laws, draws, ratios = [], [], []
+    for b in range(B):
+        laws.append(row_law(drafted[b], temperature[b].expand(K), backend="reference"))
+        draws.append(draw(drafted[b], laws[b], seed[b]))
+        ratios.append(ratio(target[b, :K], drafted[b], draws[b]))
+    rows = torch.arange(B * K, device=device).view(B, K)
+    law = RowLaw(*(torch.cat(fields) for fields in zip(*laws, strict=True)))
+    tokens = torch.zeros_like(rows)
+    draft = Draft(tokens, tokens.int(), rows, drafted.view(B * K, V), law)
+    chances = torch.stack(ratios, 1).clamp(max=1)
+    zero = torch.zeros_like(seed)
+    return Case(
+        shape, target, drafted, draft, torch.stack(draws, 1), chances,
+        temperature, seed, zero.clone(), zero, tokens.int(),
+    )  # fmt: skip
+
+
+def draw(logits: Tensor, law: RowLaw, seed: Tensor) -> Tensor:
+    """DRAWS drafts of one sequence. [K, V], [K], [] -> i64 [DRAWS, K]"""
+    slot = torch.arange(len(logits), device=logits.device)
+    key = {"seed": seed.expand(len(logits)), "slot": slot, "backend": "reference"}
+    rounds = (torch.full_like(slot, number) for number in range(DRAWS))
+    return torch.stack([sample(logits, law, round=round, **key) for round in rounds])
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+class Row(ABC):
+    """A way to verify a case. Calling it is what is timed."""
+
+    rule = "token"
+
+    @abstractmethod
+    def __call__(self) -> Any: ...
+
+    @abstractmethod
+    def outcome(self, result: Any) -> Outcome: ...
+
+
+class Ours(Row):
+    """One backend under one rule; it writes the same output tensors at every call."""
+
+    def __init__(self, case: Case, backend: str, rule: str) -> None:
+        B, K, _ = case.shape
+        self.case = case
+        self.backend = backend
+        self.rule = rule
+        counts = torch.empty_like(case.seed)
+        emitted = counts.new_empty(B, K + 1)
+        self.out = Verified(counts, emitted, counts.int())
+
+    def __call__(self) -> Verified:
+        return verify(
+            self.case.target,
+            self.case.draft,
+            self.case.temperature,
+            rule=self.rule,
+            seed=self.case.seed,
+            round=self.case.round,
+            backend=self.backend,
+            out=self.out,
+        )
+
+    def outcome(self, result: Verified) -> Outcome:
+        return settled(result)
+
+
+def plain_verify(target: Tensor, draft: Tensor, tokens: Tensor, given: bool) -> Any:
+    """As a careful user writes it, without a wait for the device: softmax of both, acceptance, and
+    a race of exponential clocks over the residual. The draft's q may be given instead of logits.
+
+    [B, K + 1, V], [B, K, V], [B, K] -> accepted [B], the token behind [B]
+    """
+    K = tokens.shape[1]
+    p = target.softmax(-1, dtype=torch.float32)
+    q = draft if given else draft.softmax(-1, dtype=torch.float32)
+    drafted = tokens[..., None]
+    p_x, q_x = p[:, :K].gather(2, drafted)[..., 0], q.gather(2, drafted)[..., 0]
+    accepted = (torch.rand_like(p_x) * q_x < p_x).long().cumprod(1).sum(1)
+    batch = torch.arange(len(tokens), device=tokens.device)
+    p_last, q_last = p[batch, accepted], q[batch, accepted.clamp(max=K - 1)]
+    residual = torch.where((accepted < K)[:, None], (p_last - q_last).clamp(min=0), p_last)
+    clocks = torch.empty_like(residual).exponential_()
+    return accepted, (residual / clocks).argmax(-1)
+
+
+class PlainTorch(Row):
+    def __init__(self, case: Case, given: bool = False, compiled: bool = False) -> None:
+        self.case = case
+        self.given = given
+        self.q = case.q if given else case.draft_logits
+        self.function: Callable[..., Any] = plain_verify
+        if compiled:
+            self.function = torch.compile(plain_verify, fullgraph=True, dynamic=False)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        return self.function(self.case.target, self.q, self.case.draft.tokens, self.given)
+
+    def outcome(self, result: tuple[Tensor, Tensor]) -> Outcome:
+        accepted, last = result
+        return Outcome(accepted.tolist(), last.tolist())
+
+
+class FlashInfer(Row):
+    """flashinfer.sampling.chain_speculative_sampling on probabilities by torch.softmax, which reads
+    bf16 as it is. Seeds are tensors, as its documentation asks for CUDA graphs."""
+
+    def __init__(self, case: Case, given: bool = False) -> None:
+        self.case = case
+        self.given = given
+        self.function = find("flashinfer.sampling", "chain_speculative_sampling")
+
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        case = self.case
+        p = case.target.softmax(-1, dtype=torch.float32)
+        q = case.q if self.given else case.draft_logits.softmax(-1, dtype=torch.float32)
+        return self.function(q, case.tokens32, p, seed=case.round, offset=case.zero)
+
+    def outcome(self, result: tuple[Tensor, Tensor, Tensor]) -> Outcome:
+        tokens, _, accepted = result
+        last = tokens.gather(1, accepted.long()[:, None])[:, 0]
+        return Outcome(accepted.tolist(), last.tolist())
+
+
+class Transformers(Row):
+    """transformers' function, and the conversion to fp32 that `generate` does before it."""
+
+    def __init__(self, case: Case) -> None:
+        self.peer = TransformersPeer(case.shape)
+        self.case = case
+        self.drafted = case.draft_logits.float()
+
+    def __call__(self) -> Any:
+        target = self.case.target.float()
+        return self.peer.verify(target, self.case.draft.tokens, self.drafted, 0)
+
+    def outcome(self, result: Any) -> Outcome:
+        return self.peer.outcome(result)
+
+
+OTHERS: dict[str, Callable[[Case], Row]] = {
+    "torch": PlainTorch,
+    "torch, q given": partial(PlainTorch, given=True),
+    "torch.compile": partial(PlainTorch, compiled=True),
+    "torch.compile, q given": partial(PlainTorch, given=True, compiled=True),
+    "flashinfer": FlashInfer,
+    "flashinfer, q given": partial(FlashInfer, given=True),
+    "transformers": Transformers,
+}
+
+
+# --- timing ----------------------------------------------------------------------------------
+
+
+class Clock:
+    """Times one run from a cold L2 cache, and from a clean one: nothing in it has to be written
+    back at the expense of the run."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        size = max(2 * cache, MIN_FLUSH)
+        self.buffer = torch.empty(size // 4, dtype=torch.float32, device=device)
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        """Microseconds on the device, and what the run returned."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self.buffer.fill_(1.0)
+        self.buffer.sum()
+        start.record()
+        result = run()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end), result
+
+
+def copy_bandwidth(clock: Clock, device: torch.device) -> float:
+    """GB/s of a large copy on the device, bytes read plus bytes written: the speed of light."""
+    source = torch.randint(256, (COPIED,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = [clock(lambda: target.copy_(source))[0] for _ in range(WARM_UP + COPIES)]
+    return 2 * COPIED / (1e3 * statistics.median(times[WARM_UP:]))
+
+
+@dataclass
+class Timed:
+    """A row ready to be timed, and what was measured of it."""
+
+    name: str
+    row: Row
+    run: Callable[[], Any]
+    how: str  # "graph" or "stream"
+    why_stream: str = ""
+    us: list[float] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+def make_ready(name: str, row: Row) -> Timed:
+    """Compiles, warms up, and captures the row if nothing in it waits for the device."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            row()
+    torch.cuda.current_stream().wait_stream(side)
+    if reason := reason_against_capture(row):
+        return Timed(name, row, row, "stream", reason)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            result = row()
+    except RuntimeError as error:  # it leaves streams and generators in a state of capture
+        raise SystemExit(f"{name}: no CUDA graph could be captured of it: {error}") from error
+
+    def run() -> Any:
+        graph.replay()
+        return result
+
+    return Timed(name, row, run, "graph")
+
+
+def reason_against_capture(row: Row) -> str:
+    """How a row waits for the device; empty if it does not."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        row()
+    except RuntimeError as error:
+        return first_line(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    return ""
+
+
+def prepare(case: Case) -> tuple[list[Timed], dict[str, str]]:
+    """All rows that there are, and why the others are not."""
+    timed, missing = [], {}
+    for backend, reason in available_backends(case.target.device.type).items():
+        if reason is not None:
+            missing[backend] = reason
+        elif backend != "reference":
+            for rule in RULES:
+                timed.append(make_ready(f"{backend}, {rule}", Ours(case, backend, rule)))
+    for name, make in OTHERS.items():
+        try:
+            timed.append(make_ready(name, make(case)))
+        except Unusable as reason:
+            missing[name] = str(reason)
+        except Exception as error:  # a package of others may raise anything
+            missing[name] = f"{type(error).__name__}: {first_line(error)}"
+    return timed, missing
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def measure(
+    shape: Shape, device: torch.device, clock: Clock, bandwidth: float, repetitions: int
+) -> dict[str, Any]:
+    """One entry of the results."""
+    torch.compiler.reset()  # a limit of recompilations would leave later shapes uncompiled
+    case = make_case(shape, device)
+    timed, missing = prepare(case)
+    timed = passing(case, timed, 0, missing)
+    end = DRAWS + repetitions
+    for number in track(range(DRAWS, end), str(shape), console=console, transient=True):
+        for one in timed:
+            case.load(number)
+            us, result = clock(one.run)
+            one.us.append(us)
+            one.outcomes.append(one.row.outcome(result))
+    timed = passing(case, timed, end, missing)
+    return {
+        "shape": shape._asdict(),
+        "rows": summaries(timed, shape, bandwidth),
+        "not_measured": [{"name": name, "reason": reason} for name, reason in missing.items()],
+    }
+
+
+# --- gates -----------------------------------------------------------------------------------
+
+
+def passing(case: Case, timed: list[Timed], first: int, missing: dict[str, str]) -> list[Timed]:
+    """The rows that are right on DRAWS rounds from `first` on, and on the timed ones before these.
+
+    One of ours that is wrong ends the program; another's goes to `missing` with the reason.
+    """
+    passed = []
+    for one in timed:
+        reason = None
+        if isinstance(one.row, Ours):
+            check_bits(case, one.name, one.row, one.run, range(first, first + DRAWS))
+        else:
+            fresh = [run_once(case, one, first + i) for i in range(DRAWS)]
+            reason = fault(case, one.outcomes, fresh, first)
+        if reason is None:
+            passed.append(one)
+        else:
+            missing[one.name] = reason
+    return passed
+
+
+def check_bits(
+    case: Case, name: str, row: Ours, run: Callable[[], Any], numbers: Sequence[int]
+) -> None:
+    """What is timed gives what the reference gives, bit for bit, into poisoned outputs."""
+    reference = Ours(case, "reference", row.rule)
+    for number in numbers:
+        case.load(number)
+        for tensor in row.out:
+            tensor.fill_(OURS_POISON)
+        for tensor in reference.out:
+            tensor.fill_(REFERENCE_POISON)
+        run()
+        reference()
+        for what, got, wanted in zip(Verified._fields, row.out, reference.out, strict=True):
+            if not torch.equal(got, wanted):
+                raise SystemExit(
+                    f"{name}: `{what}` is not the reference's at {case.shape}, round {number}; "
+                    "nothing is reported"
+                )
+
+
+def run_once(case: Case, one: Timed, number: int) -> Outcome:
+    case.load(number)
+    return one.row.outcome(one.run())
+
+
+def fault(case: Case, timed: list[Outcome], fresh: list[Outcome], first: int) -> str | None:
+    """What is wrong with the outcomes of timed rounds and of those from `first` on, if anything.
+
+    Their mean is judged once there are timed ones: a few rounds are not many enough for that.
+    """
+    outcomes = timed + fresh
+    accepted = torch.tensor([outcome.accepted for outcome in outcomes])  # [rounds, B]
+    last = torch.tensor([outcome.last for outcome in outcomes])
+    _, K, V = case.shape
+    if bool(((accepted < 0) | (accepted > K)).any()):
+        return f"it accepted fewer than 0 or more than {K} tokens"
+    if bool(((last < 0) | (last >= V)).any()):
+        return f"it emitted a token outside of 0..{V - 1}"
+    if not timed:
+        return None
+    numbers = torch.arange(first - len(timed), first + len(fresh))
+    mean, variance = accepted_moments(case.chances[numbers.to(case.chances.device) % DRAWS])
+    allowed = GATE_DEVIATIONS * variance.sum().sqrt().item() / accepted.numel()
+    found, exact = accepted.double().mean().item(), mean.mean().item()
+    if abs(found - exact) <= allowed:
+        return None
+    return f"it accepted {found:.3f} tokens a round; by the exact law {exact:.3f} +- {allowed:.3f}"
+
+
+# --- figures ---------------------------------------------------------------------------------
+
+
+def bytes_model(shape: Shape, accepted: Sequence[int], rule: str) -> tuple[int, int]:
+    """Least bytes that this outcome moves, and with all target rows read. accepted: [B]
+
+    Token rule: target rows up to the one that ends the round, and the draft's row at a rejection.
+    Block rule: a prefix's probability takes the rows of all its tokens; draft rows of longer
+    prefixes that had a chance come on top and are not counted. Words are made of seed and round.
+    """
+    B, K, V = shape
+    row = LOGIT * V
+    rejected = sum(count < K for count in accepted)
+    examined = sum(min(count + 1, K) for count in accepted) if rule == "token" else B * K
+    small = EXAMINED * examined + B * (SEQUENCE + 8 + 8 * (K + 1) + 4)
+    target_rows = examined + B - rejected  # behind K accepted tokens comes one row more
+    least = row * (target_rows + rejected) + small
+    return least, row * (B * (K + 1) + rejected) + small
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    p20, _, _, p80 = statistics.quantiles(values, n=5)
+    return {"median": statistics.median(values), "p20": p20, "p80": p80}
+
+
+def summaries(timed: list[Timed], shape: Shape, bandwidth: float) -> list[dict[str, Any]]:
+    """One entry for each row; `times_ours` is relative to our fastest row under its rule."""
+    entries = [summary(one, shape, bandwidth) for one in timed]
+    ours: dict[str, float] = {}
+    for one, entry in zip(timed, entries, strict=True):
+        if isinstance(one.row, Ours):
+            rule, us = one.row.rule, entry["us"]["median"]
+            ours[rule] = min(us, ours.get(rule, math.inf))
+    for entry in entries:
+        fastest = ours.get(entry["rule"])
+        entry["times_ours"] = entry["us"]["median"] / fastest if fastest else None
+    return entries
+
+
+def summary(one: Timed, shape: Shape, bandwidth: float) -> dict[str, Any]:
+    """Times, and their ratios to the floors of what each run accepted; bandwidth in GB/s."""
+    rule = one.row.rule
+    models = [bytes_model(shape, outcome.accepted, rule) for outcome in one.outcomes]
+    entry: dict[str, Any] = {
+        "name": one.name,
+        "rule": rule,
+        "timed": one.how,
+        "why_stream": one.why_stream,
+        "us": spread(one.us),
+        "accepted": statistics.mean(n for outcome in one.outcomes for n in outcome.accepted),
+    }
+    for name, sizes in zip(("least", "all_rows"), zip(*models, strict=True), strict=True):
+        floors = [size / (1e3 * bandwidth) for size in sizes]  # us
+        ratios = [us / floor for us, floor in zip(one.us, floors, strict=True)]
+        entry[name] = {
+            "mb": statistics.mean(sizes) / 1e6,
+            "floor_us": statistics.mean(floors),
+            "times_floor": statistics.median(ratios),
+        }
+    return entry
+
+
+def show(case: dict[str, Any]) -> None:
+    table = Table(title=str(Shape(**case["shape"])))
+    table.add_column("")
+    table.add_column("timed")
+    for heading in ("us (p20 to p80)", "x ours", "accepted", "least MB", "floor us", "x floor"):
+        table.add_column(heading, justify="right")
+    table.add_column("x floor of all target rows", justify="right")
+    for row in case["rows"]:
+        us, least = row["us"], row["least"]
+        table.add_row(
+            row["name"],
+            row["timed"],
+            f"{us['median']:.1f} ({us['p20']:.1f} to {us['p80']:.1f})",
+            "-" if row["times_ours"] is None else f"{row['times_ours']:.2f}",
+            f"{row['accepted']:.2f}",
+            f"{least['mb']:.2f}",
+            f"{least['floor_us']:.2f}",
+            f"{least['times_floor']:.1f}",
+            f"{row['all_rows']['times_floor']:.1f}",
+        )
+    console.print(table)
+    for row in case["rows"]:
+        if row["why_stream"]:
+            reason = f"{row['name']}: no graph: {row['why_stream']}"
+            console.print(reason, style="dim", markup=False)
+    for one in case["not_measured"]:
+        console.print(f"not measured: {one['name']}: {one['reason']}", style="dim", markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
