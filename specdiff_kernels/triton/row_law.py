@@ -45,7 +45,8 @@ def maxima(logits, workspace, TILE: tl.constexpr):
     tiles = tl.cdiv(logits.V, TILE)
     row, tile = tl.program_id(0).to(tl.int64) // tiles, tl.program_id(0) % tiles
     area = area_of(workspace, row, tiles)
-    tl.store(area + ARRIVED, 0)
+    if tile == 0:
+        tl.store(area + ARRIVED, 0)
     store_tile_max(area, logits.data + row * logits.row_stride, logits.V, tile, TILE)
 
 

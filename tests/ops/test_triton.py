@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdiff_kernels import (
     RULES,
+    Committed,
     Draft,
     Reveal,
     Verified,
@@ -31,6 +32,7 @@ from specdiff_kernels.backends import interprets_triton
 from .conftest import forced
 from .helpers import assert_same, i64
 from .interpreter import in_any_order
+from .races import watching
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 ARCHITECTURES = (80, 90, 100, 120)
@@ -128,6 +130,7 @@ def launches(monkeypatch):
     return names
 
 
+@interpreted
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 def test_a_verification_is_three_launches_and_nothing_else(rule, truncated, launches):
@@ -199,6 +202,50 @@ def test_programs_of_a_step_may_run_in_any_order(reveal, monkeypatch):
         for name in ("tokens", "tau", "rows"):
             assert torch.equal(getattr(own, name), getattr(want, name))
         assert_same(own.law, want.law)
+
+
+def every_op() -> None:
+    """On several tiles, greedy and sampled rows, with and without truncation."""
+    zero, one = torch.zeros(B, dtype=torch.int64), torch.ones(B * K)
+    mixed = torch.tensor([0.0, 1.0])
+    for truncation in ({}, {"top_k": 9, "top_p": 0.9}):
+        for rule in RULES:
+            target, draft, options = a_round(rule)
+            verify(target, draft, **options, **truncation)
+        law = row_law(target[:, 0], mixed, **truncation)
+        sample(target[:, 0], law, seed=zero, round=zero)
+        sample(target[:, 0], law, seed=zero, position=zero)
+        for reveal in (Reveal.sedd(0.5), Reveal.highest_confidence(2), Reveal.first_hitting()):
+            own = Draft.masked(B, K, draft.logits)._replace(entropy=one.view(B, K).double())
+            key = {"seed": zero, "round": zero, **truncation}
+            denoise_step(own, reveal, 0, mixed, entropies=True, out=own, **key)
+            denoise_step(Draft.masked(B, K, draft.logits), reveal, 0, position=zero, **key)
+    commit(zero, draft.tokens, out=Committed(zero, zero.clone(), zero.bool()))
+
+
+@interpreted
+def test_no_two_accesses_race(monkeypatch):
+    """Barriers and counters order everything that threads and programs share."""
+    from specdiff_kernels.triton import arguments
+
+    monkeypatch.setattr(arguments, "TILE", 16)
+    with forced("triton"), in_any_order(0), watching():
+        every_op()
+
+
+@interpreted
+@pytest.mark.parametrize("mutant", ["barriers", "orders"])
+def test_races_are_seen(mutant, monkeypatch):
+    """Without barriers, or with relaxed counters, accesses do race."""
+    from specdiff_kernels.triton import arguments
+
+    monkeypatch.setattr(arguments, "TILE", 16)
+    with forced("triton"), watching(**{mutant: False}):
+        with pytest.raises(Exception, match="Race"):
+            row_law(torch.randn(2, V))
+        with pytest.raises(Exception, match="Race"):
+            target, draft, options = a_round("block")
+            verify(target, draft, **options)
 
 
 @interpreted
