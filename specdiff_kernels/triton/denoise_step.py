@@ -235,7 +235,7 @@ def reveal_rows(
         law = begin_law(area, row, pool.V, parameters, b, tiles, TILE, TILES)
         if law.status == OK:
             first, last = part * tiles // parts, (part + 1) * tiles // parts
-            store_tile_sums(area, row, pool.V, law, first, last, tiles, TILE)
+            store_tile_sums(area, row, pool.V, law, parameters, first, last, tiles, TILE)
             if ENTROPIES or (ORDER == SEDD) or (ORDER == CONFIDENCE):
                 add_raw_sums(area, row, pool.V, law, first, last, ENTROPIES, TILE)
             if random.position is not None:

@@ -194,7 +194,7 @@ def begin_law(area, row, V, parameters, b, tiles, TILE: tl.constexpr, TILES: tl.
 
 
 @triton.jit
-def store_tile_sums(area, row, V, law, first, last, tiles, TILE: tl.constexpr):
+def store_tile_sums(area, row, V, law, parameters, first, last, tiles, TILE: tl.constexpr):
     """Sums of weights of the tiles first <= tile < last; of a greedy row the first column that
     holds its largest logit."""
     for tile in range(first, last):
@@ -202,7 +202,11 @@ def store_tile_sums(area, row, V, law, first, last, tiles, TILE: tl.constexpr):
         if law.scale == 0:
             found = tl.min(tl.where(l == law.max, columns, NO_COLUMN)).to(tl.int64)
         else:
-            found = tl.sum(weight(l, columns, law))
+            e = exp2_weight((l - law.max) * law.scale)
+            truncates = (parameters.top_k is not None) or (parameters.top_p is not None)
+            if truncates or (parameters.min_p is not None):
+                e = tl.where(e < law.threshold, 0, e)
+            found = tl.sum(e)
         tl.store(tile_sums(area, tiles) + tile, found)
 
 

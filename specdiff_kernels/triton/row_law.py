@@ -58,6 +58,6 @@ def sums(logits, parameters, out, workspace, parts, TILE: tl.constexpr, TILES: t
     law = begin_law(area, row, logits.V, parameters, index, tiles, TILE, TILES)
     if law.status == OK:
         first, last = part * tiles // parts, (part + 1) * tiles // parts
-        store_tile_sums(area, row, logits.V, law, first, last, tiles, TILE)
+        store_tile_sums(area, row, logits.V, law, parameters, first, last, tiles, TILE)
     if arrives_last(area + ARRIVED, parts):
         write_law(out, index, end_law(area, law, tiles, TILE, TILES))

@@ -194,7 +194,7 @@ def judge(
         law = begin_law(area, row, target.V, parameters, b, tiles, TILE, TILES)
         if law.status == OK:
             first, last = part * tiles // parts, (part + 1) * tiles // parts
-            store_tile_sums(area, row, target.V, law, first, last, tiles, TILE)
+            store_tile_sums(area, row, target.V, law, parameters, first, last, tiles, TILE)
         if arrives_last(area + ARRIVED, parts):
             law = end_law(area, law, tiles, TILE, TILES)
             if i < length:
