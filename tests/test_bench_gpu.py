@@ -108,8 +108,8 @@ def test_program_on_cpu_tensors(no_gpu, tmp_path, capsys):
     assert str(tmp_path) not in path.read_text()
     assert kept["command"].endswith("bench_gpu.py --shapes 1x4x200,3x4x200 --repetitions 20")
     assert (kept["copy_gb_per_s"], kept["repetitions"]) == (10.0, 20)
-    assert [one["name"] for one in kept["not_measured"]] == ["reference, torch.compile"]
     one, three = kept["cases"]
+    assert bench_gpu.REFERENCE in {x["name"] for x in one["not_measured"]}
     ours = ["cpp, token", "cpp, block"]
     assert [row["name"] for row in one["rows"]] == ours + RUNNABLE
     assert [row["name"] for row in three["rows"]] == ours + RUNNABLE[:-1]
@@ -158,7 +158,7 @@ def test_a_peer_that_fails_is_reported(no_gpu, capsys):
         return row
 
     no_gpu.setattr(bench_gpu, "OTHERS", {"broken": explode, "unlawful": unlawful})
-    content = bench_gpu.benchmark(CPU, [SMALL], 100)
+    content = bench_gpu.benchmark(CPU, [SMALL], 100, False)
     (measured,) = content["cases"]
     reasons = {one["name"]: one["reason"] for one in measured["not_measured"]}
     assert reasons["broken"] == "OSError: no such compiler"
@@ -170,8 +170,9 @@ def test_a_backend_that_is_not_there_is_reported(no_gpu, batch_case):
     found = {"triton": "it did not load", "cpp": None, "reference": None}
     no_gpu.setattr(bench_gpu, "available_backends", lambda device: found)
     no_gpu.setattr(bench_gpu, "OTHERS", {})
-    timed, missing = bench_gpu.prepare(batch_case)
-    assert missing == {"triton": "it did not load"}
+    timed, missing = bench_gpu.prepare(batch_case, False)
+    reason = bench_gpu.REFERENCE_REASON
+    assert missing == {"triton": "it did not load", bench_gpu.REFERENCE: reason}
     assert [one.name for one in timed] == ["cpp, token", "cpp, block"]
 
 
@@ -664,3 +665,16 @@ def test_a_failed_capture_ends_the_program(monkeypatch):
     cuda = NotingCuda(monkeypatch)
     with pytest.raises(SystemExit, match="row: no CUDA graph"):
         bench_gpu.make_ready("row", Noting(cuda, uncapturable=True))
+
+
+def test_the_reference_can_be_compiled(batch_case, monkeypatch):
+    """As one graph, with the same bits; not by inductor, which takes minutes."""
+    compile = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(bench_gpu.torch, "compile", compile)
+    monkeypatch.setattr(bench_gpu, "make_ready", on_stream)
+    monkeypatch.setattr(bench_gpu, "OTHERS", {})
+    monkeypatch.setattr(bench_gpu, "available_backends", lambda device: {})
+    ([only], missing) = bench_gpu.prepare(batch_case, True)
+    assert only.name == bench_gpu.REFERENCE and not missing
+    row = only.row
+    bench_gpu.check_bits(batch_case, bench_gpu.REFERENCE, row, row, range(3))

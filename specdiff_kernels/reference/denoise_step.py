@@ -66,7 +66,7 @@ def denoise_step(
         for field, new in zip(law, drawn_from, strict=True):
             field[row[read]] = new[read]
 
-        good = read & (drawn_from.status == Status.OK)
+        good = read & (drawn_from.status == Status.OK.value)
         if entropies:
             measured[:, i] = torch.where(good, entropy(x, raw), measured[:, i])
         if reveal.order == Order.SEDD:

@@ -23,7 +23,7 @@ def row_law(
     """[N, V] logits and [N] parameters -> RowLaw, by definition rather than by speed."""
     x = logits.float()
     status = row_status(x, temperature, top_k, top_p, min_p)
-    good = status == Status.OK
+    good = status == Status.OK.value
     greedy = temperature == 0
     maximum = torch.where(good, x.amax(-1), torch.zeros_like(temperature))
     log2_e = torch.full_like(temperature, LOG2_E)

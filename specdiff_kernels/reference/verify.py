@@ -46,7 +46,7 @@ def verify(
         random = Random(seed, round, words)
         accepted, token, status = (block_rule if rule == "block" else token_rule)(round_, random)
 
-    good = status == Status.OK
+    good = status == Status.OK.value
     column = torch.arange(positions, device=accepted.device)
     padded = torch.cat((draft.tokens, token[:, None]), 1)
     emitted = torch.where(column < accepted[:, None], padded, -1)
@@ -93,20 +93,20 @@ def token_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
     Algorithm 1), after the last drafted token from p. -> accepted, token behind, status [B]
     """
     status, accepted, token = r.status, torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
-    running = status == Status.OK
+    running = status == Status.OK.value
     for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
         status = torch.where(running, law.status, status)
         drafted = running & (i < r.lengths)
         accept, residual = torch.zeros_like(drafted), e_p
         if i < r.draft.tokens.shape[1]:
             e_q, q_total, fault = draft_weights(r.draft, i, r.recorded[:, i], e_p.shape[1])
-            status = torch.where(drafted & (status == Status.OK), fault, status)
+            status = torch.where(drafted & (status == Status.OK.value), fault, status)
             x = r.draft.tokens[:, i].clamp(0, e_p.shape[1] - 1)[:, None]
             p, q = probability(e_p, law.total[:, None]), probability(e_q, q_total[:, None])
             accept = unit(random.accept(i)) * q.gather(1, x)[:, 0] < p.gather(1, x)[:, 0]
             without_x = e_p.scatter(1, x, 0)
             residual = torch.where(r.recorded[:, i, None], excess(p, q), without_x)
-        running = running & (status == Status.OK)
+        running = running & (status == Status.OK.value)
         accept = accept & drafted
         last = torch.where(drafted[:, None], or_else(residual, e_p), e_p)
         drawn = draw(last, random.last(i, drafted))
@@ -129,13 +129,13 @@ def block_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
     last_fault = torch.zeros_like(status)  # of the bonus row, if it comes to that
     P = torch.ones_like(r.lengths, dtype=torch.float64)
     for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
-        running = (status == Status.OK) & (P > 0) & (i <= r.lengths)
+        running = (status == Status.OK.value) & (P > 0) & (i <= r.lengths)
         drafted = running & (i < r.lengths)
         status = torch.where(drafted, law.status, status)
         S, residual, p_x, q_x = torch.zeros_like(P), e_p, P, P
         if i < r.draft.tokens.shape[1]:
             e_q, q_total, fault = draft_weights(r.draft, i, r.recorded[:, i], V)
-            status = torch.where(drafted & (status == Status.OK), fault, status)
+            status = torch.where(drafted & (status == Status.OK.value), fault, status)
             x = r.draft.tokens[:, i].clamp(0, V - 1)[:, None]
             p, q = probability(e_p, law.total[:, None]), probability(e_q, q_total[:, None])
             residual = excess(P[:, None] * p, q)
@@ -143,13 +143,13 @@ def block_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
             p_x, q_x = p.gather(1, x)[:, 0], q.gather(1, x)[:, 0]
         h = torch.where(drafted & (P < 1), torch.minimum(S / (S + 1.0 - P), P), P)
         u = unit(random.accept(i - 1)) if i else torch.full_like(P, -1.0)
-        here = running & (status == Status.OK) & (u < h)
+        here = running & (status == Status.OK.value) & (u < h)
         last = torch.where(drafted[:, None], or_else(residual, e_p), e_p)
         drawn = draw(last, random.last(i, drafted))
         accepted, token = torch.where(here, i, accepted), torch.where(here, drawn, token)
         last_fault = torch.where(here, law.status, last_fault)
         P = torch.where(drafted, (P * p_x / q_x).clamp(max=1.0), P)
-    return accepted, token, torch.where(status == Status.OK, last_fault, status)
+    return accepted, token, torch.where(status == Status.OK.value, last_fault, status)
 
 
 def coupled_rule(
@@ -159,7 +159,7 @@ def coupled_rule(
     while the drafted token is y. -> accepted, token behind, status [B]
     """
     status, accepted, token = r.status, torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
-    running = status == Status.OK
+    running = status == Status.OK.value
     V = r.e_p[0].shape[1]
     for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
         status = torch.where(running, law.status, status)
@@ -168,9 +168,9 @@ def coupled_rule(
         at = None if position is None else position + i
         y = race(e_p, race_words(seed, at, ids) if words is None else words[:, i])
         x = r.draft.tokens[:, i] if i < r.draft.tokens.shape[1] else y
-        bad_id = drafted & (status == Status.OK) & ((x < 0) | (x >= V))
+        bad_id = drafted & (status == Status.OK.value) & ((x < 0) | (x >= V))
         status = torch.where(bad_id, int(Status.TOKEN), status)
-        running = running & (status == Status.OK)
+        running = running & (status == Status.OK.value)
         accept = running & drafted & (x == y)
         token = torch.where(running & ~accept, y, token)
         accepted = accepted + accept
@@ -228,7 +228,7 @@ def draft_weights(draft: Draft, i: int, recorded: Tensor, V: int) -> tuple[Tenso
     e = torch.zeros_like(one_hot)
     e[:, ids] = weights(draft.logits[row], law)  # [B, Vd] -> [B, V]
     weightless = e.gather(1, x.clamp(0, V - 1)[:, None])[:, 0] == 0
-    contradiction = recorded & weightless & (fault == Status.OK)
+    contradiction = recorded & weightless & (fault == Status.OK.value)
     fault = torch.where(contradiction, int(Status.DRAFT), fault)
     e = torch.where(recorded[:, None], e, one_hot)
     return e, torch.where(recorded & (law.status == 0), law.total, total), fault
