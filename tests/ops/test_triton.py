@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -202,6 +203,27 @@ def test_programs_of_a_step_may_run_in_any_order(reveal, monkeypatch):
         for name in ("tokens", "tau", "rows"):
             assert torch.equal(getattr(own, name), getattr(want, name))
         assert_same(own.law, want.law)
+
+
+@interpreted
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_rows_behind_the_end_of_a_round_are_not_read_again(rule, monkeypatch):
+    """In launch 2, where an earlier row has said so by then; launch 1 reads what was drafted."""
+    module = importlib.import_module("specdiff_kernels.triton.verify")
+    name = "store_tile_races" if rule == "coupled" else "store_tile_sums"
+    original, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *args: calls.append(1) or original(*args))
+    target, draft, options = a_round(rule)
+    for rejected in range(K + 1):
+        likely = target.clone()
+        for i in range(K):  # an accepted token has all the weight, a rejected one has none
+            weight = -torch.inf if i == rejected else 50.0
+            likely[torch.arange(B), i, draft.tokens[:, i]] = weight
+        calls.clear()
+        with forced("triton"):
+            result = verify(likely, draft, **options)
+        assert result.accepted.tolist() == [rejected] * B
+        assert len(calls) == B * (rejected + 1)
 
 
 def every_op() -> None:
