@@ -14,7 +14,7 @@ from specdiff_kernels.backends import interprets_triton
 from .interpreter import patching_once
 from .on_gpu import on_gpu
 
-GPU = [] if torch.cuda.is_available() is False else [pytest.mark.gpu]
+GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
 IMPLEMENTATIONS = [
     "reference",
     *(f"cpp-{isa}" for isa in ("plain", "avx2", "avx512")),
