@@ -16,7 +16,7 @@ demo: $(VENV)/run.stamp
 	$(BIN)/specdiff generate --prompt "$(PROMPT)" --compare
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check

@@ -17,11 +17,13 @@ import torch
 logger = logging.getLogger("specdiff_kernels")
 
 # in order of preference on each device
-ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
-NAMES = ("cpp", "triton", "reference")
+ORDER = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
+NAMES = ("cpp", "triton", "cuda", "reference")
 REMEDIES = {
     "cpp": "reinstall with: pip install --force-reinstall .",
     "triton": "install it with: pip install triton",
+    "cuda": "reinstall where nvcc is, with: SPECDIFF_CUDA=1 pip install --force-reinstall .",
+    "reference": "reinstall with: pip install --force-reinstall .",
 }
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 import specdiff_kernels._C as _C
 
+from ..arguments import address, denoise_step_arguments
 from ..reveal import Reveal
 from ..types import Pending
-from .pointers import address, addresses, logits_view, scratch_for
+from .scratch import scratch_for
 
 CANDIDATE_WORDS = 2  # int64s kept of each position
 
@@ -37,19 +38,8 @@ def denoise_step(
 ) -> None:
     scratch = scratch_for(logits, top_k, top_p, min_p)
     candidates = out.tokens.new_empty((*out.tokens.shape, CANDIDATE_WORDS))
-    _C.denoise_step(
-        logits_view(logits),
-        len(logits),
-        *draft.tokens.shape,
-        addresses((draft.tokens, draft.tau, draft.rows, *draft.law)),
-        addresses((draft_ids, lengths, pool_rows)),
-        (int(reveal.order), reveal.lo, reveal.hi, reveal.number, address(rate)),
-        step,
-        entropies,
-        addresses((temperature, top_k, top_p, min_p)),
-        addresses((words, seed, round, position)),
-        addresses((out.tokens, out.tau, out.rows, *out.law, out.entropy)),
-        address(candidates),
-        address(scratch),
-        torch.get_num_threads(),
-    )
+    arguments = denoise_step_arguments(
+        logits, draft, draft_ids, lengths, pool_rows, reveal, rate, step, entropies,
+        temperature, top_k, top_p, min_p, seed, round, position, words, out=out,
+    )  # fmt: skip
+    _C.denoise_step(arguments, address(candidates), address(scratch), torch.get_num_threads())

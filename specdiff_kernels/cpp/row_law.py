@@ -7,25 +7,13 @@ from torch import Tensor
 
 import specdiff_kernels._C as _C
 
+from ..arguments import address, row_law_arguments
 from ..types import RowLaw
-from .pointers import address, addresses, logits_view, scratch_for
+from .scratch import scratch_for
 
 
-def row_law(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    *,
-    out: RowLaw,
-) -> None:
-    scratch = scratch_for(logits, top_k, top_p, min_p)
-    _C.row_law(
-        logits_view(logits),
-        logits.shape[0],
-        addresses((temperature, top_k, top_p, min_p)),
-        addresses(out),
-        address(scratch),
-        torch.get_num_threads(),
-    )
+def row_law(logits: Tensor, temperature: Tensor, *cuts: Tensor | None, out: RowLaw) -> None:
+    """cuts: top_k, top_p, min_p"""
+    scratch = scratch_for(logits, *cuts)
+    arguments = row_law_arguments(logits, temperature, *cuts, out=out)
+    _C.row_law(arguments, address(scratch), torch.get_num_threads())

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import specdiff_kernels._C as _C
 
-from ..types import RowLaw
-from .pointers import address, addresses, logits_view
+from ..arguments import sample_arguments
 
 
-def sample(
-    logits: Tensor,
-    law: RowLaw,
-    seed: Tensor | None,
-    round: Tensor | None,
-    slot: Tensor | None,
-    purpose: int,
-    position: Tensor | None,
-    words: Tensor | None,
-    draft_ids: Tensor | None,
-    *,
-    out: Tensor,
-) -> None:
-    _C.sample(
-        logits_view(logits),
-        logits.shape[0],
-        addresses(law),
-        addresses((words, seed, round, position)),
-        address(slot),
-        purpose,
-        address(draft_ids),
-        address(out),
-        torch.get_num_threads(),
-    )
+def sample(*args: Any, out: Tensor) -> None:
+    _C.sample(sample_arguments(*args, out=out), torch.get_num_threads())

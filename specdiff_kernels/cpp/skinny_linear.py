@@ -7,7 +7,7 @@ from torch import Tensor
 
 import specdiff_kernels._C as _C
 
-from .pointers import DTYPES, address
+from ..arguments import DTYPES, address
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:

@@ -11,27 +11,36 @@ import torch
 from specdiff_kernels import _C, available_backends, use_backend
 from specdiff_kernels.backends import interprets_triton
 
+from tests import emulator
+
 from .interpreter import patching_once
 from .on_gpu import on_gpu
 
 GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
+TRITON = pytest.param("triton", marks=GPU)
+ON_CPU = ["reference", *(f"cpp-{isa}" for isa in ("plain", "avx2", "avx512"))]
 IMPLEMENTATIONS = [
-    "reference",
-    *(f"cpp-{isa}" for isa in ("plain", "avx2", "avx512")),
-    pytest.param("triton", marks=GPU),
+    *ON_CPU,
+    TRITON,
+    emulator.NAME,
+    *([pytest.param("cuda", marks=GPU)] if GPU else []),
 ]
 
 
 @contextmanager
 def forced(implementation: str) -> Iterator[None]:
-    """One backend, and of cpp one instruction set; triton on the GPU if there is one."""
+    """One backend, and of cpp one instruction set; triton and cuda on the GPU if there is one."""
+    if implementation in ("triton", "cuda"):
+        with gpu_backend_forced(implementation):
+            yield
+        return
+    if implementation == emulator.NAME:
+        with emulator.forced():
+            yield
+        return
     backend, _, isa = implementation.partition("-")
     if isa and isa not in _C.supported_isas():
         pytest.skip(f"this processor has no {isa}")
-    if backend == "triton":
-        with triton_forced():
-            yield
-        return
     before = _C.isa()
     _C.use_isa(isa or before)
     try:
@@ -42,11 +51,11 @@ def forced(implementation: str) -> Iterator[None]:
 
 
 @contextmanager
-def triton_forced() -> Iterator[None]:
-    device = "cpu" if interprets_triton() else "cuda"
-    if reason := available_backends(device)["triton"]:
-        pytest.skip(f"backend triton: {reason}")
-    with use_backend("triton"), patching_once() if interprets_triton() else on_gpu("triton"):
+def gpu_backend_forced(name: str) -> Iterator[None]:
+    interpreted = name == "triton" and interprets_triton()
+    if reason := available_backends("cpu" if interpreted else "cuda")[name]:
+        pytest.skip(f"backend {name}: {reason}")
+    with use_backend(name), patching_once() if interpreted else on_gpu(name):
         yield
 
 

@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from specdiff_kernels.backends import interprets_triton, requested
+from tests import emulator
 
 FULL = False  # set by --full-sizes
 
 
 def is_slow() -> bool:
-    """Whether the ops are interpreted just now, at milliseconds a program."""
-    return requested(None) == "triton" and interprets_triton()
+    """Whether the ops are interpreted or emulated just now, at milliseconds a program."""
+    forced = requested(None)
+    return forced == emulator.NAME or (forced == "triton" and interprets_triton())
 
 
 def sized(full: int, interpreted: int) -> int:
-    """A test's size: cut where the ops are interpreted, unless --full-sizes was given."""
+    """A test's size: cut where the ops are slow, unless --full-sizes was given."""
     return interpreted if is_slow() and not FULL else full
 
 

@@ -25,7 +25,7 @@ from specdiff_kernels import (
     verify,
 )
 from specdiff_kernels.__main__ import report
-from specdiff_kernels.cpp.pointers import address, addresses, logits_view
+from specdiff_kernels.arguments import row_law_arguments
 
 LOGITS = torch.zeros(1, 4)
 
@@ -80,7 +80,7 @@ def test_argument_beats_block_beats_environment(ran, monkeypatch):
 
 @pytest.mark.parametrize("force", ["argument", "block", "environment"])
 def test_unknown_names(force, monkeypatch):
-    with pytest.raises(BackendError, match="expected one of cpp, triton, reference"):
+    with pytest.raises(BackendError, match="expected one of cpp, triton, cuda, reference"):
         if force == "argument":
             row_law(LOGITS, backend="cuda-12")
         elif force == "block":
@@ -97,11 +97,13 @@ def test_triton_is_the_default_on_a_gpu(monkeypatch, caplog):
     assert function.__module__ == "specdiff_kernels.triton.verify"
     original = backends.load
     missing = ModuleNotFoundError("No module named 'triton'")
-    monkeypatch.setattr(backends, "load", lambda n: missing if n == "triton" else original(n))
+    absent = {"triton": missing, "cuda": ModuleNotFoundError("No module named '_C_cuda'")}
+    monkeypatch.setattr(backends, "load", lambda name: absent.get(name) or original(name))
     with caplog.at_level(logging.WARNING, "specdiff_kernels"):
         function = backends.find("sample", "cuda", None)
     assert function.__module__ == "specdiff_kernels.reference.sample"
     assert "install it with: pip install triton" in caplog.text
+    assert "reinstall where nvcc is, with: SPECDIFF_CUDA=1 pip install" in caplog.text
 
 
 def test_what_triton_cannot_do_is_said(monkeypatch):
@@ -209,11 +211,8 @@ def test_native_code_releases_the_gil():
     logits = torch.randn(4, 400_000)
     law, temperature, top_k = row_law(logits), torch.ones(4), torch.full((4,), 9)
     scratch = torch.empty(1, 400_000, dtype=torch.int64)
-    arguments = (
-        logits_view(logits), 4, addresses((temperature, top_k, None, None)), addresses(law),
-        address(scratch), 1,
-    )  # fmt: skip
-    assert runs_beside(lambda: _C.row_law(*arguments))
+    arguments = row_law_arguments(logits, temperature, top_k, None, None, out=law)
+    assert runs_beside(lambda: _C.row_law(arguments, scratch.data_ptr(), 1))
     assert not runs_beside(lambda: sum(range(10**6)))
 
 

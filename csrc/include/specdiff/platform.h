@@ -6,6 +6,9 @@
 
 #ifdef __CUDACC__
 #define SPECDIFF_HD __host__ __device__ __forceinline__
+#ifdef __CUDA_ARCH__
+#define SPECDIFF_CUDA  // device code; an emulator of it sets this too
+#endif
 #else
 #define SPECDIFF_HD static inline
 #endif

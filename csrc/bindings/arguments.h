@@ -1,0 +1,167 @@
+// What Python hands over: addresses and sizes, in one tuple for each op. Tensors stay there.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "specdiff/params.h"
+
+namespace specdiff {
+
+using Address = uintptr_t;  // of a tensor's first element, 0 for none
+using AddressTuple = std::vector<Address>;
+// (address, dtype, columns, batch stride, row stride)
+using LogitsTuple = std::tuple<Address, int, int64_t, int64_t, int64_t>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline Logits logits(const LogitsTuple& t) {
+  const auto [address, dtype, columns, batch_stride, row_stride] = t;
+  return {pointer<const void>(address), dtype, columns, batch_stride, row_stride};
+}
+
+inline Parameters parameters(const AddressTuple& a) {
+  return {pointer<const float>(a.at(0)), pointer<const int64_t>(a.at(1)),
+          pointer<const float>(a.at(2)), pointer<const float>(a.at(3))};
+}
+
+inline LawArrays law(const AddressTuple& a, int first = 0) {
+  return {pointer<float>(a.at(first)), pointer<float>(a.at(first + 1)),
+          pointer<int64_t>(a.at(first + 2)), pointer<int64_t>(a.at(first + 3)),
+          pointer<int32_t>(a.at(first + 4))};
+}
+
+inline Randomness randomness(const AddressTuple& a) {
+  return {pointer<const int64_t>(a.at(0)), pointer<const int64_t>(a.at(1)),
+          pointer<const int64_t>(a.at(2)), pointer<const int64_t>(a.at(3))};
+}
+
+// logits, rows, parameters, law
+using RowLawArguments = std::tuple<LogitsTuple, int64_t, AddressTuple, AddressTuple>;
+
+inline RowLawParams params(const RowLawArguments& arguments) {
+  const auto& [x, rows, parameters_, out] = arguments;
+  return {logits(x), rows, parameters(parameters_), law(out), nullptr, 1};
+}
+
+// logits, rows, law, randomness, slot, purpose, draft_ids, tokens
+using SampleArguments = std::tuple<LogitsTuple, int64_t, AddressTuple, AddressTuple, Address,
+                                   uint32_t, Address, Address>;
+
+inline SampleParams params(const SampleArguments& arguments) {
+  const auto& [x, rows, laws, random, slot, purpose, draft_ids, tokens] = arguments;
+  return {logits(x),
+          rows,
+          law(laws),
+          randomness(random),
+          pointer<const int64_t>(slot),
+          purpose,
+          pointer<const int64_t>(draft_ids),
+          pointer<int64_t>(tokens),
+          1};
+}
+
+// target, (batch, k), draft's (tokens, tau, rows), its logits, rows and law, (draft_ids, lengths),
+// (rule, record, final step), parameters, randomness, (accepted, emitted, status)
+using VerifyArguments =
+    std::tuple<LogitsTuple, std::tuple<int64_t, int64_t>, AddressTuple, LogitsTuple, int64_t,
+               AddressTuple, AddressTuple, std::tuple<int, int, int>, AddressTuple, AddressTuple,
+               AddressTuple>;
+
+inline VerifyParams params(const VerifyArguments& arguments) {
+  const auto& [target, sizes, drafted, draft, draft_rows, draft_law, columns, how, parameters_,
+               random, out] = arguments;
+  const auto [batch, k] = sizes;
+  const auto [rule, record, final_step] = how;
+  return {logits(target),
+          batch,
+          k,
+          pointer<const int64_t>(drafted.at(0)),
+          pointer<const int32_t>(drafted.at(1)),
+          pointer<const int64_t>(drafted.at(2)),
+          logits(draft),
+          draft_rows,
+          law(draft_law),
+          pointer<const int64_t>(columns.at(0)),
+          pointer<const int64_t>(columns.at(1)),
+          rule,
+          record,
+          final_step,
+          parameters(parameters_),
+          randomness(random),
+          pointer<int64_t>(out.at(0)),
+          pointer<int64_t>(out.at(1)),
+          pointer<int32_t>(out.at(2)),
+          nullptr,
+          nullptr,
+          1};
+}
+
+// logits, (pool, batch, k), (tokens, tau, rows, law), (draft_ids, lengths, pool_rows),
+// (order, lo, hi, count, rate), step, entropies, parameters, randomness,
+// (tokens, tau, rows, law, entropy)
+using DenoiseStepArguments =
+    std::tuple<LogitsTuple, std::tuple<int64_t, int64_t, int64_t>, AddressTuple, AddressTuple,
+               std::tuple<int, int64_t, int64_t, int64_t, Address>, int, bool, AddressTuple,
+               AddressTuple, AddressTuple>;
+
+inline DenoiseStepParams params(const DenoiseStepArguments& arguments) {
+  const auto& [x, sizes, state, columns, how, step, entropies, parameters_, random, out] =
+      arguments;
+  const auto [pool, batch, k] = sizes;
+  const auto [order, lo, hi, count, rate] = how;
+  return {logits(x),
+          pool,
+          batch,
+          k,
+          pointer<const int64_t>(state.at(0)),
+          pointer<const int32_t>(state.at(1)),
+          pointer<const int64_t>(state.at(2)),
+          law(state, 3),
+          pointer<const int64_t>(columns.at(0)),
+          pointer<const int64_t>(columns.at(1)),
+          pointer<const int64_t>(columns.at(2)),
+          order,
+          lo,
+          hi,
+          count,
+          pointer<const double>(rate),
+          step,
+          entropies,
+          parameters(parameters_),
+          randomness(random),
+          pointer<int64_t>(out.at(0)),
+          pointer<int32_t>(out.at(1)),
+          pointer<int64_t>(out.at(2)),
+          law(out, 3),
+          pointer<double>(out.at(8)),
+          nullptr,
+          nullptr,
+          1};
+}
+
+// (batch, columns, stops), (lengths, emitted, stop_tokens, limit, finished), (lengths, kept,
+// finished)
+using CommitArguments =
+    std::tuple<std::tuple<int64_t, int64_t, int64_t>, AddressTuple, AddressTuple>;
+
+inline CommitParams params(const CommitArguments& arguments) {
+  const auto& [sizes, in, out] = arguments;
+  const auto [batch, columns, stops] = sizes;
+  return {pointer<const int64_t>(in.at(0)),
+          pointer<const int64_t>(in.at(1)),
+          batch,
+          columns,
+          pointer<const int64_t>(in.at(2)),
+          stops,
+          pointer<const int64_t>(in.at(3)),
+          pointer<const bool>(in.at(4)),
+          pointer<int64_t>(out.at(0)),
+          pointer<int64_t>(out.at(1)),
+          pointer<bool>(out.at(2))};
+}
+
+}  // namespace specdiff

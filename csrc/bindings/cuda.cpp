@@ -1,0 +1,33 @@
+#include "../cuda/ops.h"
+#include "arguments.h"
+
+namespace py = pybind11;
+
+namespace specdiff {
+namespace {
+
+// device, stream, workspace
+using QueueTuple = std::tuple<int, Address, Address>;
+
+// An op of what Python hands over.
+template <class Arguments, auto op>
+void call(const Arguments& arguments, const QueueTuple& queue) {
+  const auto [device, stream, workspace] = queue;
+  const auto p = params(arguments);
+  py::gil_scoped_release release;
+  op(p, {device, pointer<void>(stream), pointer<int64_t>(workspace)});
+}
+
+}  // namespace
+}  // namespace specdiff
+
+PYBIND11_MODULE(_C_cuda, m) {
+  using namespace specdiff;
+  m.doc() = "The CUDA kernels. Arguments are checked in Python, not here.";
+  m.def("row_law", &call<RowLawArguments, cuda::row_law>);
+  m.def("sample", &call<SampleArguments, cuda::sample>);
+  m.def("denoise_step", &call<DenoiseStepArguments, cuda::denoise_step>);
+  m.def("verify", &call<VerifyArguments, cuda::verify>);
+  m.def("commit", &call<CommitArguments, cuda::commit>);
+  m.def("workspace_size", &cuda::workspace_size, "Words of scratch for rows of so many columns.");
+}

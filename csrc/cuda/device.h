@@ -1,0 +1,153 @@
+// What kernels use of the machine: launches, memory that thread blocks share, and the words by
+// which they wait for each other.
+#pragma once
+
+#ifdef SPECDIFF_EMULATED
+#include "emulator.h"
+#else
+#include <cuda_runtime.h>
+// Memory that the threads of a block share; one such line in a kernel.
+#define SPECDIFF_SHARED(Type, name) __shared__ Type name
+#endif
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+
+namespace specdiff::cuda {
+
+#ifdef SPECDIFF_EMULATED
+constexpr int kThreads = 64, kHeld = 2;
+#else
+constexpr int kThreads = 256;  // of a block
+constexpr int kHeld = 8;       // vectors of 16 bytes that a thread holds on chip
+#endif
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+// --- words in global memory ---
+
+// One more arrival. Who counts it sees what the other block wrote before; who is counted last sees
+// what all did. To be called by one thread, between barriers of its block.
+__device__ inline uint64_t arrive(uint64_t* counter) {
+#ifdef SPECDIFF_EMULATED
+  return emulator::update(counter, [](uint64_t x) { return x + 1; });
+#else
+  uint64_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;"
+               : "=l"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+#endif
+}
+
+__device__ inline uint64_t load_acquire(uint64_t* word) {
+#ifdef SPECDIFF_EMULATED
+  return emulator::update(word, [](uint64_t x) { return x; });
+#else
+  uint64_t x;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
+               : "=l"(x)
+               : "l"(__cvta_generic_to_global(word))
+               : "memory");
+  return x;
+#endif
+}
+
+__device__ inline uint64_t wait_for(uint64_t* counter, uint64_t least) {
+  uint64_t x;
+  while ((x = load_acquire(counter)) < least) {
+#ifndef SPECDIFF_EMULATED
+    __nanosleep(20);
+#endif
+  }
+  return x;
+}
+
+// word = max(word, x), without order
+__device__ inline void raise(uint64_t* word, uint64_t x) {
+#ifdef SPECDIFF_EMULATED
+  emulator::update(word, [=](uint64_t before) { return before > x ? before : x; });
+#else
+  atomicMax(reinterpret_cast<unsigned long long*>(word), x);
+#endif
+}
+
+// word += x, without order; in global or in shared memory
+__device__ inline void add(int64_t* word, int64_t x) {
+#ifdef SPECDIFF_EMULATED
+  emulator::update(word, [=](int64_t before) { return before + x; });
+#else
+  atomicAdd(reinterpret_cast<unsigned long long*>(word), uint64_t(x));
+#endif
+}
+
+// --- launches ---
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  }
+}
+
+// Makes a stream's device the current one for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&before_));
+    if (before_ != device_) check(cudaSetDevice(device_));
+  }
+  ~DeviceGuard() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_, before_;
+};
+
+template <class... Params>
+void launch(void (*kernel)(Params...), int64_t blocks, const Queue& queue, Params... params) {
+  if (blocks == 0) return;
+  if (blocks > 0x7fffffff) throw std::invalid_argument("CUDA: too many rows for one launch");
+#ifdef SPECDIFF_EMULATED
+  emulator::launch(blocks, kThreads, false, [&] { kernel(params...); });
+#else
+  kernel<<<unsigned(blocks), kThreads, 0, cudaStream_t(queue.stream)>>>(params...);
+#endif
+  check(cudaGetLastError());
+}
+
+// All blocks run at once, or none does.
+template <class... Params>
+void launch_together(void (*kernel)(Params...), int64_t blocks, const Queue& queue,
+                     Params... params) {
+#ifdef SPECDIFF_EMULATED
+  emulator::launch(blocks, kThreads, true, [&] { kernel(params...); });
+#else
+  void* arguments[] = {&params...};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), unsigned(blocks),
+                                    kThreads, arguments, 0, cudaStream_t(queue.stream)));
+#endif
+}
+
+// Blocks of a kernel that the device runs at once.
+template <auto kernel>
+int64_t capacity(int device) {
+  constexpr int kDevices = 64;
+  static std::atomic<int64_t> known[kDevices];
+  const bool keeps = 0 <= device && device < kDevices;
+  if (keeps && known[device]) return known[device];
+  int multiprocessors, blocks;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+  const int64_t found = int64_t(multiprocessors) * blocks;
+  if (keeps) known[device] = found;
+  return found;
+}
+
+}  // namespace specdiff::cuda

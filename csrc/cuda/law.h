@@ -1,0 +1,407 @@
+// The law of a row whose parts several blocks have, and draws from it.
+#pragma once
+
+#include "row.h"
+#include "specdiff/accept.h"
+#include "specdiff/philox.h"
+#include "specdiff/race.h"
+#include "specdiff/scan.h"
+
+namespace specdiff::cuda {
+
+// What blocks tell each other of one row. All zero when a launch begins.
+struct RowWords {
+  uint64_t met;   // arrivals at meetings of the row's blocks
+  uint64_t done;  // blocks that are done with the row
+  uint64_t key;   // of its largest logit
+  float max, scale;
+  int64_t threshold, total;
+  int32_t status;
+  int32_t recorded;
+  int64_t token;      // drawn from it
+  int64_t candidate;  // a token that may be revealed + 1; 0: none
+  double target_chance, draft_chance;  // p(x), q(x) of the block rule
+  double prefix_chance;                // P_i
+  int64_t excess;                      // 2^60 S_i
+  int64_t raw_total, spread;           // of the model's own law
+  double rank;
+  // of a sequence, in its first row
+  uint64_t sequence_done, sequence_settled, sequence_ended;
+  uint64_t ends;  // k - i, the largest of the rows i where the round ends
+  int64_t sure;   // tokens that the block rule accepts in any case
+  int64_t sequence_status;
+  // of a launch, in the first row of all
+  uint64_t tickets;
+
+  __device__ RowLaw law() const { return {max, scale, threshold, total, status}; }
+};
+
+constexpr int64_t kRowWords = sizeof(RowWords) / sizeof(int64_t);
+constexpr int kBinSets = 3;
+
+// Scratch of one row.
+struct Area {
+  RowWords* words;
+  int64_t* sums;     // [parts], of weights
+  int64_t* excess;   // [parts], of residual weights, or least times of a race
+  int64_t* winners;  // [parts], the columns of these times
+  int64_t* bins;     // [kBinSets, kBins]
+
+  __host__ __device__ Area(int64_t* workspace, int64_t rows, int64_t row, int32_t parts)
+      : words(reinterpret_cast<RowWords*>(workspace) + row),
+        sums(workspace + rows * kRowWords + row * (3 * parts + kBinSets * kBins)),
+        excess(sums + parts),
+        winners(excess + parts),
+        bins(winners + parts) {}
+};
+
+// Whether this block is the last of so many to get here; then it sees what all of them wrote.
+__device__ inline bool is_last(uint64_t* counter, int64_t arrivals, Shared& shared) {
+  int64_t last = 0;
+  __syncthreads();  // all threads have written before one of them counts
+  if (threadIdx.x == 0) last = arrive(counter) == uint64_t(arrivals) - 1;
+  return from_first(last, shared);
+}
+
+// The blocks that have parts of one row. They wait for each other, which is safe because they are
+// counted as they begin: all blocks of a row have begun when one of the next row does. At most
+// one row of a launch then lacks blocks, and these find room when other rows are done.
+class Team {
+ public:
+  __device__ Team(const Area& area, const Split& split, int64_t part, Shared& shared)
+      : area(area), parts(split.parts), part(part), shared_(shared) {}
+
+  // Waits until all blocks of the row are here, with all that they wrote. False if one of them has
+  // left, as the row does not matter any more.
+  __device__ bool meet() {
+    if (parts == 1) {
+      __syncthreads();
+      return true;
+    }
+    ++meetings_;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      arrive(&area.words->met);
+      shared_.found = wait_for(&area.words->met, meetings_ * parts) < kLeft;
+    }
+    __syncthreads();
+    return shared_.found;
+  }
+
+  // Sets of bins take turns: a set is emptied a meeting before it is filled again, and a meeting
+  // after it was read. Two are empty before the row's first meeting.
+  __device__ void empty_first_bins() {
+    empty(0);
+    empty(1);
+  }
+  __device__ int64_t* next_bins() { return area.bins + fills_++ % kBinSets * kBins; }
+  __device__ void empty_old_bins() { empty((fills_ + 1) % kBinSets); }
+
+  // Lets nobody wait for this block.
+  __device__ void leave() {
+    if (threadIdx.x == 0) raise(&area.words->met, kLeft);
+  }
+
+  // Whether this is the last block that is done with the row.
+  __device__ bool done_last() { return is_last(&area.words->done, parts, shared_); }
+
+  const Area area;
+  const int64_t parts, part;
+
+ private:
+  static constexpr uint64_t kLeft = uint64_t(1) << 32;
+
+  __device__ void empty(int set) {
+    if (part != 0) return;
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) area.bins[set * kBins + bin] = 0;
+  }
+
+  uint64_t meetings_ = 0;
+  int fills_ = 0;
+  Shared& shared_;
+};
+
+// The number of this block in the order in which blocks begin.
+__device__ inline int64_t take_ticket(int64_t* workspace, Shared& shared) {
+  int64_t ticket = 0;
+  if (threadIdx.x == 0) ticket = arrive(&reinterpret_cast<RowWords*>(workspace)->tickets);
+  return from_first(ticket, shared);
+}
+
+__device__ inline int32_t status_of(uint32_t key, const Parameters& parameters, int64_t index) {
+  const float temperature = parameters.temperature[index];
+  bool valid = valid_temperature(temperature);
+  if (parameters.top_k) valid = valid && parameters.top_k[index] >= 0;
+  if (parameters.top_p) {
+    valid = valid && parameters.top_p[index] > 0 && parameters.top_p[index] <= 1;
+  }
+  if (parameters.min_p) {
+    valid = valid && parameters.min_p[index] >= 0 && parameters.min_p[index] <= 1;
+  }
+  if (!valid) return kParameter;
+  if (key == kNanKey) return kNan;
+  const int32_t order = int32_t(key ^ 0x80000000u);
+  if (order == 0x7f800000) return kPosInf;
+  return order == int32_t(0x807fffff) ? kEmpty : kOk;
+}
+
+// The largest threshold t such that the weights e >= t sum to at least `need` (by_weight), or
+// number that. Radix selection, 9 of the 45 bits at a time; false if a block has left.
+__device__ inline bool select(const Slice& slice, const RowLaw& law, int64_t need, bool by_weight,
+                              Team& team, Shared& shared, int64_t* threshold) {
+  int64_t prefix = 0;
+  int64_t left = need - 1;  // less what lies above the bin
+  for (int step = 0; step < 5; ++step) {
+    const int shift = 36 - 9 * step;
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.bins[bin] = 0;
+    __syncthreads();
+    slice.visit([&](int64_t, const float(&l)[8]) {
+      for (int j = 0; j < 8; ++j) {
+        const int64_t e = whole_weight(l[j], law);
+        const int digit = int(e >> shift) & (kBins - 1);
+        if (digit && e >> (shift + 9) == prefix) add(&shared.bins[digit], by_weight ? e : 1);
+      }
+    });
+    __syncthreads();
+    int64_t* bins = team.next_bins();
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
+      if (shared.bins[bin]) add(&bins[bin], shared.bins[bin]);
+    }
+    if (!team.meet()) return false;
+    team.empty_old_bins();
+    const auto from_above = [&](int64_t i) { return bins[kBins - 1 - i]; };
+    const int64_t above = find_first(kBins - 1, from_above, left, shared);
+    prefix = prefix << 9 | (kBins - 1 - above);
+  }
+  *threshold = prefix;
+  return true;
+}
+
+// The smallest weight that survives top-k, then top-p, then min-p. False if a block has left.
+__device__ inline bool truncate(const Slice& slice, const RowLaw& law, const Parameters& parameters,
+                                int64_t index, int64_t columns, Team& team, Shared& shared,
+                                int64_t* threshold) {
+  const int64_t top_k = parameters.top_k ? parameters.top_k[index] : 0;
+  if (0 < top_k && top_k < columns) {
+    if (!select(slice, law, top_k, false, team, shared, threshold)) return false;
+  }
+  if (parameters.top_p && parameters.top_p[index] < 1) {
+    int64_t kept = 0;
+    slice.visit([&](int64_t, const float(&l)[8]) {
+      for (int j = 0; j < 8; ++j) {
+        const int64_t e = whole_weight(l[j], law);
+        kept += e >= *threshold ? e : 0;
+      }
+    });
+    kept = block_sum(kept, shared);
+    int64_t* total = team.next_bins();
+    if (threadIdx.x == 0) add(total, kept);
+    if (!team.meet()) return false;
+    team.empty_old_bins();
+    int64_t nucleus;
+    const int64_t need = ceil_share(parameters.top_p[index], *total);
+    if (!select(slice, law, need, true, team, shared, &nucleus)) return false;
+    *threshold = nucleus > *threshold ? nucleus : *threshold;
+  }
+  if (parameters.min_p) {
+    const int64_t floor = int64_t(double(parameters.min_p[index]) * double(kOne));
+    *threshold = floor > *threshold ? floor : *threshold;
+  }
+  return true;
+}
+
+// A row's law but for what takes sums over all its blocks: the total, and a greedy row's threshold.
+// Holds the slice. False if a block has left.
+__device__ inline bool begin_law(Slice& slice, const Parameters& parameters, int64_t index,
+                                 int64_t columns, Team& team, Shared& shared, RowLaw* law) {
+  if (parameters.top_k || parameters.top_p) team.empty_first_bins();
+  const uint32_t key = block_max(slice.hold(), shared);
+  if (threadIdx.x == 0) raise(&team.area.words->key, key);
+  if (!team.meet()) return false;
+  const uint32_t largest = uint32_t(team.area.words->key);
+  *law = RowLaw();
+  law->status = status_of(largest, parameters, index);
+  if (law->status != kOk) return true;
+  law->max = from_key(largest) + 0.0f;  // never -0
+  const float temperature = parameters.temperature[index];
+  if (temperature == 0) return true;
+  law->scale = kLog2E / temperature;
+  int64_t threshold = 0;
+  if (!truncate(slice, *law, parameters, index, columns, team, shared, &threshold)) return false;
+  law->threshold = threshold;
+  return true;
+}
+
+// The block's sum of weights; of a greedy row the first column that holds the largest logit.
+__device__ inline int64_t slice_sum(const Slice& slice, const RowLaw& law, Shared& shared) {
+  int64_t sum = 0;
+  uint32_t first = 0xffffffffu;
+  if (law.scale == 0) {
+    slice.visit([&](int64_t v, const float(&l)[8]) {
+      for (int j = 7; j >= 0; --j) {
+        if (l[j] == law.max && v + j < first) first = uint32_t(v + j);
+      }
+    });
+    return block_min(first, shared);
+  }
+  if (law.threshold == 0) {
+    slice.visit([&](int64_t, const float(&l)[8]) {
+      for (int j = 0; j < 8; ++j) sum += whole_weight(l[j], law);
+    });
+  } else {
+    slice.visit([&](int64_t v, const float(&l)[8]) {
+      for (int j = 0; j < 8; ++j) sum += weight(l[j], v + j, law);
+    });
+  }
+  return block_sum(sum, shared);
+}
+
+// The law of a row, all of whose blocks have left their sums. Only for the last block.
+__device__ inline RowLaw end_law(RowLaw law, const Row& row, const Split& split, const Area& area,
+                                 Shared& shared) {
+  if (law.status == kOk && law.scale == 0) {
+    uint32_t first = 0xffffffffu;
+    for (int part = threadIdx.x; part < split.parts; part += kThreads) {
+      first = uint32_t(area.sums[part]) < first ? uint32_t(area.sums[part]) : first;
+    }
+    law.threshold = block_min(first, shared);
+    law.total = kOne;
+    const int64_t holder = (law.threshold + row.shift()) / split.part_columns();
+    for (int part = threadIdx.x; part < split.parts; part += kThreads) {
+      area.sums[part] = part == holder ? kOne : 0;
+    }
+    __syncthreads();
+  } else if (law.status == kOk) {
+    int64_t sum = 0;
+    for (int part = threadIdx.x; part < split.parts; part += kThreads) sum += area.sums[part];
+    law.total = block_sum(sum, shared);
+  }
+  if (threadIdx.x == 0) {
+    area.words->max = law.max;
+    area.words->scale = law.scale;
+    area.words->threshold = law.threshold;
+    area.words->total = law.total;
+    area.words->status = law.status;
+  }
+  return law;
+}
+
+__device__ inline RowLaw load(const LawArrays& law, int64_t i) {
+  return {law.max[i], law.scale[i], law.threshold[i], law.total[i], law.status[i]};
+}
+
+__device__ inline void store(const RowLaw& law, const LawArrays& out, int64_t i) {
+  out.max[i] = law.max;
+  out.scale[i] = law.scale;
+  out.threshold[i] = law.threshold;
+  out.total[i] = law.total;
+  out.status[i] = law.status;
+}
+
+// --- draws, by one block ---
+
+// The column at which the running sum of a part's weights exceeds r, or the row's last one.
+// weigh(column, weights): of eight columns
+template <class Weigh>
+__device__ int64_t draw_within(const Row& row, const Split& split, int64_t part, int64_t r,
+                               Weigh weigh, Shared& shared) {
+  for (int k = 0; k < split.groups; ++k) {
+    int64_t e[8], sum = 0, column = column_of(row, split, part, k);
+    weigh(column, e);
+    for (int j = 0; j < 8; ++j) sum += e[j];
+    const int thread = find_thread(sum, r, shared);
+    if (thread == kThreads) continue;
+    if (thread == int(threadIdx.x)) {
+      bool before = true;
+      for (int j = 0; j < 8; ++j) {
+        before = before && r >= e[j];
+        if (before) r -= e[j];
+        column += before;
+      }
+      shared.left = column;
+    }
+    __syncthreads();
+    return shared.left;
+  }
+  return row.columns - 1;  // only if the law is not this row's
+}
+
+// The column of mulhi(word, total), by the sums of the row's parts.
+__device__ inline int64_t draw(const Row& row, const RowLaw& law, const Split& split,
+                               const int64_t* sums, uint64_t word, Shared& shared) {
+  if (law.scale == 0) return law.threshold;
+  int64_t r = mulhi(word, law.total);
+  const int64_t part = find_first(split.parts, [&](int64_t i) { return sums[i]; }, r, shared);
+  const auto weigh = [&](int64_t v, int64_t(&e)[8]) {
+    float l[8];
+    row.widen(row.load(v), l);
+    for (int j = 0; j < 8; ++j) e[j] = weight(l[j], v + j, law);
+  };
+  return draw_within(row, split, part, r, weigh, shared);
+}
+
+// Where the exponential variates of a coupled draw come from.
+struct Noise {
+  const int64_t* words;  // of each column, or null
+  uint64_t seed;
+  int64_t position;
+  const int64_t* ids;  // of the columns, or null
+
+  __device__ uint64_t word(int64_t v) const {
+    if (words) return uint64_t(words[v]);
+    return race_word(seed, position, ids ? ids[v] : v);
+  }
+};
+
+// The least E_v / e_v among a block's columns; of a greedy row the first with the largest logit.
+__device__ inline Finish slice_race(const Slice& slice, const RowLaw& law, const Noise& noise,
+                                    int64_t columns, Shared& shared) {
+  double least = bit_cast<double>(int64_t(0x7ff0000000000000));  // +inf
+  int64_t winner = columns;
+  slice.visit([&](int64_t v, const float(&l)[8]) {
+    for (int j = 0; j < 8; ++j) {
+      double time = 0;
+      if (law.scale != 0) {
+        const int64_t e = weight(l[j], v + j, law);
+        if (e == 0) continue;
+        const uint64_t word = noise.word(v + j);
+        if (!may_win(word, double(e), least)) continue;
+        time = exponential(word) / double(e);
+      } else if (l[j] != law.max) {
+        continue;
+      }
+      if (time < least) {
+        least = time;
+        winner = v + j;
+      }
+    }
+  });
+  return block_first({bit_cast<int64_t>(least), winner}, shared);
+}
+
+__device__ inline void store_race(const Area& area, int64_t part, const Finish& finish) {
+  if (threadIdx.x == 0) {
+    area.excess[part] = finish.time;
+    area.winners[part] = finish.column;
+  }
+}
+
+// The column that wins a row, all of whose parts have raced.
+__device__ inline int64_t end_race(const Area& area, const Split& split, Shared& shared) {
+  Finish first{0x7ff0000000000000, INT64_MAX};
+  for (int part = threadIdx.x; part < split.parts; part += kThreads) {
+    const Finish other{area.excess[part], area.winners[part]};
+    if (other.before(first)) first = other;
+  }
+  return block_first(first, shared).column;
+}
+
+// --- hosts ---
+
+inline Split begin_rows(const Logits& logits, int64_t rows, int64_t capacity,
+                        const Queue& queue) {
+  check(cudaMemsetAsync(queue.workspace, 0, rows * sizeof(RowWords), cudaStream_t(queue.stream)));
+  return split_of(logits, rows, capacity);
+}
+
+}  // namespace specdiff::cuda

@@ -1,0 +1,54 @@
+#include "law.h"
+
+namespace specdiff::cuda {
+namespace {
+
+__device__ uint64_t word_of(const SampleParams& p, int64_t i) {
+  if (p.random.words) return uint64_t(p.random.words[i]);
+  return random_word(p.random.seed[i], p.slot[i], p.random.round[i], p.purpose);
+}
+
+__device__ Noise noise_of(const SampleParams& p, int64_t i) {
+  if (p.random.words) return {p.random.words + i * p.logits.columns, 0, 0, nullptr};
+  return {nullptr, uint64_t(p.random.seed[i]), p.random.position[i], p.draft_ids};
+}
+
+__global__ void __launch_bounds__(kThreads) draw_tokens(SampleParams p, Split split, int64_t* workspace) {
+  SPECDIFF_SHARED(Shared, shared);
+  const int64_t index = blockIdx.x / split.parts, part = blockIdx.x % split.parts;
+  const Area area(workspace, p.rows, index, split.parts);
+  const Row row(p.logits, 0, index);
+  const RowLaw law = load(p.law, index);
+  Team team(area, split, part, shared);
+  Slice slice(row, split, part, shared);
+  const bool races = p.random.position;
+  if (law.status == kOk && (races || law.scale != 0)) {
+    slice.hold();
+    if (races) {
+      store_race(area, part, slice_race(slice, law, noise_of(p, index), row.columns, shared));
+    } else {
+      const int64_t sum = slice_sum(slice, law, shared);
+      if (threadIdx.x == 0) area.sums[part] = sum;
+    }
+  }
+  if (!team.done_last()) return;
+  int64_t token = -1;
+  if (law.status == kOk) {
+    token = races ? end_race(area, split, shared)
+                  : draw(row, law, split, area.sums, word_of(p, index), shared);
+    if (token >= row.columns) token = row.columns - 1;  // only if the law is not this row's
+    if (p.draft_ids) token = p.draft_ids[token];
+  }
+  if (threadIdx.x == 0) p.tokens[index] = token;
+}
+
+}  // namespace
+
+void sample(const SampleParams& p, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  const int64_t room = capacity<draw_tokens>(queue.device);
+  const Split split = begin_rows(p.logits, p.rows, room, queue);
+  launch(draw_tokens, p.rows * split.parts, queue, p, split, queue.workspace);
+}
+
+}  // namespace specdiff::cuda

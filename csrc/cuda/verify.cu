@@ -1,0 +1,332 @@
+// Verification of a draft: one launch where all blocks find room at once, else two.
+//
+// 1. judge: the law of each target row; the last block of a row judges the drafted token. Rows
+//    behind one that ended the round are left out if they come later.
+// 2. end: residual weights where one may be drawn from; the last block of a sequence draws.
+//
+// Blocks go through the rows from the first position to the last, as later ones may not be needed.
+#include "residual.h"
+
+namespace specdiff::cuda {
+namespace {
+
+// One sequence's round.
+struct Sequence {
+  const VerifyParams& p;
+  const Split& split;
+  int64_t* workspace;
+  int64_t b;
+  Shared& shared;
+
+  // Drafted tokens, -1 if that is out of range.
+  __device__ int64_t length() const {
+    const int64_t length = p.lengths ? p.lengths[b] : p.k;
+    return length <= p.k ? length : -1;
+  }
+
+  __device__ Area area(int64_t i) const {
+    return Area(workspace, p.batch * (p.k + 1), b * (p.k + 1) + i, split.parts);
+  }
+  __device__ RowWords& words(int64_t i) const { return *area(i).words; }
+  __device__ Row row(int64_t i) const { return Row(p.target, b, i); }
+  __device__ int64_t token(int64_t i) const { return p.tokens[b * p.k + i]; }
+  __device__ bool block_rule() const { return p.rule == kBlockRule; }
+
+  // Where the round has to end for all that is known by now.
+  __device__ int64_t stop() const {
+    int64_t ends = 0;
+    if (threadIdx.x == 0) ends = load_acquire(&words(0).ends);
+    return p.k - from_first(ends, shared);
+  }
+  __device__ void stop_at(int64_t i) const { raise(&words(0).ends, p.k - i); }
+
+  // Accepted tokens, when all rows are judged one by one.
+  __device__ int64_t end() const {
+    const int64_t last = stop(), drafted = length();
+    return drafted < 0 ? 0 : last < drafted ? last : drafted;
+  }
+
+  // The word passed in for `column`, or made for `slot`.
+  __device__ uint64_t word(int64_t column, int64_t slot, Purpose purpose) const {
+    if (p.random.words) return uint64_t(p.random.words[b * (p.k + 1) + column]);
+    return random_word(p.random.seed[b], slot, p.random.round[b], purpose);
+  }
+  __device__ double accept_unit(int64_t i) const { return unit(word(i, i, kAccept)); }
+};
+
+// Whether the record of position i counts.
+__device__ bool is_recorded(const Sequence& s, int64_t i) {
+  const VerifyParams& p = s.p;
+  const int32_t* tau = p.tau + s.b * p.k;
+  uint32_t latest = 0;
+  if (p.record == kRunningMax) {
+    for (int64_t j = threadIdx.x; j <= i; j += kThreads) {
+      const uint32_t key = uint32_t(tau[j]) ^ 0x80000000u;
+      latest = key > latest ? key : latest;
+    }
+    latest = block_max(latest, s.shared);
+  }
+  if (p.rows[s.b * p.k + i] < 0 || p.record == kOneHot) return false;
+  if (p.record == kFinal) return tau[i] == p.final_step;
+  return p.record == kEntangled || (uint32_t(tau[i]) ^ 0x80000000u) == latest;
+}
+
+// Whether no later row can matter: x is rejected, has no chance in the block rule, or something is
+// wrong. For one thread.
+__device__ bool ends_round(const Sequence& s, int64_t i, const Row& row, const RowLaw& law,
+                           bool recorded) {
+  RowWords& words = s.words(i);
+  words.recorded = recorded;
+  const DraftLaw draft(s.p, s.b * s.p.k + i, recorded);
+  if (law.status == kOk) words.status = draft.fault();
+  if (words.status != kOk) return true;
+  const double p = probability(weight(row.at(draft.x), draft.x, law), inverse(law.total));
+  const double q = probability(draft.weight_of_token(), inverse(draft.law.total));
+  words.target_chance = p;
+  words.draft_chance = q;
+  return s.block_rule() ? p == 0 : !accepts(s.word(i, i, kAccept), p, q);
+}
+
+// A block's part in the law of row i, and the judgement if it is the last.
+__device__ void judge_part(const Sequence& s, int64_t i, int64_t part) {
+  Team team(s.area(i), s.split, part, s.shared);
+  if (i > s.length() || i > s.stop()) return team.leave();
+  const Row row = s.row(i);
+  Slice slice(row, s.split, part, s.shared);
+  RowLaw law;
+  if (!begin_law(slice, s.p.parameters, s.b, row.columns, team, s.shared, &law)) return;
+  if (law.status == kOk) {
+    const int64_t sum = slice_sum(slice, law, s.shared);
+    if (threadIdx.x == 0) team.area.sums[part] = sum;
+  }
+  if (!team.done_last()) return;
+  law = end_law(law, row, s.split, team.area, s.shared);
+  if (i == s.length()) return;
+  const bool recorded = is_recorded(s, i);
+  if (threadIdx.x == 0 && ends_round(s, i, row, law, recorded)) s.stop_at(i);
+}
+
+// P_i = min(1, P_{i-1} p(x_i) / q(x_i)) of all prefixes. Only for the last block of a sequence.
+__device__ void chain_chances(const Sequence& s) {
+  const int64_t length = s.length(), stop = s.stop(), k = s.p.k;
+  int64_t sure = 0;
+  int32_t status = kOk;
+  double chance = 1;
+  for (int64_t first = 0; first < k; first += kThreads) {
+    const int64_t mine = first + threadIdx.x;
+    __syncthreads();
+    if (mine < length && mine <= stop) {
+      const RowWords& words = s.words(mine);
+      s.shared.bins[threadIdx.x] = bit_cast<int64_t>(words.target_chance);
+      s.shared.bins[kThreads + threadIdx.x] = bit_cast<int64_t>(words.draft_chance);
+      s.shared.held[threadIdx.x].x = uint32_t(words.status);
+    }
+    __syncthreads();
+    for (int64_t i = first; threadIdx.x == 0 && i < k && i < first + kThreads; ++i) {
+      int64_t* p = &s.shared.bins[i - first];
+      const bool lives = i < length && i <= stop && status == kOk && chance > 0;
+      if (lives) {
+        status = int32_t(s.shared.held[i - first].x);
+        const double joint = chance * bit_cast<double>(*p) / bit_cast<double>(p[kThreads]);
+        chance = joint < 1 ? joint : 1;
+      } else {
+        chance = 0;
+      }
+      if (chance == 1) sure = i + 1;
+      *p = bit_cast<int64_t>(chance);
+    }
+    __syncthreads();
+    if (mine < k) s.words(mine + 1).prefix_chance = bit_cast<double>(s.shared.bins[threadIdx.x]);
+  }
+  if (threadIdx.x == 0) {
+    s.words(0).prefix_chance = 1;
+    s.words(0).sure = sure;
+    s.words(0).sequence_status = status;
+  }
+}
+
+// Whether S_i can be needed: u_i < P_i, behind the tokens that are accepted in any case.
+__device__ bool may_end_at(const Sequence& s, int64_t i) {
+  const int64_t sure = s.words(0).sure;
+  return i == sure || (i > sure && s.accept_unit(i - 1) < s.words(i).prefix_chance);
+}
+
+// The largest i with u_i < h_i.
+__device__ int64_t longest_prefix(const Sequence& s) {
+  const int64_t length = s.length(), sure = s.words(0).sure;
+  uint32_t longest = 0;
+  for (int64_t i = threadIdx.x; i <= length; i += kThreads) {
+    const double P = s.words(i).prefix_chance, S = double(s.words(i).excess) * 0x1p-60;
+    double h = P;
+    if (i < length && P < 1) {
+      h = S / (S + 1.0 - P);
+      h = h < P ? h : P;
+    }
+    if (i == sure || (i > sure && s.accept_unit(i - 1) < h)) longest = uint32_t(i);
+  }
+  return block_max(longest, s.shared);
+}
+
+// Drawn behind i accepted tokens: from the residual, or from p without x, or from p.
+__device__ int64_t last_token(const Sequence& s, int64_t i) {
+  const Area area = s.area(i);
+  const Row row = s.row(i);
+  const RowLaw law = area.words->law();
+  const bool drafted = i < s.length();
+  const bool recorded = drafted && area.words->recorded;
+  const bool residual = s.block_rule() ? drafted : recorded;
+  const double a = s.block_rule() ? area.words->prefix_chance : 1;
+  const DraftLaw draft(s.p, drafted ? s.b * s.p.k + i : -1, recorded);
+  const int64_t x = drafted && !residual ? draft.x : -1;
+  const int64_t holder = x < 0 ? -1 : (x + row.shift()) / s.split.part_columns();
+  const int64_t e_x = x < 0 ? 0 : weight(row.at(x), x, law);
+  const auto kept = [&](int64_t part) {
+    if (residual) return area.excess[part];
+    return area.sums[part] - (part == holder ? e_x : 0);
+  };
+  int64_t total = 0;
+  for (int64_t part = threadIdx.x; part < s.split.parts; part += kThreads) total += kept(part);
+  total = block_sum(total, s.shared);
+  const uint64_t word = s.word(s.p.k, i, drafted ? kResidual : kBonus);
+  if (total == 0) return draw(row, law, s.split, area.sums, word, s.shared);
+  int64_t r = mulhi(word, total);
+  const int64_t part = find_first(s.split.parts, kept, r, s.shared);
+  const auto weigh = [&](int64_t v, int64_t(&e)[8]) {
+    if (residual) return residual_weights(row, law, draft, a, v, e);
+    float l[8];
+    row.widen(row.load(v), l);
+    for (int j = 0; j < 8; ++j) e[j] = v + j == x ? 0 : weight(l[j], v + j, law);
+  };
+  return draw_within(row, s.split, part, r, weigh, s.shared);
+}
+
+// A sequence's result: its accepted tokens, the last one, then -1.
+__device__ void emit(const Sequence& s, int64_t accepted, int64_t token, int32_t status) {
+  const VerifyParams& p = s.p;
+  const int64_t shown = status == kOk ? accepted : -1;
+  for (int64_t j = threadIdx.x; j <= p.k; j += kThreads) {
+    p.emitted[s.b * (p.k + 1) + j] = j < shown ? s.token(j) : j == shown ? token : -1;
+  }
+  if (threadIdx.x == 0) {
+    p.accepted[s.b] = shown < 0 ? 0 : shown;
+    p.status[s.b] = status;
+  }
+}
+
+// A block's part in the residual of row i, and the sequence's end if it is the last.
+__device__ void end_part(const Sequence& s, int64_t i, int64_t part) {
+  const int64_t length = s.length();
+  RowWords& head = s.words(0);
+  const Area area = s.area(i);
+  const bool recorded = area.words->recorded;
+  int32_t status = s.block_rule() ? int32_t(head.sequence_status) : area.words->status;
+  if (length < 0) status = kToken;
+  if (status == kOk && i < length && (s.block_rule() ? may_end_at(s, i) : recorded)) {
+    const double a = s.block_rule() ? area.words->prefix_chance : 1;
+    const DraftLaw draft(s.p, s.b * s.p.k + i, recorded);
+    const int64_t found =
+        residual_sum(s.row(i), area.words->law(), draft, a, s.split, part, s.shared);
+    if (threadIdx.x == 0) {
+      area.excess[part] = found;
+      if (s.block_rule()) add(&area.words->excess, found);
+    }
+  }
+  const int64_t blocks = s.split.parts * (s.block_rule() ? s.p.k + 1 : 1);
+  if (!is_last(&head.sequence_ended, blocks, s.shared)) return;
+  if (s.block_rule()) {
+    i = longest_prefix(s);
+    if (i == length && status == kOk) status = s.words(i).status;
+  }
+  emit(s, i, status == kOk ? last_token(s, i) : -1, status);
+}
+
+// together: all blocks run at once, so that they may wait for a sequence's other rows.
+__global__ void __launch_bounds__(kThreads)
+    judge(VerifyParams p, Split split, int64_t* workspace, bool together) {
+  SPECDIFF_SHARED(Shared, shared);
+  const int64_t place = together ? blockIdx.x : take_ticket(workspace, shared);
+  const int64_t part = place % split.parts, index = place / split.parts;
+  const int64_t i = index / p.batch, blocks = (p.k + 1) * split.parts;
+  const Sequence s{p, split, workspace, index % p.batch, shared};
+  judge_part(s, i, part);
+  RowWords& head = s.words(0);
+  if (!together && !s.block_rule()) return;
+  if (is_last(&head.sequence_done, blocks, shared)) {
+    if (s.block_rule()) chain_chances(s);
+    __syncthreads();
+    if (threadIdx.x == 0) arrive(&head.sequence_settled);
+  }
+  if (!together) return;
+  if (threadIdx.x == 0) wait_for(&head.sequence_settled, 1);
+  __syncthreads();
+  if (s.block_rule() || i == s.end()) end_part(s, i, part);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    end_rounds(VerifyParams p, Split split, int64_t* workspace) {
+  SPECDIFF_SHARED(Shared, shared);
+  const int64_t index = blockIdx.x / split.parts, part = blockIdx.x % split.parts;
+  const bool every_row = p.rule == kBlockRule;
+  const int64_t b = every_row ? index / (p.k + 1) : index;
+  const Sequence s{p, split, workspace, b, shared};
+  end_part(s, every_row ? index % (p.k + 1) : s.end(), part);
+}
+
+// A block's part in the race of row i, and what follows from its winner if it is the last.
+__device__ void race_part(const Sequence& s, int64_t i, int64_t part) {
+  const VerifyParams& p = s.p;
+  Team team(s.area(i), s.split, part, s.shared);
+  if (i > s.length() || i > s.stop()) return team.leave();
+  const Row row = s.row(i);
+  Slice slice(row, s.split, part, s.shared);
+  RowLaw law;
+  if (!begin_law(slice, p.parameters, s.b, row.columns, team, s.shared, &law)) return;
+  if (law.status == kOk) {
+    const int64_t* words = p.random.words;
+    const Noise noise = words ? Noise{words + (s.b * (p.k + 1) + i) * row.columns, 0, 0, nullptr}
+                              : Noise{nullptr, uint64_t(p.random.seed[s.b]),
+                                      p.random.position[s.b] + i, nullptr};
+    store_race(team.area, part, slice_race(slice, law, noise, row.columns, s.shared));
+  }
+  if (!team.done_last()) return;
+  const int64_t y = law.status == kOk ? end_race(team.area, s.split, s.shared) : -1;
+  if (threadIdx.x != 0) return;
+  const bool drafted = i < s.length();
+  const int64_t x = drafted ? s.token(i) : y;
+  const bool possible = !drafted || (0 <= x && x < row.columns);
+  team.area.words->token = y;
+  team.area.words->status = law.status != kOk || possible ? law.status : kToken;
+  if (drafted && (law.status != kOk || x != y)) s.stop_at(i);
+}
+
+// The coupled rule: the token of each target row, and where the drafted ones depart from it.
+__global__ void __launch_bounds__(kThreads)
+    race_rows(VerifyParams p, Split split, int64_t* workspace) {
+  SPECDIFF_SHARED(Shared, shared);
+  const int64_t place = take_ticket(workspace, shared);
+  const int64_t part = place % split.parts, index = place / split.parts;
+  const Sequence s{p, split, workspace, index % p.batch, shared};
+  race_part(s, index / p.batch, part);
+  if (!is_last(&s.words(0).sequence_done, (p.k + 1) * split.parts, shared)) return;
+  const int64_t i = s.end();
+  emit(s, i, s.words(i).token, s.length() < 0 ? kToken : s.words(i).status);
+}
+
+}  // namespace
+
+void verify(const VerifyParams& p, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  const int64_t rows = p.batch * (p.k + 1);
+  const bool races = p.rule == kCoupledRule;
+  const int64_t room = races ? capacity<race_rows>(queue.device) : capacity<judge>(queue.device);
+  const Split split = begin_rows(p.target, rows, room, queue);
+  if (races) return launch(race_rows, rows * split.parts, queue, p, split, queue.workspace);
+  if (rows * split.parts <= room) {
+    return launch_together(judge, rows * split.parts, queue, p, split, queue.workspace, true);
+  }
+  launch(judge, rows * split.parts, queue, p, split, queue.workspace, false);
+  const int64_t ended = p.rule == kBlockRule ? rows : p.batch;
+  launch(end_rounds, ended * split.parts, queue, p, split, queue.workspace);
+}
+
+}  // namespace specdiff::cuda

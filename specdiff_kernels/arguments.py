@@ -1,0 +1,157 @@
+"""What native code takes of an op's arguments: addresses and sizes, a tuple for each op.
+
+The tuples are described in csrc/bindings/arguments.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .records import RULES, Record
+from .reveal import Reveal
+from .types import Committed, Draft, Pending, RowLaw, Verified
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NO_LOGITS = (0, 0, 0, 0, 0)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [address(tensor) for tensor in tensors]
+
+
+def logits_view(logits: Tensor) -> tuple[int, int, int, int, int]:
+    """[N, V] or [B, N, V] -> (address, dtype, V, batch stride, row stride)"""
+    batch_stride = logits.stride(0) if logits.ndim == 3 else 0
+    dtype = DTYPES[logits.dtype]
+    return logits.data_ptr(), dtype, logits.shape[-1], batch_stride, logits.stride(-2)
+
+
+def row_law_arguments(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    *,
+    out: RowLaw,
+) -> tuple:
+    return (
+        logits_view(logits),
+        logits.shape[0],
+        addresses((temperature, top_k, top_p, min_p)),
+        addresses(out),
+    )
+
+
+def sample_arguments(
+    logits: Tensor,
+    law: RowLaw,
+    seed: Tensor | None,
+    round: Tensor | None,
+    slot: Tensor | None,
+    purpose: int,
+    position: Tensor | None,
+    words: Tensor | None,
+    draft_ids: Tensor | None,
+    *,
+    out: Tensor,
+) -> tuple:
+    return (
+        logits_view(logits),
+        logits.shape[0],
+        addresses(law),
+        addresses((words, seed, round, position)),
+        address(slot),
+        purpose,
+        address(draft_ids),
+        address(out),
+    )
+
+
+def verify_arguments(
+    target_logits: Tensor,
+    draft: Draft,
+    rule: str,
+    record: Record,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seed: Tensor | None,
+    round: Tensor | None,
+    position: Tensor | None,
+    words: Tensor | None,
+    *,
+    out: Verified,
+) -> tuple:
+    return (
+        logits_view(target_logits),
+        (target_logits.shape[0], target_logits.shape[1] - 1),
+        addresses((draft.tokens, draft.tau, draft.rows)),
+        NO_LOGITS if draft.logits is None else logits_view(draft.logits),
+        0 if draft.logits is None else draft.logits.shape[0],
+        addresses(draft.law or (None,) * 5),
+        addresses((draft.draft_ids, draft.lengths)),
+        (RULES.index(rule), int(record), draft.final_step),
+        addresses((temperature, top_k, top_p, min_p)),
+        addresses((words, seed, round, position)),
+        addresses(out),
+    )
+
+
+def denoise_step_arguments(
+    logits: Tensor,
+    draft: Pending,
+    draft_ids: Tensor | None,
+    lengths: Tensor | None,
+    pool_rows: Tensor,
+    reveal: Reveal,
+    rate: Tensor,
+    step: int,
+    entropies: bool,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seed: Tensor | None,
+    round: Tensor | None,
+    position: Tensor | None,
+    words: Tensor | None,
+    *,
+    out: Pending,
+) -> tuple:
+    return (
+        logits_view(logits),
+        (len(logits), *draft.tokens.shape),
+        addresses((draft.tokens, draft.tau, draft.rows, *draft.law)),
+        addresses((draft_ids, lengths, pool_rows)),
+        (int(reveal.order), reveal.lo, reveal.hi, reveal.number, address(rate)),
+        step,
+        entropies,
+        addresses((temperature, top_k, top_p, min_p)),
+        addresses((words, seed, round, position)),
+        addresses((out.tokens, out.tau, out.rows, *out.law, out.entropy)),
+    )
+
+
+def commit_arguments(
+    lengths: Tensor,
+    emitted: Tensor,
+    stop_tokens: Tensor | None,
+    limit: Tensor | None,
+    finished: Tensor | None,
+    *,
+    out: Committed,
+) -> tuple:
+    return (
+        (*emitted.shape, 0 if stop_tokens is None else len(stop_tokens)),
+        addresses((lengths, emitted, stop_tokens, limit, finished)),
+        addresses(out),
+    )

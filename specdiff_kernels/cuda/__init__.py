@@ -1,0 +1,10 @@
+"""CUDA backend: hands addresses and sizes to the native module `_C_cuda`."""
+
+from .commit import commit
+from .denoise_step import denoise_step
+from .native import workspace_size
+from .row_law import row_law
+from .sample import sample
+from .verify import verify
+
+__all__ = ["commit", "denoise_step", "row_law", "sample", "verify", "workspace_size"]

@@ -1,0 +1,38 @@
+"""A call of a native op: on the current stream, with a workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import native
+
+
+def stream_of(device: torch.device) -> tuple[int, int]:
+    """(device, its current stream); zeros where kernels are emulated on a CPU."""
+    if device.type != "cuda":
+        return 0, 0
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def launch(
+    op: Callable[..., None],
+    arguments: tuple,
+    device: torch.device,
+    rows: int,
+    V: int,
+    workspace: Tensor | None,
+) -> None:
+    """Run `op` with the workspace that was passed in, or with a new one for rows of V logits."""
+    size = native.workspace_size(rows, V)
+    if workspace is None:
+        workspace = torch.empty(size, dtype=torch.int64, device=device)
+    if len(workspace) < size:
+        raise ValueError(
+            f"workspace: expected at least {size} int64 words, got {len(workspace)}; "
+            f"workspace_size({rows}, {V}) says how many"
+        )
+    op(arguments, (*stream_of(device), workspace.data_ptr()))

@@ -1,0 +1,123 @@
+"""Backend "cuda-emulated": the CUDA kernels on a CPU, for tests.
+
+The sources of csrc/cuda are compiled by the C++ compiler against `emulator.h`, and registered beside
+the backends of the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+from filelock import FileLock
+
+import specdiff_kernels
+from build_tools.native import FLAGS
+from specdiff_kernels import backends
+
+NAME = "cuda-emulated"
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).parent
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+CACHE = Path(tempfile.gettempdir()) / f"specdiff-emulator-{os.getuid()}"
+EMULATED = [
+    *FLAGS,
+    "-O2",
+    "-fPIC",
+    "-fno-strict-aliasing",  # workspaces are words and structs of words
+    "-U_FORTIFY_SOURCE",  # which takes a jump to another fiber's stack for an attack
+    "-DSPECDIFF_EMULATED",
+]
+
+
+def sources(csrc: Path) -> list[Path]:
+    return [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bindings" / "cuda.cpp"]
+
+
+def build(csrc: Path = ROOT / "csrc") -> Path:
+    """The module of kernels and emulator, compiled once for each state of the sources."""
+    units = [*sources(csrc), HERE / "emulator.cpp"]
+    headers = [*sorted(csrc.rglob("*.h")), HERE / "emulator.h"]
+    state = hashlib.sha256(repr((EMULATED, sys.version)).encode())
+    for path in (*units, *headers):
+        state.update(path.read_bytes())
+    folder = CACHE / state.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    module = folder / f"emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with FileLock(folder / "lock"):
+        if not module.exists():
+            compile_units(units, [csrc / "include", HERE], module)
+    return module
+
+
+def compile_units(units: Sequence[Path], include: Sequence[Path], module: Path) -> None:
+    folders = [*include, pybind11.get_include(), sysconfig.get_path("include")]
+    options = [*EMULATED, *(f"-I{folder}" for folder in folders)]
+
+    def compile_unit(unit: Path) -> Path:
+        output = module.parent / f"{unit.name}.o"
+        subprocess.run([COMPILER, *options, "-x", "c++", "-c", unit, "-o", output], check=True)
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_unit, units))
+    part = module.with_suffix(".part")
+    subprocess.run([COMPILER, "-shared", *objects, "-o", part], check=True)
+    part.rename(module)
+
+
+def load_extension(name: str, path: Path) -> ModuleType:
+    loader = ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@cache
+def emulator() -> ModuleType:
+    """What steers the emulator: seed, multiprocessors, counts of launches."""
+    return load_extension("emulator", build())
+
+
+@cache
+def register() -> None:
+    """Let `backend="cuda-emulated"` run the package's CUDA backend on the emulator."""
+    native = load_extension("_C_cuda", build())
+    package = f"specdiff_kernels.{NAME}"
+    folder = Path(specdiff_kernels.__file__).parent / "cuda"
+    spec = importlib.util.spec_from_file_location(
+        package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[f"{package}.native"] = native
+    sys.modules[package] = module
+    spec.loader.exec_module(module)
+    backends.NAMES = (*backends.NAMES, NAME)
+    backends.ORDER = backends.ORDER | {"cpu": (*backends.ORDER["cpu"], NAME)}
+    backends.REMEDIES[NAME] = "it is part of the tests"
+
+
+@contextmanager
+def forced() -> Iterator[None]:
+    """The ops run on the emulator."""
+    if COMPILER is None:
+        pytest.skip("the emulator needs a C++ compiler")
+    register()
+    with backends.use_backend(NAME):
+        yield
