@@ -34,18 +34,40 @@ class Toolkit:
         ).stdout.split()
         return [number for number in ARCHITECTURES if f"compute_{number}" in listed]
 
-    def flags(self) -> list[str]:
-        """Options of a device compile: the exact law forbids contraction (`--fmad=false`)."""
-        numbers = self.architectures()
-        if not numbers:
-            raise CudaError(
-                f"{self.nvcc} knows none of the architectures {ARCHITECTURES}: "
-                "install a newer CUDA toolkit, or set SPECDIFF_CUDA=0"
-            )
-        code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-        code.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+    def flags(self, environ: Mapping[str, str]) -> list[str]:
+        """Options of a device compile: the exact law forbids contraction (`--fmad=false`).
+
+        No kernel uses what only some architectures have, so all but the newest are made from one
+        compilation for the oldest, which takes half the time.
+        """
+        numbers = self.chosen_architectures(environ)
+        oldest, newest = numbers[0], numbers[-1]
+        code = [f"-gencode=arch=compute_{oldest},code=sm_{n}" for n in numbers[:-1]]
+        code.append(f"-gencode=arch=compute_{newest},code=[sm_{newest},compute_{newest}]")
         host = "-fPIC,-fvisibility=hidden,-ffp-contract=off,-fno-math-errno"
         return ["-O3", "-std=c++17", "--fmad=false", f"-Xcompiler={host}", *code]
+
+    def chosen_architectures(self, environ: Mapping[str, str]) -> list[int]:
+        """Those that SPECDIFF_CUDA_ARCHS lists, as in "80;90"; unset: all of `architectures`.
+
+        Raises:
+            CudaError: a number that this nvcc does not know, or none is left.
+        """
+        known = self.architectures()
+        if not (listed := environ.get("SPECDIFF_CUDA_ARCHS", "")):
+            if not known:
+                raise CudaError(
+                    f"{self.nvcc} knows none of the architectures {ARCHITECTURES}: "
+                    "install a newer CUDA toolkit, or set SPECDIFF_CUDA=0"
+                )
+            return known
+        chosen = sorted({int(n) if n.isdigit() else 0 for n in listed.split(";")})
+        if not set(chosen) <= set(known):
+            raise CudaError(
+                f"SPECDIFF_CUDA_ARCHS is {listed!r}; expected numbers separated by semicolons, of "
+                f"those that {self.nvcc} knows: {';'.join(map(str, known))}"
+            )
+        return chosen
 
 
 def root_of(nvcc: str) -> Path | None:

@@ -72,14 +72,19 @@ def isa_flags(source: str, isa: str) -> list[str]:
 
 def extensions() -> list[Extension]:
     """What there is to build here, with the folder `csrc` in the current directory."""
-    headers = sorted([*glob("csrc/include/specdiff/*.h"), *glob("csrc/cpu/*.h")])
+    headers = sorted(
+        header
+        for folder in ("include/specdiff", "cpu", "bindings")
+        for header in glob(f"csrc/{folder}/*.h")
+    )
     cpu = Extension(
         "specdiff_kernels._C",
         sorted({source for source, _, _ in cpu_units()}),
         depends=headers,
         language="c++",
     )
-    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
+    # the largest first, as it takes longest
+    cuda_sources = sorted(glob("csrc/cuda/*.cu"), key=os.path.getsize, reverse=True)
     toolkit = choose_toolkit(cuda_sources, os.environ)
     if toolkit is None:
         return [cpu]
@@ -92,6 +97,15 @@ def extensions() -> list[Extension]:
     )
     cuda.toolkit = toolkit
     return [cpu, cuda]
+
+
+def workers() -> int:
+    """Compiles at once: one for each processor, and for each GiB of memory."""
+    try:
+        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not on this system
+        memory = 2**30
+    return max(1, min(os.cpu_count() or 1, memory // 2**30))
 
 
 class BuildNative(build_ext):
@@ -108,7 +122,7 @@ class BuildNative(build_ext):
             )
             return
         bindings, *kernels = ext.sources
-        flags = toolkit.flags()
+        flags = toolkit.flags(os.environ)
         jobs = [partial(self._compile_cuda, toolkit, flags, kernel) for kernel in kernels]
         objects = self._compile([*jobs, partial(self._compile_cpp, bindings, "cuda", [])])
         subprocess.run(
@@ -116,7 +130,7 @@ class BuildNative(build_ext):
         )
 
     def _compile(self, jobs: list[Callable[[], str]]) -> list[str]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(workers()) as pool:
             return list(pool.map(lambda job: job(), jobs))
 
     def _compile_cpp(self, source: str, folder: str, flags: list[str]) -> str:

@@ -104,14 +104,25 @@ def test_an_unknown_value_of_the_variable_is_an_error() -> None:
         cuda.choose_toolkit(SOURCES, {"PATH": "", "SPECDIFF_CUDA": "yes"})
 
 
-def test_device_code_is_made_for_the_architectures_that_nvcc_knows(tmp_path: Path) -> None:
-    flags = cuda.Toolkit(fake_toolkit(tmp_path)).flags()
-    assert [flag for flag in flags if "gencode" in flag] == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_90,code=compute_90",
-    ]
+def targets(root: Path, environ: dict[str, str]) -> list[str]:
+    flags = cuda.Toolkit(fake_toolkit(root)).flags(environ)
     assert "--fmad=false" in flags
+    return [flag.removeprefix("-gencode=") for flag in flags if "gencode" in flag]
+
+
+def test_device_code_is_made_for_the_architectures_that_nvcc_knows(tmp_path: Path) -> None:
+    assert targets(tmp_path, {}) == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_90,code=[sm_90,compute_90]",
+    ]
+
+
+def test_device_code_is_made_for_the_architectures_asked_for(tmp_path: Path) -> None:
+    only = ["arch=compute_90,code=[sm_90,compute_90]"]
+    assert targets(tmp_path, {"SPECDIFF_CUDA_ARCHS": "90"}) == only
+    for wrong in ("70", "90;hopper", "80,90"):
+        with pytest.raises(cuda.CudaError, match=f"ARCHS is '{wrong}'; expected .* 80;90$"):
+            targets(tmp_path, {"SPECDIFF_CUDA_ARCHS": wrong})
 
 
 @needs_x86_compiler

@@ -10,7 +10,7 @@ constexpr int kBins = 512;
 struct Shared {
   int64_t of_warp[kWarps];
   int64_t beside[kWarps];
-  int64_t found, left;
+  int64_t found, left, column;
   int64_t bins[kBins];
   uint4 held[kHeld * kThreads];
 };
@@ -56,9 +56,7 @@ __device__ inline uint32_t block_max(uint32_t x, Shared& shared) {
   return x;
 }
 
-__device__ inline uint32_t block_min(uint32_t x, Shared& shared) {
-  return ~block_max(~x, shared);
-}
+__device__ inline uint32_t block_min(uint32_t x, Shared& shared) { return ~block_max(~x, shared); }
 
 // A time of a race, as the bits of a double >= 0, and the column that reached it.
 struct Finish {

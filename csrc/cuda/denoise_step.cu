@@ -1,5 +1,5 @@
-// One reverse step of absorbing-state diffusion. The last block of a row knows its law and draws its
-// token, the last of a sequence decides which positions are revealed.
+// One reverse step of absorbing-state diffusion. The last block of a row knows its law and draws
+// its token, the last of a sequence decides which positions are revealed.
 #include "law.h"
 #include "specdiff/reveal.h"
 
@@ -23,12 +23,8 @@ struct Position {
 
   __device__ int64_t b() const { return at / p.k; }
   __device__ int64_t i() const { return at % p.k; }
-  __device__ Area area() const {
-    return Area(workspace, p.batch * p.k, at, split.parts);
-  }
-  __device__ Position of(int64_t i) const {
-    return {p, split, workspace, b() * p.k + i, shared};
-  }
+  __device__ Area area() const { return Area(workspace, p.batch * p.k, at, split.parts); }
+  __device__ Position of(int64_t i) const { return {p, split, workspace, b() * p.k + i, shared}; }
 
   __device__ bool masked() const {
     return p.tokens[at] < 0 && (!p.lengths || i() < p.lengths[b()]) && p.pool_rows[at] >= 0 &&
@@ -80,7 +76,7 @@ __device__ void add_raw_sums(const Position& q, const Slice& slice, const RowLaw
                              RowWords& words) {
   const RowLaw raw = raw_law(law, 0);
   int64_t total = 0, spreads = 0;
-  slice.visit([&](int64_t, const float(&l)[8]) {
+  slice.visit([&](int64_t, const float (&l)[8]) {
     for (int j = 0; j < 8; ++j) {
       total += whole_weight(l[j], raw);
       if (q.p.entropies) spreads += spread(l[j], raw);
@@ -95,8 +91,7 @@ __device__ void add_raw_sums(const Position& q, const Slice& slice, const RowLaw
 }
 
 // What the position would become: its token, if its own coin allows it, and its rank.
-__device__ void draw_token(const Position& q, const Row& row, const RowLaw& law,
-                           const Area& area) {
+__device__ void draw_token(const Position& q, const Row& row, const RowLaw& law, const Area& area) {
   const DenoiseStepParams& p = q.p;
   const RowLaw raw = raw_law(law, area.words->raw_total);
   const double measured =
@@ -168,7 +163,7 @@ __device__ void end_step(const Position& first) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     reveal_rows(DenoiseStepParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t ticket = take_ticket(workspace, shared);
@@ -184,8 +179,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 bool is_new(const LawArrays& a, const LawArrays& b) {
-  return a.max != b.max || a.scale != b.scale || a.threshold != b.threshold ||
-         a.total != b.total || a.status != b.status;
+  return a.max != b.max || a.scale != b.scale || a.threshold != b.threshold || a.total != b.total ||
+         a.status != b.status;
 }
 
 }  // namespace

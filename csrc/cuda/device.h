@@ -33,7 +33,7 @@ constexpr unsigned kAll = 0xffffffffu;
 // what all did. To be called by one thread, between barriers of its block.
 __device__ inline uint64_t arrive(uint64_t* counter) {
 #ifdef SPECDIFF_EMULATED
-  return emulator::update(counter, [](uint64_t x) { return x + 1; });
+  return emulator::fetch_add(counter, uint64_t(1), __ATOMIC_ACQ_REL);
 #else
   uint64_t before;
   asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;"
@@ -46,7 +46,7 @@ __device__ inline uint64_t arrive(uint64_t* counter) {
 
 __device__ inline uint64_t load_acquire(uint64_t* word) {
 #ifdef SPECDIFF_EMULATED
-  return emulator::update(word, [](uint64_t x) { return x; });
+  return emulator::load(word, __ATOMIC_ACQUIRE);
 #else
   uint64_t x;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];"
@@ -70,7 +70,7 @@ __device__ inline uint64_t wait_for(uint64_t* counter, uint64_t least) {
 // word = max(word, x), without order
 __device__ inline void raise(uint64_t* word, uint64_t x) {
 #ifdef SPECDIFF_EMULATED
-  emulator::update(word, [=](uint64_t before) { return before > x ? before : x; });
+  emulator::raise(word, x);
 #else
   atomicMax(reinterpret_cast<unsigned long long*>(word), x);
 #endif
@@ -79,9 +79,29 @@ __device__ inline void raise(uint64_t* word, uint64_t x) {
 // word += x, without order; in global or in shared memory
 __device__ inline void add(int64_t* word, int64_t x) {
 #ifdef SPECDIFF_EMULATED
-  emulator::update(word, [=](int64_t before) { return before + x; });
+  emulator::fetch_add(word, x, __ATOMIC_RELAXED);
 #else
   atomicAdd(reinterpret_cast<unsigned long long*>(word), uint64_t(x));
+#endif
+}
+
+// --- copies to shared memory that need no registers ---
+
+__device__ inline void begin_copy(uint4* shared, const uint4* global) {
+#ifdef SPECDIFF_EMULATED
+  *shared = *global;
+#else
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
+      : "memory");
+#endif
+}
+
+// Ends those that this thread began; it alone sees them.
+__device__ inline void end_copies() {
+#ifndef SPECDIFF_EMULATED
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
@@ -110,28 +130,21 @@ class DeviceGuard {
   int device_, before_;
 };
 
-template <class... Params>
+// together: all blocks run at once, or none does.
+template <bool together = false, class... Params>
 void launch(void (*kernel)(Params...), int64_t blocks, const Queue& queue, Params... params) {
   if (blocks == 0) return;
   if (blocks > 0x7fffffff) throw std::invalid_argument("CUDA: too many rows for one launch");
 #ifdef SPECDIFF_EMULATED
-  emulator::launch(blocks, kThreads, false, [&] { kernel(params...); });
+  emulator::launch(blocks, kThreads, together, [&] { kernel(params...); });
 #else
-  kernel<<<unsigned(blocks), kThreads, 0, cudaStream_t(queue.stream)>>>(params...);
-#endif
-  check(cudaGetLastError());
-}
-
-// All blocks run at once, or none does.
-template <class... Params>
-void launch_together(void (*kernel)(Params...), int64_t blocks, const Queue& queue,
-                     Params... params) {
-#ifdef SPECDIFF_EMULATED
-  emulator::launch(blocks, kThreads, true, [&] { kernel(params...); });
-#else
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const auto stream = cudaStream_t(queue.stream);
   void* arguments[] = {&params...};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), unsigned(blocks),
-                                    kThreads, arguments, 0, cudaStream_t(queue.stream)));
+  check(together ? cudaLaunchCooperativeKernel(function, dim3(unsigned(blocks)), dim3(kThreads),
+                                               arguments, 0, stream)
+                 : cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0,
+                                    stream));
 #endif
 }
 

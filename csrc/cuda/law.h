@@ -18,8 +18,8 @@ struct RowWords {
   int64_t threshold, total;
   int32_t status;
   int32_t recorded;
-  int64_t token;      // drawn from it
-  int64_t candidate;  // a token that may be revealed + 1; 0: none
+  int64_t token;                       // drawn from it
+  int64_t candidate;                   // a token that may be revealed + 1; 0: none
   double target_chance, draft_chance;  // p(x), q(x) of the block rule
   double prefix_chance;                // P_i
   int64_t excess;                      // 2^60 S_i
@@ -155,7 +155,7 @@ __device__ inline bool select(const Slice& slice, const RowLaw& law, int64_t nee
     const int shift = 36 - 9 * step;
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.bins[bin] = 0;
     __syncthreads();
-    slice.visit([&](int64_t, const float(&l)[8]) {
+    slice.visit([&](int64_t, const float (&l)[8]) {
       for (int j = 0; j < 8; ++j) {
         const int64_t e = whole_weight(l[j], law);
         const int digit = int(e >> shift) & (kBins - 1);
@@ -177,31 +177,42 @@ __device__ inline bool select(const Slice& slice, const RowLaw& law, int64_t nee
   return true;
 }
 
+// The sum of weights, of all blocks, that reach the threshold. False if a block has left.
+__device__ inline bool sum_from(const Slice& slice, const RowLaw& law, int64_t threshold,
+                                Team& team, Shared& shared, int64_t* total) {
+  int64_t sum = 0;
+  slice.visit([&](int64_t, const float (&l)[8]) {
+    for (int j = 0; j < 8; ++j) {
+      const int64_t e = whole_weight(l[j], law);
+      sum += e >= threshold ? e : 0;
+    }
+  });
+  sum = block_sum(sum, shared);
+  int64_t* bin = team.next_bins();
+  if (threadIdx.x == 0) add(bin, sum);
+  if (!team.meet()) return false;
+  team.empty_old_bins();
+  *total = *bin;
+  return true;
+}
+
 // The smallest weight that survives top-k, then top-p, then min-p. False if a block has left.
 __device__ inline bool truncate(const Slice& slice, const RowLaw& law, const Parameters& parameters,
                                 int64_t index, int64_t columns, Team& team, Shared& shared,
                                 int64_t* threshold) {
   const int64_t top_k = parameters.top_k ? parameters.top_k[index] : 0;
-  if (0 < top_k && top_k < columns) {
-    if (!select(slice, law, top_k, false, team, shared, threshold)) return false;
-  }
-  if (parameters.top_p && parameters.top_p[index] < 1) {
-    int64_t kept = 0;
-    slice.visit([&](int64_t, const float(&l)[8]) {
-      for (int j = 0; j < 8; ++j) {
-        const int64_t e = whole_weight(l[j], law);
-        kept += e >= *threshold ? e : 0;
-      }
-    });
-    kept = block_sum(kept, shared);
-    int64_t* total = team.next_bins();
-    if (threadIdx.x == 0) add(total, kept);
-    if (!team.meet()) return false;
-    team.empty_old_bins();
-    int64_t nucleus;
-    const int64_t need = ceil_share(parameters.top_p[index], *total);
-    if (!select(slice, law, need, true, team, shared, &nucleus)) return false;
-    *threshold = nucleus > *threshold ? nucleus : *threshold;
+  const float top_p = parameters.top_p ? parameters.top_p[index] : 1;
+  *threshold = 0;
+#pragma unroll 1
+  for (int by_weight = 0; by_weight < 2; ++by_weight) {
+    int64_t need = top_k, found;
+    if (by_weight ? top_p == 1 : top_k == 0 || top_k >= columns) continue;
+    if (by_weight) {
+      if (!sum_from(slice, law, *threshold, team, shared, &need)) return false;
+      need = ceil_share(top_p, need);
+    }
+    if (!select(slice, law, need, by_weight, team, shared, &found)) return false;
+    *threshold = found > *threshold ? found : *threshold;
   }
   if (parameters.min_p) {
     const int64_t floor = int64_t(double(parameters.min_p[index]) * double(kOne));
@@ -226,7 +237,7 @@ __device__ inline bool begin_law(Slice& slice, const Parameters& parameters, int
   const float temperature = parameters.temperature[index];
   if (temperature == 0) return true;
   law->scale = kLog2E / temperature;
-  int64_t threshold = 0;
+  int64_t threshold;
   if (!truncate(slice, *law, parameters, index, columns, team, shared, &threshold)) return false;
   law->threshold = threshold;
   return true;
@@ -237,7 +248,7 @@ __device__ inline int64_t slice_sum(const Slice& slice, const RowLaw& law, Share
   int64_t sum = 0;
   uint32_t first = 0xffffffffu;
   if (law.scale == 0) {
-    slice.visit([&](int64_t v, const float(&l)[8]) {
+    slice.visit([&](int64_t v, const float (&l)[8]) {
       for (int j = 7; j >= 0; --j) {
         if (l[j] == law.max && v + j < first) first = uint32_t(v + j);
       }
@@ -245,11 +256,11 @@ __device__ inline int64_t slice_sum(const Slice& slice, const RowLaw& law, Share
     return block_min(first, shared);
   }
   if (law.threshold == 0) {
-    slice.visit([&](int64_t, const float(&l)[8]) {
+    slice.visit([&](int64_t, const float (&l)[8]) {
       for (int j = 0; j < 8; ++j) sum += whole_weight(l[j], law);
     });
   } else {
-    slice.visit([&](int64_t v, const float(&l)[8]) {
+    slice.visit([&](int64_t v, const float (&l)[8]) {
       for (int j = 0; j < 8; ++j) sum += weight(l[j], v + j, law);
     });
   }
@@ -270,7 +281,6 @@ __device__ inline RowLaw end_law(RowLaw law, const Row& row, const Split& split,
     for (int part = threadIdx.x; part < split.parts; part += kThreads) {
       area.sums[part] = part == holder ? kOne : 0;
     }
-    __syncthreads();
   } else if (law.status == kOk) {
     int64_t sum = 0;
     for (int part = threadIdx.x; part < split.parts; part += kThreads) sum += area.sums[part];
@@ -318,10 +328,10 @@ __device__ int64_t draw_within(const Row& row, const Split& split, int64_t part,
         if (before) r -= e[j];
         column += before;
       }
-      shared.left = column;
+      shared.column = column;
     }
     __syncthreads();
-    return shared.left;
+    return shared.column;
   }
   return row.columns - 1;  // only if the law is not this row's
 }
@@ -332,7 +342,7 @@ __device__ inline int64_t draw(const Row& row, const RowLaw& law, const Split& s
   if (law.scale == 0) return law.threshold;
   int64_t r = mulhi(word, law.total);
   const int64_t part = find_first(split.parts, [&](int64_t i) { return sums[i]; }, r, shared);
-  const auto weigh = [&](int64_t v, int64_t(&e)[8]) {
+  const auto weigh = [&](int64_t v, int64_t (&e)[8]) {
     float l[8];
     row.widen(row.load(v), l);
     for (int j = 0; j < 8; ++j) e[j] = weight(l[j], v + j, law);
@@ -358,7 +368,7 @@ __device__ inline Finish slice_race(const Slice& slice, const RowLaw& law, const
                                     int64_t columns, Shared& shared) {
   double least = bit_cast<double>(int64_t(0x7ff0000000000000));  // +inf
   int64_t winner = columns;
-  slice.visit([&](int64_t v, const float(&l)[8]) {
+  slice.visit([&](int64_t v, const float (&l)[8]) {
     for (int j = 0; j < 8; ++j) {
       double time = 0;
       if (law.scale != 0) {
@@ -398,8 +408,7 @@ __device__ inline int64_t end_race(const Area& area, const Split& split, Shared&
 
 // --- hosts ---
 
-inline Split begin_rows(const Logits& logits, int64_t rows, int64_t capacity,
-                        const Queue& queue) {
+inline Split begin_rows(const Logits& logits, int64_t rows, int64_t capacity, const Queue& queue) {
   check(cudaMemsetAsync(queue.workspace, 0, rows * sizeof(RowWords), cudaStream_t(queue.stream)));
   return split_of(logits, rows, capacity);
 }

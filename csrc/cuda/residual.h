@@ -89,8 +89,7 @@ __device__ inline void residual_weights(const Row& target, const RowLaw& law, co
 
 // The sum of residual weights of a block's part.
 __device__ inline int64_t residual_sum(const Row& target, const RowLaw& law, const DraftLaw& draft,
-                                       double a, const Split& split, int64_t part,
-                                       Shared& shared) {
+                                       double a, const Split& split, int64_t part, Shared& shared) {
   int64_t sum = 0;
 #pragma unroll 1
   for (int k = 0; k < split.groups; ++k) {

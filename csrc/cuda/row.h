@@ -10,6 +10,29 @@ struct Eight {
   uint4 low, high;
 };
 
+// Logits v to v + 7 one at a time, -inf outside of the row: rare, so in little code. They are
+// shifted in from above.
+__device__ inline Eight gather(const char* data, int64_t columns, int32_t dtype, int64_t v) {
+  const uint32_t nothing = dtype == kFloat32 ? 0xff800000u : dtype == kBFloat16 ? 0xff80u : 0xfc00u;
+  uint32_t words[8] = {};
+#pragma unroll 1
+  for (int j = 0; j < 8; ++j, ++v) {
+    uint32_t x = nothing;
+    if (0 <= v && v < columns) {
+      x = dtype == kFloat32 ? reinterpret_cast<const uint32_t*>(data)[v]
+                            : reinterpret_cast<const uint16_t*>(data)[v];
+    }
+    if (dtype == kFloat32) {
+      for (int i = 0; i < 7; ++i) words[i] = words[i + 1];
+      words[7] = x;
+    } else {
+      for (int i = 0; i < 3; ++i) words[i] = words[i] >> 16 | words[i + 1] << 16;
+      words[3] = words[3] >> 16 | x << 16;
+    }
+  }
+  return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
+}
+
 class Row {
  public:
   __device__ Row(const Logits& logits, int64_t batch, int64_t row)
@@ -26,16 +49,21 @@ class Row {
   // Columns between the row's first one and the last address before it that is aligned.
   __device__ int shift() const { return int(reinterpret_cast<uintptr_t>(data_) % 16) / size(); }
 
-  // Logits v to v + 7, -inf outside of the row: by vectors if they are aligned and inside.
-  __device__ Eight load(int64_t v) const {
+  // Where logits v to v + 7 lie as one or two vectors, or null: not aligned, or not all in the row.
+  __device__ const uint4* vectors(int64_t v) const {
     const char* at = data_ + v * size();
-    if (v < 0 || v + 8 > columns || reinterpret_cast<uintptr_t>(at) % 16 != 0) {
-      return dtype == kFloat32 ? gather<uint32_t, 4>(v, 0xff800000u)
-                               : gather<uint16_t, 8>(v, dtype == kBFloat16 ? 0xff80u : 0xfc00u);
-    }
-    const uint4* vectors = reinterpret_cast<const uint4*>(at);
-    return {vectors[0], dtype == kFloat32 ? vectors[1] : uint4{0, 0, 0, 0}};
+    const bool fit = v >= 0 && v + 8 <= columns && reinterpret_cast<uintptr_t>(at) % 16 == 0;
+    return fit ? reinterpret_cast<const uint4*>(at) : nullptr;
   }
+
+  // Logits v to v + 7, -inf outside of the row.
+  __device__ Eight load(int64_t v) const {
+    const uint4* at = vectors(v);
+    if (!at) return gather(data_, columns, dtype, v);
+    return {at[0], dtype == kFloat32 ? at[1] : uint4{0, 0, 0, 0}};
+  }
+
+  __device__ Eight load_one_by_one(int64_t v) const { return gather(data_, columns, dtype, v); }
 
   __device__ void widen(const Eight& x, float (&l)[8]) const {
     const uint32_t words[8] = {x.low.x,  x.low.y,  x.low.z,  x.low.w,
@@ -64,18 +92,6 @@ class Row {
     }
 #endif
     return dtype == kBFloat16 ? widen_bf16(x) : widen_f16(x);
-  }
-
-  // One logit at a time. n: logits in 16 bytes
-  template <class T, int n>
-  __device__ Eight gather(int64_t v, uint32_t nothing) const {
-    uint32_t words[8] = {};
-    for (int j = 0; j < 8; ++j) {
-      const bool inside = 0 <= v + j && v + j < columns;
-      const uint32_t x = inside ? uint32_t(reinterpret_cast<const T*>(data_)[v + j]) : nothing;
-      words[j * 4 / n] |= x << (j * (128 / n) % 32);
-    }
-    return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
   }
 
   const char* data_;
@@ -142,21 +158,25 @@ class Slice {
   __device__ Slice(const Row& row, const Split& split, int64_t part, Shared& shared)
       : row_(row), split_(split), part_(part), shared_(shared) {}
 
-  // The key of the largest logit that this thread has.
+  // Holds what fits, and finds the key of the largest logit that this thread has.
   __device__ uint32_t hold() {
-    float largest = from_order_key(0x807fffff);  // -inf
-#pragma unroll 4
-    for (int k = 0; k < split_.groups; ++k) {
-      const Eight x = row_.load(column(k));
-      if (k < held()) {
-        uint4* at = shared_.held + (row_.is_wide() ? 2 * k : k) * kThreads + threadIdx.x;
-        at[0] = x.low;
-        if (row_.is_wide()) at[kThreads] = x.high;
+#pragma unroll 1
+    for (int k = 0; k < split_.groups && k < held(); ++k) {
+      uint4* to = place(k);
+      if (const uint4* from = row_.vectors(column(k))) {
+        begin_copy(to, from);
+        if (row_.is_wide()) begin_copy(to + kThreads, from + 1);
+      } else {
+        const Eight x = row_.load_one_by_one(column(k));
+        to[0] = x.low;
+        if (row_.is_wide()) to[kThreads] = x.high;
       }
-      float l[8];
-      row_.widen(x, l);
-      for (int j = 0; j < 8; ++j) largest = max_or_nan(largest, l[j]);
     }
+    end_copies();
+    float largest = from_order_key(0x807fffff);  // -inf
+    visit([&](int64_t, const float (&l)[8]) {
+      for (int j = 0; j < 8; ++j) largest = max_or_nan(largest, l[j]);
+    });
     return largest == largest ? uint32_t(order_key(largest)) ^ 0x80000000u : kNanKey;
   }
 
@@ -174,11 +194,13 @@ class Slice {
  private:
   __device__ int64_t column(int k) const { return column_of(row_, split_, part_, k); }
   __device__ int held() const { return row_.is_wide() ? kHeld / 2 : kHeld; }
+  __device__ uint4* place(int k) const {
+    return shared_.held + (row_.is_wide() ? 2 * k : k) * kThreads + threadIdx.x;
+  }
 
   __device__ Eight get(int k) const {
     if (k >= held()) return row_.load(column(k));
-    const uint4* at = shared_.held + (row_.is_wide() ? 2 * k : k) * kThreads + threadIdx.x;
-    return {at[0], row_.is_wide() ? at[kThreads] : uint4{0, 0, 0, 0}};
+    return {place(k)[0], row_.is_wide() ? place(k)[kThreads] : uint4{0, 0, 0, 0}};
   }
 
   const Row& row_;

@@ -3,7 +3,8 @@
 namespace specdiff::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) make_laws(RowLawParams p, Split split, int64_t* workspace) {
+__global__ void __launch_bounds__(kThreads, 2)
+    make_laws(RowLawParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t place = take_ticket(workspace, shared);
   const int64_t index = place / split.parts, part = place % split.parts;

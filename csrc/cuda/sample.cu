@@ -13,7 +13,8 @@ __device__ Noise noise_of(const SampleParams& p, int64_t i) {
   return {nullptr, uint64_t(p.random.seed[i]), p.random.position[i], p.draft_ids};
 }
 
-__global__ void __launch_bounds__(kThreads) draw_tokens(SampleParams p, Split split, int64_t* workspace) {
+__global__ void __launch_bounds__(kThreads)
+    draw_tokens(SampleParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t index = blockIdx.x / split.parts, part = blockIdx.x % split.parts;
   const Area area(workspace, p.rows, index, split.parts);

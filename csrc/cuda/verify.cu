@@ -106,40 +106,34 @@ __device__ void judge_part(const Sequence& s, int64_t i, int64_t part) {
   if (threadIdx.x == 0 && ends_round(s, i, row, law, recorded)) s.stop_at(i);
 }
 
-// P_i = min(1, P_{i-1} p(x_i) / q(x_i)) of all prefixes. Only for the last block of a sequence.
+// P_i = min(1, P_{i-1} p(x_i) / q(x_i)) of all prefixes. Only for the last block of a sequence:
+// each of its warps loads 32 positions at a time and goes through them; one thread writes.
 __device__ void chain_chances(const Sequence& s) {
   const int64_t length = s.length(), stop = s.stop(), k = s.p.k;
-  int64_t sure = 0;
-  int32_t status = kOk;
+  int64_t sure = 0, status = kOk;
   double chance = 1;
-  for (int64_t first = 0; first < k; first += kThreads) {
-    const int64_t mine = first + threadIdx.x;
-    __syncthreads();
+  if (threadIdx.x == 0) s.words(0).prefix_chance = 1;
+  for (int64_t first = 0; first < k; first += 32) {
+    const int64_t mine = first + lane();
+    int64_t p = 0, q = 0, fault = kOk;
     if (mine < length && mine <= stop) {
-      const RowWords& words = s.words(mine);
-      s.shared.bins[threadIdx.x] = bit_cast<int64_t>(words.target_chance);
-      s.shared.bins[kThreads + threadIdx.x] = bit_cast<int64_t>(words.draft_chance);
-      s.shared.held[threadIdx.x].x = uint32_t(words.status);
+      p = bit_cast<int64_t>(s.words(mine).target_chance);
+      q = bit_cast<int64_t>(s.words(mine).draft_chance);
+      fault = s.words(mine).status;
     }
-    __syncthreads();
-    for (int64_t i = first; threadIdx.x == 0 && i < k && i < first + kThreads; ++i) {
-      int64_t* p = &s.shared.bins[i - first];
+    for (int64_t i = first; i < k && i < first + 32; ++i) {
+      const double p_i = bit_cast<double>(__shfl_sync(kAll, p, int(i - first)));
+      const double q_i = bit_cast<double>(__shfl_sync(kAll, q, int(i - first)));
+      const int64_t fault_i = __shfl_sync(kAll, fault, int(i - first));
+      const double joint = chance * p_i / q_i;
       const bool lives = i < length && i <= stop && status == kOk && chance > 0;
-      if (lives) {
-        status = int32_t(s.shared.held[i - first].x);
-        const double joint = chance * bit_cast<double>(*p) / bit_cast<double>(p[kThreads]);
-        chance = joint < 1 ? joint : 1;
-      } else {
-        chance = 0;
-      }
-      if (chance == 1) sure = i + 1;
-      *p = bit_cast<int64_t>(chance);
+      status = lives ? fault_i : status;
+      chance = !lives ? 0 : joint < 1 ? joint : 1;
+      sure = chance == 1 ? i + 1 : sure;
+      if (threadIdx.x == 0) s.words(i + 1).prefix_chance = chance;
     }
-    __syncthreads();
-    if (mine < k) s.words(mine + 1).prefix_chance = bit_cast<double>(s.shared.bins[threadIdx.x]);
   }
   if (threadIdx.x == 0) {
-    s.words(0).prefix_chance = 1;
     s.words(0).sure = sure;
     s.words(0).sequence_status = status;
   }
@@ -167,7 +161,7 @@ __device__ int64_t longest_prefix(const Sequence& s) {
   return block_max(longest, s.shared);
 }
 
-// Drawn behind i accepted tokens: from the residual, or from p without x, or from p.
+// Drawn behind i accepted tokens: from the residual, or from p without x; if that is empty, from p.
 __device__ int64_t last_token(const Sequence& s, int64_t i) {
   const Area area = s.area(i);
   const Row row = s.row(i);
@@ -177,22 +171,25 @@ __device__ int64_t last_token(const Sequence& s, int64_t i) {
   const bool residual = s.block_rule() ? drafted : recorded;
   const double a = s.block_rule() ? area.words->prefix_chance : 1;
   const DraftLaw draft(s.p, drafted ? s.b * s.p.k + i : -1, recorded);
-  const int64_t x = drafted && !residual ? draft.x : -1;
+  int64_t x = drafted && !residual ? draft.x : -1;  // left out
   const int64_t holder = x < 0 ? -1 : (x + row.shift()) / s.split.part_columns();
   const int64_t e_x = x < 0 ? 0 : weight(row.at(x), x, law);
+  bool from_target = !residual;
   const auto kept = [&](int64_t part) {
-    if (residual) return area.excess[part];
-    return area.sums[part] - (part == holder ? e_x : 0);
+    return from_target ? area.sums[part] - (part == holder && x >= 0 ? e_x : 0) : area.excess[part];
   };
   int64_t total = 0;
   for (int64_t part = threadIdx.x; part < s.split.parts; part += kThreads) total += kept(part);
   total = block_sum(total, s.shared);
-  const uint64_t word = s.word(s.p.k, i, drafted ? kResidual : kBonus);
-  if (total == 0) return draw(row, law, s.split, area.sums, word, s.shared);
-  int64_t r = mulhi(word, total);
+  if (total == 0) {
+    total = law.total;
+    from_target = true;
+    x = -1;
+  }
+  int64_t r = mulhi(s.word(s.p.k, i, drafted ? kResidual : kBonus), total);
   const int64_t part = find_first(s.split.parts, kept, r, s.shared);
-  const auto weigh = [&](int64_t v, int64_t(&e)[8]) {
-    if (residual) return residual_weights(row, law, draft, a, v, e);
+  const auto weigh = [&](int64_t v, int64_t (&e)[8]) {
+    if (!from_target) return residual_weights(row, law, draft, a, v, e);
     float l[8];
     row.widen(row.load(v), l);
     for (int j = 0; j < 8; ++j) e[j] = v + j == x ? 0 : weight(l[j], v + j, law);
@@ -241,28 +238,29 @@ __device__ void end_part(const Sequence& s, int64_t i, int64_t part) {
 }
 
 // together: all blocks run at once, so that they may wait for a sequence's other rows.
-__global__ void __launch_bounds__(kThreads)
-    judge(VerifyParams p, Split split, int64_t* workspace, bool together) {
+template <bool together>
+__global__ void __launch_bounds__(kThreads, together ? 2 : 3)
+    judge(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t place = together ? blockIdx.x : take_ticket(workspace, shared);
   const int64_t part = place % split.parts, index = place / split.parts;
   const int64_t i = index / p.batch, blocks = (p.k + 1) * split.parts;
   const Sequence s{p, split, workspace, index % p.batch, shared};
   judge_part(s, i, part);
-  RowWords& head = s.words(0);
   if (!together && !s.block_rule()) return;
+  RowWords& head = s.words(0);
   if (is_last(&head.sequence_done, blocks, shared)) {
     if (s.block_rule()) chain_chances(s);
-    __syncthreads();
     if (threadIdx.x == 0) arrive(&head.sequence_settled);
   }
-  if (!together) return;
-  if (threadIdx.x == 0) wait_for(&head.sequence_settled, 1);
-  __syncthreads();
-  if (s.block_rule() || i == s.end()) end_part(s, i, part);
+  if constexpr (together) {
+    if (threadIdx.x == 0) wait_for(&head.sequence_settled, 1);
+    __syncthreads();
+    if (s.block_rule() || i == s.end()) end_part(s, i, part);
+  }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     end_rounds(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t index = blockIdx.x / split.parts, part = blockIdx.x % split.parts;
@@ -283,9 +281,9 @@ __device__ void race_part(const Sequence& s, int64_t i, int64_t part) {
   if (!begin_law(slice, p.parameters, s.b, row.columns, team, s.shared, &law)) return;
   if (law.status == kOk) {
     const int64_t* words = p.random.words;
-    const Noise noise = words ? Noise{words + (s.b * (p.k + 1) + i) * row.columns, 0, 0, nullptr}
-                              : Noise{nullptr, uint64_t(p.random.seed[s.b]),
-                                      p.random.position[s.b] + i, nullptr};
+    const Noise noise =
+        words ? Noise{words + (s.b * (p.k + 1) + i) * row.columns, 0, 0, nullptr}
+              : Noise{nullptr, uint64_t(p.random.seed[s.b]), p.random.position[s.b] + i, nullptr};
     store_race(team.area, part, slice_race(slice, law, noise, row.columns, s.shared));
   }
   if (!team.done_last()) return;
@@ -300,7 +298,7 @@ __device__ void race_part(const Sequence& s, int64_t i, int64_t part) {
 }
 
 // The coupled rule: the token of each target row, and where the drafted ones depart from it.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     race_rows(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t place = take_ticket(workspace, shared);
@@ -317,14 +315,17 @@ __global__ void __launch_bounds__(kThreads)
 void verify(const VerifyParams& p, const Queue& queue) {
   const DeviceGuard guard(queue.device);
   const int64_t rows = p.batch * (p.k + 1);
-  const bool races = p.rule == kCoupledRule;
-  const int64_t room = races ? capacity<race_rows>(queue.device) : capacity<judge>(queue.device);
-  const Split split = begin_rows(p.target, rows, room, queue);
-  if (races) return launch(race_rows, rows * split.parts, queue, p, split, queue.workspace);
-  if (rows * split.parts <= room) {
-    return launch_together(judge, rows * split.parts, queue, p, split, queue.workspace, true);
+  if (p.rule == kCoupledRule) {
+    const Split split = begin_rows(p.target, rows, capacity<race_rows>(queue.device), queue);
+    return launch(race_rows, rows * split.parts, queue, p, split, queue.workspace);
   }
-  launch(judge, rows * split.parts, queue, p, split, queue.workspace, false);
+  const int64_t room = capacity<judge<true>>(queue.device);
+  const Split split = begin_rows(p.target, rows, room, queue);
+  const int64_t blocks = rows * split.parts;
+  if (blocks <= room) {
+    return launch<true>(judge<true>, blocks, queue, p, split, queue.workspace);
+  }
+  launch(judge<false>, blocks, queue, p, split, queue.workspace);
   const int64_t ended = p.rule == kBlockRule ? rows : p.batch;
   launch(end_rounds, ended * split.parts, queue, p, split, queue.workspace);
 }

@@ -12,9 +12,7 @@ from . import native
 from .launch import launch
 
 
-def denoise_step(
-    logits: Tensor, *args: Any, out: Pending, workspace: Tensor | None = None
-) -> None:
+def denoise_step(logits: Tensor, *args: Any, out: Pending, workspace: Tensor | None = None) -> None:
     arguments = denoise_step_arguments(logits, *args, out=out)
     rows = out.tokens.numel()
     launch(native.denoise_step, arguments, logits.device, rows, logits.shape[-1], workspace)

@@ -14,4 +14,5 @@ from .launch import launch
 
 def row_law(logits: Tensor, *args: Any, out: RowLaw, workspace: Tensor | None = None) -> None:
     arguments = row_law_arguments(logits, *args, out=out)
-    launch(native.row_law, arguments, logits.device, *logits.shape, workspace)
+    N, V = logits.shape
+    launch(native.row_law, arguments, logits.device, N, V, workspace)

@@ -13,4 +13,5 @@ from .launch import launch
 
 def sample(logits: Tensor, *args: Any, out: Tensor, workspace: Tensor | None = None) -> None:
     arguments = sample_arguments(logits, *args, out=out)
-    launch(native.sample, arguments, logits.device, *logits.shape, workspace)
+    N, V = logits.shape
+    launch(native.sample, arguments, logits.device, N, V, workspace)

@@ -1,7 +1,7 @@
 """Backend "cuda-emulated": the CUDA kernels on a CPU, for tests.
 
-The sources of csrc/cuda are compiled by the C++ compiler against `emulator.h`, and registered beside
-the backends of the package.
+The sources of csrc/cuda are compiled by the C++ compiler against `emulator.h`, and registered
+beside the backends of the package.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from specdiff_kernels import backends
 NAME = "cuda-emulated"
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
+CSRC = ROOT / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 CACHE = Path(tempfile.gettempdir()) / f"specdiff-emulator-{os.getuid()}"
 EMULATED = [
@@ -42,42 +43,51 @@ EMULATED = [
     "-fno-strict-aliasing",  # workspaces are words and structs of words
     "-U_FORTIFY_SOURCE",  # which takes a jump to another fiber's stack for an attack
     "-DSPECDIFF_EMULATED",
+    "-Wno-unknown-pragmas",
 ]
+RACES = ["-DSPECDIFF_RACES"]
 
 
-def sources(csrc: Path) -> list[Path]:
-    return [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bindings" / "cuda.cpp"]
+def build(*, races: bool) -> Path:
+    """The module of kernels and emulator, compiled once for each state of the sources.
 
-
-def build(csrc: Path = ROOT / "csrc") -> Path:
-    """The module of kernels and emulator, compiled once for each state of the sources."""
-    units = [*sources(csrc), HERE / "emulator.cpp"]
-    headers = [*sorted(csrc.rglob("*.h")), HERE / "emulator.h"]
-    state = hashlib.sha256(repr((EMULATED, sys.version)).encode())
-    for path in (*units, *headers):
+    races: whether ThreadSanitizer watches the kernels.
+    """
+    kernels = sorted((CSRC / "cuda").glob("*.cu"))
+    others = [CSRC / "bindings" / "cuda.cpp", HERE / "emulator.cpp"]
+    headers = [*sorted(CSRC.rglob("*.h")), HERE / "emulator.h"]
+    state = hashlib.sha256(repr((ROOT, EMULATED, RACES if races else [], sys.version)).encode())
+    for path in (*kernels, *others, *headers):
         state.update(path.read_bytes())
     folder = CACHE / state.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     module = folder / f"emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
     with FileLock(folder / "lock"):
         if not module.exists():
-            compile_units(units, [csrc / "include", HERE], module)
+            watched, tell = (["-fsanitize=thread"], RACES) if races else ([], [])
+            units = [*((unit, [*tell, *watched]) for unit in kernels), *((u, tell) for u in others)]
+            compile_units(units, watched, module)
     return module
 
 
-def compile_units(units: Sequence[Path], include: Sequence[Path], module: Path) -> None:
-    folders = [*include, pybind11.get_include(), sysconfig.get_path("include")]
+def compile_units(
+    units: Sequence[tuple[Path, list[str]]], linking: list[str], module: Path
+) -> None:
+    """units: files and their own options"""
+    folders = [CSRC / "include", HERE, pybind11.get_include(), sysconfig.get_path("include")]
     options = [*EMULATED, *(f"-I{folder}" for folder in folders)]
 
-    def compile_unit(unit: Path) -> Path:
-        output = module.parent / f"{unit.name}.o"
-        subprocess.run([COMPILER, *options, "-x", "c++", "-c", unit, "-o", output], check=True)
+    def compile_unit(unit: tuple[Path, list[str]]) -> Path:
+        source, own = unit
+        output = module.parent / f"{source.name}.o"
+        command = [COMPILER, *options, *own, "-x", "c++", "-c", source, "-o", output]
+        subprocess.run(command, check=True)
         return output
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_unit, units))
     part = module.with_suffix(".part")
-    subprocess.run([COMPILER, "-shared", *objects, "-o", part], check=True)
+    subprocess.run([COMPILER, "-shared", *linking, *objects, "-o", part], check=True)
     part.rename(module)
 
 
@@ -90,15 +100,15 @@ def load_extension(name: str, path: Path) -> ModuleType:
 
 
 @cache
-def emulator() -> ModuleType:
-    """What steers the emulator: seed, multiprocessors, counts of launches."""
-    return load_extension("emulator", build())
+def emulator(*, races: bool = False) -> ModuleType:
+    """What steers the emulator: seeds, barriers to leave out, counts of launches."""
+    return load_extension("emulator", build(races=races))
 
 
 @cache
-def register() -> None:
+def register(*, races: bool = False) -> None:
     """Let `backend="cuda-emulated"` run the package's CUDA backend on the emulator."""
-    native = load_extension("_C_cuda", build())
+    native = load_extension("_C_cuda", build(races=races))
     package = f"specdiff_kernels.{NAME}"
     folder = Path(specdiff_kernels.__file__).parent / "cuda"
     spec = importlib.util.spec_from_file_location(
@@ -111,6 +121,12 @@ def register() -> None:
     backends.NAMES = (*backends.NAMES, NAME)
     backends.ORDER = backends.ORDER | {"cpu": (*backends.ORDER["cpu"], NAME)}
     backends.REMEDIES[NAME] = "it is part of the tests"
+
+
+def use_device(index: int) -> None:
+    """Run on one of the emulated devices: of 96, 32, 200 and 4 multiprocessors."""
+    launch = sys.modules[f"specdiff_kernels.{NAME}.launch"]
+    launch.stream_of = lambda device: (index, 0)
 
 
 @contextmanager

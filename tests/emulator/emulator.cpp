@@ -1,31 +1,86 @@
 #include "emulator.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#ifdef SPECDIFF_RACES  // ThreadSanitizer is told of fibers and barriers, and not of the emulator's
+                       // own data
+#include <sanitizer/tsan_interface.h>
+extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
+extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
+extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
+extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
+
+struct Unseen {
+  Unseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+#else
+static void __tsan_acquire(void*) {}
+static void __tsan_release(void*) {}
+
+struct Unseen {
+  ~Unseen() {}
+};
+#endif
+
 namespace emulator {
 
 Position here;
+bool orders = true;
 
 namespace {
 
 constexpr size_t kStack = 128 << 10;
 constexpr int64_t kPatience = 20'000'000;  // switches without a barrier passed or a thread ended
+constexpr int kMultiprocessors[] = {96, 32, 200, 4};  // of each device; each runs one block
+
+// Where an execution stands that another one has taken turns with.
+#ifdef SPECDIFF_RACES
+struct Context {
+  ucontext_t state;
+  void* fiber = nullptr;
+};
+
+void switch_to(Context& from, Context& to) {
+  if (!from.fiber) from.fiber = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(to.fiber, __tsan_switch_to_fiber_no_sync);
+  swapcontext(&from.state, &to.state);
+}
+#else
+struct Context {
+  jmp_buf state;
+};
+
+void switch_to(Context& from, Context& to) {
+  if (_setjmp(from.state) == 0) _longjmp(to.state, 1);
+}
+#endif
 
 struct Block;
 
 struct Fiber {
-  jmp_buf state;
+  Context context;
   Block* block;
   int thread;
 };
@@ -39,6 +94,8 @@ struct Warp {
 struct Block {
   unsigned index;
   int running;
+  int generation = 0;
+  char barriers[2];
   std::vector<Fiber*> waiting;  // at the barrier
   std::vector<Warp> warps;
   std::vector<uint4> shared;
@@ -52,21 +109,22 @@ struct Launch {
   int64_t patience = kPatience;
 };
 
+using Place = std::pair<std::string, int>;  // of a barrier in the sources
+
 std::mutex one_launch;
 std::mt19937_64 randomness;
-constexpr int kMultiprocessors[] = {96, 32, 600};  // of each device; each runs one block
 int device = 0;
 int launches = 0;
 int together_launches = 0;
+int64_t meetings = 0;  // of a thread with its block
+std::set<Place> barriers;
+Place missing;
 Launch* launched;
 Fiber* current;
-jmp_buf scheduler;
+Context scheduler;
 std::vector<Fiber*> idle;  // fibers whose thread has ended
-ucontext_t birthplace;
 
-void leave() {
-  if (_setjmp(current->state) == 0) _longjmp(scheduler, 1);
-}
+void leave() { switch_to(current->context, scheduler); }
 
 void wake(std::vector<Fiber*>& fibers) {
   launched->ready.insert(launched->ready.end(), fibers.begin(), fibers.end());
@@ -74,50 +132,87 @@ void wake(std::vector<Fiber*>& fibers) {
   launched->patience = kPatience;
 }
 
+void open_barrier(Block& block) {
+  ++block.generation;
+  wake(block.waiting);
+}
+
 void end_thread() {
+  __tsan_release(&launches);
+  const Unseen unseen;
   Block& block = *current->block;
   --block.running;
   launched->patience = kPatience;
   // threads that have ended are not waited for, as on a GPU
-  if (block.running > 0 && int(block.waiting.size()) == block.running) wake(block.waiting);
+  if (block.running > 0 && int(block.waiting.size()) == block.running) open_barrier(block);
   idle.push_back(current);
 }
 
 void live() {
   for (;;) {
+    __tsan_acquire(&launches);
     launched->kernel();
     end_thread();
     leave();
   }
 }
 
-void first_steps() {
-  Fiber* self = current;
-  if (_setjmp(self->state) == 0) setcontext(&birthplace);
-  live();
+// What the warp's lanes hand in; valid until the next call.
+const uint64_t* exchange(uint64_t x) {
+  Warp& warp = current->block->warps[current->thread / 32];
+  uint64_t* slots = warp.slots[warp.generation & 1];
+  slots[current->thread % 32] = x;
+  warp.waiting.push_back(current);
+  if (warp.waiting.size() == 32) {
+    ++warp.generation;
+    wake(warp.waiting);
+  }
+  leave();
+  return slots;
 }
+
+// A fiber whose first step is live().
+void prepare(Fiber* fiber, void* stack, size_t size);
 
 Fiber* make_fiber() {
   Fiber* fiber = new Fiber;
   void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED) throw std::bad_alloc();
-  ucontext_t context;
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
   // At different offsets, so that the stacks do not share a few lines of the cache.
-  context.uc_stack.ss_size = kStack - randomness() % 256 * 64;
-  context.uc_link = nullptr;
-  makecontext(&context, first_steps, 0);
-  current = fiber;
-  volatile bool born = false;
-  getcontext(&birthplace);
-  if (!born) {
-    born = true;
-    setcontext(&context);
-  }
+  prepare(fiber, stack, kStack - randomness() % 256 * 64);
   return fiber;
 }
+
+void set_stack(ucontext_t* context, void* stack, size_t size) {
+  getcontext(context);
+  context->uc_stack.ss_sp = stack;
+  context->uc_stack.ss_size = size;
+  context->uc_link = nullptr;
+}
+
+#ifdef SPECDIFF_RACES
+void prepare(Fiber* fiber, void* stack, size_t size) {
+  set_stack(&fiber->context.state, stack, size);
+  fiber->context.fiber = __tsan_create_fiber(0);
+  makecontext(&fiber->context.state, live, 0);
+}
+#else
+ucontext_t birthplace;
+
+void first_steps() {
+  if (_setjmp(current->context.state) == 0) setcontext(&birthplace);
+  live();
+}
+
+void prepare(Fiber* fiber, void* stack, size_t size) {
+  ucontext_t context;
+  set_stack(&context, stack, size);
+  makecontext(&context, first_steps, 0);
+  current = fiber;
+  swapcontext(&birthplace, &context);
+}
+#endif
 
 Fiber* take_fiber() {
   if (idle.empty()) return make_fiber();
@@ -151,11 +246,12 @@ T take_any(std::vector<T>& from) {
 void resume(Fiber* fiber) {
   current = fiber;
   here = {{unsigned(fiber->thread)}, {fiber->block->index}};
-  if (_setjmp(scheduler) == 0) _longjmp(fiber->state, 1);
+  switch_to(scheduler, fiber->context);
 }
 
 // Runs all blocks, at most `resident` at once, which begin in any order.
 void run(int64_t blocks, int64_t resident) {
+  const Unseen unseen;
   std::vector<unsigned> remaining(blocks);
   for (int64_t i = 0; i < blocks; ++i) remaining[i] = unsigned(i);
   std::vector<std::unique_ptr<Block>> running;
@@ -189,39 +285,54 @@ void launch(int64_t blocks, int threads, bool together, const std::function<void
   ++launches;
   together_launches += together;
   // So few that blocks which wait for each other just find room, or as many as there may be.
-  const int64_t least = multiprocessors / 32;
   const bool many = together || randomness() % 2;
-  run(blocks, many ? multiprocessors : least);
+  __tsan_release(&launches);
+  run(blocks, many ? multiprocessors : std::max(multiprocessors / 32, 1));
+  __tsan_acquire(&launches);
   launched = nullptr;
 }
 
 void may_switch() {
+  const Unseen unseen;
   if (randomness() % 4 != 0) return;
   launched->ready.push_back(current);
   leave();
 }
 
-void sync_block() {
+void sync_block(const char* file, int line) {
+  const Unseen unseen;
+  const Place place(file, line);
+  barriers.insert(place);
+  if (place == missing) return;
+  ++meetings;
   Block& block = *current->block;
+  char* barrier = &block.barriers[block.generation & 1];
+  __tsan_release(barrier);
   block.waiting.push_back(current);
-  if (int(block.waiting.size()) == block.running) wake(block.waiting);
+  if (int(block.waiting.size()) == block.running) open_barrier(block);
   leave();
+  __tsan_acquire(barrier);
 }
 
-const uint64_t* exchange(uint64_t x) {
-  Warp& warp = current->block->warps[current->thread / 32];
-  uint64_t* slots = warp.slots[warp.generation & 1];
-  slots[current->thread % 32] = x;
-  warp.waiting.push_back(current);
-  if (warp.waiting.size() == 32) {
-    ++warp.generation;
-    wake(warp.waiting);
-  }
-  leave();
-  return slots;
+uint64_t from_lane(uint64_t x, int lane) {
+  const Unseen unseen;
+  return exchange(x)[lane];
+}
+
+uint32_t sum_of_lanes(uint32_t x) {
+  const Unseen unseen;
+  const uint64_t* all = exchange(x);
+  return std::accumulate(all, all + 32, uint32_t(0));
+}
+
+uint32_t max_of_lanes(uint32_t x) {
+  const Unseen unseen;
+  const uint64_t* all = exchange(x);
+  return uint32_t(*std::max_element(all, all + 32));
 }
 
 void* shared_memory(size_t size) {
+  const Unseen unseen;
   std::vector<uint4>& shared = current->block->shared;
   if (shared.empty()) {
     shared.resize((size + sizeof(uint4) - 1) / sizeof(uint4));
@@ -259,7 +370,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, int, int device) {
 
 PYBIND11_MODULE(emulator, m) {
   m.def("seed", [](uint64_t seed) { emulator::randomness.seed(seed); });
+  m.def("device", [] { return emulator::device; }, "The current one.");
   m.def("launches", [] { return emulator::launches; });
   m.def("together_launches", [] { return emulator::together_launches; });
-  m.def("device", [] { return emulator::device; });
+  m.def("meetings", [] { return emulator::meetings; }, "Of threads at barriers.");
+  m.def("barriers", [] { return emulator::barriers; }, "(file, line) of all that were met.");
+  m.def("use_orders", [](bool orders) { emulator::orders = orders; });
+  m.def("leave_out", [](const std::string& file, int line) { emulator::missing = {file, line}; });
 }

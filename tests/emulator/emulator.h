@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <type_traits>
 
 #define SPECDIFF_CUDA  // what runs here is device code
 #define __global__
@@ -30,28 +29,33 @@ struct Position {
 extern Position here;
 
 void launch(int64_t blocks, int threads, bool together, const std::function<void()>& kernel);
-void sync_block();
+void sync_block(const char* file, int line);
 void* shared_memory(size_t size);
 void may_switch();
 
-// What the warp's lanes hand in, by lane; valid until the next call.
-const uint64_t* exchange(uint64_t x);
+// What a lane of the warp hands in, or the sum or the maximum of what all do.
+uint64_t from_lane(uint64_t x, int lane);
+uint32_t sum_of_lanes(uint32_t x);
+uint32_t max_of_lanes(uint32_t x);
 
-template <class Word, class Change>
-Word update(Word* word, Change change) {
+template <class Word>
+Word load(Word* word, int order) {
   may_switch();
-  const Word before = *word;
-  *word = change(before);
-  return before;
+  return __atomic_load_n(word, order);
 }
 
-template <class T>
-T of_lane(T x, int lane) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, &x, sizeof(x));
-  bits = exchange(bits)[lane];
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
+extern bool orders;  // false makes counters order nothing, which is a fault
+
+template <class Word>
+Word fetch_add(Word* word, Word x, int order) {
+  may_switch();
+  return __atomic_fetch_add(word, x, orders ? order : __ATOMIC_RELAXED);
+}
+
+template <class Word>
+void raise(Word* word, Word x) {
+  may_switch();  // and then nobody comes between
+  if (__atomic_load_n(word, __ATOMIC_RELAXED) < x) __atomic_exchange_n(word, x, __ATOMIC_RELAXED);
 }
 
 }  // namespace emulator
@@ -61,31 +65,23 @@ T of_lane(T x, int lane) {
 #define SPECDIFF_SHARED(Type, name) \
   Type& name = *static_cast<Type*>(emulator::shared_memory(sizeof(Type)))
 
-inline void __syncthreads() { emulator::sync_block(); }
+#define __syncthreads() emulator::sync_block(__FILE__, __LINE__)
 
-template <class T>
-T __shfl_xor_sync(unsigned, T x, int distance) {
-  return emulator::of_lane(x, int(threadIdx.x % 32) ^ distance);
+inline int64_t __shfl_xor_sync(unsigned, int64_t x, int distance) {
+  return int64_t(emulator::from_lane(uint64_t(x), int(threadIdx.x % 32) ^ distance));
 }
 
-template <class T>
-T __shfl_up_sync(unsigned, T x, int distance) {
+inline int64_t __shfl_sync(unsigned, int64_t x, int lane) {
+  return int64_t(emulator::from_lane(uint64_t(x), lane));
+}
+
+inline int64_t __shfl_up_sync(unsigned, int64_t x, int distance) {
   const int lane = int(threadIdx.x % 32);
-  return emulator::of_lane(x, lane < distance ? lane : lane - distance);
+  return int64_t(emulator::from_lane(uint64_t(x), lane < distance ? lane : lane - distance));
 }
 
-inline unsigned __reduce_max_sync(unsigned, unsigned x) {
-  const uint64_t* all = emulator::exchange(x);
-  for (int lane = 0; lane < 32; ++lane) x = all[lane] > x ? unsigned(all[lane]) : x;
-  return x;
-}
-
-inline unsigned __reduce_add_sync(unsigned, unsigned x) {
-  const uint64_t* all = emulator::exchange(x);
-  x = 0;
-  for (int lane = 0; lane < 32; ++lane) x += unsigned(all[lane]);
-  return x;
-}
+inline unsigned __reduce_add_sync(unsigned, unsigned x) { return emulator::sum_of_lanes(x); }
+inline unsigned __reduce_max_sync(unsigned, unsigned x) { return emulator::max_of_lanes(x); }
 
 // The sum rounded towards -inf.
 float __fadd_rd(float a, float b);

@@ -10,7 +10,6 @@ import torch
 
 from specdiff_kernels import _C, available_backends, use_backend
 from specdiff_kernels.backends import interprets_triton
-
 from tests import emulator
 
 from .interpreter import patching_once

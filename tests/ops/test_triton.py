@@ -16,15 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdiff_kernels import (
     RULES,
-    Committed,
     Draft,
     Reveal,
-    Verified,
     commit,
     denoise_step,
     row_law,
     sample,
-    use_backend,
     verify,
     workspace_size,
 )
@@ -35,11 +32,11 @@ from .conftest import forced
 from .helpers import assert_same, i64
 from .interpreter import in_any_order
 from .races import watching
+from .rounds import B, K, a_round, empty_result, every_op
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 ARCHITECTURES = (80, 90, 100, 120)
-B, K, V = 2, 3, 70
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+V = 70
 interpreted = pytest.mark.skipif(not interprets_triton(), reason="Triton is not interpreted")
 
 # --- compiled for GPUs that need not be there ---
@@ -94,25 +91,6 @@ class Recorded(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def a_round(rule: str = "token", seed: int = 0) -> tuple[torch.Tensor, Draft, dict]:
-    """Target logits, a recorded draft of them, and the arguments of `verify`, all tensors."""
-    torch.manual_seed(seed)
-    target = torch.randn(B, K + 1, V)
-    pool = target[:, :K].reshape(B * K, V) + 0.5 * torch.randn(B * K, V)
-    law = row_law(pool, backend="reference")
-    tokens = sample(pool, law, seed=torch.arange(B * K), round=torch.zeros(B * K).long(),
-                    backend="reference")  # fmt: skip
-    draft = Draft(tokens.view(B, K), torch.zeros(B, K).int(), torch.arange(B * K).view(B, K), pool,
-                  law)  # fmt: skip
-    temperature = torch.full((B,), 0.0 if rule == "greedy" else 0.9)
-    key = {"seed": torch.arange(B), "position" if rule == "coupled" else "round": torch.arange(B)}
-    return target, draft, {"temperature": temperature, "rule": rule, **key}
-
-
-def empty_result() -> Verified:
-    return Verified(i64(*[7] * B), torch.full((B, K + 1), 7), i64(*[7] * B).int())
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Five to a row."""
@@ -143,7 +121,7 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])
 def test_a_verification_is_three_launches_at_most(rule, truncated, launches):
-    target, draft, options = a_round(rule)
+    target, draft, options = a_round(rule, V)
     if truncated:
         options |= {"top_k": i64(*[9] * B), "top_p": torch.full((B,), 0.9)}
     want = verify(target, draft, **options, backend="reference")
@@ -173,7 +151,7 @@ def test_a_workspace_is_all_that_is_allocated(rule, given, monkeypatch):
 
         return run
 
-    target, draft, options = a_round(rule)
+    target, draft, options = a_round(rule, V)
     with forced("triton"):
         size = workspace_size(B * (K + 1), V, device="cpu")
         workspace = torch.zeros(size, dtype=torch.int64) if given else None
@@ -183,7 +161,7 @@ def test_a_workspace_is_all_that_is_allocated(rule, given, monkeypatch):
 
 
 def test_launches_of_the_other_ops(launches):
-    target, draft, _ = a_round()
+    target, draft, _ = a_round("token", V)
     zero = torch.zeros(B, dtype=torch.int64)
     with forced("triton"):
         law = row_law(target[:, 0], torch.ones(B))
@@ -203,7 +181,7 @@ def test_launches_of_the_other_ops(launches):
 def test_programs_may_run_in_any_order(rule):
     """Counters and partial sums do not depend on who comes last, or on what the workspace held."""
     for seed in range(3):
-        target, draft, options = a_round(rule, seed)
+        target, draft, options = a_round(rule, V, seed)
         want = verify(target, draft, **options, backend="reference")
         out = empty_result()
         with forced("triton"), in_any_order(seed):
@@ -218,7 +196,7 @@ def test_programs_may_run_in_any_order(rule):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("reveal", [Reveal.sedd(0.5), Reveal.highest_confidence(2)])
 def test_programs_of_a_step_may_run_in_any_order(reveal):
-    _, draft, _ = a_round()
+    _, draft, _ = a_round("token", V)
     for seed in range(3):
         key = {"seed": torch.arange(B) + seed, "round": torch.zeros(B, dtype=torch.int64)}
         masked = Draft.masked(B, K, draft.logits)
@@ -239,7 +217,7 @@ def test_rows_behind_the_end_of_a_round_are_not_read_again(rule, monkeypatch):
     name = "store_tile_races" if rule == "coupled" else "store_tile_sums"
     original, calls = getattr(module, name), []
     monkeypatch.setattr(module, name, lambda *args: calls.append(1) or original(*args))
-    target, draft, options = a_round(rule)
+    target, draft, options = a_round(rule, V)
     for rejected in range(K + 1):
         likely = target.clone()
         for i in range(K):  # an accepted token has all the weight, a rejected one has none
@@ -252,31 +230,13 @@ def test_rows_behind_the_end_of_a_round_are_not_read_again(rule, monkeypatch):
         assert len(calls) == B * (rejected + 1)
 
 
-def every_op() -> None:
-    """On several tiles, greedy and sampled rows, with and without truncation."""
-    zero, one = torch.zeros(B, dtype=torch.int64), torch.ones(B * K)
-    mixed = torch.tensor([0.0, 1.0])
-    for truncation in ({}, {"top_k": 9, "top_p": 0.9}):
-        for rule in RULES:
-            target, draft, options = a_round(rule)
-            verify(target, draft, **options, **truncation)
-        law = row_law(target[:, 0], mixed, **truncation)
-        sample(target[:, 0], law, seed=zero, round=zero)
-        sample(target[:, 0], law, seed=zero, position=zero)
-        for reveal in (Reveal.sedd(0.5), Reveal.highest_confidence(2), Reveal.first_hitting()):
-            own = Draft.masked(B, K, draft.logits)._replace(entropy=one.view(B, K).double())
-            key = {"seed": zero, "round": zero, **truncation}
-            denoise_step(own, reveal, 0, mixed, entropies=True, out=own, **key)
-            denoise_step(Draft.masked(B, K, draft.logits), reveal, 0, position=zero, **key)
-    commit(zero, draft.tokens, out=Committed(zero, zero.clone(), zero.bool()))
-
-
 @interpreted
 @pytest.mark.usefixtures("small_tiles")
 def test_no_two_accesses_race():
     """Barriers and counters order everything that threads and programs share."""
     with forced("triton"), in_any_order(0), watching():
-        every_op()
+        for _ in every_op(V):
+            pass
 
 
 @interpreted
@@ -288,13 +248,13 @@ def test_races_are_seen(mutant):
         with pytest.raises(Exception, match="Race"):
             row_law(torch.randn(2, V))
         with pytest.raises(Exception, match="Race"):
-            target, draft, options = a_round("block")
+            target, draft, options = a_round("block", V)
             verify(target, draft, **options)
 
 
 @interpreted
 def test_a_wrong_workspace_is_named():
-    target, draft, options = a_round()
+    target, draft, options = a_round("token", V)
     out = empty_result()
     with forced("triton"):
         size = workspace_size(B * (K + 1), V, device="cpu")
@@ -337,55 +297,3 @@ print(available_backends("cuda")["triton"])
     assert total == str(4 * 2**44), done.stderr
     for reason in reasons:
         assert "it did not load" in reason and "pip install triton" in reason
-
-
-# --- on a GPU ---
-
-
-@pytest.mark.gpu
-@no_gpu
-@pytest.mark.parametrize("rule", ["token", "block"])
-def test_a_graph_on_a_side_stream_draws_anew_at_each_replay(rule):
-    """Replays with another round give what plain calls with that round give; outputs poisoned."""
-    target, draft, options = a_round(rule)
-    move = lambda x: x.cuda() if isinstance(x, torch.Tensor) else x
-    there = Draft(*map(move, draft[:4]), type(draft.law)(*map(move, draft.law)))
-    target_there, options_there = move(target), {k: move(v) for k, v in options.items()}
-    out = Verified(*map(move, empty_result()))
-    call = lambda: verify(target_there, there, **options_there, out=out, backend="triton")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            call()
-            options_there["round"] += 1
-    seen = set()
-    for replay in range(8):
-        for tensor in out:
-            tensor.fill_(99)
-        graph.replay()
-        torch.cuda.synchronize()
-        now = options | {"round": options["round"] + replay}
-        have = Verified(*(tensor.cpu() for tensor in out))
-        assert_same(have, verify(target, draft, **now, backend="reference"))
-        seen.add(str(have))
-    assert len(seen) > 1
-
-
-@pytest.mark.gpu
-@no_gpu
-def test_nothing_waits_for_the_device():
-    target, draft, options = a_round()
-    move = lambda x: x.cuda() if isinstance(x, torch.Tensor) else x
-    there = Draft(*map(move, draft[:4]), type(draft.law)(*map(move, draft.law)))
-    options = {k: move(v) for k, v in options.items()}
-    with use_backend("triton"):
-        verify(move(target), there, **options)
-        target = move(target)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            verify(target, there, **options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -48,7 +48,8 @@ SPECDIFF_HD int64_t exp2_weight(float t) {
   t = t > -0x1p-30f ? 0.0f : t;  // flush-to-zero modes cannot matter
   t = t < -46.0f ? -46.0f : t;   // all weights there are 0
 #ifdef SPECDIFF_CUDA
-  // An addition that rounds down, to where floats are integers; conversions take four times as long.
+  // An addition that rounds down, to where floats are integers; conversions take four times as
+  // long.
   const float integer = __fadd_rd(t, 0x1.8p23f);
   const float f = t - (integer - 0x1.8p23f);
   const int32_t n = bit_cast<int32_t>(integer) - 0x4b400000;

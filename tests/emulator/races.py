@@ -1,0 +1,100 @@
+"""Run every op on the emulator under ThreadSanitizer: with all barriers, then without each of them.
+
+`check()` says whether there are races with all barriers, and without which barriers there are none.
+
+ThreadSanitizer sees the threads of a kernel as threads, and orders their accesses by what a GPU
+promises: barriers of a block, and counters that release and acquire. Warp operations order nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from specdiff_kernels import backends
+from tests import emulator
+from tests.ops import rounds
+
+V = 600  # two parts of a row
+DEVICES = (3, 0)  # that verify in two launches, and in one
+
+
+def library() -> Path | None:
+    """ThreadSanitizer's, which has to be loaded before Python."""
+    found = subprocess.run(
+        [str(emulator.COMPILER), "-print-file-name=libtsan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    return Path(found) if os.path.isabs(found) else None
+
+
+def check() -> dict:
+    """What `main` finds, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        options = f"log_path={log} suppress_equal_stacks=0 suppress_equal_addresses=0 symbolize=0"
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": str(library()),
+            "TSAN_OPTIONS": options,
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.emulator.races", str(log)],
+            env=environment, cwd=emulator.ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+    if not done.stdout:
+        raise RuntimeError(done.stderr[-3000:])
+    return json.loads(done.stdout)
+
+
+def races(steering: ModuleType, log: str) -> bool:
+    """Whether something is reported in any run; stops at the first."""
+    written = Path(f"{log}.{os.getpid()}")
+    for seed, device in enumerate(DEVICES):
+        steering.seed(seed)
+        emulator.use_device(device)
+        for _ in rounds.every_op(V):
+            if written.exists():
+                return True
+    return False
+
+
+def fails(test: Callable[[], bool]) -> bool:
+    """Whether a test says so, in a process of its own: kernels without a barrier may well crash."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(test())
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def main(log: str) -> None:
+    torch.set_num_threads(1)
+    emulator.register(races=True)
+    steering = emulator.emulator(races=True)
+    rounds.K = 2  # the more threads, the slower
+    with backends.use_backend(emulator.NAME):
+        found = {"races": races(steering, log), "unneeded": []}
+        steering.use_orders(False)
+        found["races without order"] = fails(lambda: races(steering, log))
+        steering.use_orders(True)
+        barriers = sorted(steering.barriers())
+        for file, line in barriers:
+            steering.leave_out(file, line)
+            if not fails(lambda: races(steering, log)):
+                found["unneeded"].append(f"{Path(file).name}:{line}")
+    print(json.dumps(found | {"barriers": len(barriers)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

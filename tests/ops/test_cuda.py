@@ -1,0 +1,250 @@
+"""What is CUDA's alone: compiled code, launches, workspaces, barriers, the order of blocks."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_tools.cuda import find_toolkit
+from specdiff_kernels import (
+    Draft,
+    Reveal,
+    commit,
+    denoise_step,
+    row_law,
+    sample,
+    verify,
+    workspace_size,
+)
+from tests import emulator
+from tests.emulator import races
+
+from .conftest import forced
+from .helpers import assert_same
+from .rounds import B, K, a_round, empty_result
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+TOOLKIT = find_toolkit(os.environ)
+DEVICES = range(4)
+V = 1100  # three parts of a row where there is room for them
+needs_nvcc = pytest.mark.skipif(TOOLKIT is None, reason="nvcc is not installed")
+needs_compiler = pytest.mark.skipif(emulator.COMPILER is None, reason="needs a C++ compiler")
+
+# --- compiled for GPUs that need not be there ---
+
+
+def compiled(source: Path, folder: Path, *options: str) -> tuple[str, str]:
+    """What ptxas says of a source, and its PTX."""
+    folder.mkdir(parents=True)
+    command = [TOOLKIT.nvcc, *TOOLKIT.flags({}), *options, f"-I{ROOT / 'csrc' / 'include'}",
+               "-Xptxas=-v", "--keep", f"--keep-dir={folder}", "-c", source, "-o",
+               folder / "object.o"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr, "".join(path.read_text() for path in folder.glob("*.ptx"))
+
+
+def contracted(ptx: str) -> list[str]:
+    """Fused or approximate operations, and those that flush subnormal numbers to 0."""
+    return re.findall(r"\b(?:fma|mad)\.(?:r[nzmp]\.)?f\d+|\b\S+\.approx\S*|\b\S+\.ftz\S*", ptx)
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_compiled_kernels_are_exact_and_spill_nothing(tmp_path):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(compiled, source, tmp_path / source.stem) for source in SOURCES]
+    for source, job in zip(SOURCES, jobs, strict=True):
+        said, ptx = job.result()
+        assert contracted(ptx) == [], source
+        spilled = set(re.findall(r"(\d+) bytes spill", said))
+        assert spilled == {"0"}, f"{source}: {said}"
+        if source.stem not in ("commit",):  # counters that order what blocks write
+            assert "atom.add.acq_rel.gpu.global.u64" in ptx
+
+
+@needs_nvcc
+def test_fused_multiply_adds_would_be_seen(tmp_path):
+    source = next(path for path in SOURCES if path.stem == "sample")
+    _, ptx = compiled(source, tmp_path / "fused", "--fmad=true", "-arch=sm_90")
+    assert any(found.startswith("fma") for found in contracted(ptx))
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
+def test_the_module_needs_neither_torch_nor_a_driver():
+    module = pytest.importorskip("specdiff_kernels._C_cuda", reason="built without nvcc")
+    wanted = subprocess.run(
+        ["nm", "-D", "--undefined-only", module.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "PyObject" in wanted
+    assert not re.findall(r"torch|c10|\bcuda\w+|\bcu[A-Z]\w+", wanted)
+    code = "import specdiff_kernels._C_cuda as C; print(C.workspace_size(1, 10))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert int(found.stdout) > 0, found.stderr
+
+
+# --- on the emulator ---
+
+
+@pytest.fixture
+def steering():
+    """The emulator; the ops run on it."""
+    with forced(emulator.NAME):
+        yield emulator.emulator()
+        emulator.use_device(0)
+
+
+@pytest.fixture
+def launches(steering):
+    """Counts launches, and those of which all blocks run at once, since it was last asked."""
+    seen = [0, 0]
+
+    def count() -> tuple[int, int]:
+        now = [steering.launches(), steering.together_launches()]
+        new = now[0] - seen[0], now[1] - seen[1]
+        seen[:] = now
+        return new
+
+    count()
+    return count
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("rule", ["token", "block", "greedy", "coupled"])
+def test_blocks_may_run_in_any_order(rule, truncated, steering):
+    """Neither the order of blocks and threads matters, nor how rows are divided, nor what the
+    workspace held."""
+    for seed in range(3):
+        target, draft, options = a_round(rule, V, seed)
+        if truncated:
+            options |= {"top_k": torch.tensor([9, 400]), "top_p": torch.tensor([1.0, 0.9])}
+        want = verify(target, draft, **options, backend="reference")
+        for device in DEVICES:
+            steering.seed(seed)
+            emulator.use_device(device)
+            out = empty_result()
+            size = workspace_size(B * (K + 1), V, device="cpu")
+            workspace = torch.randint(-(2**63), 2**63 - 1, (size,))
+            for _ in range(2):  # the second time the workspace holds what the first left
+                verify(target, draft, **options, out=out, workspace=workspace)
+                assert_same(out, want)
+        assert steering.device() == 0  # as it was before the call
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weight_of_every_logit_of_16_bits(dtype, steering):
+    """All of them in one row, at any place between aligned addresses; in parts that are held on
+    chip and parts that are not."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    rows = torch.stack([every.roll(shift) for shift in range(9)])[:, 3:]
+    for temperature in (1e3, 1.0, 0.07):
+        for scaled in (rows, rows * 2.0**-20):
+            want = row_law(scaled, temperature, backend="reference")
+            for device in DEVICES:
+                emulator.use_device(device)
+                assert_same(row_law(scaled, temperature), want)
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "greedy"])
+def test_a_verification_is_one_launch_where_there_is_room(rule, launches):
+    target, draft, options = a_round(rule, V)
+    verify(target, draft, **options)
+    assert launches() == (1, 1)
+    emulator.use_device(3)
+    verify(target, draft, **options)
+    assert launches() == (2, 0)
+
+
+def test_launches_of_the_other_ops(launches):
+    target, draft, _ = a_round("token", V)
+    zero = torch.zeros(B, dtype=torch.int64)
+    verify(target, draft, rule="coupled", seed=zero, position=zero)
+    assert launches() == (1, 0)
+    law = row_law(target[:, 0])
+    assert launches() == (1, 0)
+    sample(target[:, 0], law, seed=zero, round=zero)
+    assert launches() == (1, 0)
+    own = Draft.masked(B, K, draft.logits)._replace(entropy=torch.zeros(B, K).double())
+    denoise_step(own, Reveal.sedd(0.5), 0, entropies=True, out=own, seed=zero, round=zero)
+    assert launches() == (1, 0)
+    denoise_step(own, Reveal.sedd(0.5), 1, seed=zero, round=zero)
+    assert launches() == (2, 0)  # one copies the laws of rows that are not read
+    commit(zero, draft.tokens)
+    assert launches() == (1, 0)
+
+
+@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+def test_rows_behind_the_end_of_a_round_are_left_out(rule, steering):
+    """Where blocks run one after another, so that later ones know; then their threads meet less."""
+    emulator.use_device(3)
+    target, draft, options = a_round(rule, V)
+    worked = []
+    for rejected in range(K + 1):
+        likely = target.clone()
+        for i in range(K):  # an accepted token has all the weight, a rejected one has none
+            weight = -torch.inf if i == rejected else 50.0
+            likely[torch.arange(B), i, draft.tokens[:, i]] = weight
+        runs = []
+        for seed in range(8):
+            steering.seed(seed)
+            before = steering.meetings()
+            result = verify(likely, draft, **options)
+            runs.append(steering.meetings() - before)
+            assert result.accepted.tolist() == [rejected] * B
+        worked.append(min(runs))  # of a run whose blocks began one after another
+    assert worked == sorted(worked)
+    assert worked[0] < 0.75 * worked[K - 1]
+
+
+@needs_compiler
+def test_barriers_and_counters_order_everything_and_none_is_too_many():
+    """By ThreadSanitizer, which takes the threads of a kernel for threads."""
+    if races.library() is None:
+        pytest.skip("ThreadSanitizer is not installed")
+    found = races.check()
+    assert not found["races"]
+    assert found["races without order"]
+    assert found["barriers"] > 15
+    assert found["unneeded"] == []
+
+
+def test_a_missing_barrier_is_a_wrong_answer(steering):
+    """Of a sum over a block, without any tool that looks for races."""
+    source = ROOT / "csrc" / "cuda" / "block.h"
+    before, body = source.read_text().split("block_sum(int64_t x, Shared& shared) {")
+    lines = body.split("\n}")[0].splitlines()
+    last = max(n for n, text in enumerate(lines) if "__syncthreads();" in text)
+    logits = torch.randn(4, V)
+    want = row_law(logits, backend="reference")
+    assert_same(row_law(logits), want)
+    steering.leave_out(str(source), len(before.splitlines()) + last)
+    wrong = 0
+    for seed in range(10):
+        steering.seed(seed)
+        wrong += not torch.equal(row_law(logits).total, want.total)
+    steering.leave_out("", 0)
+    assert wrong > 0
+
+
+def test_a_wrong_workspace_is_named(steering):
+    target, draft, options = a_round("token", V)
+    size = workspace_size(B * (K + 1), V, device="cpu")
+    few = torch.zeros(size - 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"workspace: expected at least {size} int64 words"):
+        verify(target, draft, **options, out=empty_result(), workspace=few)
