@@ -38,12 +38,15 @@ class Toolkit:
         """Options of a device compile: the exact law forbids contraction (`--fmad=false`).
 
         No kernel uses what only some architectures have, so all but the newest are made from one
-        compilation for the oldest, which takes half the time.
+        compilation for the oldest, which takes half the time. PTX of both is for what has no code
+        of its own.
         """
         numbers = self.chosen_architectures(environ)
         oldest, newest = numbers[0], numbers[-1]
-        code = [f"-gencode=arch=compute_{oldest},code=sm_{n}" for n in numbers[:-1]]
-        code.append(f"-gencode=arch=compute_{newest},code=[sm_{newest},compute_{newest}]")
+        made = {oldest: [f"compute_{oldest}"], newest: [f"compute_{newest}"]}
+        for n in numbers:
+            made[newest if n == newest else oldest].append(f"sm_{n}")
+        code = [f"-gencode=arch=compute_{n},code=[{','.join(of)}]" for n, of in made.items()]
         host = "-fPIC,-fvisibility=hidden,-ffp-contract=off,-fno-math-errno"
         return ["-O3", "-std=c++17", "--fmad=false", f"-Xcompiler={host}", *code]
 

@@ -102,7 +102,7 @@ def extensions() -> list[Extension]:
 def workers() -> int:
     """Compiles at once: one for each processor, and for each GiB of memory."""
     try:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not on this system
         memory = 2**30
     return max(1, min(os.cpu_count() or 1, memory // 2**30))

@@ -59,7 +59,10 @@ def reason_against(name: str, device: str, op: str = "verify") -> str | None:
         return str(module)
     if isinstance(module, Exception):
         return f"it did not load ({module}); {REMEDIES[name]}"
-    return None if hasattr(module, op) else f"it has no {op}"
+    if not hasattr(module, op):
+        return f"it has no {op}"
+    # what a module knows of the device alone: its driver may be too old
+    return module.fault() if device == "cuda" and hasattr(module, "fault") else None
 
 
 def interprets_triton() -> bool:

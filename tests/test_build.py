@@ -112,13 +112,13 @@ def targets(root: Path, environ: dict[str, str]) -> list[str]:
 
 def test_device_code_is_made_for_the_architectures_that_nvcc_knows(tmp_path: Path) -> None:
     assert targets(tmp_path, {}) == [
-        "arch=compute_80,code=sm_80",
-        "arch=compute_90,code=[sm_90,compute_90]",
+        "arch=compute_80,code=[compute_80,sm_80]",
+        "arch=compute_90,code=[compute_90,sm_90]",
     ]
 
 
 def test_device_code_is_made_for_the_architectures_asked_for(tmp_path: Path) -> None:
-    only = ["arch=compute_90,code=[sm_90,compute_90]"]
+    only = ["arch=compute_90,code=[compute_90,sm_90]"]
     assert targets(tmp_path, {"SPECDIFF_CUDA_ARCHS": "90"}) == only
     for wrong in ("70", "90;hopper", "80,90"):
         with pytest.raises(cuda.CudaError, match=f"ARCHS is '{wrong}'; expected .* 80;90$"):

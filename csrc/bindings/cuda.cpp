@@ -29,5 +29,6 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("denoise_step", &call<DenoiseStepArguments, cuda::denoise_step>);
   m.def("verify", &call<VerifyArguments, cuda::verify>);
   m.def("commit", &call<CommitArguments, cuda::commit>);
+  m.def("fault", &cuda::fault, "Why kernels cannot run on a device, or nothing.");
   m.def("workspace_size", &cuda::workspace_size, "Words of scratch for rows of so many columns.");
 }

@@ -44,6 +44,19 @@ __device__ inline uint64_t arrive(uint64_t* counter) {
 #endif
 }
 
+__device__ inline uint64_t load_relaxed(uint64_t* word) {
+#ifdef SPECDIFF_EMULATED
+  return emulator::load(word, __ATOMIC_RELAXED);
+#else
+  uint64_t x;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+               : "=l"(x)
+               : "l"(__cvta_generic_to_global(word))
+               : "memory");
+  return x;
+#endif
+}
+
 __device__ inline uint64_t load_acquire(uint64_t* word) {
 #ifdef SPECDIFF_EMULATED
   return emulator::load(word, __ATOMIC_ACQUIRE);
@@ -57,14 +70,23 @@ __device__ inline uint64_t load_acquire(uint64_t* word) {
 #endif
 }
 
+// Waits for a counter; then this thread sees what the others wrote before they arrived.
 __device__ inline uint64_t wait_for(uint64_t* counter, uint64_t least) {
-  uint64_t x;
-  while ((x = load_acquire(counter)) < least) {
+  while (load_relaxed(counter) < least) {
 #ifndef SPECDIFF_EMULATED
     __nanosleep(20);
 #endif
   }
-  return x;
+  return load_acquire(counter);
+}
+
+// One more, in any order with other accesses.
+__device__ inline uint64_t take(uint64_t* counter) {
+#ifdef SPECDIFF_EMULATED
+  return emulator::fetch_add(counter, uint64_t(1), __ATOMIC_RELAXED);
+#else
+  return atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
+#endif
 }
 
 // word = max(word, x), without order
@@ -76,7 +98,7 @@ __device__ inline void raise(uint64_t* word, uint64_t x) {
 #endif
 }
 
-// word += x, without order; in global or in shared memory
+// word += x, without order
 __device__ inline void add(int64_t* word, int64_t x) {
 #ifdef SPECDIFF_EMULATED
   emulator::fetch_add(word, x, __ATOMIC_RELAXED);
@@ -85,16 +107,32 @@ __device__ inline void add(int64_t* word, int64_t x) {
 #endif
 }
 
+// The same in shared memory, x >= 0, half by half: adding 64 bits there is a loop that tries again.
+__device__ inline void add_shared(int64_t* word, int64_t x) {
+#ifdef SPECDIFF_EMULATED
+  emulator::fetch_add(word, x, __ATOMIC_RELAXED);
+#else
+  unsigned* halves = reinterpret_cast<unsigned*>(word);
+  const unsigned low = unsigned(x), before = atomicAdd(halves, low);
+  const unsigned high = unsigned(x >> 32) + (before + low < before ? 1 : 0);
+  if (high) atomicAdd(halves + 1, high);
+#endif
+}
+
 // --- copies to shared memory that need no registers ---
 
-__device__ inline void begin_copy(uint4* shared, const uint4* global) {
+// keep: in the first-level cache, as the thread beside needs the other half of a sector.
+__device__ inline void begin_copy(uint4* shared, const uint4* global, bool keep) {
 #ifdef SPECDIFF_EMULATED
   *shared = *global;
 #else
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
-      "l"(__cvta_generic_to_global(global))
-      : "memory");
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  const size_t from = __cvta_generic_to_global(global);
+  if (keep) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  }
 #endif
 }
 
@@ -109,6 +147,7 @@ __device__ inline void end_copies() {
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // so that nobody else takes it for theirs
     throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
   }
 }
@@ -130,21 +169,42 @@ class DeviceGuard {
   int device_, before_;
 };
 
-// together: all blocks run at once, or none does.
-template <bool together = false, class... Params>
+inline unsigned grid_of(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::invalid_argument("CUDA: too many rows for one launch");
+  return unsigned(blocks);
+}
+
+template <class... Params>
 void launch(void (*kernel)(Params...), int64_t blocks, const Queue& queue, Params... params) {
   if (blocks == 0) return;
-  if (blocks > 0x7fffffff) throw std::invalid_argument("CUDA: too many rows for one launch");
+  const unsigned grid = grid_of(blocks);
 #ifdef SPECDIFF_EMULATED
-  emulator::launch(blocks, kThreads, together, [&] { kernel(params...); });
+  emulator::launch(grid, kThreads, [&] { kernel(params...); });
 #else
-  const void* function = reinterpret_cast<const void*>(kernel);
-  const auto stream = cudaStream_t(queue.stream);
   void* arguments[] = {&params...};
-  check(together ? cudaLaunchCooperativeKernel(function, dim3(unsigned(blocks)), dim3(kThreads),
-                                               arguments, 0, stream)
-                 : cudaLaunchKernel(function, dim3(unsigned(blocks)), dim3(kThreads), arguments, 0,
-                                    stream));
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads),
+                         arguments, 0, cudaStream_t(queue.stream)));
+#endif
+}
+
+// All blocks run at once. False if the device cannot do that now.
+template <class... Params>
+bool launch_together(void (*kernel)(Params...), int64_t blocks, const Queue& queue,
+                     Params... params) {
+  const unsigned grid = grid_of(blocks);
+#ifdef SPECDIFF_EMULATED
+  return emulator::launch_together(grid, kThreads, [&] { kernel(params...); });
+#else
+  void* arguments[] = {&params...};
+  const cudaError_t error =
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(kThreads),
+                                  arguments, 0, cudaStream_t(queue.stream));
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
+    cudaGetLastError();
+    return false;
+  }
+  check(error);
+  return true;
 #endif
 }
 

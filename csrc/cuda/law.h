@@ -81,8 +81,8 @@ class Team {
     ++meetings_;
     __syncthreads();
     if (threadIdx.x == 0) {
-      arrive(&area.words->met);
-      shared_.found = wait_for(&area.words->met, meetings_ * parts) < kLeft;
+      const uint64_t all = meetings_ * parts, seen = arrive(&area.words->met) + 1;
+      shared_.found = (seen < all ? wait_for(&area.words->met, all) : seen) < kLeft;
     }
     __syncthreads();
     return shared_.found;
@@ -124,7 +124,7 @@ class Team {
 // The number of this block in the order in which blocks begin.
 __device__ inline int64_t take_ticket(int64_t* workspace, Shared& shared) {
   int64_t ticket = 0;
-  if (threadIdx.x == 0) ticket = arrive(&reinterpret_cast<RowWords*>(workspace)->tickets);
+  if (threadIdx.x == 0) ticket = take(&reinterpret_cast<RowWords*>(workspace)->tickets);
   return from_first(ticket, shared);
 }
 
@@ -159,7 +159,7 @@ __device__ inline bool select(const Slice& slice, const RowLaw& law, int64_t nee
       for (int j = 0; j < 8; ++j) {
         const int64_t e = whole_weight(l[j], law);
         const int digit = int(e >> shift) & (kBins - 1);
-        if (digit && e >> (shift + 9) == prefix) add(&shared.bins[digit], by_weight ? e : 1);
+        if (digit && e >> (shift + 9) == prefix) add_shared(&shared.bins[digit], by_weight ? e : 1);
       }
     });
     __syncthreads();
@@ -356,11 +356,27 @@ struct Noise {
   uint64_t seed;
   int64_t position;
   const int64_t* ids;  // of the columns, or null
+};
 
-  __device__ uint64_t word(int64_t v) const {
-    if (words) return uint64_t(words[v]);
-    return race_word(seed, position, ids ? ids[v] : v);
+// A thread's view of the noise, which remembers the words of the last pair of ids.
+class NoiseReader {
+ public:
+  explicit __device__ NoiseReader(const Noise& noise) : noise_(noise) {}
+
+  __device__ uint64_t word(int64_t v) {
+    if (noise_.words) return uint64_t(noise_.words[v]);
+    const int64_t id = noise_.ids ? noise_.ids[v] : v;
+    if (id >> 1 != pair_) {
+      pair_ = id >> 1;
+      words_ = race_pair(noise_.seed, noise_.position, pair_);
+    }
+    return word_of_pair(words_, id);
   }
+
+ private:
+  const Noise& noise_;
+  int64_t pair_ = -1;
+  Counter words_;
 };
 
 // The least E_v / e_v among a block's columns; of a greedy row the first with the largest logit.
@@ -368,13 +384,14 @@ __device__ inline Finish slice_race(const Slice& slice, const RowLaw& law, const
                                     int64_t columns, Shared& shared) {
   double least = bit_cast<double>(int64_t(0x7ff0000000000000));  // +inf
   int64_t winner = columns;
+  NoiseReader reader(noise);
   slice.visit([&](int64_t v, const float (&l)[8]) {
     for (int j = 0; j < 8; ++j) {
       double time = 0;
       if (law.scale != 0) {
         const int64_t e = weight(l[j], v + j, law);
         if (e == 0) continue;
-        const uint64_t word = noise.word(v + j);
+        const uint64_t word = reader.word(v + j);
         if (!may_win(word, double(e), least)) continue;
         time = exponential(word) / double(e);
       } else if (l[j] != law.max) {
@@ -408,9 +425,19 @@ __device__ inline int64_t end_race(const Area& area, const Split& split, Shared&
 
 // --- hosts ---
 
-inline Split begin_rows(const Logits& logits, int64_t rows, int64_t capacity, const Queue& queue) {
+// Of the blocks that a device runs at once, at most this share have parts of one row and wait for
+// each other, so that several streams may do this at the same time; see Team.
+constexpr int64_t kShare = 32;
+
+inline void clear_words(int64_t rows, const Queue& queue) {
+  if (rows == 0) return;
   check(cudaMemsetAsync(queue.workspace, 0, rows * sizeof(RowWords), cudaStream_t(queue.stream)));
-  return split_of(logits, rows, capacity);
+}
+
+// How rows are divided whose blocks wait for each other, with their words cleared.
+inline Split begin_rows(const Logits& logits, int64_t rows, int64_t capacity, const Queue& queue) {
+  clear_words(rows, queue);
+  return split_of(logits, rows, capacity, capacity / kShare);
 }
 
 }  // namespace specdiff::cuda

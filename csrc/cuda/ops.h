@@ -2,6 +2,8 @@
 // threads of the parameters are not used.
 #pragma once
 
+#include <string>
+
 #include "specdiff/params.h"
 
 namespace specdiff::cuda {
@@ -14,6 +16,10 @@ struct Queue {
 };
 
 int64_t workspace_size(int64_t rows, int64_t columns);
+
+// Why kernels cannot run on a device: its driver is too old, or there is no code for it; "" if they
+// can.
+std::string fault(int device);
 
 void row_law(const RowLawParams& params, const Queue& queue);
 void sample(const SampleParams& params, const Queue& queue);

@@ -117,20 +117,18 @@ __device__ inline int64_t column_of(const Row& row, const Split& split, int64_t 
   return part * split.part_columns() + (int64_t(k) * kThreads + threadIdx.x) * 8 - row.shift();
 }
 
-// More streams than this at once must not wait for parts of each other's rows; see Team.
-constexpr int64_t kStreams = 32;
-
-// As many blocks as fill the device, and enough to hold their parts on chip, but so few that those
-// of one row always find room.
-inline Split split_of(const Logits& logits, int64_t rows, int64_t capacity) {
+// As many blocks as fill the device, and enough to hold their parts on chip, but at most so many
+// for a row.
+inline Split split_of(const Logits& logits, int64_t rows, int64_t capacity, int64_t most) {
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t all = logits.columns + 7;  // a row may begin anywhere between aligned addresses
   const int64_t held = int64_t(kThreads) * kHeld * (logits.dtype == kFloat32 ? 4 : 8);
-  int64_t parts = ceil(all, held);
   const int64_t filling = rows > 0 ? capacity / rows : 1;
+  const int64_t useful = ceil(all, kThreads * 8);
+  int64_t parts = ceil(all, held);
   if (parts < filling) parts = filling;
-  if (parts > ceil(all, kThreads * 8)) parts = ceil(all, kThreads * 8);
-  if (parts > capacity / kStreams) parts = capacity / kStreams;
+  if (parts > useful) parts = useful;
+  if (parts > most) parts = most;
   if (parts < 1) parts = 1;
   return {int32_t(parts), int32_t(ceil(all, parts * kThreads * 8))};
 }
@@ -164,8 +162,8 @@ class Slice {
     for (int k = 0; k < split_.groups && k < held(); ++k) {
       uint4* to = place(k);
       if (const uint4* from = row_.vectors(column(k))) {
-        begin_copy(to, from);
-        if (row_.is_wide()) begin_copy(to + kThreads, from + 1);
+        begin_copy(to, from, row_.is_wide());
+        if (row_.is_wide()) begin_copy(to + kThreads, from + 1, true);
       } else {
         const Eight x = row_.load_one_by_one(column(k));
         to[0] = x.low;

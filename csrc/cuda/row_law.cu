@@ -30,6 +30,14 @@ int64_t workspace_size(int64_t rows, int64_t columns) {
   return rows * (kRowWords + 3 * parts + kBinSets * kBins);
 }
 
+std::string fault(int device) {
+  const DeviceGuard guard(device);
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, make_laws);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 void row_law(const RowLawParams& p, const Queue& queue) {
   const DeviceGuard guard(queue.device);
   const int64_t room = capacity<make_laws>(queue.device);

@@ -13,7 +13,7 @@ __device__ Noise noise_of(const SampleParams& p, int64_t i) {
   return {nullptr, uint64_t(p.random.seed[i]), p.random.position[i], p.draft_ids};
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     draw_tokens(SampleParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t index = blockIdx.x / split.parts, part = blockIdx.x % split.parts;
@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kThreads)
 void sample(const SampleParams& p, const Queue& queue) {
   const DeviceGuard guard(queue.device);
   const int64_t room = capacity<draw_tokens>(queue.device);
-  const Split split = begin_rows(p.logits, p.rows, room, queue);
+  const Split split = split_of(p.logits, p.rows, room, room);
+  clear_words(p.rows, queue);
   launch(draw_tokens, p.rows * split.parts, queue, p, split, queue.workspace);
 }
 

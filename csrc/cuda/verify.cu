@@ -319,13 +319,16 @@ void verify(const VerifyParams& p, const Queue& queue) {
     const Split split = begin_rows(p.target, rows, capacity<race_rows>(queue.device), queue);
     return launch(race_rows, rows * split.parts, queue, p, split, queue.workspace);
   }
-  const int64_t room = capacity<judge<true>>(queue.device);
-  const Split split = begin_rows(p.target, rows, room, queue);
-  const int64_t blocks = rows * split.parts;
-  if (blocks <= room) {
-    return launch<true>(judge<true>, blocks, queue, p, split, queue.workspace);
+  // Half of the device, as blocks of other streams may hold the rest and wait.
+  const int64_t room = capacity<judge<true>>(queue.device) / 2;
+  Split split = split_of(p.target, rows, room, room);
+  if (0 < rows && rows * split.parts <= room) {
+    clear_words(rows, queue);
+    const int64_t blocks = rows * split.parts;
+    if (launch_together(judge<true>, blocks, queue, p, split, queue.workspace)) return;
   }
-  launch(judge<false>, blocks, queue, p, split, queue.workspace);
+  split = begin_rows(p.target, rows, capacity<judge<false>>(queue.device), queue);
+  launch(judge<false>, rows * split.parts, queue, p, split, queue.workspace);
   const int64_t ended = p.rule == kBlockRule ? rows : p.batch;
   launch(end_rounds, ended * split.parts, queue, p, split, queue.workspace);
 }

@@ -18,6 +18,14 @@ def stream_of(device: torch.device) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
+def fault() -> str | None:
+    """Why the kernels cannot run on the current GPU: an old driver, or no code for it."""
+    try:
+        return native.fault(torch.cuda.current_device() if torch.cuda.is_available() else 0) or None
+    except RuntimeError as error:  # not even a device
+        return str(error)
+
+
 def launch(
     op: Callable[..., None],
     arguments: tuple,

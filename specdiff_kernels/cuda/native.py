@@ -3,10 +3,11 @@
 from specdiff_kernels._C_cuda import (
     commit,
     denoise_step,
+    fault,
     row_law,
     sample,
     verify,
     workspace_size,
 )
 
-__all__ = ["commit", "denoise_step", "row_law", "sample", "verify", "workspace_size"]
+__all__ = ["commit", "denoise_step", "fault", "row_law", "sample", "verify", "workspace_size"]

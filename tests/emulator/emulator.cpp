@@ -115,6 +115,7 @@ std::mutex one_launch;
 std::mt19937_64 randomness;
 int device = 0;
 int launches = 0;
+bool cooperates = true;
 int together_launches = 0;
 int64_t meetings = 0;  // of a thread with its block
 std::set<Place> barriers;
@@ -250,7 +251,7 @@ void resume(Fiber* fiber) {
 }
 
 // Runs all blocks, at most `resident` at once, which begin in any order.
-void run(int64_t blocks, int64_t resident) {
+void run_all(int64_t blocks, int64_t resident) {
   const Unseen unseen;
   std::vector<unsigned> remaining(blocks);
   for (int64_t i = 0; i < blocks; ++i) remaining[i] = unsigned(i);
@@ -274,22 +275,31 @@ void run(int64_t blocks, int64_t resident) {
   }
 }
 
-}  // namespace
-
-void launch(int64_t blocks, int threads, bool together, const std::function<void()>& kernel) {
+void run(int64_t blocks, int threads, const std::function<void()>& kernel, int64_t resident) {
   const std::lock_guard<std::mutex> guard(one_launch);
-  const int multiprocessors = kMultiprocessors[device];
-  if (together && blocks > multiprocessors) throw std::runtime_error("emulator: too many blocks");
   Launch launch{kernel, threads, {}};
   launched = &launch;
   ++launches;
-  together_launches += together;
-  // So few that blocks which wait for each other just find room, or as many as there may be.
-  const bool many = together || randomness() % 2;
   __tsan_release(&launches);
-  run(blocks, many ? multiprocessors : std::max(multiprocessors / 32, 1));
+  run_all(blocks, resident);
   __tsan_acquire(&launches);
   launched = nullptr;
+}
+
+}  // namespace
+
+void launch(int64_t blocks, int threads, const std::function<void()>& kernel) {
+  // So few that blocks which wait for each other just find room, or as many as there may be.
+  const bool many = randomness() % 2;
+  const int64_t multiprocessors = kMultiprocessors[device];
+  run(blocks, threads, kernel, many ? multiprocessors : std::max<int64_t>(multiprocessors / 32, 1));
+}
+
+bool launch_together(int64_t blocks, int threads, const std::function<void()>& kernel) {
+  if (blocks > kMultiprocessors[device] || !cooperates) return false;
+  ++together_launches;
+  run(blocks, threads, kernel, blocks);
+  return true;
 }
 
 void may_switch() {
@@ -375,6 +385,7 @@ PYBIND11_MODULE(emulator, m) {
   m.def("together_launches", [] { return emulator::together_launches; });
   m.def("meetings", [] { return emulator::meetings; }, "Of threads at barriers.");
   m.def("barriers", [] { return emulator::barriers; }, "(file, line) of all that were met.");
+  m.def("use_cooperation", [](bool does) { emulator::cooperates = does; });
   m.def("use_orders", [](bool orders) { emulator::orders = orders; });
   m.def("leave_out", [](const std::string& file, int line) { emulator::missing = {file, line}; });
 }

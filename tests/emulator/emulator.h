@@ -28,7 +28,8 @@ struct Position {
 
 extern Position here;
 
-void launch(int64_t blocks, int threads, bool together, const std::function<void()>& kernel);
+void launch(int64_t blocks, int threads, const std::function<void()>& kernel);
+bool launch_together(int64_t blocks, int threads, const std::function<void()>& kernel);
 void sync_block(const char* file, int line);
 void* shared_memory(size_t size);
 void may_switch();
@@ -96,6 +97,11 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStream_t stream);
+struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int device);
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {

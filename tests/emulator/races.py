@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -55,16 +56,28 @@ def check() -> dict:
     return json.loads(done.stdout)
 
 
-def races(steering: ModuleType, log: str) -> bool:
-    """Whether something is reported in any run; stops at the first."""
-    written = Path(f"{log}.{os.getpid()}")
-    for seed, device in enumerate(DEVICES):
-        steering.seed(seed)
-        emulator.use_device(device)
-        for _ in rounds.every_op(V):
+class Run:
+    """Calls of every op on two devices, and what is known of the barriers that they meet."""
+
+    def __init__(self, steering: ModuleType, log: str) -> None:
+        self.steering, self.log = steering, log
+        self.first_call: dict[tuple[str, int], int] = {}  # that meets a barrier
+
+    def races(self, missing: tuple[str, int] | None = None) -> bool:
+        """Whether something is reported, with all barriers or without one; stops at the first."""
+        written = Path(f"{self.log}.{os.getpid()}")
+        self.steering.leave_out(*(missing or ("", 0)))
+        begin = 0 if missing is None else self.first_call[missing]
+        calls = [(d, call) for d in DEVICES for call in rounds.every_op(V)]
+        for index, (device, call) in enumerate(calls[begin:]):
+            self.steering.seed(index)
+            emulator.use_device(device)
+            call()
+            for barrier in self.steering.barriers():
+                self.first_call.setdefault(barrier, begin + index)
             if written.exists():
                 return True
-    return False
+        return False
 
 
 def fails(test: Callable[[], bool]) -> bool:
@@ -83,17 +96,18 @@ def main(log: str) -> None:
     emulator.register(races=True)
     steering = emulator.emulator(races=True)
     rounds.K = 2  # the more threads, the slower
+    run = Run(steering, log)
     with backends.use_backend(emulator.NAME):
-        found = {"races": races(steering, log), "unneeded": []}
+        found = {"races": run.races(), "barriers": len(run.first_call)}
         steering.use_orders(False)
-        found["races without order"] = fails(lambda: races(steering, log))
+        found["races without order"] = fails(run.races)
         steering.use_orders(True)
-        barriers = sorted(steering.barriers())
-        for file, line in barriers:
-            steering.leave_out(file, line)
-            if not fails(lambda: races(steering, log)):
-                found["unneeded"].append(f"{Path(file).name}:{line}")
-    print(json.dumps(found | {"barriers": len(barriers)}))
+        found["unneeded"] = [
+            f"{Path(file).name}:{line}"
+            for file, line in sorted(run.first_call)
+            if not fails(partial(run.races, (file, line)))
+        ]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -43,20 +44,22 @@ def empty_result() -> Verified:
     return Verified(i64(*[7] * B), torch.full((B, K + 1), 7), i64(*[7] * B).int())
 
 
-def every_op(V: int) -> Iterator[tuple]:
-    """One call after another: greedy and sampled rows, with and without truncation."""
-    zero, one = torch.zeros(B, dtype=torch.int64), torch.ones(B * K)
-    mixed = torch.tensor([0.0, 1.0])
+def every_op(V: int) -> Iterator[Callable[[], tuple]]:
+    """Calls to be made: greedy and sampled rows, with and without truncation."""
+    zero = torch.zeros(B, dtype=torch.int64)
     for truncation in ({}, {"top_k": 9, "top_p": 0.9}):
         for rule in RULES:
             target, draft, options = a_round(rule, V)
-            yield verify(target, draft, **options, **truncation)
-        law = row_law(target[:, 0], mixed, **truncation)
-        yield sample(target[:, 0], law, seed=zero, round=zero)
-        yield sample(target[:, 0], law, seed=zero, position=zero)
+            yield partial(verify, target, draft, **options, **truncation)
+        mixed, rows = torch.tensor([0.0, 1.0]), target[:, 0]
+        yield partial(row_law, rows, mixed, **truncation)
+        law = row_law(rows, mixed, **truncation, backend="reference")
+        yield partial(sample, rows, law, seed=zero, round=zero)
+        yield partial(sample, rows, law, seed=zero, position=zero)
         for reveal in (Reveal.sedd(0.5), Reveal.highest_confidence(2), Reveal.first_hitting()):
-            own = Draft.masked(B, K, draft.logits)._replace(entropy=one.view(B, K).double())
-            key = {"seed": zero, "round": zero, **truncation}
-            yield denoise_step(own, reveal, 0, mixed, entropies=True, out=own, **key)
-            yield denoise_step(Draft.masked(B, K, draft.logits), reveal, 0, position=zero, **key)
-    yield commit(zero, draft.tokens, out=Committed(zero, zero.clone(), zero.bool()))
+            empty = torch.ones(B, K, dtype=torch.float64)
+            own = Draft.masked(B, K, draft.logits)._replace(entropy=empty)
+            step = partial(denoise_step, reveal=reveal, step=0, seed=zero, round=zero, **truncation)
+            yield partial(step, own, temperature=mixed, entropies=True, out=own)
+            yield partial(step, Draft.masked(B, K, draft.logits), position=zero)
+    yield partial(commit, zero, draft.tokens, out=Committed(zero, zero.clone(), zero.bool()))

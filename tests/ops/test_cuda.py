@@ -17,6 +17,7 @@ from build_tools.cuda import find_toolkit
 from specdiff_kernels import (
     Draft,
     Reveal,
+    backends,
     commit,
     denoise_step,
     row_law,
@@ -162,13 +163,21 @@ def test_the_weight_of_every_logit_of_16_bits(dtype, steering):
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "greedy"])
-def test_a_verification_is_one_launch_where_there_is_room(rule, launches):
+def test_a_verification_is_one_launch_where_there_is_room(rule, launches, steering):
     target, draft, options = a_round(rule, V)
     verify(target, draft, **options)
     assert launches() == (1, 1)
     emulator.use_device(3)
     verify(target, draft, **options)
     assert launches() == (2, 0)
+    emulator.use_device(0)
+    steering.use_cooperation(False)  # as on a part of a device
+    try:
+        result = verify(target, draft, **options)
+    finally:
+        steering.use_cooperation(True)
+    assert launches() == (2, 0)
+    assert_same(result, verify(target, draft, **options, backend="reference"))
 
 
 def test_launches_of_the_other_ops(launches):
@@ -240,6 +249,29 @@ def test_a_missing_barrier_is_a_wrong_answer(steering):
         wrong += not torch.equal(row_law(logits).total, want.total)
     steering.leave_out("", 0)
     assert wrong > 0
+
+
+def test_no_rows_are_no_launch(launches):
+    nothing = torch.zeros(0, dtype=torch.int64)
+    law = row_law(torch.zeros(0, V))
+    sample(torch.zeros(0, V), law, seed=nothing, round=nothing)
+    draft = Draft(nothing.view(0, 2), nothing.view(0, 2).int(), nothing.view(0, 2))
+    assert verify(torch.zeros(0, 3, V), draft, seed=nothing, round=nothing).emitted.shape == (0, 3)
+    assert launches() == (0, 0)
+
+
+def test_a_device_without_a_driver_is_no_reason_to_fail(monkeypatch):
+    """Another backend is taken, and why is said."""
+    pytest.importorskip("specdiff_kernels._C_cuda", reason="built without nvcc")
+    from specdiff_kernels import cuda
+
+    monkeypatch.setattr(cuda, "fault", lambda: "CUDA driver version is insufficient")
+    assert "driver version is insufficient" in backends.available_backends("cuda")["cuda"]
+    absent = ModuleNotFoundError("No module named 'triton'")
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: absent if name == "triton" else load(name))
+    find = backends.find.__wrapped__
+    assert find("verify", "cuda", None).__module__ == "specdiff_kernels.reference.verify"
 
 
 def test_a_wrong_workspace_is_named(steering):

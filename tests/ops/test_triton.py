@@ -235,8 +235,8 @@ def test_rows_behind_the_end_of_a_round_are_not_read_again(rule, monkeypatch):
 def test_no_two_accesses_race():
     """Barriers and counters order everything that threads and programs share."""
     with forced("triton"), in_any_order(0), watching():
-        for _ in every_op(V):
-            pass
+        for call in every_op(V):
+            call()
 
 
 @interpreted

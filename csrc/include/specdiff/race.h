@@ -8,9 +8,17 @@
 
 namespace specdiff {
 
-SPECDIFF_HD uint64_t race_word(uint64_t seed, int64_t position, int64_t id) {
-  const Counter r = philox(seed, {uint32_t(id >> 1), uint32_t(position), kCoupled, 0});
+// Two ids share one call of Philox: 2 pair and 2 pair + 1.
+SPECDIFF_HD Counter race_pair(uint64_t seed, int64_t position, int64_t pair) {
+  return philox(seed, {uint32_t(pair), uint32_t(position), kCoupled, 0});
+}
+
+SPECDIFF_HD uint64_t word_of_pair(const Counter& r, int64_t id) {
   return id & 1 ? r.purpose | uint64_t(r.extra) << 32 : r.slot | uint64_t(r.round) << 32;
+}
+
+SPECDIFF_HD uint64_t race_word(uint64_t seed, int64_t position, int64_t id) {
+  return word_of_pair(race_pair(seed, position, id >> 1), id);
 }
 
 // E = -ln u, u = ((word >> 11) + 1) 2^-53 in (0, 1]
