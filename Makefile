@@ -33,8 +33,9 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_end_to_end.py
 
-# On a machine with a GPU: what is installed there is used as it is.
+# On a machine with a GPU: torch, triton and nvcc that are installed there are used as they are.
 gpu:
+	SPECDIFF_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -q -m gpu
 	$(PYTHON) benchmarks/bench_gpu.py
 

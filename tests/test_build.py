@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from build_tools import cuda
-from build_tools.native import FLAGS, ISA_FLAGS, PER_ISA, is_x86, isa_flags
+from build_tools.native import FLAGS, ISA_FLAGS, PER_ISA, is_x86, isa_flags, workers
 
 TILE = "csrc/cpu/tile.cpp"  # the law
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +123,14 @@ def test_device_code_is_made_for_the_architectures_asked_for(tmp_path: Path) -> 
     for wrong in ("70", "90;hopper", "80,90"):
         with pytest.raises(cuda.CudaError, match=f"ARCHS is '{wrong}'; expected .* 80;90$"):
             targets(tmp_path, {"SPECDIFF_CUDA_ARCHS": wrong})
+
+
+@pytest.mark.parametrize(("gibibytes", "expected"), [(3.5, 3), (64, 8), (0.5, 1)])
+def test_compiles_at_once_are_bounded_by_memory(monkeypatch, gibibytes: float, expected: int):
+    sizes = {"SC_PHYS_PAGES": int(gibibytes * 2**18), "SC_PAGE_SIZE": 2**12}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert workers() == expected
 
 
 @needs_x86_compiler

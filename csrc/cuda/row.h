@@ -63,8 +63,6 @@ class Row {
     return {at[0], dtype == kFloat32 ? at[1] : uint4{0, 0, 0, 0}};
   }
 
-  __device__ Eight load_one_by_one(int64_t v) const { return gather(data_, columns, dtype, v); }
-
   __device__ void widen(const Eight& x, float (&l)[8]) const {
     const uint32_t words[8] = {x.low.x,  x.low.y,  x.low.z,  x.low.w,
                                x.high.x, x.high.y, x.high.z, x.high.w};
@@ -165,7 +163,7 @@ class Slice {
         begin_copy(to, from, row_.is_wide());
         if (row_.is_wide()) begin_copy(to + kThreads, from + 1, true);
       } else {
-        const Eight x = row_.load_one_by_one(column(k));
+        const Eight x = row_.load(column(k));
         to[0] = x.low;
         if (row_.is_wide()) to[kThreads] = x.high;
       }

@@ -115,6 +115,7 @@ std::mutex one_launch;
 std::mt19937_64 randomness;
 int device = 0;
 int launches = 0;
+int64_t blocks_launched = 0;
 bool cooperates = true;
 int together_launches = 0;
 int64_t meetings = 0;  // of a thread with its block
@@ -280,6 +281,7 @@ void run(int64_t blocks, int threads, const std::function<void()>& kernel, int64
   Launch launch{kernel, threads, {}};
   launched = &launch;
   ++launches;
+  blocks_launched += blocks;
   __tsan_release(&launches);
   run_all(blocks, resident);
   __tsan_acquire(&launches);
@@ -382,6 +384,7 @@ PYBIND11_MODULE(emulator, m) {
   m.def("seed", [](uint64_t seed) { emulator::randomness.seed(seed); });
   m.def("device", [] { return emulator::device; }, "The current one.");
   m.def("launches", [] { return emulator::launches; });
+  m.def("blocks", [] { return emulator::blocks_launched; });
   m.def("together_launches", [] { return emulator::together_launches; });
   m.def("meetings", [] { return emulator::meetings; }, "Of threads at barriers.");
   m.def("barriers", [] { return emulator::barriers; }, "(file, line) of all that were met.");

@@ -71,6 +71,7 @@ def test_compiled_kernels_are_exact_and_spill_nothing(tmp_path):
         assert spilled == {"0"}, f"{source}: {said}"
         if source.stem not in ("commit",):  # counters that order what blocks write
             assert "atom.add.acq_rel.gpu.global.u64" in ptx
+            assert "cp.async.cg.shared.global" in ptx  # 16 bytes at a time
 
 
 @needs_nvcc
@@ -249,6 +250,26 @@ def test_a_missing_barrier_is_a_wrong_answer(steering):
         wrong += not torch.equal(row_law(logits).total, want.total)
     steering.leave_out("", 0)
     assert wrong > 0
+
+
+def test_few_rows_are_divided_among_many_blocks(steering):
+    """Down to one group of eight columns a thread; many rows only as far as they fit on chip."""
+
+    def blocks(rows: int, columns: int, dtype: torch.dtype) -> int:
+        logits = torch.zeros(rows, 1, columns, dtype=dtype)
+        nothing = torch.zeros(rows, 0, dtype=torch.int64)
+        before = steering.blocks()
+        verify(logits, Draft(nothing, nothing.int(), nothing), words=torch.zeros(rows, 1).long())
+        return steering.blocks() - before
+
+    emulator.use_device(2)
+    assert blocks(1, 10 * 512 - 7, torch.float32) == 10
+    assert blocks(1, 10 * 512 - 6, torch.float32) == 11
+    rows = 50  # two blocks of threads that hold 512 columns of 32 bits, 1024 of 16
+    assert blocks(rows, 1024 - 7, torch.float32) == 2 * rows
+    assert blocks(rows, 1024 - 7, torch.bfloat16) == 2 * rows
+    rows = 100
+    assert blocks(rows, 1024 - 7, torch.bfloat16) == rows
 
 
 def test_no_rows_are_no_launch(launches):
