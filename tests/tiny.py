@@ -1,4 +1,4 @@
-"""Tiny random GPT-2, GPT-Neo and Llama models, built from configs: no download.
+"""Tiny random models of every supported family, built from configs: no download.
 
 Weights are large enough for the models to have opinions, so that greedy texts do not collapse.
 """
@@ -7,23 +7,36 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2ForCausalLM,
 )
 
-FAMILIES = ("gpt2", "gpt_neo", "llama")
+FAMILIES = ("gpt2", "gpt_neo", "llama")  # that differ in what the loop has to do
+ALIKE = ("gemma", "mistral", "qwen2")  # as Llama, but for their masks, heads and norms
+LLAMAS = {
+    "llama": (LlamaForCausalLM, {}),
+    "gemma": (GemmaForCausalLM, {"num_key_value_heads": 1, "head_dim": 8}),
+    "mistral": (MistralForCausalLM, {"sliding_window": 5}),
+    "qwen2": (
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+}
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def tiny_model(
     family: str, *, vocab: int = 50, context: int = 64, seed: int = 0, dtype=torch.float32, **more
 ) -> PreTrainedModel:
-    """Two layers of width 32; GPT-Neo's second one sees a window of 5 tokens only."""
+    """Two layers of width 32. Those that have windows see 5 tokens: GPT-Neo's and Qwen2's second
+    layer, and both of Mistral's."""
     scale = {"initializer_range": 0.3, "vocab_size": vocab, **NO_IDS, **more}
     torch.manual_seed(seed)
     if family == "gpt2":
@@ -40,13 +53,13 @@ def tiny_model(
             **scale,
         )
         return GPTNeoForCausalLM(config).to(dtype).eval()
-    config = LlamaConfig(
+    make, own = LLAMAS[family]
+    config = make.config_class(
         max_position_embeddings=context,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         intermediate_size=64,
-        **scale,
+        **{"num_key_value_heads": 2, **own, **scale},
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return make(config).to(dtype).eval()

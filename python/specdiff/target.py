@@ -1,7 +1,7 @@
 """Target: a Hugging Face causal language model that decodes ragged rows over a RowCache.
 
-One forward takes [B, Q] tokens, each row at its own position; GPT-2 and Llama run unmodified, and
-GPT-Neo, which derives masks from shapes, has its attention taken over.
+One forward takes [B, Q] tokens, each row at its own position. Models are given masks and positions
+and run unmodified, but for GPT-Neo, which derives masks from shapes: its attention is taken over.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .cache import RowCache
 
-SUPPORTED = ("gpt2", "gpt_neo", "llama")
+SUPPORTED = ("gemma", "gpt2", "gpt_neo", "llama", "mistral", "qwen2")
 ATTENTION = ("sdpa", "eager")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # one rescaling for the whole batch
 PREFILL_CHUNK = 512
@@ -44,6 +44,8 @@ class Target:
         self.vocab_size: int = self.head.weight.shape[0]
         self.hidden_size: int = model.config.hidden_size
         self.context_limit: int = model.config.max_position_embeddings
+        windowed = model.config.model_type in ("mistral", "qwen2")
+        self.window: int | None = model.config.sliding_window if windowed else None
         self.boolean_mask = model.config._attn_implementation == "sdpa"
         if model.config.model_type == "gpt_neo":
             take_over_gpt_neo(model)
@@ -93,7 +95,7 @@ class Target:
         return self.model.base_model(
             input_ids=tokens,
             position_ids=positions.clamp(max=self.context_limit - 1),  # padding may run past it
-            attention_mask=self._mask(positions, span),
+            attention_mask=self._masks(positions, span),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -124,10 +126,21 @@ class Target:
         cache.set_lengths(counts, longest)
         return torch.cat(before, 1) if keep_hidden else None
 
-    def _mask(self, positions: Tensor, span: int) -> Tensor:
-        """Key j is visible to a query at position t iff j <= t. [B, Q] -> [B, 1, Q, span]"""
+    def _masks(self, positions: Tensor, span: int) -> Tensor | dict[str, Tensor]:
+        """Key j is visible to a query at position t iff j <= t, and t - window < j if a layer has
+        a window. [B, Q] -> [B, 1, Q, span], of each kind of layer if there are several."""
         keys = torch.arange(span, device=positions.device)
-        visible = (keys <= positions[:, :, None])[:, None]
+        queries = positions[:, None, :, None]
+        seen = keys <= queries
+        if self.window is None:
+            return self._mask(seen)
+        near = self._mask(seen & (keys > queries - self.window))
+        if self.model.config.model_type == "mistral":
+            return near
+        return {"full_attention": self._mask(seen), "sliding_attention": near}
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        """As the model's attention takes it."""
         if self.boolean_mask:
             return visible
         lowest = torch.finfo(self.dtype).min
@@ -142,9 +155,9 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(f"model type {kind!r} is an encoder-decoder; a target must be causal")
     if kind not in SUPPORTED:
         raise ValueError(
-            f"model type {kind!r} is not supported: ragged rollback needs full attention over an "
-            "own key/value cache, without recurrent state or sliding windows, and is tested for "
-            f"{', '.join(SUPPORTED)}"
+            f"model type {kind!r} is not supported: ragged rollback needs attention over an own "
+            "key/value cache, without recurrent state, that takes a mask and positions for each "
+            f"row, and is tested for {', '.join(SUPPORTED)}"
         )
     if getattr(config, "add_cross_attention", False):
         raise ValueError(f"this {kind} model has cross-attention; a target must be decoder-only")

@@ -10,25 +10,34 @@ import copy
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from specdiff import Target
 from specdiff import target as target_module
-from tests.tiny import tiny_model
+from tests.tiny import ALIKE, FAMILIES, tiny_model
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *ALIKE])
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def target(model):
+    return Target(model)
 
 
 @torch.inference_mode()
 def fresh(model, tokens: list[int]):
     """Logits [N, V] and per layer keys and values [H, N, D], by transformers alone."""
-    output = model(torch.tensor([tokens]), use_cache=True)
+    output = model(torch.tensor([tokens]), past_key_values=DynamicCache(), use_cache=True)
     layers = output.past_key_values.layers
     return output.logits[0], [(layer.keys[0], layer.values[0]) for layer in layers]
 
@@ -36,10 +45,9 @@ def fresh(model, tokens: list[int]):
 @torch.inference_mode()
 def token_by_token(model, tokens: list[int]):
     """The same, one token at a time: how much the order of float sums alone may change."""
-    cache, logits = None, []
+    cache, logits = DynamicCache(), []  # which keeps what is outside of a window
     for token in tokens:
         output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
         logits.append(output.logits[0])
     return torch.cat(logits), [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
@@ -175,7 +183,7 @@ def test_padding_beyond_the_context_disturbs_no_row(target):
 
 
 def test_eager_and_sdpa_agree():
-    for family in ("gpt2", "llama"):
+    for family in ("gpt2", "llama", *ALIKE):
         model = tiny_model(family)
         sdpa = Target(model)
         eager_model = copy.deepcopy(model)
@@ -198,10 +206,11 @@ def test_gpt_neo_still_works_by_itself():
     assert torch.equal(taken(tokens, attention_mask=mask).logits, before)
 
 
-def test_gpt_neo_obeys_its_local_window():
-    """A token beyond both layers' reach through the window matters only by the global layer."""
-    model = tiny_model("gpt_neo")
-    for block in model.transformer.h:
+@pytest.mark.parametrize("family", ["gpt_neo", "mistral", "qwen2"])
+def test_a_window_is_obeyed(family):
+    """A token beyond both layers' reach through the window matters only by a layer without one."""
+    model = tiny_model(family, **({"max_window_layers": 0} if family == "qwen2" else {}))
+    for block in model.transformer.h if family == "gpt_neo" else ():
         block.attn.attention.attention_type = "local"
     target = Target(model)
     tokens = torch.arange(30)[None]
@@ -221,7 +230,6 @@ HEADS = dict(num_attention_heads=2, num_key_value_heads=2)
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: MistralForCausalLM(MistralConfig(**TINY, **HEADS)), "sliding windows"),
         (lambda: MambaForCausalLM(MambaConfig(**TINY, state_size=4)), "recurrent state"),
         (
             lambda: T5ForConditionalGeneration(
@@ -264,7 +272,7 @@ def test_stop_tokens_come_from_the_model():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs(dtype):
-    for family in ("gpt2", "gpt_neo", "llama"):
+    for family in (*FAMILIES, *ALIKE):
         target = Target(tiny_model(family, dtype=dtype))
         cache, rows, logits = ragged_rounds(target, 3, 1)
         assert logits[0].dtype == dtype and all(x.isfinite().all() for x in logits)

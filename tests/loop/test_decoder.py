@@ -20,7 +20,7 @@ from specdiff.adaptive import AdaptiveK
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.sampling import row_seeds
 from specdiff_kernels import Draft, LawError, RowLaw, row_law, sample, verify
-from tests.tiny import tiny_model
+from tests.tiny import ALIKE, tiny_model
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
 DRAFTERS = ("prompt-lookup", "autoregressive", "scripted", "scripted-ragged")
@@ -93,7 +93,11 @@ class Letters:
 
 @pytest.fixture(scope="session")
 def plain(target):
-    """Greedy text by transformers' own generate, without our cache or loop."""
+    return greedy_texts(target)
+
+
+def greedy_texts(target: Target) -> dict[tuple, list[int]]:
+    """By transformers' own generate, without our cache or loop."""
     texts = {}
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
@@ -125,6 +129,19 @@ def test_greedy_text_is_that_of_plain_decoding(target, plain, drafter, k):
     got = Decoder(target, drafter, k).generate(PROMPTS, max_new_tokens=30)
     assert got.new_tokens == list(plain.values())
     assert got.stats.tokens == 90 and got.stats.drafted > 0
+
+
+@pytest.mark.parametrize("family", ALIKE)
+def test_greedy_text_of_other_families_is_that_of_transformers(family):
+    """Ragged drafts, of which four fifths are right, behind windows of 5 tokens."""
+    target = Target(tiny_model(family))
+    plain = greedy_texts(target)
+    assert all(len(set(text)) > 3 for text in plain.values())
+    got = Decoder(target, Scripted(plain, right=0.8, vocab=50, ragged=True), 6).generate(
+        PROMPTS, max_new_tokens=30
+    )
+    assert got.new_tokens == list(plain.values())
+    assert got.stats.tokens_per_forward > 1.5
 
 
 def test_a_perfect_drafter_gives_k_plus_one_tokens_a_forward(target, plain):
