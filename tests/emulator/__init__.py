@@ -130,6 +130,18 @@ def use_device(index: int) -> None:
 
 
 @contextmanager
+def on_device(index: int) -> Iterator[None]:
+    """The same, for a while."""
+    with forced():
+        pass  # it may not be there yet
+    use_device(index)
+    try:
+        yield
+    finally:
+        use_device(0)
+
+
+@contextmanager
 def forced() -> Iterator[None]:
     """The ops run on the emulator."""
     if COMPILER is None:

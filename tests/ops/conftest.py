@@ -17,12 +17,13 @@ from .on_gpu import on_gpu
 
 GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
 TRITON = pytest.param("triton", marks=GPU)
+CUDA = [pytest.param("cuda", marks=GPU)] if GPU else []
 ON_CPU = ["reference", *(f"cpp-{isa}" for isa in ("plain", "avx2", "avx512"))]
 IMPLEMENTATIONS = [
     *ON_CPU,
     TRITON,
     emulator.NAME,
-    *([pytest.param("cuda", marks=GPU)] if GPU else []),
+    *CUDA,
 ]
 
 

@@ -23,15 +23,16 @@ from specdiff_kernels import (
     use_backend,
     verify,
 )
+from tests import emulator
 from tests.enumeration import first_word
 
-from .conftest import IMPLEMENTATIONS, TRITON, forced
+from .conftest import CUDA, IMPLEMENTATIONS, ON_CPU, TRITON, forced
 from .helpers import LAST_WORD, assert_same
 from .interpreter import sized
 
 EXAMPLES = int(os.environ.get("SPECDIFF_EXAMPLES", "300"))
 INTERPRETED = EXAMPLES if torch.cuda.is_available() else EXAMPLES // 20
-NATIVE = [name for name in IMPLEMENTATIONS[1:] if isinstance(name, str)]
+NATIVE = [*ON_CPU[1:], *CUDA]
 INF, NAN = float("inf"), float("nan")
 
 
@@ -174,6 +175,14 @@ def run(case: Case) -> list:
 @given(case=cases())
 def test_same_bits(implementation, case):
     check_same_bits(implementation, case)
+
+
+@pytest.mark.parametrize("implementation", [emulator.NAME])
+@settings(max_examples=EXAMPLES // 4, deadline=None)
+@given(case=cases(), device=st.sampled_from(range(4)))
+def test_same_bits_by_emulated_cuda(implementation, case, device):
+    with emulator.on_device(device):
+        check_same_bits(implementation, case)
 
 
 @pytest.mark.parametrize("implementation", [TRITON])
@@ -322,6 +331,14 @@ def tensors_of(draft: Draft) -> list[Tensor]:
 @given(case=denoisings())
 def test_same_bits_of_a_reverse_step(implementation, case):
     check_same_step(implementation, case)
+
+
+@pytest.mark.parametrize("implementation", [emulator.NAME])
+@settings(max_examples=EXAMPLES // 2, deadline=None)
+@given(case=denoisings(), device=st.sampled_from(range(4)))
+def test_same_bits_of_a_reverse_step_by_emulated_cuda(implementation, case, device):
+    with emulator.on_device(device):
+        check_same_step(implementation, case)
 
 
 @pytest.mark.parametrize("implementation", [TRITON])
