@@ -337,6 +337,14 @@ uint32_t sum_of_lanes(uint32_t x) {
   return std::accumulate(all, all + 32, uint32_t(0));
 }
 
+uint32_t votes_of_lanes(bool x) {
+  const Unseen unseen;
+  const uint64_t* all = exchange(x);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= uint32_t(all[lane]) << lane;
+  return votes;
+}
+
 uint32_t max_of_lanes(uint32_t x) {
   const Unseen unseen;
   const uint64_t* all = exchange(x);
@@ -380,7 +388,28 @@ cudaError_t cudaDeviceGetAttribute(int* value, int, int device) {
   return cudaSuccess;
 }
 
+// What each thread of two warps gets of each warp operation on x.
+std::vector<std::vector<int64_t>> warp_operations(const std::vector<int64_t>& x) {
+  std::vector<std::vector<int64_t>> got(64);
+  emulator::launch(1, 64, [&] {
+    const unsigned all = 0xffffffffu, thread = threadIdx.x;
+    const int64_t mine = x.at(thread);
+    std::vector<int64_t> of;
+    of.push_back(__shfl_sync(all, mine, 5));
+    of.push_back(__shfl_up_sync(all, mine, 3));
+    of.push_back(__shfl_xor_sync(all, mine, 9));
+    of.push_back(__reduce_add_sync(all, unsigned(mine)));
+    of.push_back(__reduce_max_sync(all, unsigned(mine)));
+    of.push_back(__ballot_sync(all, mine % 2));
+    of.push_back(__any_sync(all, mine == x[40]));
+    of.push_back(__all_sync(all, thread < 32));
+    got[thread] = of;
+  });
+  return got;
+}
+
 PYBIND11_MODULE(emulator, m) {
+  m.def("warp_operations", &warp_operations);
   m.def("seed", [](uint64_t seed) { emulator::randomness.seed(seed); });
   m.def("device", [] { return emulator::device; }, "The current one.");
   m.def("launches", [] { return emulator::launches; });

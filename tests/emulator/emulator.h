@@ -34,8 +34,9 @@ void sync_block(const char* file, int line);
 void* shared_memory(size_t size);
 void may_switch();
 
-// What a lane of the warp hands in, or the sum or the maximum of what all do.
+// What a lane of the warp hands in, or the sum, the maximum or the votes of what all do.
 uint64_t from_lane(uint64_t x, int lane);
+uint32_t votes_of_lanes(bool x);
 uint32_t sum_of_lanes(uint32_t x);
 uint32_t max_of_lanes(uint32_t x);
 
@@ -81,6 +82,9 @@ inline int64_t __shfl_up_sync(unsigned, int64_t x, int distance) {
   return int64_t(emulator::from_lane(uint64_t(x), lane < distance ? lane : lane - distance));
 }
 
+inline unsigned __ballot_sync(unsigned, int x) { return emulator::votes_of_lanes(x != 0); }
+inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
+inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x) == 0xffffffffu; }
 inline unsigned __reduce_add_sync(unsigned, unsigned x) { return emulator::sum_of_lanes(x); }
 inline unsigned __reduce_max_sync(unsigned, unsigned x) { return emulator::max_of_lanes(x); }
 

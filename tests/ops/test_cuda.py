@@ -234,6 +234,25 @@ def test_barriers_and_counters_order_everything_and_none_is_too_many():
     assert found["unneeded"] == []
 
 
+def test_warps_shuffle_vote_and_reduce(steering):
+    """The emulator itself, on two warps at once."""
+    x = torch.randperm(64).tolist()
+    got = steering.warp_operations(x)
+    for thread in range(64):
+        first, lane = thread // 32 * 32, thread % 32
+        warp = x[first : first + 32]
+        assert got[thread] == [
+            warp[5],
+            warp[lane - 3 if lane >= 3 else lane],
+            warp[lane ^ 9],
+            sum(warp),
+            max(warp),
+            sum(value % 2 << at for at, value in enumerate(warp)),
+            int(x[40] in warp),
+            int(thread < 32),
+        ]
+
+
 def test_a_missing_barrier_is_a_wrong_answer(steering):
     """Of a sum over a block, without any tool that looks for races."""
     source = ROOT / "csrc" / "cuda" / "block.h"
