@@ -1,4 +1,4 @@
-"""What native code takes of an op's arguments: addresses and sizes, a tuple for each op.
+"""What kernels are given: a workspace; and native code addresses and sizes, a tuple for each op.
 
 The tuples are described in csrc/bindings/arguments.h.
 """
@@ -31,6 +31,18 @@ def logits_view(logits: Tensor) -> tuple[int, int, int, int, int]:
     batch_stride = logits.stride(0) if logits.ndim == 3 else 0
     dtype = DTYPES[logits.dtype]
     return logits.data_ptr(), dtype, logits.shape[-1], batch_stride, logits.stride(-2)
+
+
+def scratch(workspace: Tensor | None, size: int, rows: int, V: int, device: torch.device) -> Tensor:
+    """The workspace passed in, or a new one of `size` words for rows of V logits."""
+    if workspace is None:
+        return torch.empty(size, dtype=torch.int64, device=device)
+    if len(workspace) < size:
+        raise ValueError(
+            f"workspace: expected at least {size} int64 words, got {len(workspace)}; "
+            f"workspace_size({rows}, {V}) says how many"
+        )
+    return workspace
 
 
 def row_law_arguments(

@@ -11,11 +11,7 @@ namespace {
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 
 void copy_laws(const DenoiseStepParams& p) {
-  if (p.law.max == p.new_law.max && p.law.scale == p.new_law.scale &&
-      p.law.threshold == p.new_law.threshold && p.law.total == p.new_law.total &&
-      p.law.status == p.new_law.status) {
-    return;
-  }
+  if (same_memory(p.law, p.new_law)) return;
   for (int64_t row = 0; row < p.pool; ++row) store(load(p.law, row), p.new_law, row);
 }
 

@@ -5,13 +5,6 @@
 namespace specdiff::cpu {
 namespace {
 
-bool valid(const Parameters& parameters, int64_t i) {
-  if (!valid_temperature(parameters.temperature[i])) return false;
-  if (parameters.top_k && parameters.top_k[i] < 0) return false;
-  if (parameters.top_p && !(parameters.top_p[i] > 0 && parameters.top_p[i] <= 1)) return false;
-  return !parameters.min_p || (parameters.min_p[i] >= 0 && parameters.min_p[i] <= 1);
-}
-
 struct Extremes {
   int32_t low = std::numeric_limits<int32_t>::max();
   int32_t high = std::numeric_limits<int32_t>::min();

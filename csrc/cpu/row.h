@@ -65,16 +65,4 @@ struct Noise {
 // argmin_v E_v / e_v; ids: token ids of the columns, or null.
 int64_t race(const Row& row, const RowLaw& law, const int64_t* ids, const Noise& noise);
 
-inline RowLaw load(const LawArrays& law, int64_t i) {
-  return {law.max[i], law.scale[i], law.threshold[i], law.total[i], law.status[i]};
-}
-
-inline void store(const RowLaw& law, const LawArrays& out, int64_t i) {
-  out.max[i] = law.max;
-  out.scale[i] = law.scale;
-  out.threshold[i] = law.threshold;
-  out.total[i] = law.total;
-  out.status[i] = law.status;
-}
-
 }  // namespace specdiff::cpu

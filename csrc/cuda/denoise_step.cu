@@ -178,17 +178,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (is_last(&first.area().words->sequence_done, p.k * split.parts, shared)) end_step(first);
 }
 
-bool is_new(const LawArrays& a, const LawArrays& b) {
-  return a.max != b.max || a.scale != b.scale || a.threshold != b.threshold || a.total != b.total ||
-         a.status != b.status;
-}
-
 }  // namespace
 
 void denoise_step(const DenoiseStepParams& p, const Queue& queue) {
   const DeviceGuard guard(queue.device);
   const int64_t rows = p.batch * p.k;
-  if (is_new(p.law, p.new_law)) {
+  if (!same_memory(p.law, p.new_law)) {
     launch(copy_laws, (p.pool + kThreads - 1) / kThreads, queue, p);
   }
   const int64_t room = capacity<reveal_rows>(queue.device);

@@ -129,16 +129,7 @@ __device__ inline int64_t take_ticket(int64_t* workspace, Shared& shared) {
 }
 
 __device__ inline int32_t status_of(uint32_t key, const Parameters& parameters, int64_t index) {
-  const float temperature = parameters.temperature[index];
-  bool valid = valid_temperature(temperature);
-  if (parameters.top_k) valid = valid && parameters.top_k[index] >= 0;
-  if (parameters.top_p) {
-    valid = valid && parameters.top_p[index] > 0 && parameters.top_p[index] <= 1;
-  }
-  if (parameters.min_p) {
-    valid = valid && parameters.min_p[index] >= 0 && parameters.min_p[index] <= 1;
-  }
-  if (!valid) return kParameter;
+  if (!valid(parameters, index)) return kParameter;
   if (key == kNanKey) return kNan;
   const int32_t order = int32_t(key ^ 0x80000000u);
   if (order == 0x7f800000) return kPosInf;
@@ -296,18 +287,6 @@ __device__ inline RowLaw end_law(RowLaw law, const Row& row, const Split& split,
   return law;
 }
 
-__device__ inline RowLaw load(const LawArrays& law, int64_t i) {
-  return {law.max[i], law.scale[i], law.threshold[i], law.total[i], law.status[i]};
-}
-
-__device__ inline void store(const RowLaw& law, const LawArrays& out, int64_t i) {
-  out.max[i] = law.max;
-  out.scale[i] = law.scale;
-  out.threshold[i] = law.threshold;
-  out.total[i] = law.total;
-  out.status[i] = law.status;
-}
-
 // --- draws, by one block ---
 
 // The column at which the running sum of a part's weights exceeds r, or the row's last one.
@@ -336,17 +315,20 @@ __device__ int64_t draw_within(const Row& row, const Split& split, int64_t part,
   return row.columns - 1;  // only if the law is not this row's
 }
 
+// Weights of columns v to v + 7.
+__device__ inline void row_weights(const Row& row, const RowLaw& law, int64_t v, int64_t (&e)[8]) {
+  float l[8];
+  row.widen(row.load(v), l);
+  for (int j = 0; j < 8; ++j) e[j] = weight(l[j], v + j, law);
+}
+
 // The column of mulhi(word, total), by the sums of the row's parts.
 __device__ inline int64_t draw(const Row& row, const RowLaw& law, const Split& split,
                                const int64_t* sums, uint64_t word, Shared& shared) {
   if (law.scale == 0) return law.threshold;
   int64_t r = mulhi(word, law.total);
   const int64_t part = find_first(split.parts, [&](int64_t i) { return sums[i]; }, r, shared);
-  const auto weigh = [&](int64_t v, int64_t (&e)[8]) {
-    float l[8];
-    row.widen(row.load(v), l);
-    for (int j = 0; j < 8; ++j) e[j] = weight(l[j], v + j, law);
-  };
+  const auto weigh = [&](int64_t v, int64_t (&e)[8]) { row_weights(row, law, v, e); };
   return draw_within(row, split, part, r, weigh, shared);
 }
 

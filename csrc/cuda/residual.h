@@ -59,12 +59,7 @@ struct DraftLaw {
       return;
     }
     const Row logits(p.draft, 0, row);
-    if (!p.draft_ids) {
-      float l[8];
-      logits.widen(logits.load(v), l);
-      for (int j = 0; j < 8; ++j) e[j] = weight(l[j], v + j, law);
-      return;
-    }
+    if (!p.draft_ids) return row_weights(logits, law, v, e);
     int64_t column = lower_bound(p.draft_ids, p.draft.columns, v);
     for (int j = 0; j < 8; ++j) {
       const bool exists = column < p.draft.columns && p.draft_ids[column] == v + j;

@@ -190,9 +190,8 @@ __device__ int64_t last_token(const Sequence& s, int64_t i) {
   const int64_t part = find_first(s.split.parts, kept, r, s.shared);
   const auto weigh = [&](int64_t v, int64_t (&e)[8]) {
     if (!from_target) return residual_weights(row, law, draft, a, v, e);
-    float l[8];
-    row.widen(row.load(v), l);
-    for (int j = 0; j < 8; ++j) e[j] = v + j == x ? 0 : weight(l[j], v + j, law);
+    row_weights(row, law, v, e);
+    for (int j = 0; j < 8; ++j) e[j] = v + j == x ? 0 : e[j];
   };
   return draw_within(row, s.split, part, r, weigh, s.shared);
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..arguments import scratch
 from . import native
 
 
@@ -35,12 +36,5 @@ def launch(
     workspace: Tensor | None,
 ) -> None:
     """Run `op` with the workspace that was passed in, or with a new one for rows of V logits."""
-    size = native.workspace_size(rows, V)
-    if workspace is None:
-        workspace = torch.empty(size, dtype=torch.int64, device=device)
-    if len(workspace) < size:
-        raise ValueError(
-            f"workspace: expected at least {size} int64 words, got {len(workspace)}; "
-            f"workspace_size({rows}, {V}) says how many"
-        )
+    workspace = scratch(workspace, native.workspace_size(rows, V), rows, V, device)
     op(arguments, (*stream_of(device), workspace.data_ptr()))

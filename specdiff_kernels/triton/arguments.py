@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import arguments
 from ..types import Draft
 
 TILE = 4096  # columns that a program holds at once
@@ -136,15 +137,7 @@ def area_size(V: int) -> int:
 
 def scratch(workspace: Tensor | None, rows: int, V: int, device: torch.device) -> Tensor:
     """The workspace passed in, or a new one."""
-    size = workspace_size(rows, V)
-    if workspace is None:
-        return torch.empty(size, dtype=torch.int64, device=device)
-    if len(workspace) < size:
-        raise ValueError(
-            f"workspace: expected at least {size} int64 words, got {len(workspace)}; "
-            f"workspace_size({rows}, {V}) says how many"
-        )
-    return workspace
+    return arguments.scratch(workspace, workspace_size(rows, V), rows, V, device)
 
 
 def launch(

@@ -123,6 +123,13 @@ def register(*, races: bool = False) -> None:
     backends.REMEDIES[NAME] = "it is part of the tests"
 
 
+def require() -> None:
+    """Register, or skip the test."""
+    if COMPILER is None:
+        pytest.skip("the emulator needs a C++ compiler")
+    register()
+
+
 def use_device(index: int) -> None:
     """Run on one of the emulated devices: of 96, 32, 200 and 4 multiprocessors."""
     launch = sys.modules[f"specdiff_kernels.{NAME}.launch"]
@@ -132,8 +139,7 @@ def use_device(index: int) -> None:
 @contextmanager
 def on_device(index: int) -> Iterator[None]:
     """The same, for a while."""
-    with forced():
-        pass  # it may not be there yet
+    require()
     use_device(index)
     try:
         yield
@@ -144,8 +150,6 @@ def on_device(index: int) -> Iterator[None]:
 @contextmanager
 def forced() -> Iterator[None]:
     """The ops run on the emulator."""
-    if COMPILER is None:
-        pytest.skip("the emulator needs a C++ compiler")
-    register()
+    require()
     with backends.use_backend(NAME):
         yield

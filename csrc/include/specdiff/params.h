@@ -31,6 +31,30 @@ struct LawArrays {
   int32_t* status;
 };
 
+SPECDIFF_HD RowLaw load(const LawArrays& law, int64_t i) {
+  return {law.max[i], law.scale[i], law.threshold[i], law.total[i], law.status[i]};
+}
+
+SPECDIFF_HD void store(const RowLaw& law, const LawArrays& out, int64_t i) {
+  out.max[i] = law.max;
+  out.scale[i] = law.scale;
+  out.threshold[i] = law.threshold;
+  out.total[i] = law.total;
+  out.status[i] = law.status;
+}
+
+SPECDIFF_HD bool same_memory(const LawArrays& a, const LawArrays& b) {
+  return a.max == b.max && a.scale == b.scale && a.threshold == b.threshold && a.total == b.total &&
+         a.status == b.status;
+}
+
+SPECDIFF_HD bool valid(const Parameters& parameters, int64_t i) {
+  if (!valid_temperature(parameters.temperature[i])) return false;
+  if (parameters.top_k && parameters.top_k[i] < 0) return false;
+  if (parameters.top_p && !(parameters.top_p[i] > 0 && parameters.top_p[i] <= 1)) return false;
+  return !parameters.min_p || (parameters.min_p[i] >= 0 && parameters.min_p[i] <= 1);
+}
+
 // Random words, or null and the seeds and rounds that make them. Coupled draws take seeds and
 // absolute positions.
 struct Randomness {
