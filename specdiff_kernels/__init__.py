@@ -7,6 +7,7 @@
 
 from .backends import BackendError, available_backends, use_backend, workspace_size
 from .ops import commit, denoise_step, row_law, sample, skinny_linear, verify
+from .pages import Pages
 from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal
 from .types import (
@@ -30,6 +31,7 @@ __all__ = [
     "Draft",
     "LawError",
     "Order",
+    "Pages",
     "Purpose",
     "Record",
     "Reveal",

@@ -5,11 +5,12 @@ The tuples are described in csrc/bindings/arguments.h.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from .pages import Pages
 from .records import RULES, Record
 from .reveal import Reveal
 from .types import Committed, Draft, Pending, RowLaw, Verified
@@ -159,11 +160,40 @@ def commit_arguments(
     stop_tokens: Tensor | None,
     limit: Tensor | None,
     finished: Tensor | None,
+    pages: Pages | None,
+    release: bool,
+    path: Tensor | None,
+    caches: Sequence[Tensor],
     *,
     out: Committed,
 ) -> tuple:
+    held, sizes = addresses((None,) * 4), (0, 0, 1)
+    if pages is not None:
+        held = addresses(pages[:4])
+        sizes = pages.tables.shape[1], len(pages.references), pages.block_size
     return (
         (*emitted.shape, 0 if stop_tokens is None else len(stop_tokens)),
         addresses((lengths, emitted, stop_tokens, limit, finished)),
+        held,
+        (*sizes, release),
+        address(path),
+        [(addresses(alike), *geometry) for geometry, alike in by_geometry(caches, pages).items()],
         addresses(out),
     )
+
+
+Geometry = tuple[tuple[int, int, int, int], tuple[int, int, int]]
+
+
+def by_geometry(caches: Sequence[Tensor], pages: Pages | None) -> dict[Geometry, list[Tensor]]:
+    """Caches by (outer, positions, heads, bytes) and their strides in bytes but the last."""
+    groups: dict[Geometry, list[Tensor]] = {}
+    for cache in caches:
+        size = cache.element_size()
+        outer, positions, heads, D = cache.shape
+        a, b, c, _ = cache.stride()
+        if pages is None:  # [B, H, S, D]
+            positions, heads, b, c = heads, positions, c, b
+        geometry = (outer, positions, heads, D * size), (a * size, b * size, c * size)
+        groups.setdefault(geometry, []).append(cache)
+    return groups

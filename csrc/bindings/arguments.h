@@ -143,25 +143,59 @@ inline DenoiseStepParams params(const DenoiseStepArguments& arguments) {
           1};
 }
 
-// (batch, columns, stops), (lengths, emitted, stop_tokens, limit, finished), (lengths, kept,
-// finished)
-using CommitArguments =
-    std::tuple<std::tuple<int64_t, int64_t, int64_t>, AddressTuple, AddressTuple>;
+// addresses, (outer, positions, heads, bytes), their strides in bytes but the last
+using CachesTuple = std::tuple<AddressTuple, std::tuple<int64_t, int64_t, int64_t, int64_t>,
+                               std::tuple<int64_t, int64_t, int64_t>>;
 
+inline Caches caches(const CachesTuple& t) {
+  const auto& [data, sizes, strides] = t;
+  const auto [outer, positions, heads, bytes] = sizes;
+  const auto [outer_stride, position_stride, head_stride] = strides;
+  static_assert(sizeof(Address) == sizeof(char*));
+  return {reinterpret_cast<char* const*>(data.data()),
+          int64_t(data.size()),
+          outer,
+          positions,
+          heads,
+          bytes,
+          outer_stride,
+          position_stride,
+          head_stride};
+}
+
+// (batch, columns, stops), (lengths, emitted, stop_tokens, limit, finished),
+// pages' (tables, references, free, count), (columns, blocks, block size, release), path,
+// caches of each geometry, (lengths, kept, finished)
+using CommitArguments = std::tuple<std::tuple<int64_t, int64_t, int64_t>, AddressTuple,
+                                   AddressTuple, std::tuple<int64_t, int64_t, int64_t, bool>,
+                                   Address, std::vector<CachesTuple>, AddressTuple>;
+
+// Points into the arguments, which have to outlive it.
 inline CommitParams params(const CommitArguments& arguments) {
-  const auto& [sizes, in, out] = arguments;
+  const auto& [sizes, in, paged, page_sizes, path, moved, out] = arguments;
   const auto [batch, columns, stops] = sizes;
-  return {pointer<const int64_t>(in.at(0)),
-          pointer<const int64_t>(in.at(1)),
-          batch,
-          columns,
-          pointer<const int64_t>(in.at(2)),
-          stops,
-          pointer<const int64_t>(in.at(3)),
-          pointer<const bool>(in.at(4)),
-          pointer<int64_t>(out.at(0)),
-          pointer<int64_t>(out.at(1)),
-          pointer<bool>(out.at(2))};
+  const auto [table_columns, blocks, block_size, release] = page_sizes;
+  CommitParams p = {
+      pointer<const int64_t>(in.at(0)),
+      pointer<const int64_t>(in.at(1)),
+      batch,
+      columns,
+      pointer<const int64_t>(in.at(2)),
+      stops,
+      pointer<const int64_t>(in.at(3)),
+      pointer<const bool>(in.at(4)),
+      {pointer<int32_t>(paged.at(0)), table_columns, pointer<int32_t>(paged.at(1)),
+       pointer<int32_t>(paged.at(2)), blocks, pointer<int32_t>(paged.at(3)), block_size},
+      release,
+      pointer<const int64_t>(path),
+      {},
+      0,
+      pointer<int64_t>(out.at(0)),
+      pointer<int64_t>(out.at(1)),
+      pointer<bool>(out.at(2)),
+      1};
+  for (const auto& geometry : moved) p.caches[p.geometries++] = caches(geometry);
+  return p;
 }
 
 }  // namespace specdiff

@@ -43,8 +43,9 @@ void denoise_step(const DenoiseStepArguments& arguments, Address candidates, Add
   cpu::denoise_step(p);
 }
 
-void commit(const CommitArguments& arguments) {
-  const CommitParams p = params(arguments);
+void commit(const CommitArguments& arguments, int threads) {
+  CommitParams p = params(arguments);
+  p.threads = threads;
   py::gil_scoped_release release;
   cpu::commit(p);
 }

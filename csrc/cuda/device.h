@@ -98,7 +98,24 @@ __device__ inline void raise(uint64_t* word, uint64_t x) {
 #endif
 }
 
+// word = min(word, x), without order
+__device__ inline void lower(int32_t* word, int32_t x) {
+#ifdef SPECDIFF_EMULATED
+  emulator::lower(word, x);
+#else
+  atomicMin(word, x);
+#endif
+}
+
 // word += x, without order
+__device__ inline void add(int32_t* word, int32_t x) {
+#ifdef SPECDIFF_EMULATED
+  emulator::fetch_add(word, x, __ATOMIC_RELAXED);
+#else
+  atomicAdd(word, x);
+#endif
+}
+
 __device__ inline void add(int64_t* word, int64_t x) {
 #ifdef SPECDIFF_EMULATED
   emulator::fetch_add(word, x, __ATOMIC_RELAXED);

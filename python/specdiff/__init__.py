@@ -8,24 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adaptive import AdaptiveK
-    from .cache import RowCache
-    from .decoder import Decoder, Generation, Stats, Step, generate
+    from .cache import PagedRowCache, RowCache
+    from .decoder import Decoder, Generation, generate
     from .models import FetchError, fetch, load_target
     from .sampling import Sampling
+    from .session import Session
+    from .stats import Stats, Step
     from .target import Target
 
 _HOMES = {
     "AdaptiveK": "adaptive",
+    "PagedRowCache": "cache",
     "RowCache": "cache",
     "Decoder": "decoder",
     "Generation": "decoder",
-    "Stats": "decoder",
-    "Step": "decoder",
     "generate": "decoder",
     "FetchError": "models",
     "fetch": "models",
     "load_target": "models",
     "Sampling": "sampling",
+    "Session": "session",
+    "Stats": "stats",
+    "Step": "stats",
     "Target": "target",
 }
 
@@ -34,8 +38,10 @@ __all__ = [
     "Decoder",
     "FetchError",
     "Generation",
+    "PagedRowCache",
     "RowCache",
     "Sampling",
+    "Session",
     "Stats",
     "Step",
     "Target",

@@ -56,6 +56,11 @@ class AdaptiveK:
         self.accepted = [1.0] * batch
         self.examined = [2.0] * batch
 
+    def forget(self, rows: Sequence[int]) -> None:
+        """The same for some rows, whose places others take."""
+        for b in rows:
+            self.accepted[b], self.examined[b] = 1.0, 2.0
+
     def choose(self, most: int) -> list[int]:
         """K of each row for the coming round, 1 <= K <= most."""
         return [

@@ -1,17 +1,21 @@
-"""RowCache: a key/value cache in which every batch row has its own length.
+"""RowCache and PagedRowCache: key/value caches in which every batch row has its own length.
 
-Keys and values are written in place at each row's own positions and never copied; rolling back a
-rejected draft means setting `lengths`, since entries beyond a row's length are masked.
+Keys and values are written in place at each row's own positions; rolling back a rejected draft
+means setting `lengths`, since entries beyond a row's length are masked. A RowCache sets aside a
+row's whole capacity; a PagedRowCache takes blocks from a pool as a row grows, and gives them back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from specdiff_kernels import Pages
 
 
 @dataclass
@@ -19,10 +23,21 @@ class Window:
     """Where the next forward writes and what it reads; shared by all layers."""
 
     lengths: Tensor  # i64 [B], valid entries of each row
-    longest: int  # max of lengths, kept on the host
-    slots: Tensor  # i64 [B, Q], where the Q new entries of each row go
+    positions: Tensor  # i64 [B, Q], of the new tokens
+    slots: Tensor  # i64 [B, Q], where their entries go
+    longest: int = 0  # at least the maximum of lengths, known to the host
+    room: Tensor | None = None  # i64 [B], positions that a row may take; behind it is padding
     start: int | None = None  # first slot, if it is the same in all rows
-    span: int = 0  # entries that attention reads: [0, span)
+    span: int = 0  # entries of a row that attention reads: [0, span)
+    tables: Tensor | None = None  # i32 [B, M], blocks of a paged cache up to the span
+    gathers: bool = True  # whether a paged cache's layers return rows, or their pool as it is
+    exact: bool = True  # whether `longest` is the maximum, not a bound
+    cached: dict[Any, Any] = field(default_factory=dict)  # what attention made of all this
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device | str) -> Window:
+        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls(zeros, zeros[:, None], zeros[:, None])
 
 
 class RowLayer(CacheLayerMixin):
@@ -32,35 +47,45 @@ class RowLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, capacity: int, window: Window) -> None:
+    def __init__(self, shape: tuple[int, int], window: Window) -> None:
+        """shape: rows and slots, or blocks and positions in a block"""
         super().__init__()
-        self.capacity = capacity
+        self.shape = shape
         self.window = window
+        self.whole = self
+        self.rows = slice(None)
+
+    def part(self, rows: slice, window: Window) -> RowLayer:
+        """The same memory, for some of the rows."""
+        part = type(self)(self.shape, window)
+        part.whole, part.rows = self.whole, rows
+        return part
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        B, H, _, _ = key_states.shape
-        # zeros: attention multiplies masked entries by 0, which does not silence a NaN
-        self.keys = key_states.new_zeros(B, H, self.capacity + 1, key_states.shape[-1])
-        self.values = value_states.new_zeros(B, H, self.capacity + 1, value_states.shape[-1])
+        self.keys, self.values = self._allocate(key_states), self._allocate(value_states)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [B, H, Q, D] in place; return views [B, H, span, D] of all that may be read."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._write(self.keys, key_states)
-        self._write(self.values, value_states)
-        span = self.window.span
-        return self.keys[:, :, :span], self.values[:, :, :span]
+        """Write [B, H, Q, D] in place; return [B, H, span, D], all that may be read."""
+        whole = self.whole
+        if not whole.is_initialized:
+            whole.lazy_initialization(key_states, value_states)
+        return self._write(whole.keys, key_states), self._write(whole.values, value_states)
 
-    def _write(self, store: Tensor, new: Tensor) -> None:
-        start = self.window.start
-        if start is not None:
-            store[:, :, start : start + new.shape[2]].copy_(new)
+    def _allocate(self, states: Tensor) -> Tensor:
+        # zeros: attention multiplies masked entries by 0, which does not silence a NaN
+        rows, slots = self.shape
+        return states.new_zeros(rows, states.shape[1], slots, states.shape[-1])
+
+    def _write(self, store: Tensor, new: Tensor) -> Tensor:
+        store, window = store[self.rows], self.window
+        if window.start is not None:
+            store[:, :, window.start : window.start + new.shape[2]].copy_(new)
         else:
-            store.scatter_(2, self.window.slots[:, None, :, None].expand_as(new), new)
+            store.scatter_(2, window.slots[:, None, :, None].expand_as(new), new)
+        return store[:, :, : window.span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.window.span, 0
@@ -69,7 +94,22 @@ class RowLayer(CacheLayerMixin):
         return self.window.longest
 
     def get_max_length(self) -> int:
-        return self.capacity
+        return self.shape[1]
+
+
+class PagedRowLayer(RowLayer):
+    """Keys and values [blocks + 1, block_size, H, D]; the extra block takes the padding."""
+
+    def _allocate(self, states: Tensor) -> Tensor:
+        return states.new_zeros(*self.shape, states.shape[1], states.shape[-1])
+
+    def _write(self, store: Tensor, new: Tensor) -> Tensor:
+        """The rows' entries are copied to lie together, unless attention reads the pool itself."""
+        window, slots = self.window, store.flatten(0, 1)  # [slots, H, D]
+        slots.index_copy_(0, window.slots.flatten(), new.transpose(1, 2).flatten(0, 1))
+        if not window.gathers or window.tables is None:
+            return store
+        return store[window.tables].flatten(1, 2)[:, : window.span].transpose(1, 2)
 
 
 class RowCache(Cache):
@@ -87,14 +127,22 @@ class RowCache(Cache):
 
     Attributes:
         lengths: i64 [B], valid entries per row.
-        longest: their maximum, known without asking the device.
+        longest: at least their maximum, known without asking the device.
+        pages: of a PagedRowCache, what `specdiff_kernels.commit` rolls back; else None.
+
+    Example:
+        >>> cache = RowCache(layers=2, batch=4, capacity=128, device="cpu")
+        >>> positions, span = cache.prepare(queries=5)
     """
 
+    pages: Pages | None = None
+
     def __init__(self, layers: int, batch: int, capacity: int, device: torch.device | str) -> None:
-        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         self.capacity = capacity
-        self.window = Window(lengths=zeros, longest=0, slots=zeros[:, None])
-        super().__init__(layers=[RowLayer(capacity, self.window) for _ in range(layers)])
+        self.window = Window.empty(batch, device)
+        super().__init__(
+            layers=[RowLayer((batch, capacity + 1), self.window) for _ in range(layers)]
+        )
 
     @property
     def lengths(self) -> Tensor:
@@ -104,10 +152,21 @@ class RowCache(Cache):
     def longest(self) -> int:
         return self.window.longest
 
-    def set_lengths(self, lengths: Tensor, longest: int) -> None:
-        """Extend or roll back each row. lengths: i64 [B]; longest: their maximum."""
-        self.window.lengths = lengths
-        self.window.longest = longest
+    def set_lengths(
+        self, lengths: Tensor, longest: int, *, room: Tensor | None = None, exact: bool = True
+    ) -> None:
+        """Extend or roll back each row.
+
+        Args:
+            lengths: i64 [B].
+            longest: their maximum, or more.
+            room: i64 [B], positions that a row may take; entries behind them are padding, and need
+                no memory where it is taken as rows grow. None: as many as come.
+            exact: whether `longest` is the maximum.
+        """
+        window = self.window
+        window.lengths, window.longest = lengths, longest
+        window.room, window.exact = room, exact
 
     def prepare(self, queries: int, start: int | None = None) -> tuple[Tensor, int]:
         """Say that the next forward brings Q tokens per row.
@@ -120,10 +179,106 @@ class RowCache(Cache):
             positions i64 [B, Q] of the new tokens (not clamped), and the span of keys to be read.
         """
         window = self.window
-        if len(window.lengths) == 1:
+        window.positions = window.lengths[:, None] + torch.arange(
+            queries, device=window.lengths.device
+        )
+        window.span = min(window.longest + queries, self.slots)
+        window.cached.clear()
+        self._place(start)
+        return window.positions, window.span
+
+    @property
+    def slots(self) -> int:
+        """Most entries of a row that attention can read."""
+        return self.capacity + 1
+
+    def _place(self, start: int | None) -> None:
+        """Where the new tokens' entries go."""
+        window = self.window
+        queries = window.positions.shape[1]
+        if len(window.lengths) == 1 and window.exact:
             start = window.longest
-        positions = window.lengths[:, None] + torch.arange(queries, device=window.lengths.device)
-        window.slots = positions.clamp(max=self.capacity)
+        window.slots = window.positions.clamp(max=self.capacity)
         window.start = start if start is not None and start + queries <= self.capacity else None
-        window.span = min(window.longest + queries, self.capacity + 1)
-        return positions, window.span
+
+    def part(self, rows: slice) -> Any:
+        """A cache of some of the rows, in the same memory and with empty lengths."""
+        part = copy(self)
+        part.window = Window.empty(len(self.lengths[rows]), self.lengths.device)
+        layers: list[Any] = self.layers
+        part.layers = [layer.part(rows, part.window) for layer in layers]
+        if self.pages is not None:
+            part.pages = self.pages._replace(tables=self.pages.tables[rows])
+        return part
+
+
+class PagedRowCache(RowCache):
+    """A cache whose rows take blocks of `block_size` positions from a pool that they share.
+
+    Args:
+        layers, batch, device: as of `RowCache`.
+        capacity: most tokens of a row.
+        block_size: positions in a block. (flash-attn 2 wants a multiple of 256.)
+        blocks: in the pool; None: enough for all rows at their capacity.
+
+    Attributes:
+        pages: block tables, reference counts and free blocks.
+
+    Raises:
+        RuntimeError: in `prepare` on a CPU, and in `check` anywhere: the pool was too small.
+
+    Example:
+        >>> cache = PagedRowCache(layers=2, batch=64, capacity=4096, device="cpu", blocks=2048)
+    """
+
+    pages: Pages
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        capacity: int,
+        device: torch.device | str,
+        *,
+        block_size: int = 16,
+        blocks: int | None = None,
+    ) -> None:
+        columns = -(-capacity // block_size)
+        blocks = batch * columns if blocks is None else blocks
+        self.pages = Pages.empty(batch, columns, blocks, block_size, device)
+        self.missing = torch.zeros((), dtype=torch.int64, device=device)
+        self.capacity = capacity
+        self.window = Window.empty(batch, device)
+        Cache.__init__(
+            self,
+            layers=[PagedRowLayer((blocks + 1, block_size), self.window) for _ in range(layers)],
+        )
+
+    @property
+    def slots(self) -> int:
+        return self.pages.tables.shape[1] * self.pages.block_size
+
+    def check(self) -> None:
+        """Raise RuntimeError if blocks were missing since the cache was made. Synchronises."""
+        if missing := int(self.missing):
+            raise RuntimeError(
+                f"the cache's pool of {len(self.pages.references)} blocks was {missing} blocks too "
+                "small: give it more blocks, or admit fewer rows at a time"
+            )
+
+    def _place(self, start: int | None) -> None:
+        window, pages = self.window, self.pages
+        queries, size = window.positions.shape[1], pages.block_size
+        wanted = (window.lengths + queries).clamp(max=self.capacity)
+        if window.room is not None:
+            wanted = torch.minimum(wanted, window.room)
+        self.missing += pages.reserve(wanted)
+        if self.missing.device.type == "cpu":
+            self.check()
+        nobody = len(pages.references)
+        held = torch.where(pages.tables < 0, nobody, pages.tables)  # [B, M]
+        column = window.positions // size
+        known = column < held.shape[1]
+        block = held.gather(1, torch.where(known, column, 0)).where(known, nobody)
+        window.slots = block * size + window.positions % size
+        window.tables = held[:, : -(-window.span // size)]

@@ -1,11 +1,13 @@
 """Target: a Hugging Face causal language model that decodes ragged rows over a RowCache.
 
-One forward takes [B, Q] tokens, each row at its own position. Models are given masks and positions
-and run unmodified, but for GPT-Neo, which derives masks from shapes: its attention is taken over.
+One forward takes [B, Q] tokens, each row at its own position. Models are given masks and positions,
+or an attention function by its name, and run unmodified; but for GPT-Neo, which derives masks from
+shapes and knows no attention interface: its attention is taken over.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from types import MethodType
 from typing import Any
 
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import RowCache
+from . import attention
+from .cache import PagedRowCache, RowCache
 
 SUPPORTED = ("gemma", "gpt2", "gpt_neo", "llama", "mistral", "qwen2")
-ATTENTION = ("sdpa", "eager")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # one rescaling for the whole batch
 PREFILL_CHUNK = 512
 
@@ -27,9 +29,14 @@ class Target:
     Args:
         model: of a model type in SUPPORTED, on one device. It is put into eval mode. A GPT-Neo
             model keeps working by itself: the replaced attention acts only on Target's own masks.
+        attention: "flash" (flash-attn's kernel for caches), "flex" (FlexAttention), "sdpa" or
+            "eager", set by `model.set_attn_implementation`. None: on a GPU the first of flash, flex
+            and sdpa that is installed and knows the dtype, if the model has sdpa; else the model's
+            own. The model used by itself then computes as with sdpa. GPT-Neo has its own alone.
 
     Raises:
-        ValueError: the architecture cannot decode ragged rows here; the message says why.
+        ValueError: the architecture cannot decode ragged rows here, or not with this attention; the
+            message says why.
 
     Example:
         >>> target = Target(AutoModelForCausalLM.from_pretrained(folder))
@@ -37,8 +44,9 @@ class Target:
         >>> logits, hidden = target.forward(torch.tensor([[1, 2, 3]]), cache)
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, attention: str | None = None) -> None:
         check_supported(model)
+        self.attention = set_attention(model, attention)
         self.model = model.eval()
         self.head = model.get_output_embeddings()
         self.vocab_size: int = self.head.weight.shape[0]
@@ -46,10 +54,11 @@ class Target:
         self.context_limit: int = model.config.max_position_embeddings
         windowed = model.config.model_type in ("mistral", "qwen2")
         self.window: int | None = model.config.sliding_window if windowed else None
-        self.boolean_mask = model.config._attn_implementation == "sdpa"
+        self.boolean_mask = self.attention == "sdpa" or model.config.model_type == "gpt_neo"
         if model.config.model_type == "gpt_neo":
             take_over_gpt_neo(model)
-            self.boolean_mask = True
+        # attention that needs no mask is given one all the same, so that transformers makes none
+        self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +79,22 @@ class Target:
             return ()
         return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
 
-    def new_cache(self, batch: int, capacity: int) -> RowCache:
-        return RowCache(self.model.config.num_hidden_layers, batch, capacity, self.device)
+    def new_cache(
+        self, batch: int, capacity: int, *, block_size: int | None = None, blocks: int | None = None
+    ) -> RowCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens; paged if given a block size.
+
+        See `RowCache` and `PagedRowCache`. A forward that brings padding beyond the capacity is
+        exact for the tokens within it, but with flash-attn: there, count the padding in.
+        """
+        layers = self.model.config.num_hidden_layers
+        if block_size is None:
+            return RowCache(layers, batch, capacity, self.device)
+        cache = PagedRowCache(
+            layers, batch, capacity, self.device, block_size=block_size, blocks=blocks
+        )
+        cache.window.gathers = self.attention != "flash"
+        return cache
 
     def forward(self, tokens: Tensor, cache: RowCache) -> tuple[Tensor, Tensor]:
         """Logits and hidden states of new tokens, each row continuing at its own length.
@@ -92,12 +115,16 @@ class Target:
     def hidden(self, tokens: Tensor, cache: RowCache, start: int | None = None) -> Tensor:
         """`forward` without the lm head: i64 [B, Q] -> [B, Q, d]. `start`: see RowCache.prepare."""
         positions, span = cache.prepare(tokens.shape[1], start)
+        if self.attention in ("flash", "flex"):
+            visible: dict[str, Any] = {"attention_mask": self.no_mask, "window": cache.window}
+        else:
+            visible = {"attention_mask": self._masks(positions, span)}
         return self.model.base_model(
             input_ids=tokens,
             position_ids=positions.clamp(max=self.context_limit - 1),  # padding may run past it
-            attention_mask=self._masks(positions, span),
             past_key_values=cache,
             use_cache=True,
+            **visible,
         ).last_hidden_state
 
     def prefill(
@@ -118,7 +145,7 @@ class Target:
         longest = int(counts.max())
         before = [torch.zeros(len(tokens), 1, self.hidden_size, dtype=self.dtype).to(self.device)]
         for start in range(0, longest, PREFILL_CHUNK):
-            cache.set_lengths(torch.full_like(counts, start), start)
+            cache.set_lengths(torch.full_like(counts, start), start, room=counts)
             chunk = tokens[:, start : min(start + PREFILL_CHUNK, longest)]
             hidden = self.hidden(chunk, cache, start)
             if keep_hidden:
@@ -167,11 +194,30 @@ def check_supported(model: PreTrainedModel) -> None:
             f"rope type {rope!r} rescales positions by the longest row of the batch, so a row's "
             "text would depend on its batch mates"
         )
-    if config._attn_implementation not in ATTENTION:
+
+
+def set_attention(model: PreTrainedModel, wanted: str | None) -> str:
+    """Give the model the attention that was asked for, or the best one. -> its name"""
+    if wanted not in (None, *attention.NAMES):
+        raise ValueError(f"attention must be one of {', '.join(attention.NAMES)}, got {wanted!r}")
+    if model.config.model_type == "gpt_neo":
+        if wanted not in (None, "eager"):
+            raise ValueError(
+                f"gpt_neo has no attention interface, so attention {wanted!r} cannot be set: "
+                "leave it out"
+            )
+        return "eager"
+    name = attention.choose(model) if wanted is None else wanted
+    if name not in attention.NAMES:
         raise ValueError(
-            f"attention implementation {config._attn_implementation!r} takes no per-row mask: load "
-            "the model with attn_implementation='sdpa', or 'eager' where it has no sdpa"
+            f"attention implementation {name!r} takes no per-row mask: pass attention='sdpa', or "
+            "load the model with attn_implementation='sdpa'"
         )
+    if name == "flash" and importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("attention 'flash' needs flash-attn: pip install flash-attn, or take flex")
+    if attention.NAMES[name] != model.config._attn_implementation:
+        model.set_attn_implementation(attention.NAMES[name])
+    return name
 
 
 def take_over_gpt_neo(model: Any) -> None:

@@ -1,8 +1,10 @@
-"""Per-row lengths after a round: stop tokens, limits, rollback."""
+"""What stands of a round: lengths, blocks given back, a tree's path made contiguous."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 import specdiff_kernels._C as _C
 
@@ -11,4 +13,4 @@ from ..types import Committed
 
 
 def commit(*args: Any, out: Committed) -> None:
-    _C.commit(commit_arguments(*args, out=out))
+    _C.commit(commit_arguments(*args, out=out), torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""Per-row lengths after a round: stop tokens, limits, rollback."""
+"""What stands of a round: lengths, blocks given back, a tree's path made contiguous."""
 
 from __future__ import annotations
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..pages import Pages
 from ..types import Committed
-from .checks import INT64, check_tensor, contiguous, device_of
+from .checks import INT64, check_tensor, contiguous, device_of, readable
 from .registry import Outputs, define
+
+MAX_GEOMETRIES = 4
 
 
 def commit(
@@ -20,14 +23,27 @@ def commit(
     stop_tokens: Tensor | None = None,
     limit: Tensor | None = None,
     finished: Tensor | None = None,
+    pages: Pages | None = None,
+    release: bool = False,
+    path: Tensor | None = None,
+    caches: Sequence[Tensor] = (),
     backend: str | None = None,
     out: Committed | None = None,
 ) -> Committed:
-    """Advance each sequence by the emitted tokens that stand, and say which are finished.
+    """Advance each sequence by the emitted tokens that stand, say which are finished, and roll
+    the cache back to what stands.
 
-    The cache is dense with per-row lengths: entries behind a row's length are stale, never
-    attended to and overwritten next, so that rollback moves no bytes. A row whose verification
-    failed (all -1) keeps nothing.
+    - Dense cache: entries behind a row's length are stale, never attended to and overwritten
+      next, so that rollback moves no bytes.
+    - Paged cache: blocks that lie behind the new length altogether leave the row's table. One
+      that no table holds any more is pushed on the stack of free blocks, in the order of rows and
+      of positions; of several rows that give up a shared block, the last one counts. So
+      `pages.free[before:after]`, with `pages.available` before and after, lists what was freed.
+    - Tree: the round cached node n of a row's tree at position lengths[b] + n. Keys and values
+      of the accepted path move to lengths[b], lengths[b] + 1, ..., in all caches at once.
+
+    A row whose verification failed or was aborted (all -1) keeps nothing, and gives back the blocks
+    that were reserved for its draft.
 
     Args:
         lengths: i64 [B], cached positions of each sequence before the round.
@@ -35,13 +51,25 @@ def commit(
         stop_tokens: i64 [S]; nothing behind the first stop token stands.
         limit: i64 [B], largest length that a sequence may reach.
         finished: bool [B], sequences that ended earlier; they keep nothing and stay finished.
+        pages: of a paged cache with B sequences; updated in place.
+        release: a sequence that is finished after the round gives back all its blocks.
+        path: i64 [B, N], the node that belongs to each emitted token: the root, at 0, then the
+            accepted nodes. Strictly increasing along a row as far as the row has tokens: a child
+            comes after its parent. (On a GPU this is not checked; what breaks it may move wrong
+            entries of the caches, but touches no other memory.)
+        caches: what `path` moves: keys and values of all layers, in place, of any dtype with
+            a contiguous last dimension and up to 4 combinations of shape, dtype and strides.
+            [B, H, S, D], or with pages [N, block_size, H, D]. Other layouts are views of these:
+            `keys.transpose(1, 2)` of [B, S, H, D], `kv[:, 0]` and `kv[:, 1]` of interleaved
+            [N, 2, block_size, H, D].
         backend, out: as in `row_law`; `out` may alias the inputs.
 
     Returns:
         Committed(lengths i64 [B], kept i64 [B], finished bool [B]).
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape or dtype.
+        ValueError, TypeError: an argument of the wrong shape, dtype or memory; a path that does not
+            increase.
 
     Example:
         >>> result = commit(
@@ -49,6 +77,13 @@ def commit(
         ... )
         >>> [field.item() for field in result]
         [7, 2, True]
+        >>> pages = Pages.empty(batch=1, columns=4, blocks=4, block_size=2)
+        >>> _ = pages.reserve(torch.tensor([8]))
+        >>> result = commit(torch.tensor([3]), torch.tensor([[7, -1, -1, -1, -1]]), pages=pages)
+        >>> result.lengths.tolist(), pages.tables.tolist()
+        ([4], [[0, 1, -1, -1]])
+        >>> pages.free[: int(pages.available)].tolist()
+        [2, 3]
     """
     device = device_of("emitted", emitted)
     check_tensor("emitted", emitted, (None, None), INT64, device)
@@ -60,11 +95,83 @@ def commit(
         check_tensor("limit", limit, (B,), INT64, device)
     if finished is not None:
         check_tensor("finished", finished, (B,), (torch.bool,), device)
-    args = (*contiguous(lengths, emitted, stop_tokens, limit, finished), backend)
+    if pages is not None:
+        check_pages(pages, B, device)
+    elif release:
+        raise ValueError("release: expected pages with it, got None; a dense cache has no blocks")
+    if path is not None:
+        check_path(path, emitted)
+        check_caches(caches, pages, B, device)
+    elif caches:
+        raise ValueError("path: expected a tensor with caches, got None; without a tree nothing "
+                         "moves")  # fmt: skip
+    args = (
+        *contiguous(lengths, emitted, stop_tokens, limit, finished),
+        *(pages or (None, None, None, None, 1)),
+        release,
+        *contiguous(path),
+        list(caches),
+        backend,
+    )
     if out is not None:
         OP.into(*args, *out)
         return out
     return Committed(*OP.functional(*args))
+
+
+def check_pages(pages: Pages, B: int, device: torch.device) -> None:
+    int32 = (torch.int32,)
+    check_tensor("pages.tables", pages.tables, (B, None), int32, device)
+    check_tensor("pages.references", pages.references, (None,), int32, device)
+    check_tensor("pages.free", pages.free, (len(pages.references),), int32, device)
+    check_tensor("pages.available", pages.available, (1,), int32, device)
+    if pages.tables.shape[1] == 0:
+        raise ValueError("pages.tables: expected at least one column, got 0")
+    for name, tensor in zip(pages._fields[:4], pages[:4], strict=True):
+        if not tensor.is_contiguous():
+            raise ValueError(f"pages.{name}: expected contiguous memory, got a strided view")
+    if pages.block_size < 1:
+        raise ValueError(f"pages.block_size: expected at least 1, got {pages.block_size}")
+
+
+def check_path(path: Tensor, emitted: Tensor) -> None:
+    check_tensor("path", path, tuple(emitted.shape), INT64, emitted.device)
+    if not readable(path) or not path.numel():
+        return
+    real = (emitted >= 0).cumprod(-1).bool()
+    before = torch.nn.functional.pad(path[:, :-1], (1, 0), value=-1)
+    wrong = (real & (path <= before)).any(-1).nonzero()
+    if wrong.numel():
+        b = int(wrong[0])
+        raise ValueError(
+            f"path: expected nodes from 0 that strictly increase along each row, got "
+            f"{path[b].tolist()} in row {b}; number a tree's nodes so that children follow parents"
+        )
+
+
+def check_caches(
+    caches: Sequence[Tensor], pages: Pages | None, B: int, device: torch.device
+) -> None:
+    shape: tuple[int | None, ...] = (B, None, None, None)
+    if pages is not None:
+        shape = (len(pages.references), pages.block_size, None, None)
+    kinds: dict[Any, None] = {}
+    for i, cache in enumerate(caches):
+        kind = (cache.shape, cache.stride(), cache.dtype, cache.device)
+        if kind in kinds:
+            continue
+        kinds[kind] = None
+        check_tensor(f"caches[{i}]", cache, shape, (cache.dtype,), device)
+        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+            raise ValueError(
+                f"caches[{i}]: expected a contiguous last dimension, got strides "
+                f"{cache.stride()}; a permuted cache cannot be moved in place"
+            )
+    if len(kinds) > MAX_GEOMETRIES:
+        raise ValueError(
+            f"caches: expected at most {MAX_GEOMETRIES} combinations of shape, strides and dtype, "
+            f"got {len(kinds)}; allocate layers alike"
+        )
 
 
 def _outputs(lengths: Tensor, *_: Any) -> Outputs:
@@ -72,12 +179,20 @@ def _outputs(lengths: Tensor, *_: Any) -> Outputs:
 
 
 def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
-    function(*args, out=Committed(*out))
+    lengths, emitted, stop_tokens, limit, finished, tables, references, free, available = args[:9]
+    block_size, release, path, caches = args[9:]
+    pages = None if tables is None else Pages(tables, references, free, available, block_size)
+    function(
+        lengths, emitted, stop_tokens, limit, finished, pages, release, path, caches,
+        out=Committed(*out),
+    )  # fmt: skip
 
 
 OP = define(
     "commit",
-    "Tensor lengths, Tensor emitted, Tensor? stop_tokens, Tensor? limit, Tensor? finished",
+    "Tensor lengths, Tensor emitted, Tensor? stop_tokens, Tensor? limit, Tensor? finished, "
+    "Tensor(t!)? tables, Tensor(u!)? references, Tensor(v!)? free, Tensor(w!)? available, "
+    "int block_size, bool release, Tensor? path, Tensor(x!)[] caches",
     ["new_lengths", "kept", "new_finished"],
     _outputs,
     _call,

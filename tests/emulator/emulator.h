@@ -60,6 +60,12 @@ void raise(Word* word, Word x) {
   if (__atomic_load_n(word, __ATOMIC_RELAXED) < x) __atomic_exchange_n(word, x, __ATOMIC_RELAXED);
 }
 
+template <class Word>
+void lower(Word* word, Word x) {
+  may_switch();
+  if (__atomic_load_n(word, __ATOMIC_RELAXED) > x) __atomic_exchange_n(word, x, __ATOMIC_RELAXED);
+}
+
 }  // namespace emulator
 
 #define threadIdx (emulator::here.thread)
@@ -85,6 +91,7 @@ inline int64_t __shfl_up_sync(unsigned, int64_t x, int distance) {
 inline unsigned __ballot_sync(unsigned, int x) { return emulator::votes_of_lanes(x != 0); }
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x) == 0xffffffffu; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __reduce_add_sync(unsigned, unsigned x) { return emulator::sum_of_lanes(x); }
 inline unsigned __reduce_max_sync(unsigned, unsigned x) { return emulator::max_of_lanes(x); }
 

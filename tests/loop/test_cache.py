@@ -19,8 +19,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from specdiff import Target
+from specdiff import Target, attention
 from specdiff import target as target_module
+from specdiff_kernels import commit
 from tests.tiny import ALIKE, FAMILIES, tiny_model
 
 
@@ -62,15 +63,18 @@ def distance(a, b) -> float:
 
 
 @torch.inference_mode()
-def ragged_rounds(target: Target, batch: int, seed: int, capacity: int = 60):
-    """Random accept and reject rounds. -> cache, tokens of each row, last logits of each row."""
+def ragged_rounds(target: Target, batch: int, seed: int, capacity: int = 60, **options):
+    """Random accept and reject rounds. -> cache, tokens of each row, last logits of each row.
+
+    options: of `Target.new_cache`
+    """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda high, *shape: torch.randint(high, shape, generator=generator)
     V = target.vocab_size
     rows = [draw(V, 1 + int(draw(9, 1))).tolist() for _ in range(batch)]
     width = max(map(len, rows))
     padded = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    cache = target.new_cache(batch, capacity)
+    cache = target.new_cache(batch, capacity, **options)
     target.prefill(padded, torch.tensor([len(row) - 1 for row in rows]), cache)
     last = [row.pop() for row in rows]
     logits = [torch.empty(0, V) for _ in rows]
@@ -86,6 +90,8 @@ def ragged_rounds(target: Target, batch: int, seed: int, capacity: int = 60):
             logits[b] = round_logits[b, :stays]
             last[b] = int(draw(V, 1))
         lengths = torch.tensor([len(row) for row in rows])
+        if cache.pages is not None:
+            commit(lengths, torch.full((batch, 1), -1), pages=cache.pages)
         cache.set_lengths(lengths, int(lengths.max()))
     return cache, rows, logits
 
@@ -104,6 +110,111 @@ def test_cache_after_rounds_equals_fresh_prefill(model, target, batch, seed):
         got, want = (logits[b], got_layers), (want_logits[-tail:], want_layers)
         assert 0 < noise < 1e-4
         assert distance(got, want) <= 2 * noise
+
+
+@torch.inference_mode()
+def flash_by_hand(
+    q, k, v, *, cache_seqlens, block_table, softmax_scale, causal, window_size
+) -> torch.Tensor:
+    """What flash-attn documents of flash_attn_with_kvcache, row by row, query by query.
+
+    q [B, Q, Hq, D]; k, v [B, S, H, D], or with a table [blocks, size, H, D].
+    """
+    assert causal and cache_seqlens.dtype == torch.int32
+    assert block_table is None or block_table.dtype == torch.int32
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    out = torch.empty_like(q)
+    for b, length in enumerate(cache_seqlens.tolist()):
+        keys, values = (
+            x[b] if block_table is None else x[block_table[b].long()].flatten(0, 1) for x in (k, v)
+        )
+        assert length <= len(keys)
+        for i in range(q.shape[1]):
+            end = length - q.shape[1] + i + 1
+            start = 0 if window_size[0] < 0 else max(0, end - 1 - window_size[0])
+            for head in range(q.shape[2]):
+                own = head * k.shape[2] // q.shape[2]
+                scores = keys[start:end, own] @ q[b, i, head]
+                scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+                out[b, i, head] = (scale * scores).softmax(0) @ values[start:end, own]
+    return out
+
+
+@pytest.fixture(params=["sdpa", "eager", "flex", "flash"])
+def attending(request, monkeypatch):
+    """Makes targets with an attention; flash-attn, which needs a GPU, is replaced by its words."""
+    if request.param == "flash":
+        monkeypatch.setattr(attention, "load_flash", lambda: flash_by_hand)
+        monkeypatch.setattr(target_module.importlib.util, "find_spec", lambda name: name)
+    return lambda family: Target(tiny_model(family), attention=request.param)
+
+
+@pytest.mark.parametrize("family", [f for f in (*FAMILIES, *ALIKE) if f != "gpt_neo"])
+@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_every_attention_and_cache_equals_fresh_prefill(attending, family, block_size):
+    target = attending(family)
+    kind = {"block_size": block_size, "blocks": 70} if block_size else {}
+    cache, rows, logits = ragged_rounds(target, 3, 7, capacity=66, **kind)
+    model = tiny_model(family)  # untouched
+    for b, row in enumerate(rows):
+        want = fresh(model, row)
+        noise = distance(want, token_by_token(model, row))
+        tail = len(logits[b])
+        assert (logits[b] - want[0][-tail:]).abs().max() <= 2 * noise
+        # and the model by itself is what it was
+        alone = target.model(torch.tensor([row])).logits[0]
+        assert (alone - want[0]).abs().max() <= 2 * noise
+    if block_size:
+        held = (cache.pages.tables >= 0).sum(1).tolist()
+        assert held == [-(-len(row) // 3) for row in rows]
+        assert int(cache.pages.available) == 70 - sum(held)
+
+
+def test_gpt_neo_reads_a_paged_cache(model):
+    target = Target(tiny_model("gpt_neo"))
+    paged, dense = (ragged_rounds(target, 3, 7, **kind)[2] for kind in ({"block_size": 4}, {}))
+    for a, b in zip(paged, dense, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_is_chosen_by_device_dtype_and_what_is_installed(monkeypatch):
+    model = tiny_model("llama")
+    assert attention.choose(model) == "sdpa"
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    installed = True
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed or None)
+    assert attention.choose(model) == "flex"  # fp32
+    monkeypatch.setattr(type(model), "dtype", torch.bfloat16)
+    assert attention.choose(model) == "flash"
+    installed = False
+    assert attention.choose(model) == "flex"
+    model.config._attn_implementation = "eager"
+    assert attention.choose(model) == "eager"
+
+
+def test_a_pool_that_is_too_small_says_so(target):
+    cache = target.new_cache(2, 32, block_size=4, blocks=3)
+    with pytest.raises(RuntimeError, match="pool of 3 blocks was 1 blocks too small"):
+        target.prefill(torch.ones(2, 8, dtype=torch.int64), torch.tensor([8, 8]), cache)
+
+
+@pytest.mark.parametrize("kind", [{}, {"block_size": 4}])
+def test_a_part_of_a_cache_shares_its_memory(model, target, kind):
+    """Rows 1 and 2 are read by themselves, then all rows are decoded together."""
+    tokens = torch.arange(24).view(3, 8)
+    cache = target.new_cache(3, 20, **kind)
+    with torch.inference_mode():
+        for rows in (slice(1, 3), slice(0, 1)):
+            part = cache.part(rows)
+            target.prefill(tokens[rows], torch.full((len(tokens[rows]),), 8), part)
+        cache.set_lengths(torch.full((3,), 8), 8)
+        got, _ = target.forward(torch.full((3, 2), 40), cache)
+    for b, row in enumerate(tokens.tolist()):
+        row = [*row, 40, 40]
+        want = fresh(model, row)
+        noise = distance(want, token_by_token(model, row))
+        assert (got[b] - want[0][-2:]).abs().max() <= 2 * noise
 
 
 def test_one_stale_entry_would_be_seen(model, target):
@@ -259,6 +370,12 @@ def test_attention_without_masks_is_refused():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         Target(model)
+    with pytest.raises(ValueError, match="attention must be one of flash, flex, sdpa, eager"):
+        Target(tiny_model("llama"), attention="fast")
+    with pytest.raises(ValueError, match="gpt_neo has no attention interface"):
+        Target(tiny_model("gpt_neo"), attention="flex")
+    with pytest.raises(ValueError, match="pip install flash-attn"):
+        Target(tiny_model("llama"), attention="flash")
 
 
 def test_stop_tokens_come_from_the_model():

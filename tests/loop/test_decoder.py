@@ -15,7 +15,7 @@ import torch
 from scipy.stats import chisquare
 
 from specdiff import Decoder, Sampling, Target, generate
-from specdiff import decoder as decoder_module
+from specdiff import session as session_module
 from specdiff.adaptive import AdaptiveK
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.sampling import row_seeds
@@ -461,7 +461,7 @@ def test_mutants_are_caught(five, sampling, rule, monkeypatch):
         (without_residual, False),
     ):
         torch.manual_seed(1)
-        monkeypatch.setattr(decoder_module, "verify", mutant)
+        monkeypatch.setattr(session_module, "verify", mutant)
         p = p_value(target, drafter, sampling, rule)
         assert p > 1e-3 if lives else p < 1e-9
 
@@ -473,7 +473,7 @@ def test_coupled_noise_that_ignores_the_position_is_caught(five, monkeypatch):
         return verify(*arguments, position=torch.zeros_like(position), **options)
 
     target, drafter = five
-    monkeypatch.setattr(decoder_module, "verify", without_position)
+    monkeypatch.setattr(session_module, "verify", without_position)
     assert p_value(target, drafter, Sampling(temperature=1.0), "coupled") < 1e-9
 
 
@@ -492,7 +492,7 @@ def test_accepting_on_equality_is_caught(monkeypatch):
 
     for change, lives in ((grid, True), (grid_less_one_bit, False)):
         torch.manual_seed(2)
-        monkeypatch.setattr(decoder_module, "verify", with_words(change))
+        monkeypatch.setattr(session_module, "verify", with_words(change))
         p = p_value(target, Constant(2), sampling)
         assert p > 1e-3 if lives else p < 1e-9
 
@@ -500,7 +500,7 @@ def test_accepting_on_equality_is_caught(monkeypatch):
 def test_u_of_zero_never_accepts_the_impossible(five, monkeypatch):
     """With u = 0 everything possible is accepted, and a token outside the top 1 still is not."""
     target, _ = five
-    monkeypatch.setattr(decoder_module, "verify", with_words(torch.zeros_like))
+    monkeypatch.setattr(session_module, "verify", with_words(torch.zeros_like))
     top = Decoder(target).generate([1, 2], max_new_tokens=1).new_tokens[0][0]
     for token in range(5):
         got = Decoder(target, Constant(token), 1).generate(

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from specdiff_kernels import (
     Draft,
+    Pages,
     Reveal,
     backends,
     commit,
@@ -112,9 +113,22 @@ def run_rows() -> None:
     sample(logits, law, words=zero, draft_ids=torch.arange(V))
     sample(logits, law, seed=zero, position=zero, draft_ids=torch.arange(V))
     sample(logits, law, position=zero, words=torch.zeros(B, V, dtype=torch.int64))
-    emitted = torch.zeros(B, K + 1, dtype=torch.int64)
-    commit(zero, emitted)
-    commit(zero, emitted, stop_tokens=zero, limit=zero, finished=zero.bool())
+
+
+def run_commit(b: int = B, k: int = K, positions: int = 64, columns: int = 16) -> None:
+    lengths = torch.zeros(b, dtype=torch.int64)
+    emitted = torch.zeros(b, k + 1, dtype=torch.int64)
+    path = torch.arange(k + 1).repeat(b, 1)
+    commit(lengths, emitted)
+    commit(lengths, emitted, stop_tokens=lengths, limit=lengths, finished=lengths.bool())
+    pages = Pages.empty(b, columns, 3 * b, block_size=16)
+    commit(lengths, emitted, pages=pages, release=True)
+    for dtype, heads in ((torch.bfloat16, 8), (torch.float32, 1)):
+        dense = [torch.zeros(b, heads, positions, 128, dtype=dtype) for _ in range(64)]
+        commit(lengths, emitted, path=path, caches=dense)
+        paged = [torch.zeros(3 * b, 16, heads, 128, dtype=dtype) for _ in range(64)]
+        commit(lengths, emitted, path=path, caches=paged, pages=pages)
+    commit(lengths, emitted, path=path, caches=[torch.zeros(b, 1, positions, 13).bool()])
 
 
 def run_verify() -> None:
@@ -164,6 +178,7 @@ def run_again() -> None:
         for rule in ("token", "block", "coupled"):
             key = "position" if rule == "coupled" else "round"
             verify(target, draft, rule=rule, **{"seed": lengths, key: lengths})
+        run_commit(b, k, positions=k + 1, columns=b)
     pool = torch.zeros(B * K, V, dtype=torch.bfloat16)
     key = {"seed": zero[:B], "round": zero[:B]}
     for step in (1, 5, 16):
@@ -180,6 +195,7 @@ def main() -> None:
             row_law(torch.zeros(B, V))
         else:
             run_rows()
+            run_commit()
             run_verify()
             run_denoise_step()
             kernels = len(found)

@@ -37,23 +37,17 @@ def moved(function: Callable[..., None]) -> Callable[..., None]:
         def move(x: Any) -> Any:
             if isinstance(x, tuple):
                 return type(x)(*map(move, x)) if hasattr(x, "_fields") else tuple(map(move, x))
+            if isinstance(x, list):
+                return [*map(move, x)]
             if not isinstance(x, Tensor):
                 return x
-            storage = x.untyped_storage()
-            there = storages.setdefault(storage.data_ptr(), storage.cuda())
+            here = x.untyped_storage()
+            _, there = storages.setdefault(here.data_ptr(), (here, here.cuda()))
             empty = torch.empty(0, dtype=x.dtype, device="cuda")
             return empty.set_(there, x.storage_offset(), x.shape, x.stride())
 
-        there = {key: move(value) for key, value in kwargs.items()}
-        function(*map(move, args), **there)
-        bring_back(kwargs["out"], there["out"])
+        function(*map(move, args), **{key: move(value) for key, value in kwargs.items()})
+        for here, there in storages.values():
+            here.copy_(there)
 
     return run
-
-
-def bring_back(here: Any, there: Any) -> None:
-    if isinstance(here, tuple):
-        for a, b in zip(here, there, strict=True):
-            bring_back(a, b)
-    elif here is not None:
-        here.copy_(there)

@@ -11,6 +11,7 @@ from specdiff_kernels import (
     RULES,
     Committed,
     Draft,
+    Pages,
     Reveal,
     Verified,
     commit,
@@ -63,3 +64,19 @@ def every_op(V: int) -> Iterator[Callable[[], tuple]]:
             yield partial(step, own, temperature=mixed, entropies=True, out=own)
             yield partial(step, Draft.masked(B, K, draft.logits), position=zero)
     yield partial(commit, zero, draft.tokens, out=Committed(zero, zero.clone(), zero.bool()))
+    yield from cache_commits(draft.tokens)
+
+
+def cache_commits(emitted: torch.Tensor) -> Iterator[Callable[[], tuple]]:
+    """Rows that give up the same blocks, and trees in paged and dense caches."""
+    lengths, path = i64(*[1] * B), torch.arange(K).expand(B, K) * 2
+    shared = Pages.empty(B, 4, 4, block_size=2)
+    shared.reserve(i64(8, *[0] * (B - 1)))
+    for row in range(1, B):
+        shared.share(0, row, 8)
+    yield partial(commit, lengths, emitted, pages=shared)
+    own = Pages.empty(B, 4, 4 * B, block_size=2)
+    own.reserve(i64(*[8] * B))
+    paged = [torch.randn(4 * B, 2, 2, 4), torch.randn(4 * B, 2, 1, 3).bfloat16()]
+    yield partial(commit, lengths, emitted, pages=own, path=path, caches=paged)
+    yield partial(commit, lengths, emitted, path=path, caches=[torch.randn(B, 2, 8, 4)])

@@ -16,6 +16,7 @@ import torch
 from build_tools.cuda import find_toolkit
 from specdiff_kernels import (
     Draft,
+    Pages,
     Reveal,
     backends,
     commit,
@@ -197,6 +198,52 @@ def test_launches_of_the_other_ops(launches):
     assert launches() == (2, 0)  # one copies the laws of rows that are not read
     commit(zero, draft.tokens)
     assert launches() == (1, 0)
+
+
+def test_a_commit_is_one_launch_and_one_for_each_geometry_that_moves(launches):
+    zero, emitted = torch.zeros(B, dtype=torch.int64), torch.ones(B, K, dtype=torch.int64)
+    pages = Pages.empty(B, 2, 2 * B, block_size=4)
+    pages.reserve(zero + 8)
+    commit(zero, emitted, pages=pages, release=True)
+    assert launches() == (1, 0)
+    path = torch.arange(K).expand(B, K) * 2
+    commit(zero, emitted, path=path)
+    assert launches() == (1, 0)
+    paged = [torch.zeros(2 * B, 4, heads, 8) for heads in (1, 1, 2)]
+    commit(zero, emitted, path=path, caches=paged, pages=pages)
+    assert launches() == (3, 0)
+    many = torch.randn(257, B, 1, 8, 1)  # more addresses than a launch takes
+    before = many.clone()
+    commit(zero, emitted, path=path, caches=[*many])
+    assert launches() == (3, 0)
+    assert torch.equal(many[:, :, :, :K], before[:, :, :, : 2 * K : 2])
+    commit(zero[:0], emitted[:0], path=path[:0], caches=[many[0, :0]])
+    assert launches() == (0, 0)
+
+
+def test_what_tables_hold_does_not_matter(steering):
+    """Shared blocks, holes, blocks that do not exist and counts that lie, in any order."""
+    rows, columns, blocks = 5, 300, 40  # more columns than a warp looks at at once
+    freed = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        steering.seed(seed)
+        emulator.use_device(seed % 4)
+        tables = torch.randint(-3, blocks + 3, (rows, columns), dtype=torch.int32)
+        tables[torch.rand(rows, columns) < 0.5 + seed / 16] = -1
+        held = torch.bincount(tables[(tables >= 0) & (tables < blocks)], minlength=blocks)
+        references = held.int() + (torch.rand(blocks) < 0.2) - (torch.rand(blocks) < 0.2).int()
+        count = torch.randint(0, blocks, (1,), dtype=torch.int32)
+        pages = Pages(tables, references, torch.arange(blocks).int(), count.clone(), 2)
+        want = Pages(*(field.clone() for field in pages[:4]), 2)
+        lengths = torch.randint(0, 2, (rows,)) * torch.randint(0, 2 * columns, (rows,))
+        emitted = torch.ones(rows, 1, dtype=torch.int64)
+        commit(lengths, emitted, pages=pages)
+        commit(lengths, emitted, pages=want, backend="reference")
+        for name, x, y in zip(Pages._fields[:4], pages, want, strict=False):
+            assert torch.equal(x, y), name
+        freed += int(want.available - count)
+    assert freed > 30
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "coupled"])

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specdiff_kernels import (
     RULES,
     Draft,
+    Pages,
     Reveal,
     commit,
     denoise_step,
@@ -32,7 +33,7 @@ from .conftest import forced
 from .helpers import assert_same, i64
 from .interpreter import in_any_order
 from .races import watching
-from .rounds import B, K, a_round, empty_result, every_op
+from .rounds import B, K, a_round, cache_commits, empty_result, every_op
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 ARCHITECTURES = (80, 90, 100, 120)
@@ -61,8 +62,8 @@ def all_compiled():
 def test_compiled_kernels_are_exact_and_spill_nothing(all_compiled: dict[int, Future], arch):
     kernels = all_compiled[arch].result()
     assert {kernel["kernel"] for kernel in kernels} == {
-        "advance", "end_round", "judge", "maxima", "race_rows", "reveal_rows", "search", "sums",
-        "tokens",
+        "advance", "end_round", "give_back", "judge", "maxima", "move", "race_rows", "reveal_rows",
+        "search", "sums", "tokens",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["fused"] == 0, kernel
@@ -175,6 +176,28 @@ def test_launches_of_the_other_ops(launches):
         assert launches[6:] == ["advance"]
 
 
+def test_launches_of_a_commit(launches, monkeypatch):
+    """One more for blocks, and for a path one for all caches of a geometry."""
+    module = importlib.import_module("specdiff_kernels.triton.commit")
+    monkeypatch.setattr(module, "MAX_CACHES", 6)
+    emitted, path = torch.ones(B, K, dtype=torch.int64), torch.arange(K).expand(B, K)
+    zero, pages = torch.zeros(B, dtype=torch.int64), Pages.empty(B, 4, 4, block_size=2)
+    layers = [torch.zeros(B, 2, 8, 4) for _ in range(6)]
+    more = [torch.zeros(B, 1, 8, 4), torch.zeros(B, 2, 8, 4)]
+    for options, want in (
+        ({"pages": pages}, ["advance", "give_back"]),
+        ({"path": path, "caches": layers}, ["advance", "move"]),
+        ({"path": path, "caches": layers + more}, ["advance", "move", "move", "move"]),
+        ({"path": path, "caches": [torch.zeros(4, 2, 2, 4)], "pages": pages},
+         ["advance", "move", "give_back"]),
+        ({"path": path, "caches": [layers[0][..., :0]]}, ["advance"]),
+    ):  # fmt: skip
+        launches.clear()
+        with forced("triton"):
+            commit(zero, emitted, **options)
+        assert launches == want
+
+
 @interpreted
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("rule", RULES)
@@ -207,6 +230,24 @@ def test_programs_of_a_step_may_run_in_any_order(reveal):
         for name in ("tokens", "tau", "rows"):
             assert torch.equal(getattr(own, name), getattr(want, name))
         assert_same(own.law, want.law)
+
+
+@interpreted
+def test_programs_of_a_commit_may_run_in_any_order():
+    def states(implementation):
+        """Pages and caches behind each commit."""
+        torch.manual_seed(0)
+        with forced(implementation):
+            for call in cache_commits(torch.ones(B, K, dtype=torch.int64)):
+                call()
+                given = call.keywords
+                yield [*given.get("pages", ())[:4], *given.get("caches", ())]
+
+    want = list(states("reference"))
+    for seed in range(3):
+        with in_any_order(seed):
+            for state, other in zip(states("triton"), want, strict=True):
+                assert all(map(torch.equal, state, other))
 
 
 @interpreted
@@ -250,6 +291,15 @@ def test_races_are_seen(mutant):
         with pytest.raises(Exception, match="Race"):
             target, draft, options = a_round("block", V)
             verify(target, draft, **options)
+
+
+@interpreted
+def test_races_in_caches_are_seen():
+    """Without barriers entries are overwritten that another thread has yet to read."""
+    with forced("triton"), watching(barriers=False):
+        for call in cache_commits(torch.ones(B, K, dtype=torch.int64)):
+            with pytest.raises(Exception, match="Race"):
+                call()
 
 
 @interpreted

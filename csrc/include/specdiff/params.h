@@ -151,6 +151,25 @@ struct DenoiseStepParams {
   int32_t threads;
 };
 
+// Who holds which block of a paged cache; a null table: the cache is dense.
+struct Pages {
+  int32_t* tables;  // [batch, columns], -1: no block
+  int64_t columns;
+  int32_t* references;  // [blocks]
+  int32_t* free;        // [blocks], the first *count are held by nobody
+  int64_t blocks;
+  int32_t* count;
+  int64_t block_size;
+};
+
+// Caches of one geometry, [outer, positions, heads, bytes]; strides in bytes, the last one 1.
+struct Caches {
+  char* const* data;  // [count]
+  int64_t count;
+  int64_t outer, positions, heads, bytes;
+  int64_t outer_stride, position_stride, head_stride;
+};
+
 struct CommitParams {
   const int64_t* lengths;
   const int64_t* emitted;
@@ -159,10 +178,41 @@ struct CommitParams {
   int64_t stops;
   const int64_t* limit;
   const bool* finished;
+  Pages pages;
+  bool release;
+  const int64_t* path;  // [batch, columns], or null: nothing moves
+  Caches caches[4];     // `geometries` of them; outer is batch, or pages.blocks
+  int32_t geometries;
   int64_t* new_lengths;
   int64_t* kept;
   bool* new_finished;
+  int32_t threads;
 };
+
+SPECDIFF_HD int64_t blocks_of(int64_t positions, int64_t block_size) {
+  return (positions + block_size - 1) / block_size;
+}
+
+// The first column of row b's table that it does not need after the round.
+SPECDIFF_HD int64_t first_dropped(const CommitParams& p, int64_t b) {
+  if (p.release && p.new_finished[b]) return 0;
+  const int64_t length = p.new_lengths[b];
+  return length < 0 ? 0 : blocks_of(length, p.pages.block_size);
+}
+
+// Offset in bytes of position t of row b within a cache; -1 if it has none.
+SPECDIFF_HD int64_t entry(const Caches& caches, const Pages& pages, int64_t b, int64_t t) {
+  if (t < 0) return -1;
+  if (!pages.tables) {
+    if (t >= caches.positions) return -1;
+    return b * caches.outer_stride + t * caches.position_stride;
+  }
+  const int64_t column = t / pages.block_size;
+  if (column >= pages.columns) return -1;
+  const int64_t block = pages.tables[b * pages.columns + column];
+  if (block < 0 || block >= caches.outer) return -1;
+  return block * caches.outer_stride + t % pages.block_size * caches.position_stride;
+}
 
 // out [m, n] = x [m, k] weight[n, k]^T + bias [n]; rows contiguous, strides in elements.
 struct SkinnyLinearParams {

@@ -46,13 +46,18 @@ class Autoregressive:
         self.sampling = sampling
         self.cache = self.model.new_cache(batch, capacity)
 
+    def forget(self, rows: list[int]) -> None:
+        self.cache.lengths[rows] = 0
+
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        B, k = len(lengths), max(1, int(lengths.max()))  # a forward each: no more than wanted
+        B = len(lengths)
+        if lengths.device.type == "cpu":
+            k = max(1, int(lengths.max()))  # a forward each: no more than wanted
         logits = self._read(news)  # [B, V]
         pool = logits.new_empty(B, k, logits.shape[-1])
         tokens = torch.empty(B, k, dtype=torch.int64, device=lengths.device)
         laws = []
-        committed, longest = self.cache.lengths, self.cache.longest
+        committed, longest, exact = self.cache.lengths, self.cache.longest, self.cache.window.exact
         for i in range(k):
             pool[:, i] = logits
             law = row_law(logits, *self.sampling.parameters, backend=self.backend)
@@ -70,11 +75,12 @@ class Autoregressive:
             if i + 1 < k:
                 next_token = tokens[:, i : i + 1].clamp(min=0)
                 logits = self.model.forward(next_token, self.cache)[0][:, 0]
-                self.cache.set_lengths(self.cache.lengths + 1, self.cache.longest + 1)
-        self.cache.set_lengths(committed, longest)
+                self.cache.set_lengths(committed + i + 1, longest + i + 1, exact=exact)
+        self.cache.set_lengths(committed, longest, exact=exact)
         law = RowLaw(*(torch.stack(field, 1) for field in zip(*laws, strict=True)))  # [B, k]
         drafted = torch.arange(k, device=lengths.device) < lengths[:, None]
-        check_status((law.status * drafted).amax(1), "the drafter's logits: sequence")
+        if lengths.device.type == "cpu":
+            check_status((law.status * drafted).amax(1), "the drafter's logits: sequence")
         return Draft(
             tokens=tokens,
             tau=torch.arange(k, dtype=torch.int32, device=lengths.device).expand(B, k),
@@ -93,6 +99,8 @@ class Autoregressive:
             self.model.prefill(tokens, last, self.cache)
             tokens, counts, last = tokens.gather(1, last[:, None]), counts.clamp(max=1), last * 0
         hidden = self.model.hidden(tokens, self.cache)
-        lengths = self.cache.lengths + counts
-        self.cache.set_lengths(lengths, int(lengths.max()))
+        lengths = self.cache.lengths.add_(counts)  # in place: a captured round reads it again
+        exact = lengths.device.type == "cpu"
+        longest = int(lengths.max()) if exact else news.bound(lengths)
+        self.cache.set_lengths(lengths, longest, exact=exact)
         return self.model.head(hidden[torch.arange(len(last), device=last.device), last])

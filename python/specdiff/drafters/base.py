@@ -20,6 +20,11 @@ class News(NamedTuple):
     tokens: Tensor  # i64 [B, N], right-padded
     counts: Tensor  # i64 [B], how many of them are real; 0 for rows that have finished
     hidden: Tensor | None  # [B, N, d], the target's lm head input at the position BEFORE each token
+    longest: int | None = None  # at least the tokens that any row has, these included; None: ask
+
+    def bound(self, lengths: Tensor) -> int:
+        """At least the largest of the lengths [B] of rows; waits for the device if it has to."""
+        return int(lengths.max()) if self.longest is None else self.longest
 
 
 class Draws(NamedTuple):
@@ -46,6 +51,9 @@ class Drafter(Protocol):
     def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
         """Forget everything. `capacity`: most tokens a row can have, prompt included."""
 
+    def forget(self, rows: list[int]) -> None:
+        """Other sequences take the places of these rows; their prompts are in the next news."""
+
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         """Propose up to `lengths[b]` <= k tokens for row b.
 
@@ -61,7 +69,10 @@ class Drafter(Protocol):
 
 
 def check_draft_laws(draft: Draft) -> None:
-    """Raise LawError if a row that the draft was drawn from, row b K + i, has no law."""
-    if draft.law is not None and draft.law.status.numel():
+    """Raise LawError if a row that the draft was drawn from, row b K + i, has no law.
+
+    On a GPU that would wait for it; there the token is -1, and `verify` reports it.
+    """
+    if draft.tokens.device.type == "cpu" and draft.law is not None and draft.law.status.numel():
         B, K = draft.tokens.shape
         check_status(draft.law.status.view(B, K).amax(1), "the drafter's logits: sequence")

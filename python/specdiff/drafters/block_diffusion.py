@@ -90,6 +90,7 @@ class PrefixCache:
         self.padding = shape[2] - 1
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.slots = self.lengths[:, None]  # [B, Q], where the next forward writes
+        self.longest = 0  # at least the largest of them
         self.span = 0  # how many slots it reads
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -362,6 +363,9 @@ class BlockDiffusion:
         self.sampling = sampling
         self.cache = PrefixCache(self.network.config, batch, capacity, self.head.weight)
 
+    def forget(self, rows: list[int]) -> None:
+        self.cache.lengths[rows] = 0
+
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         if not 1 <= k <= self.block:
@@ -403,7 +407,8 @@ class BlockDiffusion:
             at = cache.lengths[:, None] + column
             slots = at.where(column < news.counts[:, None], cache.padding)
             columns.append((prefix, at, slots, at))
-            cache.lengths = cache.lengths + news.counts
+            cache.lengths.add_(news.counts)  # in place: a captured round reads it again
+            cache.longest = news.bound(cache.lengths)
         embedded = F.embedding(tokens.clamp(min=0), self.embedding)
         block = network.embed_block(embedded, revealed, self.anchor)
         at = cache.lengths[:, None] + torch.arange(K, device=tokens.device)
@@ -411,7 +416,7 @@ class BlockDiffusion:
         x, positions, cache.slots, last = (
             torch.cat(part, 1) for part in zip(*columns, strict=True)
         )
-        cache.span = int(cache.lengths.max()) + K
+        cache.span = min(cache.longest + K, cache.padding)
         keys = torch.arange(cache.span, device=tokens.device)
         mask = (keys <= last[:, :, None])[:, None]  # [B, 1, Q, span]
         return network(x, positions, mask, cache)[:, -K:]

@@ -62,6 +62,10 @@ class PromptLookup:
     def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
         self.rows = [Row(self.max_ngram) for _ in range(batch)]
 
+    def forget(self, rows: list[int]) -> None:
+        for b in rows:
+            self.rows[b] = Row(self.max_ngram)
+
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         B = len(self.rows)
         proposals = []

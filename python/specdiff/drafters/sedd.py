@@ -111,6 +111,13 @@ class SEDD:
         self.previous: Draft | None = None
         self.step = 0  # reverse steps so far
 
+    def forget(self, rows: list[int]) -> None:
+        self.counts[rows] = 0
+        if self.previous is not None:
+            tokens = self.previous.tokens.clone()
+            tokens[rows] = -1
+            self.previous = self.previous._replace(tokens=tokens)
+
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         network = self.network
@@ -151,7 +158,7 @@ class SEDD:
         at = self.counts[:, None] + column
         spare = self.text.shape[1] - 1
         self.text.scatter_(1, at.where(column < news.counts[:, None], spare), news.tokens)
-        self.counts = self.counts + news.counts
+        self.counts += news.counts
 
     def _denoise(self, tokens: Tensor, modulation: Modulation) -> Tensor:
         """One forward over each row's last tokens and its draft. i64 [B, K] -> states [B, K, d]"""

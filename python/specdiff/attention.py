@@ -1,0 +1,159 @@
+"""Attention over ragged rows, for transformers' attention interface.
+
+A model is given these functions by name (`model.set_attn_implementation`), and each forward brings
+the cache's `Window` as a keyword argument; without one, as in plain use of the model, they are
+transformers' sdpa. SDPA itself needs nothing of this: it takes the mask that `Target` makes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .cache import Window
+
+FLASH, FLEX = "specdiff_fa", "specdiff_flex"  # "flash" in a name is transformers' own
+NAMES = {"flash": FLASH, "flex": FLEX, "sdpa": "sdpa", "eager": "eager"}
+HALF = (torch.float16, torch.bfloat16)
+
+
+def flash_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    window: Window | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """flash-attn's `flash_attn_with_kvcache`: no mask, only the keys that a row has.
+
+    query [B, Hq, Q, D]; key and value [B, H, span, D], or the pools [blocks, block_size, H, D] of
+    a paged cache. -> [B, Q, Hq, D]
+    """
+    if window is None:
+        return plain(module, query, key, value, attention_mask, scaling, kwargs)
+    attend = load_flash()
+    lengths = (window.lengths + query.shape[2]).clamp(max=window.span)
+    if window.tables is None:
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    # the last query sees all keys of its row, the one before it one less, and so on
+    mixed = attend(
+        query.transpose(1, 2),
+        key,
+        value,
+        cache_seqlens=lengths.int(),
+        block_table=window.tables,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+    )
+    return mixed, None
+
+
+def flex_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    window: Window | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """PyTorch's FlexAttention, compiled on a GPU: blocks of keys that no query sees are not read.
+
+    query [B, Hq, Q, D]; key and value [B, H, span, D]. -> [B, Q, Hq, D]
+    """
+    if window is None:
+        return plain(module, query, key, value, attention_mask, scaling, kwargs)
+    attend, make_mask = load_flex(query.device.type)
+    if sliding_window not in window.cached:
+        sizes = len(query), None, query.shape[2], key.shape[2]
+        visible = visible_from(window.lengths, sliding_window)
+        window.cached[sliding_window] = make_mask(visible, *sizes, device=query.device)
+    mixed = attend(
+        query,
+        key,
+        value,
+        block_mask=window.cached[sliding_window],
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return mixed.transpose(1, 2), None
+
+
+def visible_from(lengths: Tensor, sliding_window: int | None) -> Callable[..., Tensor]:
+    """Whether query q of row b sees key k, as FlexAttention asks."""
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        position = lengths[b] + q
+        seen = k <= position
+        return seen if sliding_window is None else seen & (k > position - sliding_window)
+
+    return visible
+
+
+def plain(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """The model used by itself."""
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **options
+    )
+
+
+@cache
+def load_flash() -> Callable[..., Tensor]:
+    from flash_attn import flash_attn_with_kvcache
+
+    return flash_attn_with_kvcache
+
+
+@cache
+def load_flex(device: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+    """FlexAttention and the maker of its masks; on a CPU as plain PyTorch, which is slower."""
+    from torch.nn.attention import flex_attention as flex
+
+    if device == "cpu":
+        return flex.flex_attention, flex.create_block_mask
+    compiled = torch.compile(flex.flex_attention, dynamic=True)
+    return compiled, torch.compile(flex.create_block_mask, dynamic=True)
+
+
+def choose(model: PreTrainedModel) -> str:
+    """The attention to decode ragged rows with: on a GPU flash-attn where it is installed and knows
+    the dtype, else FlexAttention; else the model's own, if it takes masks."""
+    own = model.config._attn_implementation
+    for name, implementation in NAMES.items():
+        if own == implementation and name not in ("sdpa", "eager"):
+            return name
+    if model.device.type == "cuda" and own == "sdpa":
+        flash = importlib.util.find_spec("flash_attn") is not None
+        return "flash" if flash and model.dtype in HALF else "flex"
+    return own
+
+
+AttentionInterface.register(FLASH, flash_attention)
+AttentionInterface.register(FLEX, flex_attention)
+AttentionMaskInterface.register(FLASH, sdpa_mask)
+AttentionMaskInterface.register(FLEX, sdpa_mask)

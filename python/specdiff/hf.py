@@ -1,0 +1,354 @@
+"""The Hugging Face door: `model.generate(..., custom_generate=specdiff.hf.generate, drafter=...)`.
+
+Everything that shapes the text is honoured, or refused with a reason: temperature, top_k, top_p and
+min_p inside the verification; other logits processors on the rows that it reads, those that look at
+the history one row after another; stopping criteria token by token.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import logits_process as processors
+from transformers.generation import stopping_criteria as criteria
+from transformers.utils import ModelOutput
+
+from .adaptive import AdaptiveK
+from .decoder import Decoder, as_rows, check_prompts
+from .drafters import load_drafter
+from .drafters.base import Drafter
+from .sampling import Sampling
+from .session import Session
+from .stats import Stats
+from .target import Target
+
+# functions of a row of scores alone: all rows of a round at once
+ROW_ALONE = (
+    processors.EpsilonLogitsWarper,
+    processors.EtaLogitsWarper,
+    processors.InfNanRemoveLogitsProcessor,
+    processors.LogitNormalization,
+    processors.MinPLogitsWarper,
+    processors.SuppressTokensLogitsProcessor,
+    processors.TemperatureLogitsWarper,
+    processors.TopKLogitsWarper,
+    processors.TopPLogitsWarper,
+    processors.TypicalLogitsWarper,
+)
+# what `verify` does itself, in this order
+FUSED = {
+    processors.TemperatureLogitsWarper: "temperature",
+    processors.TopKLogitsWarper: "top_k",
+    processors.TopPLogitsWarper: "top_p",
+    processors.MinPLogitsWarper: "min_p",
+}
+REFUSED = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model by itself",
+    "SynthIDTextWatermarkLogitsProcessor": "keeps state from token to token",
+    "EncoderRepetitionPenaltyLogitsProcessor": "wants all rows at once",
+    "EncoderNoRepeatNGramLogitsProcessor": "wants all rows at once",
+}
+UNSUPPORTED = {  # of a GenerationConfig: what is honoured
+    "num_beams": (None, 1),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "output_logits": (None, False),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "prompt_lookup_num_tokens": (None,),
+}
+
+
+@dataclass
+class GenerateOutput(ModelOutput):
+    """What `generate` returns with return_dict_in_generate.
+
+    Attributes:
+        sequences: i64 [B, N], prompts as they came, new tokens, padding.
+        logprobs: with output_scores, f32 [B, new tokens]: log-probability of each new token under
+            the law that it was drawn from (greedy: the processed scores' softmax); 0 at padding.
+            In the place of `scores`, whose V numbers a token nobody keeps here.
+        stats: counts and times.
+    """
+
+    sequences: Tensor | None = None
+    logprobs: Tensor | None = None
+    stats: Stats | None = None
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Sequence[Any],
+    stopping_criteria: Sequence[Any],
+    generation_config: GenerationConfig,
+    *,
+    drafter: Drafter | str | None = None,
+    k: int | AdaptiveK | None = None,
+    rule: str = "token",
+    record: str | None = None,
+    backend: str | None = None,
+    seed: int | Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateOutput:
+    """Speculative decoding as a `custom_generate` of transformers' `generate`, which calls it.
+
+    The text follows the law that `generate` samples from with the same arguments; greedy text is
+    the same. Batches may be left-padded, rows are decoded as if each were alone, and
+    `num_return_sequences` works. `cache_implementation` is taken as a wish: the cache is
+    preallocated in any case.
+
+    Args:
+        drafter: an object, or a name that the command line knows, such as "prompt-lookup"; None is
+            plain decoding.
+        k, rule, record, backend: of `Decoder`.
+        seed: one int, or one per returned sequence; None: drawn from torch's global generator.
+        stop_strings: need `tokenizer=...` beside them.
+
+    Returns:
+        i64 [B, N], or with return_dict_in_generate a GenerateOutput.
+
+    Raises:
+        ValueError: an argument that cannot be honoured; the message names it.
+
+    Example:
+        >>> model.generate(
+        ...     **tokenizer("Once upon a time", return_tensors="pt"),
+        ...     custom_generate=specdiff.hf.generate,
+        ...     drafter="prompt-lookup",
+        ...     do_sample=True,
+        ...     top_p=0.9,
+        ... )
+    """
+    call = arguments_of_generate()
+    config = generation_config
+    check_honoured(config, logits_processor, call)
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds cannot be drafted for: pass input_ids")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("past_key_values holds tokens already: pass the whole text as input_ids")
+    target = Target(model)
+    if isinstance(drafter, str):
+        drafter = named_drafter(drafter, target)
+    decoder = Decoder(target, drafter, k, rule, record=record, backend=backend)
+
+    padded = as_rows(input_ids)
+    prompts = unpadded(padded, model_kwargs.get("attention_mask"))
+    max_new_tokens = config.max_length - input_ids.shape[1]
+    check_prompts(target, prompts, max_new_tokens)
+    longest = max(map(len, prompts)) + max_new_tokens
+    sampling, first = split(logits_processor, config.do_sample)
+    stops, others = split_criteria(stopping_criteria)
+    if stop_strings is not None:
+        others.append(stop_string_criterion(stop_strings, call.get("tokenizer")))
+    session = decoder.open(
+        len(prompts), min(longest, target.context_limit), sampling=sampling, stop_tokens=stops,
+        process=Processing(first, padded, prompts) if first else None,
+        ends=partial(any_criterion, others, padded) if others else None,
+        logprobs=bool(config.return_dict_in_generate and config.output_scores),
+    )  # fmt: skip
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    session.admit(prompts, max_new_tokens=max_new_tokens, seed=seed)
+    logprobs = run(session, call.get("streamer"))
+
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    ended = [p + t[len(q) :] for p, q, t in zip(padded, prompts, session.texts, strict=True)]
+    sequences = right_padded(ended, pad, input_ids)
+    if not config.return_dict_in_generate:
+        return sequences
+    chances = right_padded(logprobs, 0.0, torch.empty(0)) if session.logprobs else None
+    return GenerateOutput(sequences=sequences, logprobs=chances, stats=session.stats)
+
+
+def run(session: Session, streamer: Any) -> list[list[float]]:
+    """Decode to the end of all rows. -> log-probabilities of their new tokens, if asked for"""
+    logprobs: list[list[float]] = [[] for _ in session.done]
+    while not all(session.done):
+        step = session.step()
+        for known, more in zip(logprobs, step.logprobs or [[]] * len(logprobs), strict=True):
+            known += more
+        if streamer is not None:
+            streamer.put(torch.tensor(step.tokens[0]))
+    if streamer is not None:
+        streamer.end()
+    return logprobs
+
+
+def arguments_of_generate() -> dict[str, Any]:
+    """The keyword arguments that `model.generate` was called with.
+
+    It hands a callable neither streamer nor tokenizer, but its decorator's frame still has them.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        given = frame.f_locals.get("kwargs")
+        if isinstance(given, dict) and "custom_generate" in given:
+            return given
+        frame = frame.f_back
+    return {}
+
+
+def check_honoured(config: GenerationConfig, listed: Sequence[Any], call: dict[str, Any]) -> None:
+    for name, honoured in UNSUPPORTED.items():
+        if (value := getattr(config, name, None)) not in honoured:
+            raise ValueError(f"{name}={value!r} cannot be honoured by speculative decoding")
+    for name in ("assistant_model", "synced_gpus"):
+        if call.get(name):
+            raise ValueError(f"{name} cannot be honoured: pass drafter=..., on one device")
+    for processor in listed:
+        name = type(processor).__name__
+        if name in REFUSED:
+            raise ValueError(f"{name} cannot be honoured: it {REFUSED[name]}")
+
+
+_loaded: WeakKeyDictionary[Any, dict[str, Drafter]] = WeakKeyDictionary()
+
+
+def named_drafter(name: str, target: Target) -> Drafter:
+    """Read a drafter once for each model."""
+    known = _loaded.setdefault(target.model, {})
+    if name not in known:
+        known[name] = load_drafter(name, target)
+    return known[name]
+
+
+def split(listed: Sequence[Any], samples: bool) -> tuple[Sampling, list[Any]]:
+    """What `verify` does itself, and the processors that come before.
+
+    Temperature, top-k, top-p and min-p are fused where they come last, in this order.
+    """
+    first = list(listed)
+    if not samples:
+        return Sampling(), first
+    fused: dict[str, Any] = {"temperature": 1.0}
+    order = list(FUSED)
+    while first and type(first[-1]) in order and plain(first[-1]):
+        place = order.index(type(first[-1]))
+        name = FUSED[order[place]]
+        fused[name] = getattr(first.pop(), name)
+        order = order[:place]
+    return Sampling(**fused), first
+
+
+def plain(warper: Any) -> bool:
+    """Whether it drops what it drops altogether, and may leave a single token."""
+    return (
+        getattr(warper, "filter_value", -float("inf")) == -float("inf")
+        and getattr(warper, "min_tokens_to_keep", 1) == 1
+    )
+
+
+class Processing:
+    """Logits processors applied to the K + 1 rows of each sequence, in their order.
+
+    Row i of a sequence is seen behind its text and the first i drafted tokens, as if these had been
+    emitted; so what stands in the end was processed as by decoding token by token.
+
+    Args:
+        listed: the processors.
+        padded: i64 rows as they came to `generate`: processors see the padding too.
+        prompts: the same without padding.
+    """
+
+    def __init__(
+        self, listed: Sequence[Any], padded: list[list[int]], prompts: list[list[int]]
+    ) -> None:
+        self.listed = listed
+        self.padded = padded
+        self.padding = [len(p) - len(q) for p, q in zip(padded, prompts, strict=True)]
+
+    def __call__(self, texts: list[list[int]], drafted: Tensor, logits: Tensor) -> Tensor:
+        """logits [B, K + 1, V] in any float dtype -> f32"""
+        scores = logits.float()
+        B, Q, V = scores.shape
+        for processor in self.listed:
+            if type(processor) in ROW_ALONE:
+                none = drafted.new_empty(B * Q, 0)
+                scores = processor(none, scores.reshape(B * Q, V)).view(B, Q, V)
+            else:
+                rows = [
+                    self._sequence(b, processor, text, drafted[b], scores[b])
+                    for b, text in enumerate(texts)
+                ]
+                scores = torch.stack(rows)
+        return scores
+
+    def _sequence(
+        self, b: int, processor: Any, text: list[int], drafted: Tensor, scores: Tensor
+    ) -> Tensor:
+        """scores [K + 1, V] of a sequence, row by row"""
+        processor = of_row(processor, b)
+        seen = torch.tensor(self.padded[b][: self.padding[b]] + text, device=drafted.device)
+        seen = torch.cat([seen, drafted])[None]
+        start = seen.shape[1] - len(drafted)
+        return torch.cat(
+            [processor(seen[:, : start + i], row.clone()) for i, row in enumerate(scores[:, None])]
+        )
+
+
+def of_row(processor: Any, b: int) -> Any:
+    """The processor as row b of the batch sees it, if it tells rows apart."""
+    if isinstance(processor, processors.PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return type(processor)(lambda _, ids: allowed(b, ids), num_beams=1)
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, Tensor):  # [B], the left padding
+        processor = copy(processor)
+        processor.prompt_ignore_length = ignored[b : b + 1]
+    return processor
+
+
+def split_criteria(listed: Sequence[Any]) -> tuple[list[int], list[Any]]:
+    """Ids that end a row, and the criteria other than these and the length."""
+    stops: list[int] = []
+    others = []
+    for criterion in listed:
+        if type(criterion) is criteria.EosTokenCriteria:
+            stops += criterion.eos_token_id.tolist()
+        elif type(criterion) is not criteria.MaxLengthCriteria:
+            others.append(criterion)
+    return stops, others
+
+
+def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise ValueError("stop_strings need the model's tokenizer: pass tokenizer=... as well")
+    strings = [strings] if isinstance(strings, str) else list(strings)
+    return criteria.StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+
+
+def any_criterion(listed: list[Any], padded: list[list[int]], row: int, new: list[int]) -> bool:
+    """Whether a row ends with the last of its new tokens."""
+    ids = torch.tensor([padded[row] + new])
+    return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in listed)
+
+
+def unpadded(rows: list[list[int]], mask: Tensor | None) -> list[list[int]]:
+    """Rows without their padding on the left. mask: [B, N], or None: there is none"""
+    if mask is None:
+        return rows
+    if (mask.long().diff(dim=1) < 0).any():
+        raise ValueError("attention_mask must be 0 on the left alone: use padding_side='left'")
+    counts = mask.long().sum(1).tolist()
+    return [row[len(row) - n :] for row, n in zip(rows, counts, strict=True)]
+
+
+def right_padded(rows: list[list[Any]], blank: Any, like: Tensor) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor(
+        [row + [blank] * (longest - len(row)) for row in rows], dtype=like.dtype, device=like.device
+    )

@@ -1,0 +1,47 @@
+"""Replay: a function of the device's memory as a CUDA graph, captured once for each key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+
+class Replay:
+    """Runs a function that reads and writes the same memory in every call.
+
+    The first call for a key runs it, as whatever is compiled or allocated on first use must not be
+    captured; then it is captured, and later calls replay that.
+
+    Args:
+        function: without arguments and results. It must not wait for the device.
+        device: a CUDA device.
+
+    Raises:
+        ValueError: no CUDA device.
+
+    Example:
+        >>> x = torch.zeros(1, device="cuda")
+        >>> replay = Replay(lambda: x.add_(1), x.device)
+    """
+
+    def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+        if device.type != "cuda":
+            raise ValueError(f"capture needs a CUDA device, got a target on {device.type}")
+        self.function = function
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    def __call__(self, key: Hashable) -> None:
+        if key in self.graphs:
+            self.graphs[key].replay()
+            return
+        beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):
+            self.function()
+        current.wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.function()
+        self.graphs[key] = graph

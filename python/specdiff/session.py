@@ -1,0 +1,409 @@
+"""Session: rows that are decoded together, each admitted and finished by itself.
+
+A round is a draft, one target forward over K + 1 tokens, `verify` and `commit`. Lengths, tokens and
+counts stay on the device; the host looks at them every so many rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdiff_kernels import Committed, Draft, check_status, commit, row_law, verify
+
+from .cache import PagedRowCache
+from .drafters.base import Draws, News
+from .replay import Replay
+from .sampling import Sampling, row_seeds
+from .stats import Stats, Step
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+
+LOOK_EVERY = 8  # rounds, on a GPU
+SPAN = 256  # a captured round reads a multiple of so many keys
+
+# tokens of each row, drafted tokens i64 [B, K], logits [B, K + 1, V] -> other logits [B, K + 1, V]
+Process = Callable[[list[list[int]], Tensor, Tensor], Tensor]
+# row, its new tokens up to some token -> whether it ends there
+Ends = Callable[[int, list[int]], bool]
+
+
+class Session:
+    """A batch of rows under decoding; `Decoder.open` makes it.
+
+    Rows begin as finished ones. `admit` puts prompts into places that are free, `step` runs rounds.
+
+    Attributes:
+        texts: prompt and new tokens of each row.
+        prompts: how many of them are the prompt's.
+        done: whether a row's place is free.
+        stats: counts and times.
+        cache: keys and values of the target.
+
+    Example:
+        >>> session = Decoder(target, PromptLookup()).open(rows=2, capacity=64)
+        >>> session.admit([[1, 2, 3], [4, 5]], max_new_tokens=8)
+        >>> while not all(session.done):
+        ...     step = session.step()
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        rows: int,
+        capacity: int,
+        sampling: Sampling,
+        stop_tokens: Sequence[int],
+        *,
+        process: Process | None = None,
+        ends: Ends | None = None,
+        logprobs: bool = False,
+        look_every: int | None = None,
+        capture: bool = False,
+        block_size: int | None = None,
+        blocks: int | None = None,
+    ) -> None:
+        self.decoder, self.target, self.drafter = decoder, decoder.target, decoder.drafter
+        self.k = decoder.k
+        self.capacity = capacity
+        self.sampling = sampling
+        self.process, self.ends, self.logprobs = process, ends, logprobs
+        self.look_every = self._look_every(look_every)
+        device = self.device = self.target.device
+        # a forward brings k tokens that may all be padding
+        self.cache = self.target.new_cache(
+            rows, capacity + self.k, block_size=block_size, blocks=blocks
+        )
+        self.stats = Stats()
+        self.texts: list[list[int]] = [[] for _ in range(rows)]
+        self.prompts = [0] * rows
+        self.done = [True] * rows
+        self._lengths, self._limits = [0] * rows, [0] * rows  # as the host knows them
+        self._used = [False] * rows
+        self.longest = 0  # at least the largest of the lengths
+
+        # what a round reads and writes in place
+        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.stops = torch.tensor(tuple(stop_tokens), dtype=torch.int64, device=device)
+        self.lengths, self.limit, self.seeds, self.round = (zeros.clone() for _ in range(4))
+        self.finished = torch.ones_like(zeros, dtype=torch.bool)
+        self.most = torch.full_like(zeros, self.k)
+        self.last = zeros[:, None].clone()
+        hidden = None
+        if self.drafter is not None and self.drafter.needs_hidden:
+            hidden = torch.zeros(rows, self.k + 1, self.target.hidden_size,
+                                 dtype=self.target.dtype, device=device)  # fmt: skip
+        self.fresh = News(zeros[:, None].repeat(1, self.k + 1), zeros.clone(), hidden)
+        self.news = self.fresh  # what a round brought, or a copy with prompts beside it
+        # of the rounds since the host last looked
+        self.slot = zeros.new_zeros(1)
+        self.emitted = zeros.new_empty(self.look_every, rows, self.k + 1)
+        self.counts = zeros.new_empty(self.look_every, 4, rows)  # kept, accepted, drafted, status
+        self.chances = torch.empty(self.emitted.shape, dtype=torch.float64, device=device)
+
+        self._replay = Replay(self._round, device) if capture else None
+        if self.drafter is not None:
+            self.drafter.start(rows, capacity + 1, sampling)
+        if decoder.adaptive is not None:
+            decoder.adaptive.start(rows)
+
+    def _look_every(self, wanted: int | None) -> int:
+        """Rounds between two looks: 1 if something on the host has to see each of them."""
+        watching = {
+            "an AdaptiveK": self.decoder.adaptive is not None,
+            "a function of the logits": self.process is not None,
+            "a stop string or criterion": self.ends is not None,
+        }
+        who = [name for name, watches in watching.items() if watches]
+        if wanted is None:
+            return 1 if who or self.target.device.type == "cpu" else LOOK_EVERY
+        if wanted < 1:
+            raise ValueError(f"look_every must be at least 1, got {wanted}")
+        if wanted > 1 and who:
+            raise ValueError(f"look_every must be 1 with {who[0]}, got {wanted}")
+        return wanted
+
+    @torch.inference_mode()
+    def admit(
+        self,
+        prompts: list[list[int]],
+        *,
+        first: int = 0,
+        max_new_tokens: int = 128,
+        seed: int | Sequence[int] = 0,
+    ) -> None:
+        """Read prompts into the places first, first + 1, ..., which have to be free.
+
+        Args:
+            prompts: token ids.
+            first: place of the first of them.
+            max_new_tokens: at least 1.
+            seed: one int, from which each prompt gets its own (see `row_seeds`), or one for each.
+
+        Raises:
+            ValueError: a place that is taken, or a prompt that does not fit.
+        """
+        places = range(first, first + len(prompts))
+        rows = slice(places.start, places.stop)
+        ends = [min(len(row) + max_new_tokens, self.target.context_limit) - 1 for row in prompts]
+        self._check(places, ends)
+        device = self.device
+        tokens, counts = pad(prompts, device)  # [n, N], [n]
+        # the cache holds all tokens of a row but its last, so that every round is alike
+        part = self.cache.part(rows)
+        keep = self.news.hidden is not None
+        with self.stats.time("prefill", device):
+            before = self.target.prefill(tokens, counts - 1, part, keep_hidden=keep)
+        self.lengths[rows] = counts - 1
+        self.limit[rows] = torch.tensor(ends, device=device)
+        self.seeds[rows] = torch.tensor(row_seeds(seed, len(prompts)), device=device)
+        self.round[rows] = 0
+        self.finished[rows] = False
+        self.last[rows] = tokens.gather(1, counts[:, None] - 1)
+        self._tell_prompts(rows, tokens, counts, before)
+        for b, row, end in zip(places, prompts, ends, strict=True):
+            self.texts[b], self.prompts[b] = list(row), len(row)
+            self._lengths[b], self._limits[b] = len(row) - 1, end
+            self.done[b] = False
+        again = [b for b in places if self._used[b]]
+        if again and self.drafter is not None:
+            self.drafter.forget(again)
+        if again and self.decoder.adaptive is not None:
+            self.decoder.adaptive.forget(again)
+        for b in places:
+            self._used[b] = True
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a row of so many tokens, prompt included, may be admitted: rows that are under
+        way could all reach their limits, and the pool of a paged cache would still do."""
+        pages = self.cache.pages
+        if tokens - 1 > self.capacity or pages is None:
+            return tokens - 1 <= self.capacity
+        running = [end for end, over in zip(self._limits, self.done, strict=True) if not over]
+        blocks = sum(-(-end // pages.block_size) for end in [*running, tokens - 1])
+        return blocks <= len(pages.references)
+
+    @torch.inference_mode()
+    def step(self) -> Step:
+        """Run one round, or `look_every` of them, and look at what they brought.
+
+        Raises:
+            LawError: the target's or drafter's logits define no law; names the row and reason.
+        """
+        longest = max(self._lengths)
+        if self.decoder.adaptive is not None:
+            self.most.copy_(torch.tensor(self.decoder.adaptive.choose(self.k)))
+        for n in range(self.look_every):
+            self._run(longest + n * (self.k + 1))
+        return self._look()
+
+    def _run(self, longest: int) -> None:
+        """A round of rows of at most `longest` cached tokens."""
+        captured = self._replay is not None and self.news is self.fresh
+        if captured:
+            longest = -(-longest // SPAN) * SPAN
+        room = self.limit.masked_fill(self.finished, 0) if self.cache.pages is not None else None
+        exact = self.look_every == 1 and not captured
+        self.cache.set_lengths(self.lengths, longest, room=room, exact=exact)
+        self.longest = longest
+        if captured and self._replay is not None:
+            self._replay(longest)
+        else:
+            self._round()
+
+    def _round(self) -> None:
+        """Draft, one target forward over K + 1 tokens, verify, commit."""
+        decoder, target, cache = self.decoder, self.target, self.cache
+        position = self.lengths + 1 if decoder.rule == "coupled" else None
+        # a row drafts at most one token less than it may still emit
+        room = torch.minimum(self.limit - self.lengths - 1, self.most).clamp(min=0)
+        room = room.masked_fill(self.finished, 0)
+        with self._time("draft"):
+            draft, drafted = self._draft(room, Draws(self.seeds, self.round, position))
+        with self._time("target"):
+            ahead = draft.tokens.clamp(0, target.vocab_size - 1)  # verify reports bad ids
+            logits, hidden = target.forward(torch.cat([self.last, ahead], 1), cache)
+            if self.process is not None:
+                logits = self.process(self.texts, ahead, logits)
+        with self._time("verify"):
+            verified = verify(
+                logits, draft, *self.sampling.parameters,
+                rule=decoder.rule, record=decoder.record if draft.tokens.shape[1] else None,
+                seed=self.seeds, round=self.round, position=position, backend=decoder.backend,
+            )  # fmt: skip
+            status = verified.status.masked_fill(self.finished, 0)
+        with self._time("commit"):
+            limit = self.limit if self.ends is None else self._cut(verified.emitted)
+            committed = commit(
+                self.lengths, verified.emitted,
+                stop_tokens=self.stops, limit=limit, finished=self.finished,
+                pages=cache.pages, release=cache.pages is not None, backend=decoder.backend,
+                out=Committed(self.lengths, torch.empty_like(self.lengths), self.finished),
+            )  # fmt: skip
+
+        kept = committed.kept
+        emitted = verified.emitted.clamp(min=0)  # [B, K + 1]
+        end = emitted.gather(1, (kept[:, None] - 1).clamp(min=0))
+        self.last.copy_(torch.where(kept[:, None] > 0, end, self.last))
+        self.round += 1
+        self._tell(emitted, kept, hidden)
+        self._log(emitted, torch.stack([kept, verified.accepted, drafted, status]))
+        if self.logprobs:
+            chances = log_probabilities(logits, emitted, self.sampling, decoder.backend)
+            self._log_chances(chances)
+
+    def _time(self, stage: str) -> AbstractContextManager[None]:
+        """Timing waits for the device, so it is for those who look at every round."""
+        return self.stats.time(stage, self.device) if self.look_every == 1 else nullcontext()
+
+    def _draft(self, room: Tensor, draws: Draws) -> tuple[Draft, Tensor]:
+        """A draft as wide as k, or as its longest row if the host looks anyway; and its lengths."""
+        none = torch.empty(len(room), 0, dtype=torch.int64, device=room.device)
+        looks = self.look_every == 1
+        if self.drafter is None or (looks and not room.any()):
+            lengths = torch.zeros_like(room)
+            return Draft(none, none.int(), none, lengths=lengths), lengths
+        # always as wide, so that a row's draft does not depend on the room of its batch mates
+        news = self.news._replace(longest=self.longest + 1)
+        draft = self.drafter.draft(news, self.k, room, draws)
+        adaptive = self.decoder.adaptive
+        if adaptive is not None:
+            if draft.entangled:
+                raise ValueError(
+                    "k must be a number with a drafter that keeps entangled tokens: they have to "
+                    "be examined, whatever was accepted before"
+                )
+            draft = adaptive.withhold(draft)
+        lengths = torch.full_like(room, self.k) if draft.lengths is None else draft.lengths
+        if not looks:
+            return draft._replace(lengths=lengths), lengths
+        if (lengths > room).any():
+            raise ValueError(
+                f"the drafter proposed {lengths.tolist()} tokens where {room.tolist()} were wanted"
+            )
+        width = int(lengths.max())
+        tokens, tau, rows = (x[:, :width] for x in draft[:3])
+        return draft._replace(tokens=tokens, tau=tau, rows=rows, lengths=lengths), lengths
+
+    def _cut(self, emitted: Tensor) -> Tensor:
+        """Limits by which each row ends at the first token after which `ends` says so. [B]"""
+        limits = list(self._limits)
+        for b, tokens in enumerate(emitted.tolist()):
+            if self.ends is None or self.done[b]:
+                continue
+            new = self.texts[b][self.prompts[b] :]
+            for n, token in enumerate(tokens):
+                if token < 0:
+                    break
+                new.append(token)
+                if self.ends(b, new):
+                    limits[b] = min(limits[b], self._lengths[b] + n + 1)
+                    break
+        return torch.tensor(limits, device=emitted.device)
+
+    def _tell(self, emitted: Tensor, counts: Tensor, hidden: Tensor) -> None:
+        """What a round brought is the drafter's news."""
+        fresh = self.news = self.fresh
+        width = emitted.shape[1]
+        fresh.tokens[:, :width] = emitted
+        fresh.counts.copy_(counts)
+        if fresh.hidden is not None:
+            fresh.hidden[:, :width] = hidden
+
+    def _tell_prompts(
+        self, rows: slice, tokens: Tensor, counts: Tensor, before: Tensor | None
+    ) -> None:
+        """Prompts are news of their rows, beside what the last round brought to others."""
+        news, N = self.news, tokens.shape[1]
+        more = max(0, N - news.tokens.shape[1])
+        known, heard = F.pad(news.tokens, (0, more)), news.counts.clone()
+        known[rows, :N], heard[rows] = tokens, counts
+        hidden = news.hidden
+        if hidden is not None and before is not None:
+            hidden = F.pad(hidden, (0, 0, 0, more))
+            hidden[rows, :N] = before
+        self.news = News(known, heard, hidden)
+
+    def _log(self, emitted: Tensor, counts: Tensor) -> None:
+        """Keep what a round brought until the host looks."""
+        padding = self.k + 1 - emitted.shape[1]
+        self.emitted.index_copy_(0, self.slot, F.pad(emitted, (0, padding))[None])
+        self.counts.index_copy_(0, self.slot, counts[None])
+        self.slot.add_(1).remainder_(self.look_every)
+
+    def _log_chances(self, chances: Tensor) -> None:
+        padding = self.k + 1 - chances.shape[1]
+        slot = (self.slot - 1) % self.look_every
+        self.chances.index_copy_(0, slot, F.pad(chances, (0, padding))[None])
+
+    def _look(self) -> Step:
+        """Read what the rounds since the last look brought, and add it to the texts."""
+        if isinstance(self.cache, PagedRowCache):
+            self.cache.check()
+        emitted, chances = self.emitted.tolist(), self.chances.tolist() if self.logprobs else None
+        batch = len(self.done)
+        tokens: list[list[int]] = [[] for _ in range(batch)]
+        logprobs: list[list[float]] | None = None if chances is None else [[] for _ in tokens]
+        stood, proposed = [0] * batch, [0] * batch
+        for n, (kept, accepted, drafted, status) in enumerate(self.counts.tolist()):
+            check_status(torch.tensor(status), "sequence")
+            if not any(kept):
+                continue  # all rows had finished
+            self.stats.count(drafted, accepted, kept)
+            if self.decoder.adaptive is not None:
+                self.decoder.adaptive.update(drafted, accepted)
+            for b in range(batch):
+                tokens[b] += emitted[n][b][: kept[b]]
+                if logprobs is not None and chances is not None:
+                    logprobs[b] += chances[n][b][: kept[b]]
+                stood[b] += min(accepted[b], kept[b])
+                proposed[b] += drafted[b]
+                self._lengths[b] += kept[b]
+        for text, more in zip(self.texts, tokens, strict=True):
+            text += more
+        self.done = self.finished.tolist()
+        return Step(tokens, stood, proposed, self.done, self.stats, logprobs)
+
+    def _check(self, places: range, ends: list[int]) -> None:
+        if places.start < 0 or places.stop > len(self.done):
+            raise ValueError(
+                f"places {places.start} to {places.stop - 1} were asked for, but the session has "
+                f"{len(self.done)}: open it with more rows"
+            )
+        if taken := [b for b in places if not self.done[b]]:
+            raise ValueError(f"place {taken[0]} is taken: wait until done[{taken[0]}]")
+        if max(ends) > self.capacity:
+            raise ValueError(
+                f"a row of up to {max(ends) + 1} tokens does not fit a session of capacity "
+                f"{self.capacity}: open it with a larger one, or lower max_new_tokens"
+            )
+
+
+def pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Right-pad with 0. -> tokens i64 [B, N], counts i64 [B]"""
+    counts = [len(row) for row in rows]
+    tokens = [row + [0] * (max(counts) - len(row)) for row in rows]
+    return torch.tensor(tokens, device=device), torch.tensor(counts, device=device)
+
+
+def log_probabilities(
+    logits: Tensor, tokens: Tensor, sampling: Sampling, backend: str | None
+) -> Tensor:
+    """log p of tokens [B, Q] under the law that each row [B, Q, V] is sampled from, f64 [B, Q].
+
+    Greedy rows are those of temperature 1, without truncation.
+    """
+    parameters = Sampling(1.0).parameters if sampling.greedy else sampling.parameters
+    rows = logits.flatten(0, 1)
+    law = row_law(rows, *parameters, backend=backend)
+    logit = rows.gather(1, tokens.flatten()[:, None])[:, 0].float()
+    # weights are 2^44 2^t; total is their sum over what is not truncated
+    t = ((logit - law.max) * law.scale).double()
+    return (math.log(2) * (t + 44 - law.total.double().log2())).view(tokens.shape)

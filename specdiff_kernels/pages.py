@@ -1,0 +1,126 @@
+"""Pages: which blocks of a paged cache each sequence holds, kept on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pages(NamedTuple):
+    """Block tables, reference counts and the stack of free blocks; updated in place.
+
+    A block holds `block_size` consecutive positions of a sequence, in every layer. Position t of
+    sequence b lies in block `tables[b, t // block_size]`, at t % block_size. `reserve` takes
+    blocks from the stack, `specdiff_kernels.commit` gives back what a rollback leaves unused;
+    neither waits for the device.
+
+    A sequence may write only to blocks that it holds alone.
+    """
+
+    tables: Tensor  # i32 [B, M], -1: no block
+    references: Tensor  # i32 [N], table entries that hold each block
+    free: Tensor  # i32 [N], the first `available` of them are blocks that nobody holds
+    available: Tensor  # i32 [1]
+    block_size: int
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        columns: int,
+        blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+    ) -> Pages:
+        """Pages of which no block is held.
+
+        Args:
+            batch: B, sequences.
+            columns: M, most blocks that a sequence can hold.
+            blocks: N, blocks in the cache.
+            block_size: positions in a block.
+
+        Raises:
+            ValueError: a size below 1.
+
+        Example:
+            >>> Pages.empty(2, 4, 6, block_size=16).available.tolist()
+            [6]
+        """
+        sizes = {"batch": batch, "columns": columns, "blocks": blocks, "block_size": block_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        ids = torch.arange(blocks, dtype=torch.int32, device=device)
+        return cls(
+            tables=ids.new_full((batch, columns), -1),
+            references=torch.zeros_like(ids),
+            free=ids.flip(0),  # block 0 is taken first
+            available=ids.new_full((1,), blocks),
+            block_size=block_size,
+        )
+
+    def reserve(self, lengths: Tensor) -> Tensor:
+        """Let each sequence hold blocks for its first `lengths[b]` positions.
+
+        Blocks are taken from the top of the stack, for sequence after sequence. Those that
+        a sequence has already stay; nothing is given back.
+
+        Args:
+            lengths: i64 [B]; what lies beyond M blocks is left out.
+
+        Returns:
+            i64 [], the number of blocks that were missing. Check it where you synchronise: if it is
+            not 0, some position has no block.
+
+        Example:
+            >>> pages = Pages.empty(2, 4, 6, block_size=16)
+            >>> pages.reserve(torch.tensor([17, 3])), pages.tables[:, :2].tolist()
+            (tensor(0), [[0, 1], [2, -1]])
+        """
+        tables, references, free, available, block_size = self
+        column = torch.arange(tables.shape[1], device=tables.device)
+        missing = (column < blocks_of(lengths, block_size)[:, None]) & (tables < 0)
+        place = available - missing.flatten().cumsum(0).view_as(missing)  # from the top down
+        found = missing & (place >= 0)
+        block = free[torch.where(found, place, 0)]
+        tables.copy_(torch.where(found, block, tables))
+        taken = torch.where(found, block, len(references)).flatten()
+        held = extended(references).index_add(0, taken, torch.ones_like(taken))
+        references.copy_(held[:-1])
+        available.sub_(found.sum())
+        return (missing & ~found).sum()
+
+    def share(self, source: int, to: int, positions: int) -> int:
+        """Let sequence `to`, which holds nothing, hold the first blocks of `source` as well.
+
+        Args:
+            positions: of the common prefix. Only whole blocks of it are shared, since the sequences
+                go on differently behind it.
+
+        Returns:
+            the number of positions shared; the rest of the prefix has to be written again.
+
+        Example:
+            >>> pages = Pages.empty(2, 4, 6, block_size=16)
+            >>> _ = pages.reserve(torch.tensor([20, 0]))
+            >>> pages.share(0, 1, 20), pages.tables[1].tolist(), pages.references[:2].tolist()
+            (16, [0, -1, -1, -1], [2, 1])
+        """
+        whole = positions // self.block_size
+        blocks = self.tables[source, :whole]
+        self.tables[to, :whole] = blocks
+        self.references.index_add_(0, blocks.long(), torch.ones_like(blocks))
+        return whole * self.block_size
+
+
+def blocks_of(lengths: Tensor, block_size: int) -> Tensor:
+    """How many blocks hold so many positions."""
+    return (lengths + block_size - 1) // block_size
+
+
+def extended(x: Tensor) -> Tensor:
+    """With one entry more, for what belongs to no block."""
+    return torch.nn.functional.pad(x, (0, 1))
