@@ -209,9 +209,6 @@ class Session:
         captured = self._replay is not None and self.news is self.fresh
         if captured:
             longest = -(-longest // SPAN) * SPAN
-        room = self.limit.masked_fill(self.finished, 0) if self.cache.pages is not None else None
-        exact = self.look_every == 1 and not captured
-        self.cache.set_lengths(self.lengths, longest, room=room, exact=exact)
         self.longest = longest
         if captured and self._replay is not None:
             self._replay(longest)
@@ -221,6 +218,12 @@ class Session:
     def _round(self) -> None:
         """Draft, one target forward over K + 1 tokens, verify, commit."""
         decoder, target, cache = self.decoder, self.target, self.cache
+        cache.set_lengths(
+            self.lengths,
+            self.longest,
+            room=self.limit.masked_fill(self.finished, 0),
+            exact=self.look_every == 1,
+        )
         position = self.lengths + 1 if decoder.rule == "coupled" else None
         # a row drafts at most one token less than it may still emit
         room = torch.minimum(self.limit - self.lengths - 1, self.most).clamp(min=0)
@@ -271,7 +274,7 @@ class Session:
             lengths = torch.zeros_like(room)
             return Draft(none, none.int(), none, lengths=lengths), lengths
         # always as wide, so that a row's draft does not depend on the room of its batch mates
-        news = self.news._replace(longest=self.longest + 1)
+        news = self.news if looks else self.news._replace(longest=self.longest + 1)
         draft = self.drafter.draft(news, self.k, room, draws)
         adaptive = self.decoder.adaptive
         if adaptive is not None:

@@ -67,16 +67,15 @@ def test_draft_equals_fresh_forwards(network, order, steps):
         draws = Draws(torch.tensor([1, 2, 3]), torch.full((3,), turn))
         with torch.inference_mode():
             draft = drafter.draft(News(news, torch.tensor(counts), None), K, lengths, draws)
-        base = turn * steps
-        assert draft.final_step in (base + steps - 1, None)
+        assert draft.final_step in (steps - 1, None)
         for b in (b for b in range(3) if counts[b]):
-            assert draft.tau[b].min() >= base and draft.tau[b].max() < base + steps
+            assert draft.tau[b].min() >= 0 and draft.tau[b].max() < steps
             for i in range(K):
                 step = int(draft.tau[b, i])
                 seen = draft.tokens[b].where(draft.tau[b] < step, -1).tolist()
                 window = texts[b][-(LENGTH - K) :]
                 with torch.inference_mode():
-                    want = logits_of(network, window, seen, sigmas[step - base])[i]
+                    want = logits_of(network, window, seen, sigmas[step])[i]
                 row = draft.rows[b, i]
                 torch.testing.assert_close(draft.logits[row], want, atol=1e-4, rtol=1e-4)
                 law = row_law(draft.logits[row][None], 0.9)
@@ -121,7 +120,7 @@ class Remembers(SEDD):
 
     def draft(self, news, k, lengths, draws):
         draft = super().draft(news, k, lengths, draws)
-        self.drafts.append((draft, news.counts))
+        self.drafts.append((draft, news.counts.clone()))
         return draft
 
 

@@ -51,7 +51,8 @@ class Autoregressive:
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         B = len(lengths)
-        if lengths.device.type == "cpu":
+        looks = news.longest is None
+        if looks:
             k = max(1, int(lengths.max()))  # a forward each: no more than wanted
         logits = self._read(news)  # [B, V]
         pool = logits.new_empty(B, k, logits.shape[-1])
@@ -79,7 +80,7 @@ class Autoregressive:
         self.cache.set_lengths(committed, longest, exact=exact)
         law = RowLaw(*(torch.stack(field, 1) for field in zip(*laws, strict=True)))  # [B, k]
         drafted = torch.arange(k, device=lengths.device) < lengths[:, None]
-        if lengths.device.type == "cpu":
+        if looks:
             check_status((law.status * drafted).amax(1), "the drafter's logits: sequence")
         return Draft(
             tokens=tokens,
@@ -98,9 +99,11 @@ class Autoregressive:
         if self.cache.longest == 0 and tokens.shape[1] > 1:
             self.model.prefill(tokens, last, self.cache)
             tokens, counts, last = tokens.gather(1, last[:, None]), counts.clamp(max=1), last * 0
+        lengths, bound = self.cache.lengths, news.longest
+        if bound is not None:
+            self.cache.set_lengths(lengths, bound, exact=False)
         hidden = self.model.hidden(tokens, self.cache)
-        lengths = self.cache.lengths.add_(counts)  # in place: a captured round reads it again
-        exact = lengths.device.type == "cpu"
-        longest = int(lengths.max()) if exact else news.bound(lengths)
-        self.cache.set_lengths(lengths, longest, exact=exact)
+        lengths.add_(counts)  # in place: a captured round reads it again
+        if bound is None:
+            self.cache.set_lengths(lengths, int(lengths.max()))
         return self.model.head(hidden[torch.arange(len(last), device=last.device), last])

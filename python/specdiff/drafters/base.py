@@ -15,16 +15,16 @@ from ..sampling import Sampling
 
 
 class News(NamedTuple):
-    """What was committed since the drafter's last call; in the first call, the prompts."""
+    """What was committed since the drafter's last call; in the first call, the prompts.
+
+    The loop uses the memory again: what is to be remembered has to be copied.
+    """
 
     tokens: Tensor  # i64 [B, N], right-padded
     counts: Tensor  # i64 [B], how many of them are real; 0 for rows that have finished
     hidden: Tensor | None  # [B, N, d], the target's lm head input at the position BEFORE each token
-    longest: int | None = None  # at least the tokens that any row has, these included; None: ask
-
-    def bound(self, lengths: Tensor) -> int:
-        """At least the largest of the lengths [B] of rows; waits for the device if it has to."""
-        return int(lengths.max()) if self.longest is None else self.longest
+    longest: int | None = None  # at least the tokens that any row has, these included, if the
+    # drafter must not wait for the device; None: it may look
 
 
 class Draws(NamedTuple):
@@ -57,6 +57,9 @@ class Drafter(Protocol):
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         """Propose up to `lengths[b]` <= k tokens for row b.
 
+        A round can be captured in a CUDA graph if this neither waits for the device, when told
+        `news.longest`, nor keeps what it remembers in other memory from call to call.
+
         Args:
             news: tokens committed since the last call.
             k: width of the draft, at least 1 and the same in every round.
@@ -71,8 +74,8 @@ class Drafter(Protocol):
 def check_draft_laws(draft: Draft) -> None:
     """Raise LawError if a row that the draft was drawn from, row b K + i, has no law.
 
-    On a GPU that would wait for it; there the token is -1, and `verify` reports it.
+    It waits for the device. Where nobody looks, `verify` reports such a row by its token, -1.
     """
-    if draft.tokens.device.type == "cpu" and draft.law is not None and draft.law.status.numel():
+    if draft.law is not None and draft.law.status.numel():
         B, K = draft.tokens.shape
         check_status(draft.law.status.view(B, K).amax(1), "the drafter's logits: sequence")

@@ -109,7 +109,6 @@ class SEDD:
         self.text = torch.zeros(batch, capacity + 1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(batch, dtype=torch.int64, device=device)
         self.previous: Draft | None = None
-        self.step = 0  # reverse steps so far
 
     def forget(self, rows: list[int]) -> None:
         self.counts[rows] = 0
@@ -140,16 +139,15 @@ class SEDD:
             draft = denoise_step(
                 draft,
                 reveal,
-                self.step + number,
+                number,
                 *self.sampling.parameters,
                 entropies=number == 0,
                 **draws._asdict(),
                 backend=self.backend,
             )
         check_draft_laws(draft)
-        self.step += self.steps
         # also where it had nothing left to reveal
-        self.previous = draft._replace(final_step=self.step - 1)
+        self.previous = draft._replace(final_step=self.steps - 1)
         return self.previous
 
     def _append(self, news: News) -> None:
@@ -202,8 +200,8 @@ def carry_over(old: Draft, new: Draft, counts: Tensor) -> Draft:
         old: the last draft.
         new: all masked; its pool takes the logits of tokens that keep their record. If it is
             entangled, these are the tokens that an examined one was conditioned on: those of an
-            earlier step than some examined one. They stay until they are examined themselves, so
-            that their tau becomes -1. Otherwise all are kept, as bare guesses.
+            earlier step than some examined one. They stay until they are examined themselves.
+            Otherwise all are kept, as bare guesses. Their tau becomes -1: before any step.
         counts: i64 [B], tokens committed since: the accepted ones and one more.
     """
     B, k = new.tokens.shape
@@ -211,14 +209,13 @@ def carry_over(old: Draft, new: Draft, counts: Tensor) -> Draft:
     source = torch.arange(k, device=counts.device) + counts[:, None]  # [B, k]
     kept = (source < width) & (counts[:, None] > 0)
     source = source.clamp(max=width - 1)
-    tokens, tau, rows = (x.gather(1, source) for x in (old.tokens, old.tau, old.rows))
+    tokens, tau, rows = (x.gather(1, source) for x in old[:3])
     kept &= tokens >= 0
     recorded = torch.zeros_like(kept)
     if new.entangled and old.lengths is not None:
         examined = torch.minimum(counts, old.lengths)[:, None]
         seen = torch.arange(width, device=counts.device) < examined
         kept &= (tau < old.tau.where(seen, -1).amax(1, keepdim=True)) | (tau < 0)
-        tau = torch.full_like(tau, -1)
         recorded = kept & (rows >= 0)
     places = torch.arange(B * k, device=counts.device).view(B, k)
     for to, of in zip(pool_of(new), pool_of(old), strict=True):
@@ -226,7 +223,7 @@ def carry_over(old: Draft, new: Draft, counts: Tensor) -> Draft:
     rows = places.where(recorded, -1)
     return new._replace(
         tokens=tokens.where(kept, new.tokens),
-        tau=tau.where(kept, new.tau),
+        tau=torch.full_like(tau, -1).where(kept, new.tau),
         rows=rows.where(kept, new.rows),
     )
 

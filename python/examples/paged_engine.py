@@ -1,0 +1,232 @@
+"""A serving engine's step over a paged cache: requests are admitted, drafted for, verified,
+committed, finished and replaced; those that begin alike share blocks.
+
+    python paged_engine.py --model FOLDER --prompt-ids 1,2,3,4,5,6 --prompt-ids 1,2,3,4,9
+
+Block tables, reference counts and free blocks are a `specdiff_kernels.Pages` on the device. The
+model is gpt_fast.py's, with another cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gpt_fast import DenseCache, Transformer, load, token_ids
+from torch import Tensor
+
+from specdiff_kernels import Draft, Pages, check_status, commit, verify
+
+
+class PagedCache(DenseCache):
+    """Keys and values [blocks + 1, block_size, H, D] of each layer; tables say whose they are.
+
+    A table's -1 (no block) is the last block by Python's count: it takes what nobody keeps.
+    """
+
+    def __init__(self, model: Transformer, pages: Pages) -> None:
+        c, self.pages = model.config, pages
+        self.span = pages.tables.shape[1] * pages.block_size
+        blocks = len(pages.references) + 1
+        states = model.norm.weight.new_zeros(
+            c.num_hidden_layers, 2, blocks, pages.block_size, c.num_key_value_heads, c.head_dim
+        )
+        self.layers = [tuple(layer) for layer in states]
+
+    def row(self, b: int) -> PagedCache:
+        """The same blocks, for a forward of one row."""
+        row = copy(self)
+        row.pages = self.pages._replace(tables=self.pages.tables[b : b + 1])
+        return row
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        tables, size = self.pages.tables.long(), self.pages.block_size
+        place = tables.gather(1, positions // size), positions % size  # each [B, Q]
+        for pool, new in zip(self.layers[layer], (k, v), strict=True):
+            pool[place] = new.transpose(1, 2)
+        # a kernel for paged attention reads the pool itself; this one has the rows side by side
+        keys, values = (pool[tables].flatten(1, 2).transpose(1, 2) for pool in self.layers[layer])
+        return keys, values  # [B, H, span, D]
+
+
+@dataclass
+class Request:
+    """A prompt, how many tokens it wants, and the text it has so far."""
+
+    prompt: list[int]
+    new_tokens: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.text = list(self.prompt)
+
+    @property
+    def limit(self) -> int:
+        """Positions of its cache, which holds all tokens but the last."""
+        return len(self.prompt) - 1 + self.new_tokens
+
+
+class Engine:
+    """Rows are places for requests; each request's text is what it would be alone.
+
+    Args:
+        model: the target.
+        rows: requests that are decoded together.
+        blocks: of the cache.
+        block_size: positions in a block.
+        longest: most tokens of a request, prompt included.
+        k: most tokens drafted in a step.
+        temperature: 0 is greedy.
+
+    Example:
+        >>> engine = Engine(model, rows=8, blocks=256, block_size=16, longest=512)
+        >>> texts = engine.run([Request([1, 2, 3], new_tokens=64)])
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        rows: int,
+        blocks: int,
+        block_size: int,
+        longest: int,
+        k: int = 4,
+        temperature: float = 0.0,
+    ) -> None:
+        self.model, self.k, self.temperature = model, k, temperature
+        device = self.device = model.norm.weight.device
+        columns = -(-(longest + k) // block_size)  # a forward brings k tokens that may be padding
+        self.pages = Pages.empty(rows, columns, blocks, block_size, device)
+        self.cache = PagedCache(model, self.pages)
+        self.requests: list[Request | None] = [None] * rows
+        zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.lengths, self.limit, self.seed, self.round, self.last = (
+            zeros.clone() for _ in "12345"
+        )
+        self.finished = torch.ones_like(zeros, dtype=torch.bool)  # free places
+        self.stops = torch.tensor(model.config.stop_tokens, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def run(self, requests: list[Request]) -> list[list[int]]:
+        """Decode them all, in order as there is room. -> texts
+
+        Raises:
+            ValueError: a request that does not fit an empty engine.
+        """
+        waiting = list(requests)
+        while waiting or any(self.requests):
+            for b, request in enumerate(self.requests):
+                if request is None and waiting and self.admit(b, waiting[0]):
+                    waiting.pop(0)
+            if not any(self.requests):
+                raise ValueError(
+                    f"requests: {waiting[0].limit + 1} tokens do not fit {self.cache.span} "
+                    f"positions or {len(self.pages.references)} blocks; give the engine more"
+                )
+            self.step()
+        return [request.text for request in requests]
+
+    def admit(self, b: int, request: Request) -> bool:
+        """Read a prompt into place b, but for what another row has read; False: no room yet."""
+        size, tables = self.pages.block_size, self.pages.tables
+        source, common = self.find_prefix(request)
+        wanted = -(-request.limit // size) - common // size
+        own = -(-self.limit // size) - (tables >= 0).sum(1)  # that running rows have yet to take
+        room = self.pages.available - own.masked_fill(self.finished, 0).sum()
+        if request.limit + self.k > self.cache.span or wanted > int(room):
+            return False
+        start, end = self.pages.share(source, b, common), len(request.prompt)
+        only = torch.arange(len(tables), device=self.device) == b
+        self.pages.reserve(only * end)
+        positions = torch.arange(start, end, device=self.device)[None]
+        prompt = torch.tensor([request.prompt[start:]], device=self.device)
+        self.model.hidden(prompt, positions, self.cache.row(b))
+        self.requests[b] = request
+        self.lengths[b], self.limit[b], self.last[b] = end - 1, request.limit, request.prompt[-1]
+        self.seed[b], self.round[b], self.finished[b] = request.seed, 0, False
+        return True
+
+    def find_prefix(self, request: Request) -> tuple[int, int]:
+        """The row whose cache begins most like the request's, and in how many positions."""
+        prefixes = [
+            0 if other is None else common(other.text[:-1], request.prompt[:-1])
+            for other in self.requests
+        ]
+        source = max(range(len(prefixes)), key=prefixes.__getitem__)
+        return source, prefixes[source]
+
+    def step(self) -> None:
+        """Draft, one forward over K + 1 tokens a row, verify, commit."""
+        draft = self.draft()
+        positions = self.lengths[:, None] + torch.arange(self.k + 1, device=self.device)
+        ahead = torch.minimum(self.lengths + self.k + 1, self.limit).masked_fill(self.finished, 0)
+        self.pages.reserve(ahead)  # blocks for the draft; `admit` has seen to it that there are
+        tokens = torch.cat([self.last[:, None], draft.tokens], 1)  # [B, K + 1]
+        logits = self.model(tokens, positions, self.cache)  # [B, K + 1, V]
+        _, emitted, status = verify(
+            logits, draft, self.temperature, seed=self.seed, round=self.round
+        )
+        check_status(status.masked_fill(self.finished, 0), "row")
+        self.lengths, kept, self.finished = commit(
+            self.lengths, emitted,
+            stop_tokens=self.stops, limit=self.limit, finished=self.finished,
+            pages=self.pages, release=True,
+        )  # fmt: skip
+        end = emitted.gather(1, (kept[:, None] - 1).clamp(min=0))[:, 0]
+        self.last = torch.where(kept > 0, end, self.last)
+        self.round += 1
+        self.tell(emitted.tolist(), kept.tolist(), self.finished.tolist())
+
+    def tell(self, emitted: list[list[int]], kept: list[int], finished: list[bool]) -> None:
+        """Requests get their tokens; those that are finished leave their places."""
+        for b, request in enumerate(self.requests):
+            if request is not None:
+                request.text += emitted[b][: kept[b]]
+                self.requests[b] = None if finished[b] else request
+
+    def draft(self) -> Draft:
+        """What followed the last two tokens before: bare guesses, which need no law."""
+        guesses = [look_up(request.text, self.k) if request else [] for request in self.requests]
+        tokens = torch.tensor([guess + [0] * (self.k - len(guess)) for guess in guesses])
+        tokens, lengths = tokens.to(self.device), torch.tensor([len(guess) for guess in guesses])
+        rows = torch.full_like(tokens, -1)
+        return Draft(tokens, rows.int() + 1, rows, lengths=lengths.to(self.device))
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many tokens they begin with are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def look_up(text: list[int], k: int) -> list[int]:
+    """Up to k tokens that followed the last earlier occurrence of the text's last two."""
+    for end in range(len(text) - 1, 1, -1):
+        if text[end - 2 : end] == text[-2:]:
+            return text[end : end + k]
+    return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
+    parser.add_argument("--prompt-ids", action="append", required=True, type=token_ids)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=2, help="requests decoded together")
+    parser.add_argument("--blocks", type=int, default=64)
+    args = parser.parse_args()
+    requests = [Request(prompt, args.new_tokens) for prompt in args.prompt_ids]
+    longest = max(request.limit + 1 for request in requests)
+    model = load(args.model, "cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(model, rows=args.rows, blocks=args.blocks, block_size=16, longest=longest)
+    for text in engine.run(requests):
+        print(",".join(map(str, text)))
+    print(f"{int(engine.pages.available)} of {args.blocks} blocks are free")
+
+
+if __name__ == "__main__":
+    main()

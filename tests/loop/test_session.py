@@ -1,0 +1,288 @@
+"""Sessions: rows come and go, the host looks rarely, a round is replayed, nothing leaks."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from specdiff import AdaptiveK, Decoder, Sampling, Target
+from specdiff import session as session_module
+from specdiff.drafters import Autoregressive, PromptLookup
+from specdiff.drafters.ddit import DDiT, DDiTConfig
+from specdiff.drafters.sedd import SEDD
+from specdiff.replay import Replay
+from specdiff_kernels import LawError
+from tests.tiny import tiny_model
+
+from .test_adaptive import block_diffusion
+
+SAMPLED = Sampling(temperature=0.9, top_p=0.95)
+
+
+@cache
+def denoiser() -> DDiT:
+    torch.manual_seed(0)
+    network = DDiT(DDiTConfig(50, hidden_size=16, blocks=2, heads=2, cond_dim=8, length=24))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.4)
+    return network
+
+
+DRAFTERS = {
+    "none": lambda target: None,
+    "prompt-lookup": lambda target: PromptLookup(),
+    "autoregressive": lambda target: Autoregressive(tiny_model("gpt2", seed=5)),
+    "block-diffusion": block_diffusion,
+    "entangled": lambda target: SEDD(denoiser(), steps=3, hot_start="entangled"),
+    "recycled": lambda target: SEDD(denoiser(), steps=3, hot_start="recycled"),
+}
+RESIDENT = ("none", "autoregressive", "block-diffusion")
+
+
+def requests(count: int, longest: int = 12, new: int = 20, seed: int = 0):
+    """(prompt, most new tokens) of ragged rows"""
+    draw = random.Random(seed)
+    return [
+        ([draw.randrange(50) for _ in range(draw.randint(1, longest))], draw.randint(1, new))
+        for _ in range(count)
+    ]
+
+
+def serve(session, jobs, watch=lambda: None) -> list[list[int]]:
+    """All jobs, through as many places as the session has. -> new tokens of each"""
+    waiting, held = list(enumerate(jobs)), {}
+    texts: list[list[int]] = [[] for _ in jobs]
+    while waiting or held:
+        for place, free in enumerate(session.done):
+            if free and place in held:
+                texts[held.pop(place)] = session.texts[place][session.prompts[place] :]
+            if free and waiting and session.has_room(len(waiting[0][1][0]) + waiting[0][1][1]):
+                job, (prompt, new) = waiting.pop(0)
+                session.admit([prompt], first=place, max_new_tokens=new, seed=job)
+                held[place] = job
+        session.step()
+        watch()
+    return texts
+
+
+def alone(decoder, jobs, sampling) -> list[list[int]]:
+    return [
+        decoder.generate(prompt, max_new_tokens=new, seed=job, sampling=sampling).new_tokens[0]
+        for job, (prompt, new) in enumerate(jobs)
+    ]
+
+
+@pytest.mark.parametrize("kind", [{}, {"block_size": 3}, {"look_every": 3, "block_size": 4}])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_rows_that_take_others_places_get_the_text_they_get_alone(target, name, kind):
+    jobs = requests(8)
+    decoder = Decoder(target, DRAFTERS[name](target), None if name == "none" else 4)
+    session = decoder.open(3, 33, sampling=SAMPLED, **kind)
+    # what a draft is conditioned on after a rejection depends on nothing else
+    want = alone(Decoder(target, DRAFTERS[name](target), decoder.k or None), jobs, SAMPLED)
+    assert serve(session, jobs) == want
+    assert session.stats.tokens == sum(map(len, want))
+
+
+@pytest.mark.parametrize("rule", ["block", "coupled"])
+def test_other_rules_too(target, rule):
+    jobs = requests(8, seed=1)
+    make = lambda: Decoder(target, Autoregressive(tiny_model("gpt2", seed=5)), 4, rule)
+    assert serve(make().open(3, 33, sampling=SAMPLED), jobs) == alone(make(), jobs, SAMPLED)
+
+
+def test_adaptive_lengths_are_forgotten_with_the_row(target):
+    jobs = requests(8, seed=2)
+    make = lambda: Decoder(target, Autoregressive(target.model), AdaptiveK(5))
+    assert serve(make().open(2, 33, sampling=SAMPLED), jobs) == alone(make(), jobs, SAMPLED)
+
+
+@pytest.mark.parametrize("name", ["none", "autoregressive", "prompt-lookup"])
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("look_every", [2, 7])
+def test_looking_rarely_changes_nothing(target, name, sampling, look_every):
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
+    decoder = Decoder(target, DRAFTERS[name](target), None if name == "none" else 4)
+    options = dict(max_new_tokens=30, sampling=sampling, seed=3)
+    want = decoder.generate(prompts, **options)
+    stop = want.new_tokens[0][11]
+    for more in ({}, {"stop_tokens": [stop]}):
+        want = decoder.generate(prompts, **options, **more)
+        got = decoder.generate(prompts, look_every=look_every, **options, **more)
+        assert got.new_tokens == want.new_tokens
+        for name in ("tokens", "accepted", "target_forwards", "row_forwards", "accepted_at"):
+            assert getattr(got.stats, name) == getattr(want.stats, name)
+
+
+# --- what would be a CUDA graph ---
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph is: the operations of a function and their memory, without its Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
+        out = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for operation, args, kwargs, out in self.calls:
+            again = operation(*args, **kwargs)
+            for have, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(have, torch.Tensor) and have.data_ptr() != new.data_ptr():
+                    have.copy_(new)
+
+
+class RecordedReplay(Replay):
+    def __init__(self, function, device):
+        self.function, self.graphs, self.replayed = function, {}, 0
+
+    def __call__(self, key):
+        if key in self.graphs:
+            self.replayed += 1
+            return self.graphs[key].replay()
+        with Recorded() as graph:  # unlike a capture, this runs as well: it is the first run
+            self.function()
+        self.graphs[key] = graph
+
+
+@pytest.mark.parametrize("kind", [{}, {"block_size": 4}])
+@pytest.mark.parametrize("name", RESIDENT)
+def test_a_round_can_be_replayed(target, name, kind, monkeypatch):
+    """Rows come and go between replays; keys beyond 32 are another graph."""
+    monkeypatch.setattr(session_module, "Replay", RecordedReplay)
+    monkeypatch.setattr(session_module, "SPAN", 32)
+    jobs = requests(9, longest=20, new=30, seed=3)
+    make = lambda: Decoder(target, DRAFTERS[name](target), None if name == "none" else 4)
+    session = make().open(3, 51, sampling=SAMPLED, look_every=2, capture=True, **kind)
+    assert serve(session, jobs) == alone(make(), jobs, SAMPLED)
+    assert session._replay.replayed > 10 and 1 <= len(session._replay.graphs) <= 2
+
+
+def test_replaying_what_keeps_new_memory_is_caught(target, monkeypatch):
+    """A drafter that counts in a new tensor: the text of the replay is another, or it fails."""
+
+    class Rebinds(Autoregressive):
+        def _read(self, news):
+            self.cache.set_lengths(self.cache.lengths.clone(), self.cache.longest)
+            return super()._read(news)
+
+    monkeypatch.setattr(session_module, "Replay", RecordedReplay)
+    make = lambda: Decoder(target, Rebinds(target.model), 4)
+    jobs = requests(3, new=30, seed=3)
+    session = make().open(3, 51, look_every=2, capture=True)
+    serve(session, jobs)
+    assert (
+        session.stats.acceptance[0]
+        < 0.9
+        < make().generate(jobs[0][0], max_new_tokens=30).stats.acceptance[0]
+    )
+
+
+def test_capture_needs_a_gpu(target):
+    with pytest.raises(ValueError, match="capture needs a CUDA device, got a target on cpu"):
+        Decoder(target).open(1, 10, capture=True)
+
+
+# --- limits ---
+
+
+def test_bad_places_and_options(target):
+    decoder = Decoder(target, PromptLookup())
+    session = decoder.open(2, 20)
+    session.admit([[1, 2]], max_new_tokens=5)
+    with pytest.raises(ValueError, match="place 0 is taken"):
+        session.admit([[1]], max_new_tokens=5)
+    with pytest.raises(ValueError, match="places 1 to 2 were asked for, but the session has 2"):
+        session.admit([[1], [2]], first=1, max_new_tokens=5)
+    with pytest.raises(ValueError, match="a row of up to 26 tokens does not fit"):
+        session.admit([[1]], first=1, max_new_tokens=25)
+    with pytest.raises(ValueError, match=r"capacity must be in \[2, 64\], the target's context"):
+        decoder.open(1, 65)
+    with pytest.raises(ValueError, match="rows must be at least 1"):
+        decoder.open(0, 20)
+    with pytest.raises(ValueError, match="look_every must be at least 1, got 0"):
+        decoder.open(1, 20, look_every=0)
+    with pytest.raises(ValueError, match="look_every must be 1 with an AdaptiveK, got 2"):
+        Decoder(target, PromptLookup(), AdaptiveK(3)).open(1, 20, look_every=2)
+    with pytest.raises(ValueError, match="look_every must be 1 with a stop string"):
+        decoder.open(1, 20, look_every=2, ends=lambda row, tokens: False)
+
+
+def test_a_sick_row_is_named_though_nobody_looked(target):
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[7] = float("nan")
+    session = Decoder(Target(model)).open(2, 20, look_every=4)
+    session.admit([[1, 2], [7]], max_new_tokens=9)
+    with pytest.raises(LawError, match=r"sequence 1 .*NaN"):
+        session.step()
+
+
+def test_room_counts_what_running_rows_may_still_take(target):
+    session = Decoder(target).open(3, 41, block_size=4, blocks=20)
+    session.admit([[1]], max_new_tokens=40)  # 40 positions: 10 blocks
+    assert session.has_room(41) and not session.has_room(42)
+    session.admit([[1]], first=1, max_new_tokens=24)  # 6 blocks
+    assert session.has_room(17) and not session.has_room(18)
+    while not session.done[1]:
+        session.step()
+    assert session.has_room(41)
+
+
+# --- for long ---
+
+
+def predicted(model, text: list[int], new: int) -> list[int]:
+    """What the model would say at each of the last `new` positions, read at once and alone."""
+    with torch.inference_mode():
+        return model(torch.tensor([text])).logits[0, -new - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.slow
+def test_two_thousand_rounds_of_64_places_leak_nothing():
+    """Prompts of 1 to 40 tokens are admitted wherever a row has finished; each text is that of its
+    row alone, and all blocks come back."""
+    model = tiny_model("llama", context=256)
+    decoder = Decoder(Target(model), PromptLookup(), 4)
+    session = decoder.open(64, 200, block_size=16, blocks=500)
+    pages = session.cache.pages
+    draw = random.Random(0)
+    held = lambda: int((pages.tables >= 0).sum())
+    finished, sample = [], []
+    for round in range(2000):
+        for place, free in enumerate(session.done):
+            if not free:
+                continue
+            if session.prompts[place]:
+                finished.append((list(session.texts[place]), session.prompts[place]))
+            prompt = [draw.randrange(50) for _ in range(draw.randint(1, 40))]
+            new = draw.randint(1, 150)
+            if session.has_room(len(prompt) + new):
+                session.admit([prompt], first=place, max_new_tokens=new)
+            else:
+                session.prompts[place] = 0
+        session.step()
+        if round % 100 == 0:
+            assert int(pages.available) + held() == 500 and int(pages.references.sum()) == held()
+            sample += finished[-1:]
+    while not all(session.done):
+        session.step()
+    assert int(pages.available) == 500 and held() == 0 and not pages.references.any()
+    assert sorted(pages.free.tolist()) == list(range(500))
+    assert len(finished) > 500
+    for text, prompt in finished:
+        assert text[prompt:] == predicted(model, text, len(text) - prompt)
+    for text, prompt in sample:
+        new = len(text) - prompt
+        assert decoder.generate(text[:prompt], max_new_tokens=new).sequences == [text]
