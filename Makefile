@@ -32,6 +32,7 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/bench_skinny_linear.py
 	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_end_to_end.py
+	$(BIN)/python benchmarks/bench_memory.py
 
 # On a machine with a GPU: torch, triton and nvcc that are installed there are used as they are.
 gpu:

@@ -73,7 +73,8 @@ class Pages(NamedTuple):
 
         Returns:
             i64 [], the number of blocks that were missing. Check it where you synchronise: if it is
-            not 0, some position has no block.
+            not 0, the sequences hold the blocks that there were, and some position has none. To be
+            sure beforehand, admit a sequence only while all could reach their limits.
 
         Example:
             >>> pages = Pages.empty(2, 4, 6, block_size=16)
@@ -97,8 +98,9 @@ class Pages(NamedTuple):
         """Let sequence `to`, which holds nothing, hold the first blocks of `source` as well.
 
         Args:
-            positions: of the common prefix. Only whole blocks of it are shared, since the sequences
-                go on differently behind it.
+            source: a sequence that holds blocks for all of the prefix, and another than `to`.
+            positions: of the common prefix that `to` will not write again: at most its prompt but
+                the last token, if a round writes that one. Only whole blocks of it are shared.
 
         Returns:
             the number of positions shared; the rest of the prefix has to be written again.

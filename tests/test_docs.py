@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import specdiff_kernels
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +22,7 @@ DOCTESTED = [
         for op in ("row_law", "sample", "denoise_step", "verify", "commit", "skinny_linear")
     ),
     "specdiff_kernels.backends",
+    "specdiff_kernels.pages",
     "specdiff_kernels.records",
     "specdiff_kernels.types",
     "specdiff.noise",
@@ -28,13 +30,16 @@ DOCTESTED = [
 ]
 
 
-def test_readme_example():
-    names: dict = {}
+def test_readme_example(tiny_tokenizer):
+    tiny_tokenizer.pad_token = tiny_tokenizer.unk_token
+    model = tiny_model("llama", vocab=len(tiny_tokenizer))
+    names: dict = {"model": model, "tokenizer": tiny_tokenizer}
     for code in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(code, names)
     accepted, emitted = names["accepted"], names["emitted"]
     assert emitted.shape == (names["B"], names["K"] + 1)
     assert torch.equal((emitted >= 0).sum(-1), accepted + 1)
+    assert names["text"].shape[0] == 2 and names["text"].shape[1] > 20
     assert (names["verified"].status == 0).all() and (names["draft"].tokens >= 0).all()
 
 

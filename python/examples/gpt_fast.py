@@ -290,10 +290,13 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = args.model / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file)) if args.prompt or file.exists() else None
+    tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
+    if args.prompt and tokenizer is None:
+        parser.error(f"--prompt needs {file}; without it pass --prompt-ids")
+    encoded = [tokenizer.encode(text).ids for text in args.prompt] if tokenizer else []
     texts, rate = generate(
         load(args.model, device),
-        [*args.prompt_ids, *(tokenizer.encode(text).ids for text in args.prompt)],
+        args.prompt_ids + encoded,
         args.new_tokens,
         draft_model=load(args.draft, device) if args.draft else None,
         k=args.k,

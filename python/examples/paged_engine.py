@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from copy import copy
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ class PagedCache(DenseCache):
 
 @dataclass
 class Request:
-    """A prompt, how many tokens it wants, and the text it has so far."""
+    """A prompt, how many tokens it wants, and its text so far."""
 
     prompt: list[int]
     new_tokens: int
@@ -62,19 +63,15 @@ class Request:
 
     def __post_init__(self) -> None:
         self.text = list(self.prompt)
-
-    @property
-    def limit(self) -> int:
-        """Positions of its cache, which holds all tokens but the last."""
-        return len(self.prompt) - 1 + self.new_tokens
+        self.limit = len(self.prompt) - 1 + self.new_tokens  # a cache holds all but the last token
 
 
 class Engine:
-    """Rows are places for requests; each request's text is what it would be alone.
+    """Places for requests that come and go; the text of each is what it would be alone.
 
     Args:
         model: the target.
-        rows: requests that are decoded together.
+        rows: places.
         blocks: of the cache.
         block_size: positions in a block.
         longest: most tokens of a request, prompt included.
@@ -102,70 +99,62 @@ class Engine:
         columns = -(-(longest + k) // block_size)  # a forward brings k tokens that may be padding
         self.pages = Pages.empty(rows, columns, blocks, block_size, device)
         self.cache = PagedCache(model, self.pages)
-        self.requests: list[Request | None] = [None] * rows
+        self.running: dict[int, Request] = {}  # by place
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.lengths, self.limit, self.seed, self.round, self.last = (
-            zeros.clone() for _ in "12345"
-        )
-        self.finished = torch.ones_like(zeros, dtype=torch.bool)  # free places
+        self.lengths, self.limit, self.seed, self.round = (zeros.clone() for _ in range(4))
+        self.finished = torch.ones_like(zeros, dtype=torch.bool)  # or free
         self.stops = torch.tensor(model.config.stop_tokens, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> list[list[int]]:
-        """Decode them all, in order as there is room. -> texts
+        """Decode them all, each as soon as there is room. -> texts
 
         Raises:
             ValueError: a request that does not fit an empty engine.
         """
         waiting = list(requests)
-        while waiting or any(self.requests):
-            for b, request in enumerate(self.requests):
-                if request is None and waiting and self.admit(b, waiting[0]):
+        while waiting or self.running:
+            for b in range(len(self.finished)):
+                if waiting and b not in self.running and self.admit(b, waiting[0]):
                     waiting.pop(0)
-            if not any(self.requests):
+            if not self.running:
                 raise ValueError(
-                    f"requests: {waiting[0].limit + 1} tokens do not fit {self.cache.span} "
-                    f"positions or {len(self.pages.references)} blocks; give the engine more"
+                    f"requests: one of {waiting[0].limit + 1} tokens does not fit an engine of "
+                    f"{len(self.pages.references)} blocks of {self.pages.block_size}, at most "
+                    f"{self.pages.tables.shape[1]} in a row; give it more, or a larger `longest`"
                 )
             self.step()
         return [request.text for request in requests]
 
     def admit(self, b: int, request: Request) -> bool:
-        """Read a prompt into place b, but for what another row has read; False: no room yet."""
+        """Read a prompt into place b, all but what a running row has read. False: no room yet."""
         size, tables = self.pages.block_size, self.pages.tables
-        source, common = self.find_prefix(request)
-        wanted = -(-request.limit // size) - common // size
-        own = -(-self.limit // size) - (tables >= 0).sum(1)  # that running rows have yet to take
-        room = self.pages.available - own.masked_fill(self.finished, 0).sum()
-        if request.limit + self.k > self.cache.span or wanted > int(room):
+        prefixes = [(place, alike(other.text[:-1], request.prompt[:-1]))
+                    for place, other in self.running.items()]  # fmt: skip
+        source, prefix = max(prefixes, key=itemgetter(1), default=(b, 0))
+        # every row may yet grow to its limit
+        growth = (-(-self.limit // size) - (tables >= 0).sum(1)).masked_fill(self.finished, 0)
+        needed = -(-request.limit // size) - prefix // size + int(growth.sum())
+        if request.limit + self.k > self.cache.span or needed > int(self.pages.available):
             return False
-        start, end = self.pages.share(source, b, common), len(request.prompt)
+        start, end = self.pages.share(source, b, prefix), len(request.prompt)
         only = torch.arange(len(tables), device=self.device) == b
         self.pages.reserve(only * end)
-        positions = torch.arange(start, end, device=self.device)[None]
         prompt = torch.tensor([request.prompt[start:]], device=self.device)
+        positions = torch.arange(start, end, device=self.device)[None]
         self.model.hidden(prompt, positions, self.cache.row(b))
-        self.requests[b] = request
-        self.lengths[b], self.limit[b], self.last[b] = end - 1, request.limit, request.prompt[-1]
-        self.seed[b], self.round[b], self.finished[b] = request.seed, 0, False
+        self.lengths[b], self.limit[b], self.seed[b] = end - 1, request.limit, request.seed
+        self.round[b], self.finished[b] = 0, False
+        self.running[b] = request
         return True
-
-    def find_prefix(self, request: Request) -> tuple[int, int]:
-        """The row whose cache begins most like the request's, and in how many positions."""
-        prefixes = [
-            0 if other is None else common(other.text[:-1], request.prompt[:-1])
-            for other in self.requests
-        ]
-        source = max(range(len(prefixes)), key=prefixes.__getitem__)
-        return source, prefixes[source]
 
     def step(self) -> None:
         """Draft, one forward over K + 1 tokens a row, verify, commit."""
-        draft = self.draft()
+        last, draft = self.draft()
         positions = self.lengths[:, None] + torch.arange(self.k + 1, device=self.device)
-        ahead = torch.minimum(self.lengths + self.k + 1, self.limit).masked_fill(self.finished, 0)
-        self.pages.reserve(ahead)  # blocks for the draft; `admit` has seen to it that there are
-        tokens = torch.cat([self.last[:, None], draft.tokens], 1)  # [B, K + 1]
+        ahead = torch.minimum(self.lengths + self.k + 1, self.limit)
+        self.pages.reserve(ahead.masked_fill(self.finished, 0))  # `admit` saw that there are enough
+        tokens = torch.cat([last, draft.tokens], 1)  # [B, K + 1]
         logits = self.model(tokens, positions, self.cache)  # [B, K + 1, V]
         _, emitted, status = verify(
             logits, draft, self.temperature, seed=self.seed, round=self.round
@@ -176,29 +165,28 @@ class Engine:
             stop_tokens=self.stops, limit=self.limit, finished=self.finished,
             pages=self.pages, release=True,
         )  # fmt: skip
-        end = emitted.gather(1, (kept[:, None] - 1).clamp(min=0))[:, 0]
-        self.last = torch.where(kept > 0, end, self.last)
         self.round += 1
-        self.tell(emitted.tolist(), kept.tolist(), self.finished.tolist())
+        new, counts, over = emitted.tolist(), kept.tolist(), self.finished.tolist()
+        for b, request in list(self.running.items()):
+            request.text += new[b][: counts[b]]
+            if over[b]:
+                del self.running[b]
 
-    def tell(self, emitted: list[list[int]], kept: list[int], finished: list[bool]) -> None:
-        """Requests get their tokens; those that are finished leave their places."""
-        for b, request in enumerate(self.requests):
-            if request is not None:
-                request.text += emitted[b][: kept[b]]
-                self.requests[b] = None if finished[b] else request
-
-    def draft(self) -> Draft:
-        """What followed the last two tokens before: bare guesses, which need no law."""
-        guesses = [look_up(request.text, self.k) if request else [] for request in self.requests]
-        tokens = torch.tensor([guess + [0] * (self.k - len(guess)) for guess in guesses])
-        tokens, lengths = tokens.to(self.device), torch.tensor([len(guess) for guess in guesses])
-        rows = torch.full_like(tokens, -1)
-        return Draft(tokens, rows.int() + 1, rows, lengths=lengths.to(self.device))
+    def draft(self) -> tuple[Tensor, Draft]:
+        """Last tokens [B, 1], and guesses at what comes next, which are one-hot: without a law."""
+        B = len(self.finished)
+        tokens = torch.zeros(B, 1 + self.k, dtype=torch.int64)
+        lengths = torch.zeros(B, dtype=torch.int64)
+        for b, request in self.running.items():
+            known = request.text[-1:] + look_up(request.text, self.k)
+            tokens[b, : len(known)], lengths[b] = torch.tensor(known), len(known) - 1
+        last, guesses = tokens.to(self.device).split([1, self.k], 1)
+        tau, rows = torch.zeros_like(guesses, dtype=torch.int32), torch.full_like(guesses, -1)
+        return last, Draft(guesses, tau, rows, lengths=lengths.to(self.device))
 
 
-def common(a: list[int], b: list[int]) -> int:
-    """How many tokens they begin with are the same."""
+def alike(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts have in common before they differ."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 

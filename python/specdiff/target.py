@@ -33,6 +33,8 @@ class Target:
             "eager", set by `model.set_attn_implementation`. None: on a GPU the first of flash, flex
             and sdpa that is installed and knows the dtype, if the model has sdpa; else the model's
             own. The model used by itself then computes as with sdpa. GPT-Neo has its own alone.
+        compile: whether forwards go through `torch.compile`, made for any sizes. The model itself
+            stays as it is.
 
     Raises:
         ValueError: the architecture cannot decode ragged rows here, or not with this attention; the
@@ -44,7 +46,9 @@ class Target:
         >>> logits, hidden = target.forward(torch.tensor([[1, 2, 3]]), cache)
     """
 
-    def __init__(self, model: PreTrainedModel, *, attention: str | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, attention: str | None = None, compile: bool = False
+    ) -> None:
         check_supported(model)
         self.attention = set_attention(model, attention)
         self.model = model.eval()
@@ -57,6 +61,8 @@ class Target:
         self.boolean_mask = self.attention == "sdpa" or model.config.model_type == "gpt_neo"
         if model.config.model_type == "gpt_neo":
             take_over_gpt_neo(model)
+        body = model.base_model
+        self.body = torch.compile(body, dynamic=True) if compile else body
         # attention that needs no mask is given one all the same, so that transformers makes none
         self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
 
@@ -119,7 +125,7 @@ class Target:
             visible: dict[str, Any] = {"attention_mask": self.no_mask, "window": cache.window}
         else:
             visible = {"attention_mask": self._masks(positions, span)}
-        return self.model.base_model(
+        return self.body(
             input_ids=tokens,
             position_ids=positions.clamp(max=self.context_limit - 1),  # padding may run past it
             past_key_values=cache,

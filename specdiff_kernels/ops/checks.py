@@ -13,6 +13,7 @@ from ..types import LAW_DTYPES, MAX_VOCABULARY, Purpose, RowLaw
 
 INT64 = (torch.int64,)
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def check_tensor(
@@ -52,9 +53,14 @@ def device_of(name: str, tensor: Tensor) -> torch.device:
     return tensor.device
 
 
+def concrete(tensor: Tensor) -> bool:
+    """Whether it has memory: no compiler is looking on, and it is neither fake nor a wrapper."""
+    return not torch.compiler.is_compiling() and type(tensor) in PLAIN
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether its entries can be looked at without waiting for a device or breaking a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and concrete(tensor)
 
 
 def check_logits(

@@ -59,7 +59,8 @@ def commit(
             entries of the caches, but touches no other memory.)
         caches: what `path` moves: keys and values of all layers, in place, of any dtype with
             a contiguous last dimension and up to 4 combinations of shape, dtype and strides.
-            [B, H, S, D], or with pages [N, block_size, H, D]. Other layouts are views of these:
+            [B, H, S, D], or with pages [N, block_size, H, D], without a spare block that a pool
+            may have for padding (`pool[:N]`). Other layouts are views of these:
             `keys.transpose(1, 2)` of [B, S, H, D], `kv[:, 0]` and `kv[:, 1]` of interleaved
             [N, 2, block_size, H, D].
         backend, out: as in `row_law`; `out` may alias the inputs.
@@ -155,12 +156,12 @@ def check_caches(
     shape: tuple[int | None, ...] = (B, None, None, None)
     if pages is not None:
         shape = (len(pages.references), pages.block_size, None, None)
-    kinds: dict[Any, None] = {}
+    kinds: list[Any] = []  # sizes may be symbols, which have no hash
     for i, cache in enumerate(caches):
         kind = (cache.shape, cache.stride(), cache.dtype, cache.device)
         if kind in kinds:
             continue
-        kinds[kind] = None
+        kinds.append(kind)
         check_tensor(f"caches[{i}]", cache, shape, (cache.dtype,), device)
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             raise ValueError(
@@ -192,7 +193,7 @@ OP = define(
     "commit",
     "Tensor lengths, Tensor emitted, Tensor? stop_tokens, Tensor? limit, Tensor? finished, "
     "Tensor(t!)? tables, Tensor(u!)? references, Tensor(v!)? free, Tensor(w!)? available, "
-    "int block_size, bool release, Tensor? path, Tensor(x!)[] caches",
+    "SymInt block_size, bool release, Tensor? path, Tensor(x!)[] caches",
     ["new_lengths", "kept", "new_finished"],
     _outputs,
     _call,

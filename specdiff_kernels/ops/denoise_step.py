@@ -191,9 +191,9 @@ OP = define(
     "denoise_step",
     "Tensor logits, Tensor masked_tokens, Tensor old_tau, Tensor old_rows, Tensor old_max, "
     "Tensor old_scale, Tensor old_threshold, Tensor old_total, Tensor old_status, "
-    "Tensor? draft_ids, Tensor? lengths, Tensor pool_rows, int order, int lo, int hi, int number, "
-    "Tensor rate, int step, bool entropies, Tensor temperature, Tensor? top_k, Tensor? top_p, "
-    "Tensor? min_p, Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
+    "Tensor? draft_ids, Tensor? lengths, Tensor pool_rows, int order, SymInt lo, SymInt hi, "
+    "SymInt number, Tensor rate, SymInt step, bool entropies, Tensor temperature, Tensor? top_k, "
+    "Tensor? top_p, Tensor? min_p, Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
     ("tokens", "tau", "rows", *RowLaw._fields, "entropy"),
     _outputs,
     _call,

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
-from .checks import check_tensor
+from .checks import PLAIN, check_tensor
 
 Outputs = list[tuple[list[int], torch.dtype]]  # shape and dtype of each
-PLAIN = (Tensor, torch.nn.Parameter)
 LIBRARY = torch.library.Library("specdiff", "DEF")
 
 
@@ -27,7 +26,7 @@ class Op(NamedTuple):
 
 def watched(args: Sequence[Any]) -> bool:
     """Whether something other than the kernel has to see the call: a compiler, a mode, a transform,
-    a tracer, a profiler, autograd, or a tensor that is more than its memory.
+    a tracer, a profiler, autograd, or a tensor, also in a list, that is more than its memory.
 
     Otherwise it skips PyTorch's dispatcher, which takes longer over the twenty arguments of
     `verify` than everything else around the kernel.
@@ -42,8 +41,9 @@ def watched(args: Sequence[Any]) -> bool:
         return True
     learns = torch.is_grad_enabled()
     return any(
-        isinstance(x, Tensor)
-        and (type(x) not in PLAIN or x.is_neg() or (learns and x.requires_grad))
+        type(x) not in PLAIN or x.is_neg() or (learns and x.requires_grad)
+        if isinstance(x, Tensor)
+        else isinstance(x, list) and watched(x)
         for x in args
     )
 
@@ -60,7 +60,8 @@ def define(
     """Register `specdiff::name` and `specdiff::name.out`.
 
     Args:
-        inputs: the schema of the inputs, without the backend's name.
+        inputs: the schema of the inputs, without the backend's name. Sizes and counts are SymInt,
+            or `torch.compile` makes a graph for each value.
         outputs: names of the output tensors.
         specs: inputs -> shape and dtype of each output.
         call: (backend function, inputs, outputs) -> None, fills the outputs.
@@ -108,8 +109,9 @@ def define(
         return out if len(out) > 1 else out[0]
 
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, functional, device)
-        LIBRARY.impl(f"{name}.out", into, device)
+        # or autograd would find a derivative in the reference, which is written in PyTorch
+        LIBRARY.impl(name, torch.no_grad()(functional), device)
+        LIBRARY.impl(f"{name}.out", torch.no_grad()(into), device)
     torch.library.register_fake(f"specdiff::{name}", fake, lib=LIBRARY)
     torch.library.register_fake(f"specdiff::{name}.out", lambda *args: None, lib=LIBRARY)
 

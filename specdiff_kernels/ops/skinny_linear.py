@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_tensor, contiguous, device_of
+from .checks import check_tensor, concrete, contiguous, device_of
 from .registry import Outputs, define
 
 FLOAT = (torch.float32,)
@@ -60,8 +60,7 @@ def skinny_linear(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     args = (x, weight, *contiguous(bias), backend)
     if out is not None:
-        if not torch.compiler.is_compiling():
-            check_apart(out, x=x, weight=weight, bias=bias)
+        check_apart(out, x=x, weight=weight, bias=bias)
         OP.into(*args, out)
         return out
     return OP.functional(*args)
@@ -76,8 +75,8 @@ def check_apart(out: Tensor, **inputs: Tensor | None) -> None:
 
 
 def memory(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and behind the last one."""
-    if tensor.numel() == 0:
+    """Addresses of the first byte and behind the last one; none: 0, 0."""
+    if not concrete(tensor) or tensor.numel() == 0:
         return 0, 0
     furthest = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * (furthest + 1)

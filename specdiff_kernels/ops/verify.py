@@ -184,7 +184,7 @@ OP = define(
     "verify",
     "Tensor target_logits, Tensor tokens, Tensor tau, Tensor rows, Tensor? draft_logits, "
     "Tensor? max, Tensor? scale, Tensor? threshold, Tensor? total, Tensor? law_status, "
-    "Tensor? draft_ids, Tensor? lengths, int final_step, int rule, int record, "
+    "Tensor? draft_ids, Tensor? lengths, SymInt final_step, int rule, int record, "
     "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
     "Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
     Verified._fields,

@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch._dynamo.testing import CompileCounter
 
 from specdiff import Decoder, Sampling, Target, generate
 from specdiff import session as session_module
@@ -341,6 +342,20 @@ def test_generate_takes_a_model_and_tensors(target, plain):
     got = generate(target.model, PromptLookup(), batch, k=3, max_new_tokens=9)
     assert got.new_tokens == [text[:9]]
     assert generate(target, None, one, max_new_tokens=9).new_tokens == [text[:9]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_compiled_target_gives_the_same_text(family, monkeypatch):
+    """And is compiled a few times, whatever the lengths and widths."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    target, compiled = Target(tiny_model(family)), Target(tiny_model(family), compile=True)
+    drafter = Autoregressive(tiny_model("llama", seed=5))
+    options = dict(max_new_tokens=25, sampling=Sampling(0.9), look_every=2)
+    want = Decoder(target, drafter, 4).generate(PROMPTS, **options)
+    assert Decoder(compiled, drafter, 4).generate(PROMPTS, **options).new_tokens == want.new_tokens
+    assert 1 <= counter.frame_count <= 4 < want.stats.target_forwards
 
 
 # --- the exact law ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from functools import cache
 
@@ -241,6 +242,24 @@ def test_room_counts_what_running_rows_may_still_take(target):
 
 
 # --- for long ---
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_rounds_leave_no_tensors_behind():
+    target, drafter = (tiny_model("llama", context=256, seed=seed) for seed in (0, 5))
+    session = Decoder(Target(target), Autoregressive(drafter), 1).open(1, 250, block_size=4)
+    session.admit([[1, 2, 3]], max_new_tokens=240)
+    counts = []
+    for rounds in (5, 100):
+        for _ in range(rounds):
+            session.step()
+        counts.append(live_tensors())
+    assert not session.done[0] and counts[0] == counts[1]
 
 
 def predicted(model, text: list[int], new: int) -> list[int]:

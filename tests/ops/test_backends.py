@@ -14,15 +14,11 @@ import torch
 from specdiff_kernels import (
     _C,
     BackendError,
-    Draft,
-    Reveal,
     available_backends,
     backends,
-    denoise_step,
     row_law,
     skinny_linear,
     use_backend,
-    verify,
 )
 from specdiff_kernels.__main__ import report
 from specdiff_kernels.arguments import row_law_arguments
@@ -162,36 +158,6 @@ def test_unknown_instruction_set_is_an_error():
     assert result.returncode != 0
     assert "SPECDIFF_CPU_ISA" in result.stderr
     assert "avx2" in result.stderr
-
-
-def test_ops_compile_without_graph_breaks():
-    @torch.compile(fullgraph=True, backend="eager")
-    def total(logits):
-        return row_law(logits).total + 1
-
-    assert total(LOGITS).item() == 4 * 2**44 + 1
-    torch.library.opcheck(
-        torch.ops.specdiff.row_law.default,
-        (LOGITS, torch.ones(1), None, None, None, None),
-        test_utils=("test_schema", "test_faketensor"),
-    )
-
-
-def test_a_round_compiles_without_graph_breaks():
-    torch.manual_seed(0)
-    pool, target, zero = torch.randn(4, 9), torch.randn(2, 3, 9), torch.zeros(2).long()
-    key = {"seed": torch.arange(2), "round": zero}
-
-    def one_round(pool, target):
-        draft = Draft.masked(2, 2, pool)
-        draft = denoise_step(draft, Reveal.sedd(0.5), 0, entropies=True, **key)
-        draft = denoise_step(draft, Reveal.all(), 1, **key)
-        verified = verify(target, draft, rule="block", **key)
-        return *draft.law, draft.entropy.nan_to_num(), *verified
-
-    compiled = torch.compile(one_round, fullgraph=True, backend="eager")
-    for have, want in zip(compiled(pool, target), one_round(pool, target), strict=True):
-        assert torch.equal(have, want)
 
 
 def runs_beside(function) -> bool:

@@ -1,0 +1,150 @@
+"""Memory of the loop beyond the model: what it has to keep, and the peak of what it allocates.
+
+    python benchmarks/bench_memory.py [--target smollm2-135m]
+
+The loop has to keep keys and values, K + 1 rows of logits a sequence, and the rows that the draft
+was drawn from; the rest is what a forward and the ops need while they run. Then, on a model of two
+narrow layers, whether anything grows over 10,000 rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+from typing import Annotated, Any
+
+import torch
+import typer
+from machine import save
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdiff import Decoder, Session, Target
+from specdiff.cpu import accelerate
+from specdiff.drafters import PromptLookup, load_drafter
+from specdiff.models import load_target
+
+BATCHES = (1, 8)
+SETTINGS = {"plain": (None, None), "K = 2": ("block-diffusion", 2), "K = 4": ("block-diffusion", 4)}
+PROMPT, NEW, WATCHED = 100, 64, 6  # tokens, and rounds
+ROUNDS = 10_000
+MB = 1e-6
+console = Console(width=100)
+
+
+def peak(function: Any) -> int:
+    """The most bytes that PyTorch held on the CPU at once, beyond what it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        function()
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def size_of(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def measure(decoder: Decoder, batch: int) -> dict[str, float]:
+    """Bytes that the loop has to keep, and the peak of a few rounds, in MB."""
+    prompts = [list(range(1000 + b, 1000 + b + PROMPT)) for b in range(batch)]
+    session = decoder.open(batch, PROMPT + NEW)
+    session.admit(prompts, max_new_tokens=NEW)
+    session.step()
+    cache = size_of(*(x for layer in session.cache.layers for x in (layer.keys, layer.values)))
+    rounds = peak(lambda: [session.step() for _ in range(WATCHED)])
+    target, k = decoder.target, decoder.k
+    logits = batch * (k + 1) * target.vocab_size * target.dtype.itemsize
+    drafts = getattr(decoder.drafter, "head", None)
+    pool = 0 if drafts is None else batch * k * drafts.out_features * target.dtype.itemsize
+    return {
+        "cache": MB * cache,
+        "logits": MB * logits,
+        "pool": MB * pool,
+        "rounds": MB * rounds,
+        "rest": MB * (rounds - logits - pool),
+    }
+
+
+def growth() -> dict[str, float]:
+    """Live tensors, their bytes, and the process's peak before and after many rounds."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    decoder = Decoder(Target(LlamaForCausalLM(config)), PromptLookup(), 4)
+    session = decoder.open(2, 250, block_size=16, stop_tokens=())
+    rounds, seen = 0, []
+    for most in (ROUNDS // 10, ROUNDS):
+        while rounds < most:
+            for place, free in enumerate(session.done):
+                if free:
+                    session.admit([[1, 2, 3]], first=place, max_new_tokens=200, seed=rounds)
+            session.step()
+            rounds += 1
+        gc.collect()
+        live = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seen.append((len(live), size_of(*live), resident * 1024))
+    (_, _, early), (tensors, held, late) = seen
+    return {
+        "rounds": rounds,
+        "tensors_before": seen[0][0],
+        "tensors_after": tensors,
+        "bytes_before": seen[0][1],
+        "bytes_after": held,
+        "resident_growth_mb": MB * (late - early),
+        "free_blocks": blocks_left(session),
+    }
+
+
+def blocks_left(session: Session) -> str:
+    """Blocks that are free or held, of all."""
+    pages = session.cache.pages
+    if pages is None:
+        return "-"
+    held = int((pages.tables >= 0).sum())
+    return f"{int(pages.available) + held} of {len(pages.references)}"
+
+
+def main(
+    target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
+) -> None:
+    """Peaks in MB by setting and batch, then what is left after 10,000 rounds."""
+    long = growth()
+    model, _ = load_target(target)
+    seen = Target(accelerate(model))
+    cases = []
+    table = Table(title=f"MB beyond the model, {PROMPT} + {NEW} tokens a row")
+    for heading in ("", "B", "cache", "logits", "draft pool", "peak of a round", "the rest of it"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, (drafter, k) in SETTINGS.items():
+        for batch in BATCHES:
+            made = None if drafter is None else load_drafter(drafter, seen)
+            case = measure(Decoder(seen, made, k), batch)
+            cases.append({"setting": name, "k": k, "batch": batch, **case})
+            table.add_row(name, str(batch), *(f"{x:.1f}" for x in case.values()))
+    console.print(table)
+    console.print(
+        f"after {long['rounds']} rounds: {long['tensors_after']} live tensors of "
+        f"{long['bytes_after']} bytes ({long['tensors_before']} of {long['bytes_before']} after a "
+        f"tenth of them), peak of the process {long['resident_growth_mb']:+.1f} MB, "
+        f"{long['free_blocks']} blocks accounted for"
+    )
+    content = {
+        "command": "python benchmarks/bench_memory.py",
+        "target": target,
+        "cases": cases,
+        "growth": long,
+    }
+    console.print(f"saved {save('memory', content)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,270 @@
+"""What PyTorch asks of the ops: opcheck, `torch.compile` without graph breaks, fake tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from specdiff_kernels import (
+    Draft,
+    Pages,
+    Reveal,
+    backends,
+    commit,
+    denoise_step,
+    row_law,
+    sample,
+    skinny_linear,
+    verify,
+)
+
+B, K, V = 2, 3, 9
+NO_WORKSPACE = (commit, skinny_linear)
+
+OVERLOADS = sorted(
+    name.removeprefix("specdiff::") + ("" if name.endswith(".out") else ".default")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("specdiff::")
+)
+
+
+def test_every_op_has_both_overloads():
+    ops = ("commit", "denoise_step", "row_law", "sample", "skinny_linear", "verify")
+    assert [f"{op}.{form}" for op in ops for form in ("default", "out")] == OVERLOADS
+
+
+def every_call() -> Iterator[partial]:
+    """Each public op, once with nothing that may be left out, once with all of it."""
+    torch.manual_seed(0)
+    pool, target = torch.randn(B * K, V), torch.randn(B, K + 1, V)
+    rows, column = torch.arange(B * K), torch.arange(V)
+    row, per_row = torch.arange(B), torch.zeros(B * K, dtype=torch.int64)
+    forced = {"backend": "reference"}
+
+    def truncation(N: int) -> dict:
+        return {"temperature": torch.full((N,), 0.9), "top_k": 5, "top_p": 0.9, "min_p": 0.01}
+
+    yield partial(row_law, pool)
+    yield partial(row_law, pool, **truncation(B * K), **forced)
+
+    law = row_law(pool)
+    yield partial(sample, pool, law, words=rows)
+    yield partial(sample, pool, law, seed=rows, round=per_row, slot=per_row, position=rows,
+                  draft_ids=column, **forced)  # fmt: skip
+
+    masked = Draft.masked(B, K, pool)
+    step = partial(denoise_step, step=0)
+    yield partial(step, masked, Reveal.all(), words=torch.arange(B * K * 2).view(B, K, 2),
+                  entropies=True)  # opcheck takes no NaN for equal  # fmt: skip
+    reduced = masked._replace(draft_ids=column, lengths=torch.full((B,), K))
+    yield partial(step, reduced, Reveal.sedd(0.5), **truncation(B), seed=row, round=row,
+                  position=row, pool_rows=rows.view(B, K), entropies=True, **forced)  # fmt: skip
+
+    tokens = rows.view(B, K)
+    guess = Draft(tokens, torch.zeros(B, K).int(), torch.full((B, K), -1))
+    yield partial(verify, target, guess, words=torch.arange(B * (K + 1)).view(B, K + 1))
+    drawn = guess._replace(rows=tokens, logits=pool, law=law, draft_ids=column,
+                           lengths=reduced.lengths)  # fmt: skip
+    yield partial(verify, target, drawn, **truncation(B), rule="coupled", seed=row, round=row,
+                  position=row, **forced)  # fmt: skip
+
+    lengths, emitted = torch.ones(B).long(), torch.tensor([[7, 5, -1, -1], [7, 8, 9, 5]])
+    path = torch.tensor([[0, 2, 3, 5]] * B)
+    pages, others = (Pages.empty(B, 4, 4 * B, block_size=2) for _ in range(2))
+    pages.reserve(torch.full((B,), 7))
+    others.reserve(torch.full((B,), 7))
+    paged = [torch.randn(4 * B, 2, 2, 4), torch.randn(4 * B, 2, 1, 3).bfloat16()]
+    ends = {"stop_tokens": torch.tensor([8]), "limit": lengths + 2, "finished": lengths < 0}
+    yield partial(commit, lengths, emitted)
+    yield partial(commit, lengths, emitted, pages=pages)
+    yield partial(commit, lengths, emitted, path=path, caches=[torch.randn(B, 2, 8, 4)])
+    yield partial(commit, lengths, emitted, **ends, pages=others, release=True, path=path,
+                  caches=paged, **forced)  # fmt: skip
+
+    yield partial(skinny_linear, pool, target[0])
+    yield partial(skinny_linear, pool, target[0], torch.ones(K + 1), **forced)
+
+
+class Recorder(TorchDispatchMode):
+    """What the dispatcher is given, as it was before the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "specdiff":
+            self.calls[str(func).removeprefix("specdiff.")].append(deepcopy(args))
+        return func(*args, **(kwargs or {}))
+
+
+def output_like(result):
+    """Memory for `out`; of a draft also what only `out` needs."""
+    out = tree_map_only(Tensor, torch.zeros_like, result)
+    return out._replace(entropy=torch.zeros(B, K).double()) if isinstance(out, Draft) else out
+
+
+@cache
+def recorded() -> dict[str, list[tuple]]:
+    """Arguments of each overload."""
+    with Recorder() as recorder:
+        for call in every_call():
+            out = output_like(deepcopy(call)())
+            takes_workspace = "backend" in call.keywords and call.func not in NO_WORKSPACE
+            workspace = {"workspace": torch.zeros(1).long()} if takes_workspace else {}
+            call(out=out, **workspace)
+    return recorder.calls
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    op, form = name.split(".")
+    return getattr(getattr(torch.ops.specdiff, op), form)
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_opcheck(name):
+    for args in recorded()[name]:
+        torch.library.opcheck(
+            overload(name),
+            args,
+            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_opcheck_sees_every_option_given_and_left_out(name):
+    for i, argument in enumerate(overload(name)._schema.arguments):
+        if isinstance(argument.type, torch.OptionalType):
+            given = {args[i] is not None for args in recorded()[name]}
+            assert given == {False, True}, argument.name
+
+
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_no_op_is_differentiated_behind_autograd(name):
+    """This check of opcheck is empty unless an input requires a gradient."""
+    args = tree_map_only(
+        Tensor, lambda x: x.requires_grad_(x.is_floating_point()), deepcopy(recorded()[name][-1])
+    )
+    torch.library.opcheck(overload(name), args, test_utils="test_autograd_registration")
+
+
+# --- torch.compile ---
+
+
+def a_cache(form: str, B: int, K: int, M: int) -> tuple[Pages | None, Tensor | None, list[Tensor]]:
+    """Pages, a tree's path and the caches that it moves."""
+    path = torch.arange(0, 2 * (K + 1), 2).repeat(B, 1)
+    if form == "dense":
+        return None, None, []
+    if form == "dense tree":
+        return None, path, [torch.randn(B, heads, B + 2 * K + 3, 4) for heads in (2, 3)]
+    pages = Pages.empty(B, M, B * M, block_size=2)
+    if form == "pages":
+        return pages, None, []
+    return pages, path, [torch.randn(B * M, 2, 2, 4), torch.randn(B * M, 2, 2, 4).bfloat16()]
+
+
+def an_input(form: str, B: int, K: int, V: int, M: int) -> tuple:
+    torch.manual_seed(0)
+    hidden, head, pool = torch.randn(B, K + 1, 8), torch.randn(V, 8), torch.randn(B * K, V)
+    key = {"seed": torch.arange(B), "round": torch.zeros(B).long()}
+    return hidden, head, pool, torch.arange(B) + 1, key, *a_cache(form, B, K, M)
+
+
+def one_round(hidden, head, pool, lengths, key, pages, path, caches):
+    """All ops: step numbers and counts that follow the sizes, steps in place, blocks reserved."""
+    B, K = hidden.shape[0], hidden.shape[1] - 1
+    missing = None if pages is None else pages.reserve(lengths + 2 * K + 1)
+    draft = Draft.masked(B, K, pool)
+    draft = denoise_step(draft, Reveal.chunk(0, K // 2), 0, entropies=True, **key)
+    draft = denoise_step(draft, Reveal.highest_confidence(K // 2), 1, out=draft, **key)
+    draft = denoise_step(draft, Reveal.all(), K + 1, 0.9, top_k=5, out=draft, **key)
+    target = skinny_linear(hidden.flatten(0, 1), head).view(B, K + 1, -1)
+    verified = verify(target, draft, rule="block", **key)
+    committed = commit(lengths, verified.emitted, limit=lengths + 3, pages=pages,
+                       release=pages is not None, path=path, caches=caches)  # fmt: skip
+    bonus = sample(target[:, -1], row_law(target[:, -1]), **key)
+    return draft.tokens, draft.law, draft.entropy.nan_to_num(), verified, committed, bonus, missing
+
+
+def assert_like_eager(compiled, *size) -> None:
+    """The same results, and the same written in place."""
+    mine = an_input(*size)
+    theirs = deepcopy(mine)
+    have, want = (compiled(*mine), mine), (one_round(*theirs), theirs)
+    for x, y in zip(tree_leaves(have), tree_leaves(want), strict=True):
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+# B, K, V, M; PyTorch takes dimensions that are equal in the first for the same
+SIZES = [(5, 6, 11, 9), (3, 5, 13, 9), (2, 9, 30, 20), (7, 4, 8, 6), (2, 2, 2, 4)]
+
+
+@pytest.mark.parametrize("form", ["dense", "pages", "dense tree", "paged tree"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_round_is_one_graph_for_all_sizes(backend, form):
+    torch._dynamo.reset()
+    compiled = torch.compile(one_round, fullgraph=True, dynamic=True, backend=backend)
+    assert_like_eager(compiled, form, *SIZES[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in SIZES[1:]:
+            assert_like_eager(compiled, form, *size)
+
+
+def test_sizes_of_one_have_graphs_of_their_own():
+    """PyTorch specialises 0 and 1, here of B and K; of V, blocks and columns likewise."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(one_round, fullgraph=True, dynamic=True, backend=counter)
+    for count, size in enumerate([(1, 6, 11, 9), (5, 1, 11, 9)], 1):
+        assert_like_eager(compiled, "dense", *size)
+        assert counter.frame_count == count
+
+
+# --- fake tensors ---
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    """Nothing gets at a backend or an address."""
+
+    def refuse(*args):
+        raise AssertionError("memory was asked for")
+
+    monkeypatch.setattr(backends, "find", refuse)
+    monkeypatch.setattr(Tensor, "data_ptr", refuse)
+
+
+def described(result) -> list[tuple]:
+    return [(x.shape, x.stride(), x.dtype) for x in tree_leaves(result) if isinstance(x, Tensor)]
+
+
+def test_fakes_in_fakes_out(request):
+    want = [described((result := call(), output_like(result))) for call in every_call()]
+    request.getfixturevalue("no_memory")
+    with FakeTensorMode():
+        for call, like in zip(every_call(), want, strict=True):
+            result = call()
+            out = output_like(result)
+            call(out=out)
+            assert described((result, out)) == like
+            tensors = [x for x in tree_leaves((result, out)) if isinstance(x, Tensor)]
+            assert all(type(x) is FakeTensor for x in tensors)
+
+
+def test_a_fake_cache_is_no_cache(no_memory):
+    with FakeTensorMode():
+        fake = torch.empty(B, 2, 8, 4)
+    with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):
+        commit(torch.zeros(B).long(), torch.ones(B, 1).long(), path=torch.zeros(B, 1).long(),
+               caches=[fake])  # fmt: skip
