@@ -22,6 +22,7 @@ from .cache import Window
 
 FLASH, FLEX = "specdiff_fa", "specdiff_flex"  # "flash" in a name is transformers' own
 NAMES = {"flash": FLASH, "flex": FLEX, "sdpa": "sdpa", "eager": "eager"}
+FLEX_LEAST = 16  # columns of a head, on a GPU
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -46,7 +47,8 @@ def flash_attention(
         return plain(module, query, key, value, attention_mask, scaling, kwargs)
     attend = load_flash()
     lengths = (window.lengths + query.shape[2]).clamp(max=window.span)
-    if window.tables is None:
+    tables = None if window.gathers else window.tables
+    if tables is None:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     # the last query sees all keys of its row, the one before it one less, and so on
     mixed = attend(
@@ -54,7 +56,7 @@ def flash_attention(
         key,
         value,
         cache_seqlens=lengths.int(),
-        block_table=window.tables,
+        block_table=tables,
         softmax_scale=scaling,
         causal=True,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
@@ -148,9 +150,17 @@ def choose(model: PreTrainedModel) -> str:
         if own == implementation and name not in ("sdpa", "eager"):
             return name
     if model.device.type == "cuda" and own == "sdpa":
-        flash = importlib.util.find_spec("flash_attn") is not None
-        return "flash" if flash and model.dtype in HALF else "flex"
+        if importlib.util.find_spec("flash_attn") is not None and model.dtype in HALF:
+            return "flash"
+        return "flex" if head_size(model) >= FLEX_LEAST else "sdpa"
     return own
+
+
+def head_size(model: PreTrainedModel) -> int:
+    """Columns of a head."""
+    config = model.config
+    size = getattr(config, "head_dim", None)
+    return size or config.hidden_size // config.num_attention_heads
 
 
 AttentionInterface.register(FLASH, flash_attention)

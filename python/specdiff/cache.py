@@ -205,6 +205,7 @@ class RowCache(Cache):
         """A cache of some of the rows, in the same memory and with empty lengths."""
         part = copy(self)
         part.window = Window.empty(len(self.lengths[rows]), self.lengths.device)
+        part.window.gathers = self.window.gathers
         layers: list[Any] = self.layers
         part.layers = [layer.part(rows, part.window) for layer in layers]
         if self.pages is not None:

@@ -19,7 +19,7 @@ from specdiff_kernels import check_names
 from .adaptive import AdaptiveK
 from .drafters.base import Drafter
 from .sampling import Sampling, row_seeds
-from .session import Session
+from .session import Session, check_prompts
 from .stats import Stats, Step
 from .target import Target
 
@@ -85,6 +85,8 @@ class Decoder:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         check_names(rule, record)
+        if isinstance(drafter, PreTrainedModel):
+            raise ValueError("drafter is a model: pass specdiff.drafters.Autoregressive(model)")
         self.k = 0
         self.adaptive = None
         if drafter is not None:
@@ -154,7 +156,8 @@ class Decoder:
         stop_tokens: Sequence[int] | None = None,
         **options: Any,
     ) -> Session:
-        """A batch of empty places, for prompts that come and go; see `Session`.
+        """A batch of empty places, for prompts that come and go; see `Session`. A drafter
+        serves one session at a time.
 
         Args:
             rows: places.
@@ -235,26 +238,6 @@ def check_drafter(target: Target, drafter: Drafter, k: int) -> None:
             f"the drafter's vocabulary has {drafter.vocab_size} tokens and the target's "
             f"{target.vocab_size}: a drafter must share the target's tokenizer"
         )
-
-
-def check_prompts(target: Target, prompts: list[list[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    for b, row in enumerate(prompts):
-        if not row:
-            raise ValueError(f"prompt {b} is empty: give it at least one token, such as the bos")
-        if min(row) < 0 or max(row) >= target.vocab_size:
-            raise ValueError(
-                f"prompt {b} has ids from {min(row)} to {max(row)}, outside the target's "
-                f"vocabulary [0, {target.vocab_size}): was it made with another tokenizer?"
-            )
-        if len(row) >= target.context_limit:
-            raise ValueError(
-                f"prompt {b} has {len(row)} tokens and leaves no room in the target's context of "
-                f"{target.context_limit}: shorten it"
-            )
 
 
 def as_rows(prompts: Prompts) -> list[list[int]]:

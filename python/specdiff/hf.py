@@ -7,7 +7,9 @@ the history one row after another; stopping criteria token by token.
 
 from __future__ import annotations
 
+import inspect
 import sys
+import warnings
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -18,17 +20,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 from transformers.utils import ModelOutput
 
 from .adaptive import AdaptiveK
-from .decoder import Decoder, as_rows, check_prompts
+from .decoder import Decoder, as_rows
 from .drafters import load_drafter
 from .drafters.base import Drafter
 from .sampling import Sampling
-from .session import Session
+from .session import Session, check_prompts
 from .stats import Stats
 from .target import Target
 
@@ -52,23 +54,26 @@ FUSED = {
     processors.TopPLogitsWarper: "top_p",
     processors.MinPLogitsWarper: "min_p",
 }
+HIDDEN = ("streamer", "assistant_model", "synced_gpus")
 REFUSED = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model by itself",
     "SynthIDTextWatermarkLogitsProcessor": "keeps state from token to token",
     "EncoderRepetitionPenaltyLogitsProcessor": "wants all rows at once",
     "EncoderNoRepeatNGramLogitsProcessor": "wants all rows at once",
 }
-UNSUPPORTED = {  # of a GenerationConfig: what is honoured
+HONOURED = {  # values of a GenerationConfig; what is not listed here works with any
     "num_beams": (None, 1),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
-    "output_logits": (None, False),
     "penalty_alpha": (None, 0, 0.0),
     "dola_layers": (None,),
     "constraints": (None,),
     "force_words_ids": (None,),
     "prompt_lookup_num_tokens": (None,),
 }
+OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits")  # that nobody keeps
+INPUTS = {  # what transformers hands over, or what changes no text
+    "attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids",
+    "use_cache",
+}  # fmt: skip
 
 
 @dataclass
@@ -116,7 +121,12 @@ def generate(
             plain decoding.
         k, rule, record, backend: of `Decoder`.
         seed: one int, or one per returned sequence; None: drawn from torch's global generator.
-        stop_strings: need `tokenizer=...` beside them.
+        stop_strings: need `tokenizer=...` beside them. (In a GenerationConfig they do not work:
+            transformers drops the tokenizer before it looks for it.)
+
+    Processors and criteria that look at history are called with one row [1, N] at a time, and a
+    processor for drafted tokens that will be rejected, too: they must be functions of their
+    arguments. A text ends at the model's max_position_embeddings, with a warning.
 
     Returns:
         i64 [B, N], or with return_dict_in_generate a GenerateOutput.
@@ -136,21 +146,25 @@ def generate(
     call = arguments_of_generate()
     config = generation_config
     check_honoured(config, logits_processor, call)
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds cannot be drafted for: pass input_ids")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("past_key_values holds tokens already: pass the whole text as input_ids")
+    mask = model_kwargs.get("attention_mask")
+    check_inputs(model_kwargs, mask, input_ids)
+    if len(input_ids) > 1 and call.get("streamer") is not None:
+        raise ValueError("streamer: expected one sequence, got a batch; decode it row by row")
     target = Target(model)
     if isinstance(drafter, str):
         drafter = named_drafter(drafter, target)
     decoder = Decoder(target, drafter, k, rule, record=record, backend=backend)
 
     padded = as_rows(input_ids)
-    prompts = unpadded(padded, model_kwargs.get("attention_mask"))
-    max_new_tokens = config.max_length - input_ids.shape[1]
+    prompts = unpadded(padded, mask)
+    max_new_tokens = longest_of(config, stopping_criteria) - input_ids.shape[1]
     check_prompts(target, prompts, max_new_tokens)
     longest = max(map(len, prompts)) + max_new_tokens
+    if longest > target.context_limit:
+        warnings.warn(
+            f"texts end at the model's {target.context_limit} positions, before {longest} tokens",
+            stacklevel=3,
+        )
     sampling, first = split(logits_processor, config.do_sample)
     stops, others = split_criteria(stopping_criteria)
     if stop_strings is not None:
@@ -158,7 +172,7 @@ def generate(
     session = decoder.open(
         len(prompts), min(longest, target.context_limit), sampling=sampling, stop_tokens=stops,
         process=Processing(first, padded, prompts) if first else None,
-        ends=partial(any_criterion, others, padded) if others else None,
+        ends=partial(any_criterion, others, padded, input_ids.device) if others else None,
         logprobs=bool(config.return_dict_in_generate and config.output_scores),
     )  # fmt: skip
     seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -189,22 +203,27 @@ def run(session: Session, streamer: Any) -> list[list[float]]:
 
 
 def arguments_of_generate() -> dict[str, Any]:
-    """The keyword arguments that `model.generate` was called with.
+    """What `model.generate` was called with and does not hand to a callable.
 
-    It hands a callable neither streamer nor tokenizer, but its decorator's frame still has them.
+    Its own frame has the streamer and an assistant; the tokenizer is left in its decorator's.
     """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        given = frame.f_locals.get("kwargs")
-        if isinstance(given, dict) and "custom_generate" in given:
-            return given
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return {}
+    if frame is None:
+        return {}
+    found = {name: frame.f_locals.get(name) for name in HIDDEN}
+    outer = frame.f_back.f_locals.get("kwargs") if frame.f_back is not None else None
+    if isinstance(outer, dict) and "custom_generate" in outer:
+        found["tokenizer"] = outer.get("tokenizer")
+    return found
 
 
 def check_honoured(config: GenerationConfig, listed: Sequence[Any], call: dict[str, Any]) -> None:
-    for name, honoured in UNSUPPORTED.items():
-        if (value := getattr(config, name, None)) not in honoured:
+    asked = OUTPUTS if config.return_dict_in_generate else ()
+    for name, values in {**HONOURED, **dict.fromkeys(asked, (None, False))}.items():
+        if (value := getattr(config, name, None)) not in values:
             raise ValueError(f"{name}={value!r} cannot be honoured by speculative decoding")
     for name in ("assistant_model", "synced_gpus"):
         if call.get(name):
@@ -215,15 +234,39 @@ def check_honoured(config: GenerationConfig, listed: Sequence[Any], call: dict[s
             raise ValueError(f"{name} cannot be honoured: it {REFUSED[name]}")
 
 
+def check_inputs(given: dict[str, Any], mask: Tensor | None, input_ids: Tensor) -> None:
+    """Raise for inputs of the model that would change its text and that the loop does not bring."""
+    if given.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds cannot be drafted for: pass input_ids")
+    cache = given.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError("past_key_values holds tokens already: pass the whole text as input_ids")
+    other = [name for name, value in given.items() if name not in INPUTS and value is not None]
+    if other:
+        raise ValueError(f"{other[0]} cannot be honoured: the target reads tokens alone")
+    positions = given.get("position_ids")
+    if positions is not None:
+        real = torch.ones_like(input_ids) if mask is None else mask
+        counted = real.long().cumsum(1) - 1
+        if ((positions != counted) & (real != 0)).any():
+            raise ValueError("position_ids cannot be honoured: expected each text's own 0, 1, 2...")
+
+
+def longest_of(config: GenerationConfig, listed: Sequence[Any]) -> int:
+    """Most tokens of a text, its padding included."""
+    lengths = [c.max_length for c in listed if type(c) is criteria.MaxLengthCriteria]
+    return min([config.max_length, *lengths])
+
+
 _loaded: WeakKeyDictionary[Any, dict[str, Drafter]] = WeakKeyDictionary()
 
 
 def named_drafter(name: str, target: Target) -> Drafter:
-    """Read a drafter once for each model."""
+    """A drafter whose weights are read once for each model, and whose state is the caller's own."""
     known = _loaded.setdefault(target.model, {})
     if name not in known:
         known[name] = load_drafter(name, target)
-    return known[name]
+    return copy(known[name])
 
 
 def split(listed: Sequence[Any], samples: bool) -> tuple[Sampling, list[Any]]:
@@ -295,9 +338,12 @@ class Processing:
         seen = torch.tensor(self.padded[b][: self.padding[b]] + text, device=drafted.device)
         seen = torch.cat([seen, drafted])[None]
         start = seen.shape[1] - len(drafted)
-        return torch.cat(
-            [processor(seen[:, : start + i], row.clone()) for i, row in enumerate(scores[:, None])]
-        )
+        rows: list[Tensor] = []
+        for i, row in enumerate(scores[:, None]):
+            rows.append(processor(seen[:, : start + i], row.clone()))
+            if i < len(drafted) and rows[i][0, drafted[i]] == -torch.inf:
+                break  # it is rejected, and no text has it for its history
+        return torch.cat([*rows, scores[len(rows) :]])
 
 
 def of_row(processor: Any, b: int) -> Any:
@@ -331,9 +377,11 @@ def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> Any:
     return criteria.StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
 
 
-def any_criterion(listed: list[Any], padded: list[list[int]], row: int, new: list[int]) -> bool:
+def any_criterion(
+    listed: list[Any], padded: list[list[int]], device: torch.device, row: int, new: list[int]
+) -> bool:
     """Whether a row ends with the last of its new tokens."""
-    ids = torch.tensor([padded[row] + new])
+    ids = torch.tensor([padded[row] + new], device=device)
     return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in listed)
 
 
@@ -342,7 +390,10 @@ def unpadded(rows: list[list[int]], mask: Tensor | None) -> list[list[int]]:
     if mask is None:
         return rows
     if (mask.long().diff(dim=1) < 0).any():
-        raise ValueError("attention_mask must be 0 on the left alone: use padding_side='left'")
+        raise ValueError(
+            "attention_mask must be 0 on the left alone: use padding_side='left', and pass the "
+            "mask if a text may hold the pad token"
+        )
     counts = mask.long().sum(1).tolist()
     return [row[len(row) - n :] for row, n in zip(rows, counts, strict=True)]
 

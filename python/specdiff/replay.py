@@ -31,6 +31,7 @@ class Replay:
             raise ValueError(f"capture needs a CUDA device, got a target on {device.type}")
         self.function = function
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # nothing in it outlives a replay
 
     def __call__(self, key: Hashable) -> None:
         if key in self.graphs:
@@ -42,6 +43,6 @@ class Replay:
             self.function()
         current.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             self.function()
         self.graphs[key] = graph

@@ -25,6 +25,7 @@ from .stats import Stats, Step
 
 if TYPE_CHECKING:
     from .decoder import Decoder
+    from .target import Target
 
 LOOK_EVERY = 8  # rounds, on a GPU
 SPAN = 256  # a captured round reads a multiple of so many keys
@@ -91,6 +92,7 @@ class Session:
 
         # what a round reads and writes in place
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._stop_tokens = frozenset(stop_tokens)
         self.stops = torch.tensor(tuple(stop_tokens), dtype=torch.int64, device=device)
         self.lengths, self.limit, self.seeds, self.round = (zeros.clone() for _ in range(4))
         self.finished = torch.ones_like(zeros, dtype=torch.bool)
@@ -109,6 +111,13 @@ class Session:
         self.chances = torch.empty(self.emitted.shape, dtype=torch.float64, device=device)
 
         self._replay = Replay(self._round, device) if capture else None
+        if capture and self.look_every == 1:
+            raise ValueError("capture needs a look_every above 1: the host cannot look at a graph")
+        if capture and not getattr(self.drafter, "capturable", self.drafter is None):
+            raise ValueError(
+                f"capture: {type(self.drafter).__name__} waits for the device or keeps new memory; "
+                "take a drafter that is `capturable`, or none"
+            )
         if self.drafter is not None:
             self.drafter.start(rows, capacity + 1, sampling)
         if decoder.adaptive is not None:
@@ -148,9 +157,11 @@ class Session:
             seed: one int, from which each prompt gets its own (see `row_seeds`), or one for each.
 
         Raises:
-            ValueError: a place that is taken, or a prompt that does not fit.
+            ValueError: a place that is taken, a prompt that cannot be used, or no room for it.
         """
+        check_prompts(self.target, prompts, max_new_tokens)
         places = range(first, first + len(prompts))
+        seeds = row_seeds(seed, len(prompts))
         rows = slice(places.start, places.stop)
         ends = [min(len(row) + max_new_tokens, self.target.context_limit) - 1 for row in prompts]
         self._check(places, ends)
@@ -163,7 +174,7 @@ class Session:
             before = self.target.prefill(tokens, counts - 1, part, keep_hidden=keep)
         self.lengths[rows] = counts - 1
         self.limit[rows] = torch.tensor(ends, device=device)
-        self.seeds[rows] = torch.tensor(row_seeds(seed, len(prompts)), device=device)
+        self.seeds[rows] = torch.tensor(seeds, device=device)
         self.round[rows] = 0
         self.finished[rows] = False
         self.last[rows] = tokens.gather(1, counts[:, None] - 1)
@@ -180,14 +191,24 @@ class Session:
         for b in places:
             self._used[b] = True
 
-    def has_room(self, tokens: int) -> bool:
-        """Whether a row of so many tokens, prompt included, may be admitted: rows that are under
+    @torch.inference_mode()
+    def abort(self, place: int) -> None:
+        """End a row where it is; its blocks go back, and its place is free."""
+        self.finished[place] = True
+        self.done[place] = True
+        if self.cache.pages is not None:
+            nothing = torch.full_like(self.lengths[:, None], -1)
+            commit(self.lengths, nothing, finished=self.finished, pages=self.cache.pages,
+                   release=True, backend=self.decoder.backend)  # fmt: skip
+
+    def has_room(self, *tokens: int) -> bool:
+        """Whether rows of so many tokens, prompts included, may be admitted: rows that are under
         way could all reach their limits, and the pool of a paged cache would still do."""
-        pages = self.cache.pages
-        if tokens - 1 > self.capacity or pages is None:
-            return tokens - 1 <= self.capacity
+        pages, more = self.cache.pages, [n - 1 for n in tokens]
+        if max(more) > self.capacity or pages is None:
+            return max(more) <= self.capacity
         running = [end for end, over in zip(self._limits, self.done, strict=True) if not over]
-        blocks = sum(-(-end // pages.block_size) for end in [*running, tokens - 1])
+        blocks = sum(-(-end // pages.block_size) for end in [*running, *more])
         return blocks <= len(pages.references)
 
     @torch.inference_mode()
@@ -195,7 +216,8 @@ class Session:
         """Run one round, or `look_every` of them, and look at what they brought.
 
         Raises:
-            LawError: the target's or drafter's logits define no law; names the row and reason.
+            LawError: the target's or drafter's logits define no law; names the row and reason. What
+                other rows gained is in `texts`; they go on once `abort` has freed this one's place.
         """
         longest = max(self._lengths)
         if self.decoder.adaptive is not None:
@@ -230,8 +252,10 @@ class Session:
         # a row drafts at most one token less than it may still emit
         room = torch.minimum(self.limit - self.lengths - 1, self.most).clamp(min=0)
         room = room.masked_fill(self.finished, 0)
+        asks = self.drafter is not None and (self.look_every > 1 or bool(room.any()))
         with self._time("draft"):
-            draft, drafted = self._draft(room, Draws(self.seeds, self.round, position))
+            draws = Draws(self.seeds, self.round, position)
+            draft, drafted = self._draft(room, draws) if asks else no_draft(room)
         with self._time("target"):
             ahead = draft.tokens.clamp(0, target.vocab_size - 1)  # verify reports bad ids
             logits, hidden = target.forward(torch.cat([self.last, ahead], 1), cache)
@@ -240,7 +264,7 @@ class Session:
         with self._time("verify"):
             verified = verify(
                 logits, draft, *self.sampling.parameters,
-                rule=decoder.rule, record=decoder.record if draft.tokens.shape[1] else None,
+                rule=decoder.rule, record=decoder.record if asks else None,
                 seed=self.seeds, round=self.round, position=position, backend=decoder.backend,
             )  # fmt: skip
             status = verified.status.masked_fill(self.finished, 0)
@@ -270,14 +294,12 @@ class Session:
 
     def _draft(self, room: Tensor, draws: Draws) -> tuple[Draft, Tensor]:
         """A draft as wide as k, or as its longest row if the host looks anyway; and its lengths."""
-        none = torch.empty(len(room), 0, dtype=torch.int64, device=room.device)
-        looks = self.look_every == 1
-        if self.drafter is None or (looks and not room.any()):
-            lengths = torch.zeros_like(room)
-            return Draft(none, none.int(), none, lengths=lengths), lengths
+        looks, drafter = self.look_every == 1, self.drafter
+        if drafter is None:
+            return no_draft(room)
         # always as wide, so that a row's draft does not depend on the room of its batch mates
         news = self.news if looks else self.news._replace(longest=self.longest + 1)
-        draft = self.drafter.draft(news, self.k, room, draws)
+        draft = drafter.draft(news, self.k, room, draws)
         adaptive = self.decoder.adaptive
         if adaptive is not None:
             if draft.entangled:
@@ -304,10 +326,12 @@ class Session:
             if self.ends is None or self.done[b]:
                 continue
             new = self.texts[b][self.prompts[b] :]
-            for n, token in enumerate(tokens):
+            for n, token in enumerate(tokens[: self._limits[b] - self._lengths[b]]):
                 if token < 0:
                     break
                 new.append(token)
+                if token in self._stop_tokens:
+                    break
                 if self.ends(b, new):
                     limits[b] = min(limits[b], self._lengths[b] + n + 1)
                     break
@@ -357,8 +381,9 @@ class Session:
         tokens: list[list[int]] = [[] for _ in range(batch)]
         logprobs: list[list[float]] | None = None if chances is None else [[] for _ in tokens]
         stood, proposed = [0] * batch, [0] * batch
+        faults = [0] * batch
         for n, (kept, accepted, drafted, status) in enumerate(self.counts.tolist()):
-            check_status(torch.tensor(status), "sequence")
+            faults = [old or new for old, new in zip(faults, status, strict=True)]
             if not any(kept):
                 continue  # all rows had finished
             self.stats.count(drafted, accepted, kept)
@@ -374,6 +399,7 @@ class Session:
         for text, more in zip(self.texts, tokens, strict=True):
             text += more
         self.done = self.finished.tolist()
+        check_status(torch.tensor(faults), "sequence")
         return Step(tokens, stood, proposed, self.done, self.stats, logprobs)
 
     def _check(self, places: range, ends: list[int]) -> None:
@@ -389,6 +415,37 @@ class Session:
                 f"a row of up to {max(ends) + 1} tokens does not fit a session of capacity "
                 f"{self.capacity}: open it with a larger one, or lower max_new_tokens"
             )
+        if not self.has_room(*(end + 1 for end in ends)):
+            raise ValueError(
+                "the pool has too few blocks for these rows beside those under way: wait for one "
+                "to finish, or open the session with more blocks"
+            )
+
+
+def check_prompts(target: Target, prompts: list[list[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    for b, row in enumerate(prompts):
+        if not row:
+            raise ValueError(f"prompt {b} is empty: give it at least one token, such as the bos")
+        if min(row) < 0 or max(row) >= target.vocab_size:
+            raise ValueError(
+                f"prompt {b} has ids from {min(row)} to {max(row)}, outside the target's "
+                f"vocabulary [0, {target.vocab_size}): was it made with another tokenizer?"
+            )
+        if len(row) >= target.context_limit:
+            raise ValueError(
+                f"prompt {b} has {len(row)} tokens and leaves no room in the target's context of "
+                f"{target.context_limit}: shorten it"
+            )
+
+
+def no_draft(room: Tensor) -> tuple[Draft, Tensor]:
+    """A draft of width 0 for each row, and its lengths."""
+    none, lengths = room.new_empty(len(room), 0), torch.zeros_like(room)
+    return Draft(none, none.int(), none, lengths=lengths), lengths
 
 
 def pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

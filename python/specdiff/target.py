@@ -99,7 +99,8 @@ class Target:
         cache = PagedRowCache(
             layers, batch, capacity, self.device, block_size=block_size, blocks=blocks
         )
-        cache.window.gathers = self.attention != "flash"
+        # flash-attn reads blocks of a multiple of 256 positions where they lie
+        cache.window.gathers = self.attention != "flash" or block_size % 256 != 0
         return cache
 
     def forward(self, tokens: Tensor, cache: RowCache) -> tuple[Tensor, Tensor]:

@@ -179,12 +179,13 @@ def test_gpt_neo_reads_a_paged_cache(model):
 
 
 def test_attention_is_chosen_by_device_dtype_and_what_is_installed(monkeypatch):
-    model = tiny_model("llama")
+    model = tiny_model("llama", head_dim=16)
     assert attention.choose(model) == "sdpa"
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     installed = True
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed or None)
     assert attention.choose(model) == "flex"  # fp32
+    assert attention.choose(tiny_model("llama")) == "sdpa"  # heads of 8
     monkeypatch.setattr(type(model), "dtype", torch.bfloat16)
     assert attention.choose(model) == "flash"
     installed = False

@@ -18,8 +18,9 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
 
 
 def targets(family: str, dtype: torch.dtype, **options) -> tuple[Target, Autoregressive]:
-    make = lambda seed: tiny_model(family, seed=seed, context=512, dtype=dtype).cuda()
-    return Target(make(0), **options), Autoregressive(make(1))
+    wide = {} if family == "gpt2" else {"head_dim": 16}  # FlexAttention's least
+    make = lambda seed: tiny_model(family, seed=seed, context=512, dtype=dtype, **wide).cuda()
+    return Target(make(0), **options), Autoregressive(Target(make(1), attention="sdpa"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from scipy.stats import chisquare
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteriaList,
     TextStreamer,
@@ -116,6 +120,8 @@ def test_ends_of_sequence(model):
 
 def test_criteria(model):
     text = text_of(model)
+    short = StoppingCriteriaList([MaxLengthCriteria(PROMPT.shape[1] + 5)])
+    assert same(model, stopping_criteria=short).shape[1] == PROMPT.shape[1] + 5
     own = StoppingCriteriaList([EndsAfter(text[7])])
     assert same(model, stopping_criteria=own)[0, -1] == text[7]
     got = both(model, stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(0.0)]))[0]
@@ -292,9 +298,26 @@ def test_what_is_returned(model):
     assert torch.equal(out.sequences, model.generate(PROMPT, **options))
 
 
+class Heard:
+    """A streamer that keeps what it is told."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
 REFUSED = {
     "num_beams=2": {"num_beams": 2},
     "output_attentions=True": {"output_attentions": True, "return_dict_in_generate": True},
+    "position_ids cannot": {"position_ids": torch.arange(3, 13)[None]},
+    "token_type_ids cannot": {"token_type_ids": PROMPT},
+    "streamer: expected one": {"streamer": Heard(), "inputs": PROMPT.repeat(2, 1)},
+    "pass specdiff.drafters.Autoregressive": {"drafter": tiny_model("llama")},
     "UnbatchedClassifierFree": {"guidance_scale": 1.5},
     "assistant_model cannot": {"assistant_model": tiny_model("llama")},
     "attention_mask must be 0 on the left": {"attention_mask": torch.tensor([[1] * 9 + [0]])},
@@ -304,11 +327,53 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_honoured_is_refused(message):
-    model = tiny_model("llama")
+    model = tiny_model("gpt2" if "token_type" in message else "llama")
     model.set_attn_implementation("eager")
+    options = {"inputs": PROMPT, "max_new_tokens": 3, **REFUSED[message]}
     with pytest.raises(ValueError, match=message):
-        model.generate(PROMPT, custom_generate=specdiff.hf.generate, max_new_tokens=3,
-                       **REFUSED[message])  # fmt: skip
+        model.generate(custom_generate=specdiff.hf.generate, **options)
+
+
+def test_a_streamer_is_found_wherever_it_stands(model):
+    """As a keyword, by its place, and in a call without transformers' decorator."""
+    text = text_of(model, 9)
+    options = {"custom_generate": specdiff.hf.generate, "max_new_tokens": 9, "do_sample": False}
+    plain = inspect.unwrap(type(model).generate)
+    heard = [Heard() for _ in range(3)]
+    model.generate(PROMPT, streamer=heard[0], **options)
+    model.generate(PROMPT, None, None, None, None, None, None, heard[1], **options)
+    with torch.no_grad():
+        plain(model, PROMPT, streamer=heard[2], **options)
+    assert all(h.tokens == PROMPT[0].tolist() + text and h.ended for h in heard)
+
+
+def test_named_drafters_serve_two_threads_at_once(model):
+    options = {"custom_generate": specdiff.hf.generate, "drafter": "prompt-lookup"}
+    decode = lambda ids: model.generate(ids, max_new_tokens=40, do_sample=False, **options)
+    prompts = [PROMPT, PROMPT[:, 3:], PROMPT[:, 5:]] * 2
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(decode, prompts))
+    for have, ids in zip(got, prompts, strict=True):
+        assert torch.equal(have, model.generate(ids, max_new_tokens=40, do_sample=False))
+
+
+def test_constraints_are_not_asked_about_texts_that_cannot_be(model):
+    """A trie of allowed texts knows no others; drafts that leave it are rejected."""
+
+    def allowed(b, ids):
+        new = ids[PROMPT.shape[1] :].tolist()
+        assert all(token == 7 + i for i, token in enumerate(new)), "outside of the trie"
+        return [7 + len(new)]
+
+    got = same(model, drafter="lookup", prefix_allowed_tokens_fn=allowed, max_new_tokens=12)
+    assert got[0, PROMPT.shape[1] :].tolist() == list(range(7, 19))
+
+
+def test_the_context_ends_a_text_with_a_warning():
+    model = tiny_model("llama", context=16)
+    with pytest.warns(UserWarning, match="texts end at the model's 16 positions"):
+        got = model.generate(PROMPT, custom_generate=specdiff.hf.generate, max_new_tokens=20)
+    assert got.shape == (1, 16)
 
 
 def test_a_filled_cache_is_refused(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 from functools import cache
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specdiff import AdaptiveK, Decoder, Sampling, Target
+from specdiff import AdaptiveK, Decoder, PagedRowCache, Sampling, Target, attention
 from specdiff import session as session_module
+from specdiff import target as target_module
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import SEDD
@@ -21,6 +23,7 @@ from specdiff_kernels import LawError
 from tests.tiny import tiny_model
 
 from .test_adaptive import block_diffusion
+from .test_cache import flash_by_hand
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95)
 
@@ -124,6 +127,13 @@ def test_looking_rarely_changes_nothing(target, name, sampling, look_every):
 # --- what would be a CUDA graph ---
 
 
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default,
+    aten.nonzero.default, aten.masked_select.default, aten.lift_fresh.default,
+}  # fmt: skip
+
+
 class Recorded(TorchDispatchMode):
     """What a CUDA graph is: the operations of a function and their memory, without its Python."""
 
@@ -132,7 +142,10 @@ class Recorded(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        assert operation is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
+        masks = operation is aten.index.Tensor and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        assert operation not in WAITS and not masks, f"{operation} waits for the device"
         out = operation(*args, **(kwargs or {}))
         self.calls.append((operation, args, kwargs or {}, out))
         return out
@@ -158,12 +171,20 @@ class RecordedReplay(Replay):
         self.graphs[key] = graph
 
 
-@pytest.mark.parametrize("kind", [{}, {"block_size": 4}])
-@pytest.mark.parametrize("name", RESIDENT)
-def test_a_round_can_be_replayed(target, name, kind, monkeypatch):
-    """Rows come and go between replays; keys beyond 32 are another graph."""
+@pytest.fixture
+def recorded(monkeypatch):
+    """Rounds are replayed, without the checks that are made on a CPU alone."""
     monkeypatch.setattr(session_module, "Replay", RecordedReplay)
     monkeypatch.setattr(session_module, "SPAN", 32)
+    for module in ("verify", "denoise_step"):
+        monkeypatch.setattr(sys.modules[f"specdiff_kernels.ops.{module}"], "readable", lambda x: 0)
+    monkeypatch.setattr(PagedRowCache, "check", lambda cache: None)
+
+
+@pytest.mark.parametrize("kind", [{}, {"block_size": 4}])
+@pytest.mark.parametrize("name", RESIDENT)
+def test_a_round_can_be_replayed(target, name, kind, recorded):
+    """Rows come and go between replays; keys beyond 32 are another graph."""
     jobs = requests(9, longest=20, new=30, seed=3)
     make = lambda: Decoder(target, DRAFTERS[name](target), None if name == "none" else 4)
     session = make().open(3, 51, sampling=SAMPLED, look_every=2, capture=True, **kind)
@@ -171,7 +192,19 @@ def test_a_round_can_be_replayed(target, name, kind, monkeypatch):
     assert session._replay.replayed > 10 and 1 <= len(session._replay.graphs) <= 2
 
 
-def test_replaying_what_keeps_new_memory_is_caught(target, monkeypatch):
+def test_looking_at_the_device_is_caught(target, recorded):
+    class Looks(Autoregressive):
+        def draft(self, news, k, lengths, draws):
+            assert lengths.max() >= 0
+            return super().draft(news, k, lengths, draws)
+
+    session = Decoder(target, Looks(target.model), 4).open(1, 51, look_every=2, capture=True)
+    session.admit([[1, 2, 3]], max_new_tokens=30)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        session.step()
+
+
+def test_replaying_what_keeps_new_memory_is_caught(target, recorded):
     """A drafter that counts in a new tensor: the text of the replay is another, or it fails."""
 
     class Rebinds(Autoregressive):
@@ -179,7 +212,6 @@ def test_replaying_what_keeps_new_memory_is_caught(target, monkeypatch):
             self.cache.set_lengths(self.cache.lengths.clone(), self.cache.longest)
             return super()._read(news)
 
-    monkeypatch.setattr(session_module, "Replay", RecordedReplay)
     make = lambda: Decoder(target, Rebinds(target.model), 4)
     jobs = requests(3, new=30, seed=3)
     session = make().open(3, 51, look_every=2, capture=True)
@@ -193,7 +225,14 @@ def test_replaying_what_keeps_new_memory_is_caught(target, monkeypatch):
 
 def test_capture_needs_a_gpu(target):
     with pytest.raises(ValueError, match="capture needs a CUDA device, got a target on cpu"):
+        Decoder(target).open(1, 10, capture=True, look_every=2)
+
+
+def test_what_cannot_be_captured_is_refused(target, recorded):
+    with pytest.raises(ValueError, match="capture needs a look_every above 1"):
         Decoder(target).open(1, 10, capture=True)
+    with pytest.raises(ValueError, match="PromptLookup waits for the device"):
+        Decoder(target, PromptLookup()).open(1, 10, capture=True, look_every=2)
 
 
 # --- limits ---
@@ -203,6 +242,12 @@ def test_bad_places_and_options(target):
     decoder = Decoder(target, PromptLookup())
     session = decoder.open(2, 20)
     session.admit([[1, 2]], max_new_tokens=5)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        session.admit([[]], first=1)
+    with pytest.raises(ValueError, match="outside the target's vocabulary"):
+        session.admit([[99]], first=1)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        session.admit([[1]], first=1, max_new_tokens=0)
     with pytest.raises(ValueError, match="place 0 is taken"):
         session.admit([[1]], max_new_tokens=5)
     with pytest.raises(ValueError, match="places 1 to 2 were asked for, but the session has 2"):
@@ -221,13 +266,48 @@ def test_bad_places_and_options(target):
         decoder.open(1, 20, look_every=2, ends=lambda row, tokens: False)
 
 
-def test_a_sick_row_is_named_though_nobody_looked(target):
+@pytest.mark.parametrize("look_every", [1, 4])
+def test_a_sick_row_is_named_and_the_others_go_on_without_it(look_every):
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data[7] = float("nan")
-    session = Decoder(Target(model)).open(2, 20, look_every=4)
+    decoder = Decoder(Target(model))
+    want = decoder.generate([1, 2], max_new_tokens=9).sequences[0]
+    session = decoder.open(2, 20, look_every=look_every, block_size=4)
     session.admit([[1, 2], [7]], max_new_tokens=9)
     with pytest.raises(LawError, match=r"sequence 1 .*NaN"):
         session.step()
+    assert session.texts == [want[: 2 + look_every], [7]]
+    session.abort(1)
+    assert session.done[1] and not (session.cache.pages.tables[1] >= 0).any()
+    while not session.done[0]:
+        session.step()
+    assert session.texts[0] == want
+
+
+def test_what_ends_a_row_is_not_asked_about_what_was_cut_off(target):
+    text = Decoder(target).generate([1, 2, 3], max_new_tokens=20).new_tokens[0]
+    asked = []
+    ends = lambda row, tokens: asked.append(list(tokens))
+    decoder = Decoder(target, Autoregressive(target.model), 4)
+    session = decoder.open(1, 20, ends=ends, stop_tokens=text[5:6])
+    session.admit([[1, 2, 3]], max_new_tokens=7)
+    while not session.done[0]:
+        session.step()
+    assert [*asked[-1], text[5]] == session.texts[0][3:] == text[: text.index(text[5]) + 1]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("block_size", [None, 4, 256])
+@pytest.mark.parametrize("name", ["flash", "flex"])
+def test_every_attention_serves_a_session(name, block_size, monkeypatch):
+    """flash-attn, which needs a GPU, by what it documents; it reads blocks of 256 in place."""
+    monkeypatch.setattr(attention, "load_flash", lambda: flash_by_hand)
+    monkeypatch.setattr(target_module.importlib.util, "find_spec", lambda name: name)
+    other, plain = Target(tiny_model("llama"), attention=name), Target(tiny_model("llama"))
+    jobs = requests(6, seed=4)
+    session = Decoder(other, PromptLookup(), 4).open(2, 33, block_size=block_size)
+    assert session.cache.window.gathers == (name == "flex" or block_size != 256)
+    assert serve(session, jobs) == alone(Decoder(plain, PromptLookup(), 4), jobs, Sampling())
 
 
 def test_room_counts_what_running_rows_may_still_take(target):
@@ -236,6 +316,8 @@ def test_room_counts_what_running_rows_may_still_take(target):
     assert session.has_room(41) and not session.has_room(42)
     session.admit([[1]], first=1, max_new_tokens=24)  # 6 blocks
     assert session.has_room(17) and not session.has_room(18)
+    with pytest.raises(ValueError, match="the pool has too few blocks"):
+        session.admit([[1]], first=2, max_new_tokens=17)
     while not session.done[1]:
         session.step()
     assert session.has_room(41)

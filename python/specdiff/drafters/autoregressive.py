@@ -30,10 +30,11 @@ class Autoregressive:
     """
 
     needs_hidden = False
+    capturable = True
     block = 4
 
-    def __init__(self, model: PreTrainedModel, *, backend: str | None = None) -> None:
-        self.model = Target(model)
+    def __init__(self, model: PreTrainedModel | Target, *, backend: str | None = None) -> None:
+        self.model = model if isinstance(model, Target) else Target(model)
         self.vocab_size: int | None = self.model.vocab_size
         self.backend = backend
 

@@ -42,6 +42,7 @@ class Drafter(Protocol):
         needs_hidden: whether `News.hidden` must be filled in.
         vocab_size: of the target it drafts for; None: any.
         block: tokens that it drafts per round unless told otherwise.
+        capturable: left out or False unless its rounds can be captured, see `draft`.
     """
 
     needs_hidden: bool

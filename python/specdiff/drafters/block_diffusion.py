@@ -313,6 +313,7 @@ class BlockDiffusion:
     """
 
     needs_hidden = True
+    capturable = True
 
     def __init__(
         self,
