@@ -16,7 +16,8 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from gpt_fast import DenseCache, Transformer, load, token_ids
+from gpt_fast import token_ids
+from llama import DenseCache, Transformer, load
 from torch import Tensor
 
 from specdiff_kernels import Draft, Pages, check_status, commit, verify

@@ -94,6 +94,8 @@ class Target:
         exact for the tokens within it, but with flash-attn: there, count the padding in.
         """
         layers = self.model.config.num_hidden_layers
+        if block_size is None and blocks is not None:
+            raise ValueError(f"blocks={blocks} needs a block_size: without one the cache is dense")
         if block_size is None:
             return RowCache(layers, batch, capacity, self.device)
         cache = PagedRowCache(

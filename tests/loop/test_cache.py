@@ -195,6 +195,8 @@ def test_attention_is_chosen_by_device_dtype_and_what_is_installed(monkeypatch):
 
 
 def test_a_pool_that_is_too_small_says_so(target):
+    with pytest.raises(ValueError, match="blocks=3 needs a block_size"):
+        target.new_cache(2, 32, blocks=3)
     cache = target.new_cache(2, 32, block_size=4, blocks=3)
     with pytest.raises(RuntimeError, match="pool of 3 blocks was 1 blocks too small"):
         target.prefill(torch.ones(2, 8, dtype=torch.int64), torch.tensor([8, 8]), cache)
