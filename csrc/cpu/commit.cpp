@@ -1,4 +1,5 @@
-#include <algorithm>
+#include "specdiff/commit.h"
+
 #include <cstring>
 
 #include "ops.h"
@@ -6,23 +7,6 @@
 
 namespace specdiff::cpu {
 namespace {
-
-void advance(const CommitParams& p, int64_t b) {
-  const auto stops = [&](int64_t token) {
-    return std::find(p.stop_tokens, p.stop_tokens + p.stops, token) != p.stop_tokens + p.stops;
-  };
-  const int64_t* emitted = p.emitted + b * p.columns;
-  const int64_t length = p.lengths[b];
-  bool done = p.finished && p.finished[b];
-  int64_t room = done ? 0 : p.columns;
-  if (p.limit) room = std::min(room, std::max<int64_t>(p.limit[b] - length, 0));
-  int64_t kept = 0;
-  while (kept < room && emitted[kept] >= 0 && !done) done = stops(emitted[kept++]);
-  done = done || (p.limit && length + kept >= p.limit[b]);
-  p.new_lengths[b] = length + kept;
-  p.kept[b] = kept;
-  p.new_finished[b] = done;
-}
 
 // Moves what row b keeps of its tree to its first positions, in a cache.
 void move(const CommitParams& p, const Caches& caches, char* cache, int64_t b) {

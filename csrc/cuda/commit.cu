@@ -6,44 +6,12 @@
 #include <algorithm>
 
 #include "block.h"
+#include "specdiff/commit.h"
 
 namespace specdiff::cuda {
 namespace {
 
 constexpr int kGroup = 8;  // loads that a thread has under way
-
-struct Outcome {
-  int64_t kept;
-  bool finished;
-};
-
-__device__ bool stops(const CommitParams& p, int64_t token) {
-  for (int64_t s = 0; s < p.stops; ++s) {
-    if (p.stop_tokens[s] == token) return true;
-  }
-  return false;
-}
-
-__device__ Outcome outcome(const CommitParams& p, int64_t b) {
-  const int64_t* emitted = p.emitted + b * p.columns;
-  const int64_t length = p.lengths[b];
-  bool done = p.finished && p.finished[b];
-  int64_t room = done ? 0 : p.columns;
-  if (p.limit) {
-    const int64_t allowed = p.limit[b] > length ? p.limit[b] - length : 0;
-    room = room < allowed ? room : allowed;
-  }
-  int64_t kept = 0;
-  while (kept < room && emitted[kept] >= 0 && !done) done = stops(p, emitted[kept++]);
-  return {kept, done || (p.limit && length + kept >= p.limit[b])};
-}
-
-__device__ void advance(const CommitParams& p, int64_t b) {
-  const Outcome found = outcome(p, b);
-  p.new_lengths[b] = p.lengths[b] + found.kept;
-  p.kept[b] = found.kept;
-  p.new_finished[b] = found.finished;
-}
 
 __global__ void __launch_bounds__(kThreads) advance_rows(CommitParams p) {
   const int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x;

@@ -26,32 +26,46 @@ FLEX_LEAST = 16  # columns of a head, on a GPU
 HALF = (torch.float16, torch.bfloat16)
 
 
+def ragged(attend: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+    """A function for transformers: `attend` where a forward brings a window, else its sdpa."""
+
+    def attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        window: Window | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        if window is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        scaling, sliding_window = options.get("scaling"), options.get("sliding_window")
+        return attend(query, key, value, window, scaling, sliding_window), None
+
+    return attention
+
+
 def flash_attention(
-    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    window: Window | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    window: Window,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
     """flash-attn's `flash_attn_with_kvcache`: no mask, only the keys that a row has.
 
     query [B, Hq, Q, D]; key and value [B, H, span, D], or the pools [blocks, block_size, H, D] of
     a paged cache. -> [B, Q, Hq, D]
     """
-    if window is None:
-        return plain(module, query, key, value, attention_mask, scaling, kwargs)
-    attend = load_flash()
     lengths = (window.lengths + query.shape[2]).clamp(max=window.span)
     tables = None if window.gathers else window.tables
     if tables is None:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     # the last query sees all keys of its row, the one before it one less, and so on
-    mixed = attend(
+    return load_flash()(
         query.transpose(1, 2),
         key,
         value,
@@ -61,27 +75,20 @@ def flash_attention(
         causal=True,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
     )
-    return mixed, None
 
 
 def flex_attention(
-    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    window: Window | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    window: Window,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
     """PyTorch's FlexAttention, compiled on a GPU: blocks of keys that no query sees are not read.
 
     query [B, Hq, Q, D]; key and value [B, H, span, D]. -> [B, Q, Hq, D]
     """
-    if window is None:
-        return plain(module, query, key, value, attention_mask, scaling, kwargs)
     attend, make_mask = load_flex(query.device.type)
     if sliding_window not in window.cached:
         sizes = len(query), None, query.shape[2], key.shape[2]
@@ -95,7 +102,7 @@ def flex_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return mixed.transpose(1, 2), None
+    return mixed.transpose(1, 2)
 
 
 def visible_from(lengths: Tensor, sliding_window: int | None) -> Callable[..., Tensor]:
@@ -107,21 +114,6 @@ def visible_from(lengths: Tensor, sliding_window: int | None) -> Callable[..., T
         return seen if sliding_window is None else seen & (k > position - sliding_window)
 
     return visible
-
-
-def plain(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, None]:
-    """The model used by itself."""
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, **options
-    )
 
 
 @cache
@@ -163,7 +155,7 @@ def head_size(model: PreTrainedModel) -> int:
     return size or config.hidden_size // config.num_attention_heads
 
 
-AttentionInterface.register(FLASH, flash_attention)
-AttentionInterface.register(FLEX, flex_attention)
+AttentionInterface.register(FLASH, ragged(flash_attention))
+AttentionInterface.register(FLEX, ragged(flex_attention))
 AttentionMaskInterface.register(FLASH, sdpa_mask)
 AttentionMaskInterface.register(FLEX, sdpa_mask)

@@ -18,7 +18,7 @@ from torch import Tensor
 from specdiff_kernels import Committed, Draft, check_status, commit, row_law, verify
 
 from .cache import PagedRowCache
-from .drafters.base import Draws, News
+from .drafters.base import Drafter, Draws, News
 from .replay import Replay
 from .sampling import Sampling, row_seeds
 from .stats import Stats, Step
@@ -252,10 +252,12 @@ class Session:
         # a row drafts at most one token less than it may still emit
         room = torch.minimum(self.limit - self.lengths - 1, self.most).clamp(min=0)
         room = room.masked_fill(self.finished, 0)
-        asks = self.drafter is not None and (self.look_every > 1 or bool(room.any()))
+        drafter = self.drafter if self.look_every > 1 or room.any() else None
         with self._time("draft"):
             draws = Draws(self.seeds, self.round, position)
-            draft, drafted = self._draft(room, draws) if asks else no_draft(room)
+            draft, drafted = (
+                no_draft(room) if drafter is None else self._draft(drafter, room, draws)
+            )
         with self._time("target"):
             ahead = draft.tokens.clamp(0, target.vocab_size - 1)  # verify reports bad ids
             logits, hidden = target.forward(torch.cat([self.last, ahead], 1), cache)
@@ -264,7 +266,7 @@ class Session:
         with self._time("verify"):
             verified = verify(
                 logits, draft, *self.sampling.parameters,
-                rule=decoder.rule, record=decoder.record if asks else None,
+                rule=decoder.rule, record=None if drafter is None else decoder.record,
                 seed=self.seeds, round=self.round, position=position, backend=decoder.backend,
             )  # fmt: skip
             status = verified.status.masked_fill(self.finished, 0)
@@ -283,20 +285,20 @@ class Session:
         self.last.copy_(torch.where(kept[:, None] > 0, end, self.last))
         self.round += 1
         self._tell(emitted, kept, hidden)
-        self._log(emitted, torch.stack([kept, verified.accepted, drafted, status]))
         if self.logprobs:
             chances = log_probabilities(logits, emitted, self.sampling, decoder.backend)
-            self._log_chances(chances)
+            self._log(self.chances, chances)
+        self._log(self.emitted, emitted)
+        self._log(self.counts, torch.stack([kept, verified.accepted, drafted, status]))
+        self.slot.add_(1).remainder_(self.look_every)
 
     def _time(self, stage: str) -> AbstractContextManager[None]:
         """Timing waits for the device, so it is for those who look at every round."""
         return self.stats.time(stage, self.device) if self.look_every == 1 else nullcontext()
 
-    def _draft(self, room: Tensor, draws: Draws) -> tuple[Draft, Tensor]:
+    def _draft(self, drafter: Drafter, room: Tensor, draws: Draws) -> tuple[Draft, Tensor]:
         """A draft as wide as k, or as its longest row if the host looks anyway; and its lengths."""
-        looks, drafter = self.look_every == 1, self.drafter
-        if drafter is None:
-            return no_draft(room)
+        looks = self.look_every == 1
         # always as wide, so that a row's draft does not depend on the room of its batch mates
         news = self.news if looks else self.news._replace(longest=self.longest + 1)
         draft = drafter.draft(news, self.k, room, draws)
@@ -360,17 +362,10 @@ class Session:
             hidden[rows, :N] = before
         self.news = News(known, heard, hidden)
 
-    def _log(self, emitted: Tensor, counts: Tensor) -> None:
-        """Keep what a round brought until the host looks."""
-        padding = self.k + 1 - emitted.shape[1]
-        self.emitted.index_copy_(0, self.slot, F.pad(emitted, (0, padding))[None])
-        self.counts.index_copy_(0, self.slot, counts[None])
-        self.slot.add_(1).remainder_(self.look_every)
-
-    def _log_chances(self, chances: Tensor) -> None:
-        padding = self.k + 1 - chances.shape[1]
-        slot = (self.slot - 1) % self.look_every
-        self.chances.index_copy_(0, slot, F.pad(chances, (0, padding))[None])
+    def _log(self, log: Tensor, entry: Tensor) -> None:
+        """Keep what a round brought, right-padded to the log's width, until the host looks."""
+        padding = log.shape[-1] - entry.shape[-1]
+        log.index_copy_(0, self.slot, F.pad(entry, (0, padding))[None])
 
     def _look(self) -> Step:
         """Read what the rounds since the last look brought, and add it to the texts."""

@@ -189,31 +189,6 @@ struct CommitParams {
   int32_t threads;
 };
 
-SPECDIFF_HD int64_t blocks_of(int64_t positions, int64_t block_size) {
-  return (positions + block_size - 1) / block_size;
-}
-
-// The first column of row b's table that it does not need after the round.
-SPECDIFF_HD int64_t first_dropped(const CommitParams& p, int64_t b) {
-  if (p.release && p.new_finished[b]) return 0;
-  const int64_t length = p.new_lengths[b];
-  return length < 0 ? 0 : blocks_of(length, p.pages.block_size);
-}
-
-// Offset in bytes of position t of row b within a cache; -1 if it has none.
-SPECDIFF_HD int64_t entry(const Caches& caches, const Pages& pages, int64_t b, int64_t t) {
-  if (t < 0) return -1;
-  if (!pages.tables) {
-    if (t >= caches.positions) return -1;
-    return b * caches.outer_stride + t * caches.position_stride;
-  }
-  const int64_t column = t / pages.block_size;
-  if (column >= pages.columns) return -1;
-  const int64_t block = pages.tables[b * pages.columns + column];
-  if (block < 0 || block >= caches.outer) return -1;
-  return block * caches.outer_stride + t % pages.block_size * caches.position_stride;
-}
-
 // out [m, n] = x [m, k] weight[n, k]^T + bias [n]; rows contiguous, strides in elements.
 struct SkinnyLinearParams {
   const float* x;
