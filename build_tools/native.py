@@ -47,6 +47,7 @@ PER_ISA = {
     os.path.join("csrc", "cpu", "tile.cpp"): ["-fschedule-insns"],
     # no part of the law, so it may contract
     os.path.join("csrc", "cpu", "product.cpp"): ["-ffp-contract=fast"],
+    os.path.join("csrc", "cpu", "divergence.cpp"): ["-ffp-contract=fast", "-fschedule-insns"],
 }
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 

@@ -6,7 +6,7 @@
 """
 
 from .backends import BackendError, available_backends, use_backend, workspace_size
-from .ops import commit, denoise_step, row_law, sample, skinny_linear, verify
+from .ops import commit, denoise_step, row_divergence, row_law, sample, skinny_linear, verify
 from .pages import Pages
 from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal
@@ -16,6 +16,7 @@ from .types import (
     Draft,
     LawError,
     Purpose,
+    RowDivergence,
     RowLaw,
     Status,
     Verified,
@@ -35,6 +36,7 @@ __all__ = [
     "Purpose",
     "Record",
     "Reveal",
+    "RowDivergence",
     "RowLaw",
     "Status",
     "Verified",
@@ -44,6 +46,7 @@ __all__ = [
     "choose_record",
     "commit",
     "denoise_step",
+    "row_divergence",
     "row_law",
     "sample",
     "skinny_linear",

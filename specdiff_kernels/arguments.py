@@ -63,6 +63,44 @@ def row_law_arguments(
     )
 
 
+def row_divergence_arguments(
+    target_logits: Tensor,
+    draft_logits: Tensor,
+    draft_ids: Tensor | None,
+    temperature: Tensor,
+    *,
+    out: Sequence[Tensor],
+) -> tuple:
+    """out: RowDivergence and the statistics"""
+    return (
+        logits_view(target_logits),
+        logits_view(draft_logits),
+        target_logits.shape[0],
+        addresses((draft_ids, temperature)),
+        addresses(out),
+    )
+
+
+def row_divergence_backward_arguments(
+    target_logits: Tensor,
+    draft_logits: Tensor,
+    draft_ids: Tensor | None,
+    temperature: Tensor,
+    statistics: Tensor,
+    *upstream: Tensor,
+    out: Tensor,
+) -> tuple:
+    """upstream: gradients of tv, kl, reverse_kl, draft_entropy"""
+    return (
+        logits_view(target_logits),
+        logits_view(draft_logits),
+        target_logits.shape[0],
+        addresses((draft_ids, temperature, statistics)),
+        addresses(upstream),
+        address(out),
+    )
+
+
 def sample_arguments(
     logits: Tensor,
     law: RowLaw,

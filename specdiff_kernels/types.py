@@ -157,6 +157,30 @@ class Verified(NamedTuple):
     status: Tensor  # i32 [B], Status; where it is not OK, accepted is 0 and emitted all -1
 
 
+class RowDivergence(NamedTuple):
+    """How far the draft's law q of each row is from the target's law p; NaN: a row has none."""
+
+    tv: Tensor  # f32 [N], total variation: 1 - the probability that verification accepts
+    kl: Tensor  # f32 [N] nats, KL(p || q) over the drafted tokens
+    reverse_kl: Tensor  # f32 [N] nats, KL(q || p)
+    target_entropy: Tensor  # f32 [N] nats
+    draft_entropy: Tensor  # f32 [N] nats
+
+
+class RowStatistics(NamedTuple):
+    """What the backward pass of `row_divergence` needs of each row beside its logits: the columns
+    of an f64 [N, 8]. All NaN: a row has no law."""
+
+    target_max: Tensor  # the largest logit
+    target_sum: Tensor  # sum over v of exp((l_v - max) / temperature)
+    draft_max: Tensor
+    draft_sum: Tensor
+    drafted: Tensor  # sum of p over the drafted tokens
+    excess: Tensor  # sum of q where q > p
+    reverse_kl: Tensor
+    draft_entropy: Tensor
+
+
 class Committed(NamedTuple):
     """Per-row cache lengths after a round."""
 

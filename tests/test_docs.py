@@ -17,10 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCTESTED = [
-    *(
-        f"specdiff_kernels.ops.{op}"
-        for op in ("row_law", "sample", "denoise_step", "verify", "commit", "skinny_linear")
-    ),
+    *(f"specdiff_kernels.ops.{op}" for op in specdiff_kernels.ops.__all__),
     "specdiff_kernels.backends",
     "specdiff_kernels.pages",
     "specdiff_kernels.records",

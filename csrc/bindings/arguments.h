@@ -47,6 +47,48 @@ inline RowLawParams params(const RowLawArguments& arguments) {
   return {logits(x), rows, parameters(parameters_), law(out), nullptr, 1};
 }
 
+// target, draft, rows, (draft_ids, temperature),
+// (tv, kl, reverse_kl, target_entropy, draft_entropy, statistics)
+using RowDivergenceArguments =
+    std::tuple<LogitsTuple, LogitsTuple, int64_t, AddressTuple, AddressTuple>;
+
+inline RowDivergenceParams params(const RowDivergenceArguments& arguments) {
+  const auto& [target, draft, rows, in, out] = arguments;
+  return {logits(target),
+          logits(draft),
+          rows,
+          pointer<const int64_t>(in.at(0)),
+          pointer<const float>(in.at(1)),
+          pointer<float>(out.at(0)),
+          pointer<float>(out.at(1)),
+          pointer<float>(out.at(2)),
+          pointer<float>(out.at(3)),
+          pointer<float>(out.at(4)),
+          pointer<RowStatistics>(out.at(5)),
+          1};
+}
+
+// target, draft, rows, (draft_ids, temperature, statistics),
+// gradients of (tv, kl, reverse_kl, draft_entropy), out
+using RowDivergenceBackwardArguments =
+    std::tuple<LogitsTuple, LogitsTuple, int64_t, AddressTuple, AddressTuple, Address>;
+
+inline RowDivergenceBackwardParams params(const RowDivergenceBackwardArguments& arguments) {
+  const auto& [target, draft, rows, in, upstream, out] = arguments;
+  return {logits(target),
+          logits(draft),
+          rows,
+          pointer<const int64_t>(in.at(0)),
+          pointer<const float>(in.at(1)),
+          pointer<const RowStatistics>(in.at(2)),
+          pointer<const float>(upstream.at(0)),
+          pointer<const float>(upstream.at(1)),
+          pointer<const float>(upstream.at(2)),
+          pointer<const float>(upstream.at(3)),
+          pointer<void>(out),
+          1};
+}
+
 // logits, rows, law, randomness, slot, purpose, draft_ids, tokens
 using SampleArguments = std::tuple<LogitsTuple, int64_t, AddressTuple, AddressTuple, Address,
                                    uint32_t, Address, Address>;

@@ -15,6 +15,21 @@ void row_law(const RowLawArguments& arguments, Address scratch, int threads) {
   cpu::row_law(p);
 }
 
+void row_divergence(const RowDivergenceArguments& arguments, int threads) {
+  static_assert(sizeof(RowStatistics) == 8 * sizeof(double), "see RowStatistics in types.py");
+  RowDivergenceParams p = params(arguments);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  cpu::row_divergence(p);
+}
+
+void row_divergence_backward(const RowDivergenceBackwardArguments& arguments, int threads) {
+  RowDivergenceBackwardParams p = params(arguments);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  cpu::row_divergence_backward(p);
+}
+
 void sample(const SampleArguments& arguments, int threads) {
   SampleParams p = params(arguments);
   p.threads = threads;
@@ -78,6 +93,8 @@ PYBIND11_MODULE(_C, m) {
   using namespace specdiff;
   m.doc() = "The CPU kernels. Arguments are checked in Python, not here.";
   m.def("row_law", &row_law);
+  m.def("row_divergence", &row_divergence);
+  m.def("row_divergence_backward", &row_divergence_backward);
   m.def("sample", &sample);
   m.def("denoise_step", &denoise_step);
   m.def("verify", &verify);

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "divergence.h"
 #include "product.h"
 #include "tile.h"
 
@@ -9,9 +10,11 @@ namespace specdiff::cpu {
 
 extern const TileKernels kernels_plain;
 extern const Product product_plain;
+extern const DivergenceKernels divergence_plain;
 #ifndef SPECDIFF_ONLY_PLAIN
 extern const TileKernels kernels_avx2, kernels_avx512;
 extern const Product product_avx2, product_avx512;
+extern const DivergenceKernels divergence_avx2, divergence_avx512;
 #endif
 
 namespace {
@@ -19,24 +22,25 @@ namespace {
 struct Isa {
   const TileKernels* kernels;
   const Product* product;
+  const DivergenceKernels* divergence;
   bool (*supported)();
 };
 
 const Isa kIsas[] = {
 // best first
 #ifndef SPECDIFF_ONLY_PLAIN
-    {&kernels_avx512, &product_avx512,
+    {&kernels_avx512, &product_avx512, &divergence_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
      }},
-    {&kernels_avx2, &product_avx2,
+    {&kernels_avx2, &product_avx2, &divergence_avx2,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
               __builtin_cpu_supports("fma");
      }},
 #endif
-    {&kernels_plain, &product_plain, [] { return true; }},
+    {&kernels_plain, &product_plain, &divergence_plain, [] { return true; }},
 };
 
 std::atomic<const Isa*> in_use{nullptr};
@@ -72,5 +76,6 @@ const Isa& isa() {
 
 const TileKernels& kernels() { return *isa().kernels; }
 Product product() { return *isa().product; }
+const DivergenceKernels& divergence() { return *isa().divergence; }
 
 }  // namespace specdiff::cpu

@@ -6,6 +6,8 @@
 namespace specdiff::cpu {
 
 void row_law(const RowLawParams& params);
+void row_divergence(const RowDivergenceParams& params);
+void row_divergence_backward(const RowDivergenceBackwardParams& params);
 void sample(const SampleParams& params);
 void denoise_step(const DenoiseStepParams& params);
 void verify(const VerifyParams& params);

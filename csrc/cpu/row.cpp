@@ -130,15 +130,20 @@ void tile_weights(const Row& row, const RowLaw& law, int64_t tile, int64_t* e) {
   kernels().weights(row.tile(tile * kTile, n, buffer), n, law, e);
 }
 
+Status find_max(const Row& row, float* max) {
+  const Extremes keys = extremes(row);
+  const Status status = status_of(keys);
+  if (status == kOk) *max = from_order_key(keys.high) + 0.0f;
+  return status;
+}
+
 RowLaw make_law(const Row& row, const Parameters& parameters, int64_t index, int64_t* sums,
                 int64_t* scratch) {
   RowLaw law;
   law.status = kParameter;
   if (!valid(parameters, index)) return law;
-  const Extremes keys = extremes(row);
-  law.status = status_of(keys);
+  law.status = find_max(row, &law.max);
   if (law.status != kOk) return law;
-  law.max = from_order_key(keys.high) + 0.0f;  // never -0
   const float temperature = parameters.temperature[index];
   if (temperature == 0) {
     law.threshold = first_equal(row, law.max);

@@ -32,6 +32,16 @@ class Row {
     return buffer;
   }
 
+  // the logits of n ids
+  void gather(const int64_t* ids, int n, float* out) const {
+    if (dtype_ != kFloat32) {
+      for (int i = 0; i < n; ++i) out[i] = at(ids[i]);
+    } else {
+      const float* l = reinterpret_cast<const float*>(data_);
+      for (int i = 0; i < n; ++i) out[i] = l[ids[i]];
+    }
+  }
+
   int64_t tiles() const { return (columns + kTile - 1) / kTile; }
   int tile_size(int64_t tile) const {
     return int(columns - tile * kTile < kTile ? columns - tile * kTile : kTile);
@@ -46,6 +56,9 @@ class Row {
 
 // The weights of one tile, greedy rows included.
 void tile_weights(const Row& row, const RowLaw& law, int64_t tile, int64_t* e);
+
+// The largest logit of a row, never -0, or why the row has no law.
+Status find_max(const Row& row, float* max);
 
 // The law of a row; sums[tile] becomes the sum of a tile's weights. scratch: int64 [columns],
 // needed when the row is truncated.

@@ -2,9 +2,18 @@
 
 from .commit import commit
 from .denoise_step import denoise_step
+from .row_divergence import row_divergence
 from .row_law import row_law
 from .sample import sample
 from .skinny_linear import skinny_linear
 from .verify import verify
 
-__all__ = ["commit", "denoise_step", "row_law", "sample", "skinny_linear", "verify"]
+__all__ = [
+    "commit",
+    "denoise_step",
+    "row_divergence",
+    "row_law",
+    "sample",
+    "skinny_linear",
+    "verify",
+]

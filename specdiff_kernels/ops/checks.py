@@ -74,6 +74,18 @@ def check_logits(
     return logits if logits.stride(-1) == 1 or V == 1 else logits.contiguous()
 
 
+def check_increasing(name: str, ids: Tensor, V: int) -> None:
+    """Raise unless the token ids increase strictly within [0, V), where they can be looked at."""
+    if not readable(ids) or ids.shape[0] == 0:
+        return
+    inside = int(ids[0]) >= 0 and int(ids[-1]) < V
+    if not inside or not bool((ids[1:] > ids[:-1]).all()):
+        raise ValueError(
+            f"{name}: expected strictly increasing ids in [0, {V}), got others; "
+            "sort the columns of the drafter's head once"
+        )
+
+
 def check_law(name: str, law: RowLaw, N: int, device: torch.device) -> RowLaw:
     """The law with contiguous fields of N entries each."""
     for field, tensor, dtype in zip(RowLaw._fields, law, LAW_DTYPES, strict=True):

@@ -12,6 +12,7 @@ from ..records import RULES, Record, choose_record
 from ..types import Draft, RowLaw, Verified
 from .checks import (
     INT64,
+    check_increasing,
     check_law,
     check_logits,
     check_random,
@@ -20,7 +21,6 @@ from .checks import (
     contiguous,
     device_of,
     per_row,
-    readable,
 )
 from .registry import Outputs, define
 
@@ -149,22 +149,14 @@ def check_draft(draft: Draft, B: int, K: int, V: int | None, device: torch.devic
         Vd = V if ids is None else ids.shape[0]
         logits = check_logits("draft.logits", logits, (None, Vd), device)
         law = check_law("draft.law", law, logits.shape[0], device)
-    if ids is not None and readable(ids) and not increasing_ids(ids, V):
-        raise ValueError(
-            f"draft.draft_ids: expected strictly increasing ids in [0, {V or 2**31}), got others; "
-            "sort the columns of the drafter's head once"
-        )
+    if ids is not None:
+        check_increasing("draft.draft_ids", ids, V or 2**31)
     tokens, tau, rows, ids, lengths = contiguous(
         draft.tokens, draft.tau, draft.rows, ids, draft.lengths
     )
     return draft._replace(
         tokens=tokens, tau=tau, rows=rows, logits=logits, law=law, draft_ids=ids, lengths=lengths
     )
-
-
-def increasing_ids(ids: Tensor, V: int | None) -> bool:
-    inside = ids.shape[0] == 0 or (int(ids[0]) >= 0 and int(ids[-1]) < (V or 2**31))
-    return inside and bool((ids[1:] > ids[:-1]).all())
 
 
 def _outputs(target_logits: Tensor, *_: Any) -> Outputs:

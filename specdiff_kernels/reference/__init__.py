@@ -2,6 +2,7 @@
 
 from .commit import commit
 from .denoise_step import denoise_step
+from .row_divergence import row_divergence, row_divergence_backward
 from .row_law import row_law
 from .sample import sample
 from .skinny_linear import skinny_linear
@@ -10,6 +11,8 @@ from .verify import verify
 __all__ = [
     "commit",
     "denoise_step",
+    "row_divergence",
+    "row_divergence_backward",
     "row_law",
     "sample",
     "skinny_linear",

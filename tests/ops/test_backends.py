@@ -16,6 +16,7 @@ from specdiff_kernels import (
     BackendError,
     available_backends,
     backends,
+    row_divergence,
     row_law,
     skinny_linear,
     use_backend,
@@ -110,6 +111,8 @@ def test_what_triton_cannot_do_is_said(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match="'triton' was asked for, but it has no skinny_linear"):
         skinny_linear(LOGITS, LOGITS, backend="triton")
+    with pytest.raises(BackendError, match="'triton' was asked for, but it has no row_divergence"):
+        row_divergence(LOGITS, LOGITS, backend="triton")
 
 
 @pytest.fixture

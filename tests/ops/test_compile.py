@@ -22,14 +22,16 @@ from specdiff_kernels import (
     backends,
     commit,
     denoise_step,
+    row_divergence,
     row_law,
     sample,
     skinny_linear,
     verify,
 )
+from specdiff_kernels.ops.row_divergence import BACKWARD
 
 B, K, V = 2, 3, 9
-NO_WORKSPACE = (commit, skinny_linear)
+NO_WORKSPACE = (commit, row_divergence, skinny_linear)
 
 OVERLOADS = sorted(
     name.removeprefix("specdiff::") + ("" if name.endswith(".out") else ".default")
@@ -39,7 +41,8 @@ OVERLOADS = sorted(
 
 
 def test_every_op_has_both_overloads():
-    ops = ("commit", "denoise_step", "row_law", "sample", "skinny_linear", "verify")
+    ops = ("commit", "denoise_step", "row_divergence", "row_divergence_backward", "row_law",
+           "sample", "skinny_linear", "verify")  # fmt: skip
     assert [f"{op}.{form}" for op in ops for form in ("default", "out")] == OVERLOADS
 
 
@@ -93,6 +96,21 @@ def every_call() -> Iterator[partial]:
 
     yield partial(skinny_linear, pool, target[0])
     yield partial(skinny_linear, pool, target[0], torch.ones(K + 1), **forced)
+
+    drafted = row_divergence, pool, pool[:, :K], torch.arange(K), torch.ones(B * K)
+    yield partial(row_divergence, pool, pool.flip(0))
+    yield partial(*drafted, **forced)
+    statistics, up = torch.ones(B * K, 8).double(), [torch.ones(B * K)] * 4
+    yield partial(slope, pool, pool.flip(0), None, torch.ones(B * K), statistics, *up, None)
+    yield partial(slope, *drafted[1:], statistics, *up, "reference")
+
+
+def slope(*args, out: Tensor | None = None) -> Tensor:
+    """The backward pass of row_divergence."""
+    if out is None:
+        return BACKWARD.functional(*args)
+    BACKWARD.into(*args, out)
+    return out
 
 
 class Recorder(TorchDispatchMode):
@@ -194,7 +212,9 @@ def one_round(hidden, head, pool, lengths, key, pages, path, caches):
     committed = commit(lengths, verified.emitted, limit=lengths + 3, pages=pages,
                        release=pages is not None, path=path, caches=caches)  # fmt: skip
     bonus = sample(target[:, -1], row_law(target[:, -1]), **key)
-    return draft.tokens, draft.law, draft.entropy.nan_to_num(), verified, committed, bonus, missing
+    distance = row_divergence(target[:, :-1].flatten(0, 1), pool)
+    return (draft.tokens, draft.law, draft.entropy.nan_to_num(), verified, committed, bonus,
+            missing, distance)  # fmt: skip
 
 
 def assert_like_eager(compiled, *size) -> None:
@@ -229,6 +249,37 @@ def test_sizes_of_one_have_graphs_of_their_own():
     for count, size in enumerate([(1, 6, 11, 9), (5, 1, 11, 9)], 1):
         assert_like_eager(compiled, "dense", *size)
         assert counter.frame_count == count
+
+
+def a_loss(target: Tensor, hidden: Tensor, head: Tensor, ids: Tensor | None) -> Tensor:
+    """Of a drafter whose logits are hidden [N, 8] times head [D, 8]."""
+    row = row_divergence(target, hidden @ head.T, ids, 0.7)
+    return (row.tv + row.kl + 0.1 * row.reverse_kl - 0.01 * row.draft_entropy).mean()
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_training_is_one_graph_for_all_sizes(backend, reduced):
+    torch._dynamo.reset()
+    compiled = torch.compile(a_loss, fullgraph=True, dynamic=True, backend=backend)
+    for i, (N, V, D) in enumerate([(5, 90, 40), (3, 33, 17), (7, 64, 50)]):
+        torch.manual_seed(i)
+        ids = torch.randperm(V)[:D].sort().values if reduced else None
+        target, hidden = torch.randn(N, V), torch.randn(N, 8)
+        heads = [torch.randn(D if reduced else V, 8).requires_grad_() for _ in range(2)]
+        heads[1].data.copy_(heads[0].data)
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            loss = compiled(target, hidden, heads[0], ids)
+        want = a_loss(target, hidden, heads[1], ids)
+        loss.backward(), want.backward()
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(heads[0].grad, heads[1].grad)
+
+
+def test_a_target_that_is_trained_is_refused_by_the_compiler_too():
+    compiled = torch.compile(row_divergence, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="target_logits: expected a tensor without gradient"):
+        compiled(torch.zeros(2, 5, requires_grad=True), torch.zeros(2, 5))
 
 
 # --- fake tensors ---

@@ -74,6 +74,36 @@ struct RowLawParams {
   int32_t threads;
 };
 
+// What the backward pass needs of a row; all NaN: the row has no law.
+struct RowStatistics {
+  double target_max, target_sum;  // the sum of exp((l - max) / temperature)
+  double draft_max, draft_sum;
+  double drafted;  // sum of p over the drafted tokens
+  double excess;   // sum of q where q > p
+  double reverse_kl, draft_entropy;
+};
+
+struct RowDivergenceParams {
+  Logits target, draft;
+  int64_t rows;
+  const int64_t* draft_ids;  // [draft.columns] or null
+  const float* temperature;  // [rows], as all that follows
+  float *tv, *kl, *reverse_kl, *target_entropy, *draft_entropy;
+  RowStatistics* statistics;
+  int32_t threads;
+};
+
+struct RowDivergenceBackwardParams {
+  Logits target, draft;
+  int64_t rows;
+  const int64_t* draft_ids;
+  const float* temperature;
+  const RowStatistics* statistics;
+  const float *tv, *kl, *reverse_kl, *draft_entropy;  // gradients of what was put out
+  void* out;                                          // [rows, draft.columns] in the draft's dtype
+  int32_t threads;
+};
+
 struct SampleParams {
   Logits logits;
   int64_t rows;
