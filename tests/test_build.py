@@ -13,6 +13,7 @@ import pytest
 
 from build_tools import cuda
 from build_tools.native import FLAGS, ISA_FLAGS, PER_ISA, is_x86, isa_flags, workers
+from specdiff.drafters import SHIPPED
 
 TILE = "csrc/cpu/tile.cpp"  # the law
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,18 +214,18 @@ def test_cuda_sources_become_a_module_that_loads_without_a_driver(tree: Path) ->
     assert loaded.stdout.strip() == "42", loaded.stderr
 
 
-def test_both_packages_and_the_shipped_drafter_are_packaged(tmp_path: Path) -> None:
+def test_both_packages_and_the_shipped_drafters_are_packaged(tmp_path: Path) -> None:
     result = build(ROOT, "build_py", "--build-lib", str(tmp_path), SPECDIFF_CUDA="0")
     assert result.returncode == 0, result.stderr
     packaged = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    drafter = "specdiff/weights/smollm2-135m-block-diffusion"
+    drafters = [f"specdiff/weights/{name}" for name in SHIPPED.values()]
+    files = ("config.json", "model.safetensors")
+    assert packaged >= {f"{drafter}/{file}" for drafter in drafters for file in files}
     assert packaged >= {
         "specdiff/cli.py",
         "specdiff/py.typed",
         "specdiff/drafters/__init__.py",
         "specdiff_kernels/py.typed",
         "specdiff_kernels/reference/verify.py",
-        f"{drafter}/config.json",
-        f"{drafter}/model.safetensors",
     }
     assert {path.split("/")[0] for path in packaged} == {"specdiff", "specdiff_kernels"}

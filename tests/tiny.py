@@ -18,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from specdiff.drafters.network import DraftConfig, DraftNetwork
+
 FAMILIES = ("gpt2", "gpt_neo", "llama")  # that differ in what the loop has to do
 ALIKE = ("gemma", "mistral", "qwen2")  # as Llama, but for their masks, heads and norms
 LLAMAS = {
@@ -63,3 +65,27 @@ def tiny_model(
         **{"num_key_value_heads": 2, **own, **scale},
     )
     return make(config).to(dtype).eval()
+
+
+def tiny_network(
+    kind: str, draft_ids: torch.Tensor, *, vocab: int = 50, layers: int = 1, block: int = 4
+) -> DraftNetwork:
+    """A drafter's network for `tiny_model`s. Every parameter is random and of weight, so that every
+    input matters to the output."""
+    config = DraftConfig(
+        kind,
+        target_vocab_size=vocab,
+        target_hidden_size=32,
+        draft_vocab_size=len(draft_ids),
+        hidden_size=16,
+        layers=layers,
+        heads=2,
+        intermediate_size=32,
+        block=block,
+    )
+    network = DraftNetwork(config, draft_ids)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    return network

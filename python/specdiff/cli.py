@@ -53,12 +53,23 @@ class Record(str, Enum):
     entangled = "entangled"
 
 
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Report what the user can mend in one line, and exit with code 2."""
     try:
         yield
-    except (ValueError, OSError, FetchError) as error:
+    except (ValueError, OSError, FetchError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:
         from specdiff_kernels import BackendError
@@ -103,7 +114,7 @@ def generate(
     ] = "smollm2-135m",
     drafter: Annotated[
         str,
-        typer.Option(help="block-diffusion, prompt-lookup or a folder, such as one of sedd-small."),
+        typer.Option(help="block-diffusion, parallel, prompt-lookup, or a drafter's folder."),
     ] = "block-diffusion",
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -184,6 +195,111 @@ def generate(
     if run.stats.accepted:
         live.legend()
     console.print(table(run, baseline, result))
+
+
+@app.command()
+@user_errors()
+def train(
+    config: Annotated[Path, typer.Argument(help="What to train, and how: a TOML file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the drafter; what it holds goes on.")],
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after so long; the same command goes on.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
+) -> None:
+    """Train a drafter; also under `accelerate launch -m specdiff train ...` or `torchrun`."""
+    import torch
+
+    try:
+        from .training.run import train as train_run
+    except ImportError as error:
+        raise ValueError(
+            f"training needs {error.name}: pip install 'specdiff-kernels[train]'"
+        ) from error
+    from .training.config import load_run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    figures = train_run(load_run(config), out, minutes=minutes)
+    typer.echo(json.dumps(figures))
+
+
+@app.command("sample-target")
+@user_errors()
+def sample_target(
+    out: Annotated[Path, typer.Option(help="Folder for part-*.npz, see data/README.md.")],
+    conversations: Annotated[int, typer.Option(help="How many the target writes.")],
+    target: Annotated[
+        str, typer.Option(help="A known model or a Hugging Face folder.")
+    ] = "smollm2-135m",
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="self: the target writes the user's messages, too. Or a file with a prompt on each"
+            " line, a folder of documents, sotu, stdlib, openwebtext, cnn_dailymail or lm1b."
+        ),
+    ] = "self",
+    temperature: Annotated[
+        list[str], typer.Option(help="Of the answers; conversations take several in turn: 1,0.7,0.")
+    ] = ["1"],  # noqa: B006
+    max_length: Annotated[int, typer.Option(help="Most tokens of prompt and answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same conversations.")] = 0,
+    first: Annotated[
+        int, typer.Option(help="Number of the first; multiples of 16 times --batch.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(help="Conversations decoded together.")] = 16,
+    device: Annotated[Device | None, typer.Option(help="Default: cuda if there is a GPU.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the target's weights.")] = Dtype.float32,
+) -> None:
+    """Have a target write conversations to train a drafter on; the same command resumes."""
+    temperatures = parse_temperatures(temperature)
+    if target in MODELS:
+        fetch(target)
+    console = Console(stderr=True)
+    with console.status("loading"):
+        from .training.sample_target import Plan, sample_conversations
+
+        plan = Plan(prompts, max_length, temperatures, seed)
+        decoder, tokenizer = load_on(target, device, dtype)
+    totals = sample_conversations(
+        decoder, tokenizer, out, conversations, plan, first=first, batch=batch
+    )
+    typer.echo(
+        f"{out}: {totals.conversations} conversations sampled, "
+        f"{conversations - totals.conversations} were there; {totals.answer_tokens} answer tokens, "
+        f"{totals.tokens_per_second:.1f} tokens/s"
+    )
+
+
+def parse_temperatures(given: list[str]) -> tuple[float, ...]:
+    """Repeated, or with commas between."""
+    try:
+        return tuple(float(number) for text in given for number in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"--temperature must be numbers with commas between, got {' '.join(given)!r}"
+        ) from error
+
+
+def load_on(name_or_path: str, device: Device | None, dtype: Dtype) -> tuple[Decoder, Any]:
+    """A plain decoder of a target on a device, accelerated on a CPU, and the tokenizer."""
+    import torch
+    from transformers.utils import logging
+
+    from .cpu import accelerate
+    from .decoder import Decoder
+    from .models import load_target
+    from .target import Target
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    gpu = torch.cuda.is_available()
+    if device is Device.cuda and not gpu:
+        raise ValueError("--device cuda needs a GPU that torch can use, found none: use cpu")
+    where = device.value if device is not None else "cuda" if gpu else "cpu"
+    model: Any
+    model, tokenizer = load_target(name_or_path, getattr(torch, dtype.value))
+    return Decoder(Target(accelerate(model.to(where)))), tokenizer
 
 
 def read_prompts(prompt: str | None, batch_file: Path | None) -> list[str]:

@@ -10,14 +10,9 @@ import torch
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.adaptive import MEMORY, AdaptiveK, reach
-from specdiff.drafters import Autoregressive, PromptLookup
-from specdiff.drafters.block_diffusion import (
-    BlockDiffusion,
-    BlockDiffusionConfig,
-    BlockDiffusionNetwork,
-)
+from specdiff.drafters import Autoregressive, BlockDiffusion, ParallelDrafter, PromptLookup
 from specdiff_kernels import Draft
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_network
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
 NAN = float("nan")
@@ -25,13 +20,11 @@ NAN = float("nan")
 
 def block_diffusion(target: Target) -> BlockDiffusion:
     """Random weights: it drafts from all even tokens, 4 at most, in one step."""
-    config = BlockDiffusionConfig(50, 32, 25, hidden_size=16, heads=2, intermediate_size=32)
-    generator = torch.Generator().manual_seed(1)
-    network = BlockDiffusionNetwork(config, torch.arange(0, 50, 2))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(std=0.4, generator=generator)
-    return BlockDiffusion(network, target)
+    return BlockDiffusion(tiny_network("block-diffusion", torch.arange(0, 50, 2)), target)
+
+
+def parallel(target: Target) -> ParallelDrafter:
+    return ParallelDrafter(tiny_network("parallel", torch.arange(0, 50, 2)), target)
 
 
 DRAFTERS = {
@@ -39,6 +32,7 @@ DRAFTERS = {
     "autoregressive": lambda target: Autoregressive(tiny_model("gpt2", seed=5)),
     "itself": lambda target: Autoregressive(target.model),
     "block-diffusion": block_diffusion,
+    "parallel": parallel,
 }
 
 

@@ -22,7 +22,7 @@ from specdiff.replay import Replay
 from specdiff_kernels import LawError
 from tests.tiny import tiny_model
 
-from .test_adaptive import block_diffusion
+from .test_adaptive import block_diffusion, parallel
 from .test_cache import flash_by_hand
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95)
@@ -43,10 +43,11 @@ DRAFTERS = {
     "prompt-lookup": lambda target: PromptLookup(),
     "autoregressive": lambda target: Autoregressive(tiny_model("gpt2", seed=5)),
     "block-diffusion": block_diffusion,
+    "parallel": parallel,
     "entangled": lambda target: SEDD(denoiser(), steps=3, hot_start="entangled"),
     "recycled": lambda target: SEDD(denoiser(), steps=3, hot_start="recycled"),
 }
-RESIDENT = ("none", "autoregressive", "block-diffusion")
+RESIDENT = ("none", "autoregressive", "block-diffusion", "parallel")
 
 
 def requests(count: int, longest: int = 12, new: int = 20, seed: int = 0):
@@ -176,7 +177,7 @@ def recorded(monkeypatch):
     """Rounds are replayed, without the checks that are made on a CPU alone."""
     monkeypatch.setattr(session_module, "Replay", RecordedReplay)
     monkeypatch.setattr(session_module, "SPAN", 32)
-    for module in ("verify", "denoise_step"):
+    for module in ("checks", "denoise_step"):
         monkeypatch.setattr(sys.modules[f"specdiff_kernels.ops.{module}"], "readable", lambda x: 0)
     monkeypatch.setattr(PagedRowCache, "check", lambda cache: None)
 

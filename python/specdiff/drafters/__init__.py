@@ -15,17 +15,23 @@ from ..cpu import accelerate, is_accelerated
 from ..target import Target
 from .autoregressive import Autoregressive
 from .base import Drafter, Draws, News
+from .block_diffusion import BlockDiffusion
+from .network import KINDS
+from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookup
 
-BLOCK_DIFFUSION = "specdiff_block_diffusion"  # model_type in config.json
-SHIPPED = "smollm2-135m-block-diffusion"
-CHOICES = f"'block-diffusion' (the shipped {SHIPPED}), 'prompt-lookup', or a folder with a drafter"
+SHIPPED = {  # name -> folder of weights that come with specdiff
+    "block-diffusion": "smollm2-135m-block-diffusion",
+}
+CHOICES = f"{', '.join(map(repr, SHIPPED))}, 'prompt-lookup', or a folder with a drafter"
 
 __all__ = [
     "Autoregressive",
+    "BlockDiffusion",
     "Drafter",
     "Draws",
     "News",
+    "ParallelDrafter",
     "PromptLookup",
     "load_drafter",
     "shipped_drafter",
@@ -44,9 +50,9 @@ def load_drafter(
     Reads local files only.
 
     Args:
-        name_or_path: "block-diffusion", "prompt-lookup", or a folder that holds a trained
-            BlockDiffusion, a SEDD or MDLM checkpoint, or any causal language model with the
-            target's vocabulary.
+        name_or_path: "block-diffusion" or "parallel", which are shipped for SmolLM2-135M-Instruct,
+            "prompt-lookup", or a folder that holds a trained drafter of either kind, a SEDD or MDLM
+            checkpoint, or any causal language model with the target's vocabulary.
         steps: reverse steps of a diffusion drafter; None is its own default.
         backend: of the ops; None chooses.
 
@@ -59,15 +65,18 @@ def load_drafter(
     if name_or_path == "prompt-lookup":
         refuse_steps(steps, "prompt-lookup")
         return PromptLookup()
-    folder = shipped_drafter() if name_or_path == "block-diffusion" else Path(name_or_path)
+    name = str(name_or_path)
+    folder = shipped_drafter(name) if name in SHIPPED else Path(name_or_path)
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"unknown drafter {str(name_or_path)!r}; expected {CHOICES}")
     fields = json.loads(config.read_text())
-    if fields.get("model_type") == BLOCK_DIFFUSION:
-        from .block_diffusion import BlockDiffusion
-
+    kind = KINDS.get(fields.get("model_type"))
+    if kind == "block-diffusion":
         return BlockDiffusion.load(folder, target, steps=steps, backend=backend)
+    if kind == "parallel":
+        refuse_steps(steps, "a parallel drafter")
+        return ParallelDrafter.load(folder, target, backend=backend)
     if "graph" in fields and "noise" in fields:  # as the configurations of SEDD have
         return load_ddit(folder, target, steps, backend)
     refuse_steps(steps, "an autoregressive drafter")
@@ -90,11 +99,9 @@ def load_ddit(folder: Path, target: Target, steps: int | None, backend: str | No
     return kind(network, steps=DEFAULT_STEPS if steps is None else steps, backend=backend)
 
 
-def shipped_drafter() -> Path:
-    """Folder of the drafter that comes with specdiff: package data, or a clone's drafters/."""
-    package = Path(__file__).parents[1]
-    installed = package / "weights" / SHIPPED
-    return installed if installed.is_dir() else package.parents[1] / "drafters" / SHIPPED
+def shipped_drafter(name: str) -> Path:
+    """Folder of a drafter that comes with specdiff: a key of SHIPPED."""
+    return Path(__file__).parents[1] / "weights" / SHIPPED[name]
 
 
 def refuse_steps(steps: int | None, what: str) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..noise import Geometric, LogLinear
-from .block_diffusion import rotate, write_atomically
+from .network import rotate, write_atomically
 
 FREQUENCIES = 128  # of the sinusoids of sigma; a cosine and a sine each
 BASE = 10000.0  # of those and of the rotary positions
@@ -172,12 +172,12 @@ class Block(nn.Module):
     ) -> Tensor:
         B, N, d = x.shape
         shift1, gain1, gate1, shift2, gain2, gate2 = modulation
-        normed = F.layer_norm(x, (d,), gain1, shift1, NORM_EPS)
+        normed = adaptive_norm(x, gain1, shift1)
         qkv = self.attn_qkv(normed).view(B, N, 3, self.heads, -1)
         q, k = rotate(qkv[:, :, :2], rotation).unbind(2)  # each [B, N, H, D]
         mixed = attend(q, k, qkv[:, :, 2], mask)
         x = torch.addcmul(x, gate1, self.attn_out(mixed.reshape(B, N, d)))
-        normed = F.layer_norm(x, (d,), gain2, shift2, NORM_EPS)
+        normed = adaptive_norm(x, gain2, shift2)
         return torch.addcmul(x, gate2, self.mlp(normed))
 
 
@@ -198,7 +198,14 @@ class OutputLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, gain = modulation
+        return adaptive_norm(x, gain, shift)
+
+
+def adaptive_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm of [B, N, d] with gain and shift [d] of all rows, or [B, 1, d], each its own."""
+    if gain.ndim == 1:
         return F.layer_norm(x, gain.shape, gain, shift, NORM_EPS)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), gain)
 
 
 def zeroed(linear: nn.Linear) -> nn.Linear:

@@ -1,0 +1,207 @@
+"""One TOML file says everything about a training run.
+
+    target = "smollm2-135m"        # a known model, or a Hugging Face folder
+
+    [drafter]                      # PrefixShape or DenoiserShape, by kind
+    kind = "parallel"
+
+    [data]                         # Answers or Texts, by kind
+    conversations = "../data/smollm2_samples.npz"
+
+    [objective]                    # Objective; of "block-diffusion" and "parallel" alone
+    divergence = "mix"
+
+    [training]                     # Recipe
+    steps = 4000
+
+Whatever is left out has its default. Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from .objective import Objective
+from .recipe import Recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PrefixShape:
+    """A drafter that reads the target's states; see `DraftConfig`.
+
+    Args:
+        kind: "block-diffusion" or "parallel".
+        initial: folder of a drafter whose weights it starts from, of the same sizes but for
+            `block`; None: the best linear prediction.
+        draft_vocab_size: tokens that can be drafted, the most frequent ones of the data.
+    """
+
+    kind: str
+    initial: str | None = None
+    block: int = 8
+    hidden_size: int = 576
+    layers: int = 1
+    heads: int = 9
+    intermediate_size: int = 1536
+    draft_vocab_size: int = 8192
+
+
+@dataclass(frozen=True)
+class DenoiserShape:
+    """A DDiT with the target's vocabulary; see `DDiTConfig`.
+
+    Args:
+        kind: "sedd" or "mdlm", which is not conditioned on time.
+        initial: folder of a checkpoint to go on from, such as sedd-small, whose shape then counts;
+            None: random weights.
+    """
+
+    kind: str
+    initial: str | None = None
+    hidden_size: int = 768
+    blocks: int = 12
+    heads: int = 12
+    cond_dim: int = 128
+    length: int = 1024
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Text that the target wrote.
+
+    Args:
+        conversations: see `load_conversations`.
+        held_out: share of conversations that is never trained on.
+        cache_states: keep the target's states of all of them on disk instead of computing them
+            again in every step.
+    """
+
+    conversations: str
+    held_out: float = 0.05
+    cache_states: bool = True
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text of any kind, cut into rows.
+
+    Args:
+        texts: a corpus or a folder, see `read_texts`.
+        path: a folder with a named corpus's files, instead of the network.
+        length: tokens in a row; None: the drafter's.
+        max_tokens: read so many at most; None: all. Of the held-out part, a tenth of it.
+    """
+
+    texts: str
+    path: str | None = None
+    length: int | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `load_run` reads."""
+
+    target: str
+    drafter: PrefixShape | DenoiserShape
+    data: Answers | Texts
+    objective: Objective
+    training: Recipe
+
+
+SHAPES: dict[str, tuple[type[Any], type[Any]]] = {
+    "block-diffusion": (PrefixShape, Answers),
+    "parallel": (PrefixShape, Answers),
+    "sedd": (DenoiserShape, Texts),
+    "mdlm": (DenoiserShape, Texts),
+}
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a training run's file.
+
+    Raises:
+        ValueError: no such file, no TOML, or a key that is unknown, missing or out of range.
+
+    Example:
+        >>> run = load_run("configs/smollm2-135m-parallel.toml")
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    try:
+        return read_run(tables, path.parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_run(tables: dict[str, Any], folder: Path) -> Run:
+    known = [field.name for field in fields(Run)]
+    if unknown := set(tables) - set(known):
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}; expected {', '.join(known)}")
+    kind = tables.get("drafter", {}).get("kind")
+    if kind not in SHAPES:
+        raise ValueError(f"drafter.kind must be one of {', '.join(SHAPES)}, got {kind!r}")
+    if not isinstance(tables.get("target"), str):
+        raise ValueError('target is missing: expected target = "smollm2-135m" or a folder')
+    shape, data = SHAPES[kind]
+    if shape is DenoiserShape and "objective" in tables:
+        raise ValueError(f"objective has no use for drafter.kind = {kind!r}: leave it out")
+    return Run(
+        resolve(tables["target"], folder),
+        section(shape, "drafter", tables, folder),
+        section(data, "data", tables, folder),
+        section(Objective, "objective", tables, folder),
+        section(Recipe, "training", tables, folder),
+    )
+
+
+def section(kind: type[T], name: str, tables: dict[str, Any], folder: Path) -> T:
+    """A table as a dataclass."""
+    table, hints = tables.get(name, {}), get_type_hints(kind)
+    if unknown := set(table) - set(hints):
+        raise ValueError(
+            f"unknown {name}.{', '.join(sorted(unknown))}; expected {', '.join(hints)}"
+        )
+    values = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in table:
+            if field.default is MISSING:
+                raise ValueError(f"{name}.{field.name} is missing")
+            continue
+        value = table[field.name]
+        expected = plain_types(hints[field.name])
+        if float in expected and type(value) is int:
+            value = float(value)
+        if type(value) not in expected:
+            names = " or ".join(t.__name__ for t in expected)
+            raise ValueError(f"{name}.{field.name} must be {names}, got {value!r}")
+        is_path = field.name in ("initial", "conversations", "texts", "path")
+        values[field.name] = resolve(value, folder) if is_path else value
+    return kind(**values)
+
+
+def plain_types(hint: Any) -> list[type]:
+    """The types of a field, without None."""
+    parts = get_args(hint) if get_origin(hint) is not None else (hint,)
+    return [part for part in parts if part is not type(None)]
+
+
+def resolve(name: str, folder: Path) -> str:
+    """A path that exists beside the file, or else a name."""
+    beside = folder / name
+    return str(beside) if beside.exists() else name

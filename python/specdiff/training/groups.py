@@ -1,0 +1,142 @@
+"""Groups of masks behind random places of a text: what a drafter is asked while it learns.
+
+A group stands behind the token at its anchor and sees the text up to there, and itself. In
+`ParallelDrafter` (ParallelSpec, 2410.05589, group-wise training) a mask sees the masks before it in
+its group; in `BlockDiffusion` it sees the whole group, whose left part may be revealed, as in the
+later steps of a draft. One forward serves the text and all of its groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from ..drafters.network import DraftNetwork, Mask
+
+REVEALED_SHARE = 0.25  # of block-diffusion groups that start with a random left part revealed
+
+
+class Groups(NamedTuple):
+    """A groups for each of B texts."""
+
+    anchor: Tensor  # i64 [B, A], column of the last token that a group knows
+    revealed: Tensor  # i64 [B, A], how many tokens on its left are given; 0 in parallel drafts
+
+
+class States(NamedTuple):
+    """Final states of one forward over texts and groups."""
+
+    text: Tensor  # [B, S, d]
+    masks: Tensor  # [B, A, M, d]
+
+
+def sample_groups(
+    first: Tensor,
+    last: Tensor,
+    count: int,
+    block: int,
+    generators: Sequence[torch.Generator],
+    *,
+    revealing: bool,
+) -> Groups:
+    """Stratified anchors, each row's by its own generator.
+
+    Args:
+        first, last: i64 [B], the columns where anchors may stand.
+        count: A, groups for each row.
+        block: K, columns of a group.
+        generators: B of them.
+        revealing: whether a random left part of some groups is revealed.
+    """
+    anchor, revealed = [], []
+    for lo, hi, generator in zip(first.tolist(), last.tolist(), generators, strict=True):
+        share, some = torch.rand(2, count, generator=generator)
+        share = (torch.arange(count) + share) / count
+        anchor.append(lo + (share * (hi + 1 - lo)).long().clamp(max=hi - lo))
+        known = torch.randint(1, max(2, block), (count,), generator=generator)
+        hidden = (some >= REVEALED_SHARE) | (block == 1) | (not revealing)
+        revealed.append(known.masked_fill(hidden, 0))
+    return Groups(torch.stack(anchor), torch.stack(revealed))
+
+
+def group_mask(anchor: Tensor, columns: int, masks: int, *, causal: bool, flex: bool) -> Mask:
+    """Who sees whom among S text columns and A groups of M masks behind them, Q = S + A M.
+
+    Args:
+        anchor: i64 [B, A].
+        columns, masks: S and M.
+        causal: whether a mask sees only those before it in its group.
+        flex: make a block mask for FlexAttention, which skips what is hidden.
+
+    Returns:
+        bool [B, 1, Q, Q], or a BlockMask of that shape.
+    """
+    S, (B, A) = columns, anchor.shape
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        group = (query - S).clamp(min=0) // max(1, masks)
+        of_text = key <= torch.where(query < S, query, anchor[b, group])
+        of_group = (key - S) // max(1, masks) == group
+        if causal:
+            of_group = of_group & (key <= query)
+        return torch.where(key < S, of_text, of_group & (query >= S))
+
+    Q = S + A * masks
+    if flex:
+        return create_block_mask(sees, B, None, Q, Q, device=str(anchor.device))
+    column = torch.arange(Q, device=anchor.device)
+    batch = torch.arange(B, device=anchor.device).view(B, 1, 1, 1)
+    return sees(batch, batch, column[:, None], column)
+
+
+def forward_groups(
+    network: DraftNetwork,
+    embedded: Tensor,
+    before: Tensor,
+    groups: Groups,
+    block: int,
+    *,
+    flex: bool = False,
+) -> States:
+    """One forward over texts and their groups.
+
+    Args:
+        network: whose `config.kind` says how a group attends.
+        embedded: [B, S, target_d], the target's embeddings of the texts.
+        before: [B, S, target_d], its lm head input before each token; zeros before the first.
+        groups: see there.
+        block: K, tokens in a draft.
+        flex: use FlexAttention instead of a dense mask.
+    """
+    B, S, width = embedded.shape
+    M = network.config.masks(block)
+    text = network.embed_prefix(embedded, before)
+    anchor = take(text, groups.anchor)
+    masks = network.embed_masks(anchor, M)  # [B, A, M, d]
+    offset = torch.arange(M, device=embedded.device)
+    positions = groups.anchor[..., None] + 1 + offset  # [B, A, M]
+    if network.config.kind == "block-diffusion":
+        given = take(embedded, positions.clamp(max=S - 1).flatten(1)).view(*masks.shape[:3], width)
+        known = offset < groups.revealed[..., None]
+        masks = network.embed_revealed(given).where(known[..., None], masks)
+    x = torch.cat((text, masks.flatten(1, 2)), 1)
+    column = torch.arange(S, device=embedded.device).expand(B, S)
+    causal = network.config.kind == "parallel"
+    mask = group_mask(groups.anchor, S, M, causal=causal, flex=flex)
+    states = network(x, torch.cat((column, positions.flatten(1)), 1), mask)
+    return States(states[:, :S], states[:, S:].view(masks.shape))
+
+
+def take(x: Tensor, columns: Tensor) -> Tensor:
+    """Columns i64 [B, N] of [B, S, d] -> [B, N, d]"""
+    return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def shifted(states: Tensor) -> Tensor:
+    """The state before each token, zeros before the first. [B, S, d] -> [B, S, d]"""
+    return F.pad(states, (0, 0, 1, 0))[:, :-1]

@@ -1,0 +1,224 @@
+"""A whole training run: from its TOML file to a drafter's folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..decoder import Decoder
+from ..drafters.ddit import DDiT, DDiTConfig
+from ..drafters.network import DraftConfig, DraftNetwork, write_atomically
+from ..drafters.sedd import MDLM, SEDD
+from ..models import load_target
+from ..sampling import Sampling
+from ..target import Target
+from .config import Answers, DenoiserShape, PrefixShape, Run, Texts
+from .conversations import frequent_ids, load_conversations, split
+from .corpora import load_rows, prepare_rows, read_texts
+from .denoising import Denoising
+from .distillation import Distillation, evaluate, fit_linear
+from .teacher import Teacher, cached_states
+from .trainer import Trainer, make_accelerator
+
+CHECKPOINT, LOSSES, EVALUATION = "checkpoint.safetensors", "losses.jsonl", "evaluation.json"
+PROMPTS, PROMPT_LENGTH, CONTINUATION = 16, 32, 32  # of what a denoiser's drafts are tried on
+
+
+class Job(NamedTuple):
+    """A task, and what is particular to its kind of drafter."""
+
+    task: Any
+    begin: Any  # () -> None, sets the weights of a run that starts anew
+    figures: Any  # network -> dict, how good its drafts are on held-out text
+    save: Any  # (network, folder) -> None
+
+
+def train(run: Run, out: Path, *, minutes: float | None = None) -> dict[str, Any]:
+    """Train a drafter, or go on with one. Every process of a launch calls it.
+
+    `out` gets the drafter (config.json, model.safetensors), checkpoint.safetensors, losses.jsonl
+    (a line for each step), evaluation.json, and what is computed once from the data.
+
+    Args:
+        run: see `load_run`.
+        out: its folder. What it holds of the same run is continued.
+        minutes: stop after so long; the next call goes on from there. None: at the last step.
+
+    Returns:
+        how good the drafts are on held-out text; what evaluation.json holds.
+
+    Raises:
+        ValueError: data or weights that do not fit, or a folder of another run.
+        FloatingPointError: the loss is not finite.
+
+    Example:
+        >>> train(load_run("configs/smollm2-135m-parallel.toml"), Path("out"))
+    """
+    began = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator = make_accelerator(run.training)
+    console = Console(stderr=True, quiet=not accelerator.is_main_process)
+    with progress_bars(console) as progress:
+        job = prepare(run, out, accelerator, progress)
+        trainer = Trainer(job.task, run.training, accelerator)
+        checkpoint = out / CHECKPOINT
+        if checkpoint.exists():
+            trainer.resume(checkpoint)
+            console.print(f"going on at step {trainer.step}")
+        else:
+            job.begin()
+            trainer.average.module.load_state_dict(job.task.network.state_dict())
+            console.print(f"held-out loss {job.task.held_out_loss(trainer.network):.4f}")
+        log = Log(out / LOSSES, trainer.step, enabled=accelerator.is_main_process)
+        bar = progress.add_task("training", total=run.training.steps, completed=trainer.step)
+        while trainer.step < run.training.steps:
+            log.write(trainer.step, trainer.train_step())
+            progress.update(bar, completed=trainer.step)
+            if trainer.step % run.training.save_every == 0:
+                trainer.save(checkpoint)
+                held_out = job.task.held_out_loss(trainer.network)
+                console.print(
+                    f"step {trainer.step}  loss {log.mean():.4f}  held-out {held_out:.4f}"
+                )
+            if minutes is not None and time.monotonic() - began > 60 * minutes:
+                break
+        trainer.save(checkpoint)
+    figures = {"steps": trainer.step, **job.figures(trainer.network)}
+    if accelerator.is_main_process:
+        job.save(trainer.network, out)
+        write_atomically(out / EVALUATION, (json.dumps(figures, indent=2) + "\n").encode())
+    return figures
+
+
+def progress_bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class Log:
+    """losses.jsonl: {"step": n, "loss": x} for each step.
+
+    Args:
+        path: of the file; lines of steps that are to be repeated are dropped.
+        step: the next one.
+        enabled: False: nothing is written.
+    """
+
+    def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
+        self.recent: list[float] = []
+        self.file = None
+        if enabled:
+            old = path.read_text().splitlines() if path.exists() else []
+            kept = "".join(f"{line}\n" for line in old[:step])
+            write_atomically(path, kept.encode())
+            self.file = path.open("a")
+
+    def write(self, step: int, loss: float) -> None:
+        self.recent.append(loss)
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+            self.file.flush()
+
+    def mean(self) -> float:
+        """Of the losses since it was last asked."""
+        mean, self.recent = sum(self.recent) / max(1, len(self.recent)), []
+        return mean
+
+
+def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -> Job:
+    """What is to be learnt, on this process's device; one process computes what is kept."""
+    model, tokenizer = load_target(run.target)
+    model.to(accelerator.device).requires_grad_(False)
+    torch.manual_seed(run.training.seed)  # of random weights
+    with accelerator.main_process_first():
+        if isinstance(run.drafter, PrefixShape) and isinstance(run.data, Answers):
+            return distillation(run, run.drafter, run.data, model, out, progress)
+        if isinstance(run.drafter, DenoiserShape) and isinstance(run.data, Texts):
+            return denoising(run, run.drafter, run.data, model, tokenizer, out)
+    raise ValueError(f"no {type(run.drafter).__name__} learns from {type(run.data).__name__}")
+
+
+def distillation(
+    run: Run, shape: PrefixShape, data: Answers, model: Any, out: Path, progress: Progress
+) -> Job:
+    conversations = load_conversations(data.conversations)
+    vocab_size, width = model.get_input_embeddings().weight.shape
+    ends = model.config.eos_token_id
+    always = ends if isinstance(ends, list) else [ends]
+    sizes = {k: v for k, v in asdict(shape).items() if k != "initial"}
+    if shape.initial is not None:
+        initial = DraftNetwork.load(shape.initial)
+        draft_ids = initial.draft_ids
+    else:
+        initial = None
+        draft_ids = frequent_ids(conversations, shape.draft_vocab_size, vocab_size, always)
+    config = DraftConfig(target_vocab_size=vocab_size, target_hidden_size=width, **sizes)
+    network = DraftNetwork(config, draft_ids)
+    states = None
+    if data.cache_states:
+        states = cached_states(model, conversations, out / "states.npy", progress)
+    teacher = Teacher(model, conversations, draft_ids, states)
+    network.to(teacher.device)
+    rows, held_out = split(len(conversations.length), data.held_out, run.training.seed)
+    seed = run.training.seed
+    task = Distillation(network, teacher, rows, held_out, run.objective, seed=seed)
+
+    def begin() -> None:
+        if initial is not None:
+            network.adopt(initial)
+            return
+        network.initialise(teacher.embedding, torch.Generator().manual_seed(seed))
+        fit_linear(network, teacher, rows)
+
+    def figures(network: DraftNetwork) -> dict[str, Any]:
+        return evaluate(network, teacher, held_out, config.block)
+
+    return Job(task, begin, figures, DraftNetwork.save)
+
+
+def denoising(
+    run: Run, shape: DenoiserShape, data: Texts, model: Any, tokenizer: Any, out: Path
+) -> Job:
+    if shape.initial is not None:
+        network = DDiT.from_pretrained(shape.initial)
+    else:
+        sizes = {k: v for k, v in asdict(shape).items() if k not in ("kind", "initial")}
+        conditioned = shape.kind == "sedd"
+        tokens = model.get_input_embeddings().weight.shape[0]
+        network = DDiT(DDiTConfig(tokens=tokens, time_conditioned=conditioned, **sizes))
+    length = data.length or network.config.length
+    rows = {}
+    for part, share in (("train", 1.0), ("held_out", 0.1)):
+        most = None if data.max_tokens is None else max(length, round(share * data.max_tokens))
+        texts = read_texts(data.texts, part, path=data.path)
+        folder = prepare_rows(texts, tokenizer, length, out / part, max_tokens=most)
+        rows[part] = load_rows(folder)
+    task = Denoising(network, rows["train"], rows["held_out"], seed=run.training.seed)
+    drafter = SEDD if network.config.time_conditioned else MDLM
+
+    def figures(network: DDiT) -> dict[str, Any]:
+        prompts = rows["held_out"][:PROMPTS, :PROMPT_LENGTH].tolist()
+        decoder = Decoder(Target(model), drafter(network, block=4, steps=2))
+        with torch.no_grad():
+            result = decoder.generate(
+                prompts, max_new_tokens=CONTINUATION, sampling=Sampling(1.0), seed=0
+            )
+        return {
+            "held_out_loss": task.held_out_loss(network),
+            "tokens_per_forward": result.stats.tokens_per_forward,
+        }
+
+    return Job(task, lambda: None, figures, DDiT.save_pretrained)

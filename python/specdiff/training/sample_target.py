@@ -1,0 +1,452 @@
+"""Conversations that a target writes, to distil a drafter from; `specdiff sample-target` runs it.
+
+Conversation i has a prompt, a temperature and a seed that depend on the run's seed and i alone.
+The batch stays full within a part (one file): a row is admitted as soon as another has finished.
+Parts are sampled one after another, each in a session of its own, so that a part's very bits do not
+depend on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, cycle, islice, repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..decoder import Decoder
+from ..drafters.network import write_atomically
+from ..sampling import Sampling, row_seeds
+from ..session import Session
+from ..target import Target
+from .corpora import NAMES, keep_settings, progress_bar, read_text, read_texts, tokenizer_digest
+
+WAVES = 16  # a part is as many conversations as this many batches
+ATTEMPTS = 100  # at a message that can be used
+LEAST_WORDS = 3  # of a message that the target writes
+INSTRUCTIONS = (
+    "Continue this text:\n\n{}",
+    "Write the next paragraph.\n\n{}",
+    "Summarize this passage in a few sentences:\n\n{}",
+    "What is this about?\n\n{}",
+    "Correct any mistakes in the following:\n\n{}",
+)
+SHORTEST_PASSAGE = 16  # words
+WORD = r"\S{1,40}\s*"
+MARK = "THE-WORDS-OF-THE-USER"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What decides conversations.
+
+    Args:
+        prompts: "self": the target writes the user's message, too (Magpie, 2406.08464); a file
+            with a prompt on each line; or a corpus or folder as `read_texts` takes them, whose
+            passages are to be continued, summarised or corrected.
+        max_length: most tokens of prompt and answer. A prompt of ours has at most half of them.
+        temperatures: conversation i has temperature i modulo their number; 0 is greedy.
+        seed: of everything.
+
+    Raises:
+        ValueError: a field is out of range.
+
+    Example:
+        >>> Plan(temperatures=(1.0, 0.7, 0.0), max_length=400)
+    """
+
+    prompts: str = "self"
+    max_length: int = 512
+    temperatures: tuple[float, ...] = (1.0,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_length < 4:
+            raise ValueError(f"max_length must be at least 4, got {self.max_length}")
+        if not self.temperatures:
+            raise ValueError("temperatures must hold at least one, got none")
+        for temperature in self.temperatures:
+            Sampling(temperature)  # says what is wrong with it
+
+    def temperature(self, i: int) -> float:
+        return self.temperatures[i % len(self.temperatures)]
+
+
+class Totals(NamedTuple):
+    """What a run did."""
+
+    conversations: int  # sampled now; others were there
+    answer_tokens: int  # theirs
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.answer_tokens / self.seconds if self.seconds else 0.0
+
+
+class UserTurn(NamedTuple):
+    """Where a chat template puts the words of a user."""
+
+    before: list[int]  # token ids up to where they begin
+    end: int  # the special token behind them
+
+
+class Row(NamedTuple):
+    """What a place of the session is doing."""
+
+    conversation: int
+    attempt: int | None  # at a message; None: the answer
+    prompt: list[int]
+
+
+def draw(seed: int, index: int, what: str, attempt: int = 0) -> int:
+    """64 random bits for one purpose of one conversation, the same on every machine.
+
+    The answer of conversation i is sampled with `draw(seed, i, "answer")`.
+
+    Args:
+        seed: of the run.
+        index: of the conversation, counted from 0 over all parts.
+        what: "answer", "message" or "passage".
+        attempt: at a message.
+
+    Returns:
+        an int in [0, 2^64).
+
+    Example:
+        >>> decoder.generate(prompt, sampling=Sampling(1.0), seed=draw(0, 7, "answer"))
+    """
+    said = f"{seed} {index} {what} {attempt}".encode()
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
+
+
+class RowTemperatures(Sampling):
+    """Plain sampling from the target, at a temperature for each place of a session."""
+
+    each: Tensor  # f32 [rows], written in place
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        super().__init__(temperature=1.0)
+        object.__setattr__(self, "each", torch.ones(rows, device=device))
+
+    @property
+    def parameters(self) -> Any:
+        return self.each, None, None, None
+
+
+def sample_conversations(
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | Path,
+    conversations: int,
+    plan: Plan | None = None,
+    *,
+    first: int = 0,
+    batch: int = 16,
+) -> Totals:
+    """Have a target write conversations first, ..., first + conversations - 1 into a folder.
+
+    The answers are sampled from the target's own law, without top-k and top-p, until it ends them
+    or max_length is reached. Files are part-<index of the first>.npz with 16 * batch conversations
+    each, in the format of data/README.md, for `load_conversations`; each appears when it is
+    complete. After an interruption at any moment the same call samples what is missing, with the
+    result of an uninterrupted run, byte for byte on one machine. Other ranges may be sampled
+    elsewhere, and their files put into the same folder.
+
+    A conversation does not depend on those beside it, but for the rounding of the model's sums: in
+    another batch, or on another machine, a token may differ where two were equally likely.
+
+    Args:
+        decoder: of the target, without a drafter.
+        tokenizer: the target's.
+        out: folder of the files.
+        conversations: how many, at least 1.
+        plan: of prompts, temperatures, lengths; None: its defaults.
+        first: index of the first, a multiple of 16 * batch.
+        batch: rows decoded together.
+
+    Returns:
+        Totals of what was missing.
+
+    Raises:
+        ValueError: an argument is out of range, the prompts cannot be used, the target writes no
+            message that can be, or `out` was made with another target, plan or batch.
+        LawError: the target's logits define no law.
+
+    Example:
+        >>> sample_conversations(Decoder(Target(model)), tokenizer, "samples", 2000)
+    """
+    plan = plan or Plan()
+    part = WAVES * batch
+    if conversations < 1 or batch < 1:
+        raise ValueError(
+            f"conversations and batch must be at least 1, got {conversations} and {batch}"
+        )
+    if first < 0 or first % part:
+        raise ValueError(f"first must be a multiple of {WAVES} * batch = {part}, got {first}")
+    if decoder.drafter is not None:
+        raise ValueError("decoder must have no drafter: the target writes by itself")
+    if plan.max_length > decoder.target.context_limit:
+        raise ValueError(
+            f"max_length must be at most {decoder.target.context_limit}, the target's context, got "
+            f"{plan.max_length}"
+        )
+    out = Path(out)
+    sampler = Sampler(decoder, tokenizer, plan, batch)
+    texts = sampler.texts(first)
+    keep_settings(out, sampler.settings())
+    sampled = tokens = 0
+    began = time.monotonic()
+    with progress_bar("conversations") as progress:
+        task = progress.add_task("sampling", total=conversations)
+        for start in range(first, first + conversations, part):
+            wanted = min(part, first + conversations - start)
+            mine = None if texts is None else list(islice(texts, wanted))
+            file = out / f"part-{start:08d}.npz"
+            if conversations_in(file) >= wanted:
+                progress.advance(task, wanted)
+                continue
+            arrays = sampler.part(range(start, start + wanted), mine, progress, task)
+            write_atomically(file, npz(arrays))
+            sampled += wanted
+            tokens += int((arrays["length"] - arrays["prompt_length"]).sum())
+    return Totals(sampled, tokens, time.monotonic() - began)
+
+
+class Sampler:
+    """Samples parts by sessions of `batch` places."""
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, plan: Plan, batch: int
+    ) -> None:
+        self.decoder, self.tokenizer, self.plan, self.batch = decoder, tokenizer, plan, batch
+        self.room = plan.max_length // 2  # tokens of a prompt
+        self.own = plan.prompts == "self"
+        self.turn = user_turn(tokenizer) if self.own else None
+        if len(self.formatted(".")) >= self.room:
+            raise ValueError(
+                f"max_length must be above {2 * len(self.formatted('.'))}, twice the length of the "
+                f"chat template, got {plan.max_length}"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What the bits of a part depend on."""
+        plan = self.plan
+        return {
+            "target": target_digest(self.decoder.target),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "prompts": plan.prompts,
+            "max_length": plan.max_length,
+            "temperatures": list(plan.temperatures),
+            "seed": plan.seed,
+            "batch": self.batch,
+        }
+
+    def texts(self, first: int) -> Iterator[str] | None:
+        """Lines or documents of conversations from `first` on; None if the target writes them."""
+        source = self.plan.prompts
+        if self.own:
+            return None
+        if not self.is_file():
+            return islice(endless(source), first, None)
+        lines = [line for line in read_text(Path(source)).splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"prompts: {source} is empty, expected a prompt on each line")
+        return islice(cycle(lines), first % len(lines), None)
+
+    def is_file(self) -> bool:
+        return self.plan.prompts not in NAMES and Path(self.plan.prompts).is_file()
+
+    def prompt(self, i: int, text: str) -> list[int]:
+        """Token ids of the prompt of conversation i, from its line or document."""
+        if not self.is_file():
+            return self.passage(i, text)
+        ids = self.formatted(text)
+        if len(ids) >= self.plan.max_length:
+            raise ValueError(
+                f"prompts: {text[:40]!r} has {len(ids)} tokens, and max_length = "
+                f"{self.plan.max_length} leaves no room for an answer: shorten it or raise that"
+            )
+        return ids
+
+    def passage(self, i: int, text: str) -> list[int]:
+        """Some words of a document, in a chat under an instruction."""
+        choose = random.Random(draw(self.plan.seed, i, "passage"))
+        instruction = choose.choice(INSTRUCTIONS) if self.tokenizer.chat_template else "{}"
+        words = re.findall(WORD, text) or ["."]
+        size = choose.randint(SHORTEST_PASSAGE, max(SHORTEST_PASSAGE, self.room // 2))
+        start = choose.randrange(max(1, len(words) - size))
+        while True:
+            ids = self.formatted(instruction.format("".join(words[start : start + size]).strip()))
+            if len(ids) <= self.room or size == 1:
+                return ids
+            size = size * 3 // 4
+
+    def formatted(self, text: str) -> list[int]:
+        """A message in the chat template; without one, plain text."""
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(text)["input_ids"]
+        message = [{"role": "user", "content": text}]
+        encoded: Any = self.tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True
+        )
+        return encoded["input_ids"]
+
+    def part(
+        self, indices: range, texts: list[str] | None, progress: Progress, task: Any
+    ) -> dict[str, np.ndarray]:
+        """Conversations of these indices, from their lines or documents, as arrays."""
+        session, sampling = self.open()
+        if texts is None:
+            waiting = deque(self.message(i, 0) for i in indices)
+        else:
+            pairs = zip(indices, texts, strict=True)
+            waiting = deque(Row(i, None, self.prompt(i, text)) for i, text in pairs)
+        places: list[Row | None] = [None] * self.batch
+        finished: dict[int, tuple[list[int], int]] = {}
+        while waiting or any(places):
+            for b, row in enumerate(places):
+                if row is None or not session.done[b]:
+                    continue
+                if row.attempt is not None:
+                    waiting.appendleft(self.answer(row, session.texts[b]))
+                else:
+                    finished[row.conversation] = (session.texts[b], len(row.prompt))
+                    progress.advance(task)
+                places[b] = None
+            for b, row in enumerate(places):
+                if row is None and waiting:
+                    places[b] = self.admit(session, sampling, b, waiting.popleft())
+            if any(places):
+                session.step()
+        return self.arrays(indices, finished)
+
+    def open(self) -> tuple[Session, RowTemperatures]:
+        """A fresh session, whose rows end where a turn does, the user's or the target's."""
+        target = self.decoder.target
+        ends = set(target.stop_tokens)
+        if self.turn is not None:
+            ends.add(self.turn.end)
+        sampling = RowTemperatures(self.batch, target.device)
+        session = self.decoder.open(
+            self.batch, self.plan.max_length, sampling=sampling, stop_tokens=sorted(ends)
+        )
+        return session, sampling
+
+    def admit(self, session: Session, sampling: RowTemperatures, place: int, row: Row) -> Row:
+        """Let a place of the session begin with a row."""
+        plan, answers = self.plan, row.attempt is None
+        seed = draw(
+            plan.seed, row.conversation, "answer" if answers else "message", row.attempt or 0
+        )
+        sampling.each[place] = plan.temperature(row.conversation) if answers else 1.0
+        longest = plan.max_length if answers else self.room
+        seeds = row_seeds(seed, 1)
+        room = longest - len(row.prompt)
+        session.admit([row.prompt], first=place, max_new_tokens=room, seed=seeds)
+        return row
+
+    def message(self, index: int, attempt: int) -> Row:
+        """The row in which the target writes what a user says."""
+        return Row(index, attempt, self.turn.before if self.turn else [])
+
+    def answer(self, row: Row, tokens: list[int]) -> Row:
+        """The row that answers a message, if that can be used; else another attempt at one.
+
+        It can if the target ended it by itself, and it has three words of letters or digits and
+        fits into half of max_length. It is tokenised anew, as if a user had typed it.
+        """
+        attempt = (row.attempt or 0) + 1
+        if self.turn is not None and tokens[-1] == self.turn.end:
+            new = tokens[len(row.prompt) :]
+            said: Any = self.tokenizer.decode(new, skip_special_tokens=True)
+            ids = self.formatted(said.strip())
+            if len(re.findall(r"\w+", said)) >= LEAST_WORDS and len(ids) <= self.room:
+                return Row(row.conversation, None, ids)
+        if attempt == ATTEMPTS:
+            raise ValueError(
+                f"prompts 'self': in {ATTEMPTS} attempts the target wrote no message of "
+                f"{LEAST_WORDS} words within {self.room} tokens; raise max_length, or give a file "
+                "of prompts, a folder or a corpus"
+            )
+        return self.message(row.conversation, attempt)
+
+    def arrays(
+        self, indices: range, finished: dict[int, tuple[list[int], int]]
+    ) -> dict[str, np.ndarray]:
+        """What data/README.md describes."""
+        vocabulary = self.decoder.target.vocab_size
+        dtype = np.uint16 if vocabulary <= 1 << 16 else np.int32
+        tokens = np.zeros((len(indices), self.plan.max_length), dtype)
+        for n, i in enumerate(indices):
+            text, _ = finished[i]
+            tokens[n, : len(text)] = text
+        return {
+            "tokens": tokens,
+            "prompt_length": np.array([finished[i][1] for i in indices], np.int32),
+            "length": np.array([len(finished[i][0]) for i in indices], np.int32),
+            "temperature": np.array([self.plan.temperature(i) for i in indices], np.float32),
+        }
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
+    """What surrounds a user's message.
+
+    Raises:
+        ValueError: there is no chat template, it does not show the message as it is, or no special
+            token ends it.
+    """
+    way_out = "give a file of prompts, a folder or a corpus"
+    if not tokenizer.chat_template:
+        raise ValueError(f"prompts 'self' need a chat template, and there is none: {way_out}")
+    message = [{"role": "user", "content": MARK}]
+    text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, _, after = text.partition(MARK)
+    first, then = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (before, after))
+    if not first or not then or MARK in after or then[0] not in tokenizer.all_special_ids:
+        raise ValueError(
+            "prompts 'self' need a chat template with something before a user's message and a "
+            f"special token behind it, this one gives {text!r}: {way_out}"
+        )
+    return UserTurn(first, then[0])
+
+
+def endless(source: str) -> Iterator[str]:
+    """The documents of a corpus's training split, again and again."""
+    texts = read_texts(source, "train")  # errors come now
+    return chain(texts, chain.from_iterable(read_texts(source, "train") for _ in repeat(None)))
+
+
+def target_digest(target: Target) -> str:
+    """Tells targets apart by the first rows of the head, and their dtype."""
+    rows: Tensor = target.head.weight[:64].detach().float().cpu().contiguous()
+    said = hashlib.blake2b(rows.numpy().tobytes(), digest_size=16)
+    said.update(f"{tuple(target.head.weight.shape)} {target.dtype}".encode())
+    return said.hexdigest()
+
+
+def conversations_in(file: Path) -> int:
+    """Of a part; 0 if there is none."""
+    if not file.is_file():
+        return 0
+    with np.load(file, allow_pickle=False) as data:
+        return len(data["length"])
+
+
+def npz(arrays: dict[str, Any]) -> bytes:
+    """The bytes of an .npz; zip entries bear no date, so that they depend on nothing else."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()

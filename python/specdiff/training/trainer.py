@@ -1,0 +1,207 @@
+"""The training loop: AdamW with warmup, cosine, clipping and averaged weights, over accelerate.
+
+Whatever a step does follows from the seed and its number: a run that is killed at any moment goes
+on from its last checkpoint with the very same losses, and one process or many see the same batches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..drafters.network import write_atomically
+from .recipe import Recipe
+
+POOL = 16  # batches that are sorted by length together
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+
+
+class Task(Protocol):
+    """What is learnt. Its forward is the loss of the texts chosen for a step.
+
+    Attributes:
+        network: the part that is trained, averaged and kept.
+        rows: i64 [N], texts to choose from.
+        lengths: i64 [N], theirs.
+    """
+
+    network: nn.Module
+    rows: Tensor
+    lengths: Tensor
+
+    def __call__(self, chosen: Tensor, step: int, progress: float) -> Tensor: ...
+
+    def held_out_loss(self, network: Any) -> float: ...
+
+
+def choose(rows: Tensor, lengths: Tensor, recipe: Recipe, step: int) -> Tensor:
+    """Texts of a step: every epoch is shuffled, then neighbours of like length meet. i64 [batch]"""
+    batch = min(recipe.batch, len(rows))
+    per_epoch = len(rows) // batch
+    epoch, place = divmod(step, per_epoch)
+    shuffle = np.random.default_rng([recipe.seed, epoch])
+    order = torch.from_numpy(shuffle.permutation(len(rows)))
+    pools = [pool[lengths[pool].argsort(stable=True)] for pool in order.split(POOL * batch)]
+    number = int(shuffle.permutation(per_epoch)[place])
+    return rows[torch.cat(pools)[number * batch : (number + 1) * batch]]
+
+
+class Trainer:
+    """Trains a task; every process of a launch makes the same one.
+
+    Args:
+        task: a module; its network is trained in place.
+        recipe: see there.
+        accelerator: None: one for this machine.
+
+    Raises:
+        ValueError: a batch that the processes cannot share, or of more texts than there are.
+
+    Example:
+        >>> trainer = Trainer(task, Recipe(steps=100))
+        >>> while trainer.step < 100:
+        ...     loss = trainer.train_step()
+        >>> trainer.network.save(folder)
+    """
+
+    def __init__(self, task: Any, recipe: Recipe, accelerator: Accelerator | None = None) -> None:
+        self.accelerator = accelerator or make_accelerator(recipe)
+        parts = recipe.accumulate * self.accelerator.num_processes
+        if recipe.batch % parts or recipe.batch > len(task.rows):
+            raise ValueError(
+                f"batch must be a multiple of accumulate x processes = {parts} and at most the "
+                f"{len(task.rows)} texts to train on, got {recipe.batch}"
+            )
+        self.task, self.recipe, self.step = task, recipe, 0
+        matrices = [p for p in task.network.parameters() if p.ndim > 1]
+        others = [p for p in task.network.parameters() if p.ndim <= 1]
+        groups: list[dict] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self.module, self.optimizer = self.accelerator.prepare(task, optimizer)
+        self.average = AveragedModel(task.network, avg_fn=decaying_average(recipe.ema))
+        self.average.requires_grad_(False)
+
+    @property
+    def network(self) -> Any:
+        """The averaged network, which is what a run makes."""
+        return self.average.module
+
+    def train_step(self) -> float:
+        """One optimiser step. Returns its loss, the mean over the whole batch.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the weights are those before the step.
+        """
+        recipe, accelerator = self.recipe, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.rate(self.step)
+        chosen = choose(self.task.rows, self.task.lengths, recipe, self.step)
+        *parts, last = chosen.view(recipe.accumulate, accelerator.num_processes, -1)
+        with accelerator.no_sync(self.module):  # gradients meet once
+            loss = sum(map(self.backward, parts), torch.zeros((), device=accelerator.device))
+        loss = accelerator.reduce(loss + self.backward(last), "mean").item()
+        self.check(loss)
+        accelerator.clip_grad_norm_(self.module.parameters(), recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update_parameters(self.task.network)
+        self.step += 1
+        return loss
+
+    def backward(self, part: Tensor) -> Tensor:
+        """Add the gradient of this process's texts of i64 [processes, n]; their part of the loss."""
+        progress = self.step / self.recipe.steps
+        loss = self.module(part[self.accelerator.process_index], self.step, progress)
+        loss = loss / self.recipe.accumulate
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss of step {self.step} is {loss}: lower learning_rate = "
+                f"{self.recipe.learning_rate}, or clip = {self.recipe.clip}; the last checkpoint "
+                "is from before it"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write weights, averaged weights and the optimiser's state as one safetensors file."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {}
+        averaged = dict(self.network.named_parameters())
+        for name, parameter in self.task.network.named_parameters():
+            tensors[f"network.{name}"] = parameter.detach()
+            tensors[f"average.{name}"] = averaged[name].detach()
+            for key in MOMENTS:
+                tensors[f"optimizer.{key}.{name}"] = self.optimizer.state[parameter][key]
+        about = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        write_atomically(path, save(tensors, about))
+
+    def resume(self, path: Path) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            ValueError: it was made with another recipe or for another network, or is no checkpoint.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            theirs = json.loads(about["recipe"])
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no checkpoint of a training: {error!r}") from error
+        ours = asdict(self.recipe)
+        if changed := [f"{k} = {theirs.get(k)}" for k in ours if ours[k] != theirs.get(k)]:
+            raise ValueError(
+                f"{path} was made with {', '.join(changed)}: train on with these, or use another "
+                "folder"
+            )
+        averaged = dict(self.network.named_parameters())
+        for name, parameter in self.task.network.named_parameters():
+            saved = tensors.get(f"network.{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise ValueError(
+                    f"{path} is of another network, {name} differs: use another folder"
+                )
+            parameter.data.copy_(saved)
+            averaged[name].data.copy_(tensors[f"average.{name}"])
+            self.optimizer.state[parameter] = {
+                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in MOMENTS
+            }
+        self.step = int(about["step"])
+        self.average.n_averaged.fill_(self.step)
+
+
+def decaying_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """Of weights: after n steps the last ones weigh 1 - decay, more while there are few."""
+
+    def update(average: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
+        n = float(count)
+        return average.lerp(new, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """For the devices and processes that this one was launched with."""
+    return Accelerator(mixed_precision=recipe.precision)

@@ -1,0 +1,202 @@
+"""BlockDiffusion and ParallelDrafter with random weights: what they record, their cache, steps and
+files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specdiff import Decoder, Sampling, Target
+from specdiff.drafters import BlockDiffusion, Draws, News, ParallelDrafter, load_drafter
+from specdiff.drafters.network import DraftNetwork
+from specdiff.schedule import chunk
+from specdiff.training.groups import Groups, forward_groups
+from specdiff_kernels import Purpose, row_law, sample
+from specdiff_kernels.reference.numerics import random_word
+from tests.tiny import tiny_model, tiny_network
+
+VOCAB, SIZE, K = 50, 32, 4
+DRAFT_IDS = torch.arange(1, VOCAB, 2)
+KINDS = ("block-diffusion", "parallel")
+STEPS = [("block-diffusion", 1), ("block-diffusion", 2), ("block-diffusion", 3)]
+STEPS += [("block-diffusion", K), ("parallel", 1)]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(tiny_model("llama", vocab=VOCAB))
+
+
+def make(kind: str, target: Target, steps: int | None = None) -> BlockDiffusion | ParallelDrafter:
+    network = tiny_network(kind, DRAFT_IDS, layers=2, block=K)
+    if kind == "parallel":
+        return ParallelDrafter(network, target)
+    return BlockDiffusion(network, target, steps=steps)
+
+
+def recomputed(network, target, tokens, before, revealed, k) -> torch.Tensor:
+    """Logits [k, Vd] of the draft that ends `tokens`, by the forward of training, without a cache.
+
+    before: [len(tokens) - k, d], the target's state before each committed token.
+    """
+    states = torch.cat((before, torch.zeros(k, SIZE)))
+    anchor = torch.tensor([[len(tokens) - k - 1]])
+    embedded = F.embedding(tokens[None], target.model.get_input_embeddings().weight)
+    groups = Groups(anchor, torch.tensor([[revealed]]))
+    with torch.no_grad():
+        text, masks = forward_groups(network, embedded, states[None], groups, k)
+        out = masks[0, 0]
+        if network.config.kind == "parallel":
+            out = torch.cat((text[0, anchor[0]], out))
+        output = target.model.get_output_embeddings().weight[network.draft_ids]
+        return F.linear(network.embed_out(out), output, network.bias)
+
+
+@pytest.mark.parametrize(("kind", "steps"), STEPS)
+@pytest.mark.parametrize("k", [1, 3, K])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=10)], ids=repr)
+def test_draft_equals_a_fresh_forward(target, kind, steps, k, sampling):
+    """Ragged news through the cache: logits of the trainer's forward, tokens by their law."""
+    drafter = make(kind, target, steps)
+    drafter.start(3, 40, sampling)
+    generator = torch.Generator().manual_seed(3)
+    seed = torch.tensor([1, 2, 3])
+    tokens = [torch.empty(0, dtype=torch.int64)] * 3
+    before = [torch.empty(0, SIZE)] * 3
+    for turn, counts in enumerate([[3, 7, 1], [1, 5, 2], [4, 0, 1], [2, 3, 5]]):
+        new = torch.randint(VOCAB, (3, max(counts)), generator=generator)
+        states = torch.randn(3, max(counts), SIZE, generator=generator)
+        if turn == 0:
+            states[:, 0] = 0  # nothing comes before the first token
+        tokens = [torch.cat((row, new[b, : counts[b]])) for b, row in enumerate(tokens)]
+        before = [torch.cat((row, states[b, : counts[b]])) for b, row in enumerate(before)]
+        lengths = torch.tensor([k if count else 0 for count in counts])
+        round = torch.full((3,), turn)
+        news = News(new, torch.tensor(counts), states)
+        draft = drafter.draft(news, k, lengths, Draws(seed, round))
+        taken = min(steps, k)
+        for b in (b for b in range(3) if counts[b]):
+            row = torch.cat((tokens[b], draft.tokens[b]))
+            for step in range(taken):
+                lo, hi = chunk(k, taken, step)
+                want = recomputed(drafter.network, target, row, before[b], lo, k)[lo:hi]
+                have = draft.logits[b * k + lo : b * k + hi]
+                torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+                assert draft.tau[b, lo:hi].tolist() == [step] * (hi - lo)
+                guess = [-1] * (hi - lo)  # greedy tokens are no draws
+                rows = list(range(b * k + lo, b * k + hi))
+                assert draft.rows[b, lo:hi].tolist() == (guess if sampling.greedy else rows)
+        rows = torch.arange(3 * k).view(3, k)[lengths > 0].flatten()
+        law = row_law(draft.logits[rows], *sampling.parameters)
+        assert all(torch.equal(have[rows], want) for have, want in zip(draft.law, law, strict=True))
+        sequence = rows // k
+        words = random_word(
+            seed[sequence], rows % k, round[sequence], Purpose.DRAFT, draft.tau.flatten()[rows]
+        )
+        again = sample(draft.logits[rows], law, words=words, draft_ids=DRAFT_IDS)
+        assert torch.equal(draft.tokens.flatten()[rows], again)
+
+
+@pytest.mark.parametrize(("kind", "steps"), STEPS)
+def test_greedy_text_is_plain_decodings(target, kind, steps):
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    want = Decoder(target).generate(prompts, max_new_tokens=20).new_tokens
+    drafter = make(kind, target, steps)
+    assert Decoder(target, drafter, K).generate(prompts, max_new_tokens=20).new_tokens == want
+
+
+def test_parallel_drafts_know_nothing_of_a_draft_s_length(target):
+    """Causal masks: the first tokens of a long draft are those of a short one."""
+    one, news = torch.ones(1, dtype=torch.int64), torch.tensor([[3, 4, 5]])
+    hidden = torch.randn(1, 3, SIZE, generator=torch.Generator().manual_seed(0))
+    drafts = []
+    for k in (1, 2, K):
+        drafter = make("parallel", target)
+        drafter.start(1, 20, Sampling(1.0))
+        draft = drafter.draft(News(news, 3 * one, hidden), k, k * one, Draws(one, one))
+        drafts.append(draft.logits)
+    torch.testing.assert_close(drafts[0], drafts[2][:1])
+    torch.testing.assert_close(drafts[1], drafts[2][:2])
+
+
+@pytest.mark.parametrize(("k", "steps"), [(8, 1), (8, 3), (7, 7), (5, 2)])
+def test_chunks_cover_the_block_from_left_to_right(k, steps):
+    chunks = [chunk(k, steps, step) for step in range(steps)]
+    assert [i for lo, hi in chunks for i in range(lo, hi)] == list(range(k))
+    assert chunks[0] == (0, k // steps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(target, kind, tmp_path):
+    network = tiny_network(kind, DRAFT_IDS)
+    network.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    drafter = load_drafter(tmp_path, target)
+    assert drafter.kind == kind and drafter.network.config == network.config
+    assert torch.equal(drafter.network.draft_ids, DRAFT_IDS)
+    for (name, saved), loaded in zip(
+        network.named_parameters(), drafter.network.parameters(), strict=True
+    ):
+        assert torch.equal(saved.half().float(), loaded), name
+
+
+def test_steps_belong_to_block_diffusion(target, tmp_path):
+    tiny_network("block-diffusion", DRAFT_IDS).save(tmp_path / "block")
+    assert load_drafter(tmp_path / "block", target, steps=2).steps == 2
+    tiny_network("parallel", DRAFT_IDS).save(tmp_path / "parallel")
+    with pytest.raises(ValueError, match="a parallel drafter has none"):
+        load_drafter(tmp_path / "parallel", target, steps=2)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    network = tiny_network("block-diffusion", DRAFT_IDS)
+    network.save(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="holds no usable drafter"):
+        DraftNetwork.load(tmp_path)
+    network.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for field, value in (("hidden_size", 24), ("model_type", "llama")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+        with pytest.raises(ValueError, match="holds no usable drafter"):
+            DraftNetwork.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_arguments(target, kind):
+    one = torch.ones(1, dtype=torch.int64)
+    drafter = make(kind, target)
+    drafter.start(1, 10, Sampling())
+    with pytest.raises(ValueError, match=r"k must be in \[1, 4\] for this drafter, got 5"):
+        drafter.draft(News(one[:, None], one, torch.zeros(1, 1, SIZE)), 5, one, Draws(one, one))
+    with pytest.raises(ValueError, match=r"news.hidden is None"):
+        drafter.draft(News(one[:, None], one, None), 4, one, Draws(one, one))
+    network = tiny_network(kind, DRAFT_IDS, vocab=VOCAB + 1)
+    with pytest.raises(ValueError, match="was trained for a target with embeddings"):
+        type(drafter)(network, target)
+    other = tiny_network(next(k for k in KINDS if k != kind), DRAFT_IDS)
+    with pytest.raises(ValueError, match=f"network must be of kind '{kind}'"):
+        type(drafter)(other, target)
+    if kind == "block-diffusion":
+        with pytest.raises(ValueError, match=r"steps must be in \[1, block = 4\], got 5"):
+            make(kind, target, steps=5)
+
+
+def test_a_longer_block_adopts_a_shorter_ones_weights():
+    short = tiny_network("block-diffusion", DRAFT_IDS)
+    long = DraftNetwork(dataclasses.replace(short.config, block=6), DRAFT_IDS)
+    long.adopt(short)
+    assert torch.equal(long.offset[:4], short.offset)
+    assert torch.equal(long.offset[4:], short.offset[-1:].expand(2, -1))
+    assert torch.equal(long.layers[0].qkv.weight, short.layers[0].qkv.weight)
+    parallel = DraftNetwork(dataclasses.replace(long.config, kind="parallel"), DRAFT_IDS)
+    parallel.adopt(long)
+    assert torch.equal(parallel.offset, long.offset[1:])  # the first token needs no mask
+    wide = tiny_network("parallel", DRAFT_IDS, layers=2)
+    with pytest.raises(ValueError, match=r"initial network's layers.1"):
+        wide.adopt(tiny_network("parallel", DRAFT_IDS))

@@ -1,0 +1,132 @@
+"""Conversations: what is read, what is refused, and how they are divided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from specdiff.training.conversations import (
+    Conversations,
+    frequent_ids,
+    load_conversations,
+    split,
+)
+
+SHIPPED = Path(__file__).parents[2] / "data" / "smollm2_samples.npz"
+
+
+def save(file: Path, **change) -> Path:
+    """Two conversations of at most 4 tokens."""
+    arrays = {
+        "tokens": np.array([[5, 6, 7, 8], [5, 9, 0, 0]], np.uint16),
+        "prompt_length": np.array([2, 1], np.int32),
+        "length": np.array([4, 2], np.int32),
+        "temperature": np.array([1.0, 0.7], np.float32),
+    } | change
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    return file
+
+
+def test_one_file(tmp_path):
+    data = load_conversations(save(tmp_path / "some.npz"))
+    assert [x.dtype for x in data] == [torch.int64] * 3
+    assert [x.tolist() for x in data] == [[[5, 6, 7, 8], [5, 9, 0, 0]], [2, 1], [4, 2]]
+
+
+def test_parts_are_padded_and_joined_in_order_of_name(tmp_path):
+    save(tmp_path / "part-00000032.npz")
+    wide = np.array([[1, 2, 3, 4, 5, 70_000]], np.int32)
+    save(
+        tmp_path / "part-00000000.npz",
+        tokens=wide,
+        prompt_length=np.array([1]),
+        length=np.array([6]),
+    )
+    save(tmp_path / "other.npz")
+    data = load_conversations(tmp_path)
+    assert data.tokens.tolist() == [
+        [1, 2, 3, 4, 5, 70_000],
+        [5, 6, 7, 8, 0, 0],
+        [5, 9, 0, 0, 0, 0],
+    ]
+    assert (data.prompt_length.tolist(), data.length.tolist()) == ([1, 2, 1], [6, 4, 2])
+
+
+def test_shipped_conversations():
+    data = load_conversations(SHIPPED)
+    assert data.tokens.shape == (2028, 400)
+    assert int((data.length - data.prompt_length).sum()) == 502_394  # as data/README.md says
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": None}, "lacks length; data/README.md has the format"),
+        ({"tokens": np.zeros((2, 4))}, "tokens in .* must hold integers, got float64"),
+        ({"tokens": np.zeros(2, int)}, r"got the shapes \(2,\), \(2,\), \(2,\)"),
+        ({"length": np.array([4])}, r"got the shapes \(2, 4\), \(2,\), \(1,\)"),
+        ({"prompt_length": np.array([0, 1])}, "conversation 0 .* got 0, 4 and 4"),
+        ({"prompt_length": np.array([2, 2])}, "conversation 1 .* got 2, 2 and 4"),
+        ({"length": np.array([4, 5])}, "conversation 1 .* got 1, 5 and 4"),
+    ],
+)
+def test_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_conversations(save(tmp_path / "bad.npz", **change))
+
+
+def test_nothing_is_unpickled(tmp_path):
+    file = save(tmp_path / "bad.npz", tokens=np.array([[print], [print]], object))
+    with pytest.raises(ValueError, match="cannot be loaded when allow_pickle=False"):
+        load_conversations(file)
+
+
+def test_neither_file_nor_parts(tmp_path):
+    for path in (tmp_path, tmp_path / "none.npz"):
+        with pytest.raises(ValueError, match=r"found neither: make one with `specdiff sample-t"):
+            load_conversations(path)
+    (tmp_path / "text.npz").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.npz is not an \.npz file"):
+        load_conversations(tmp_path / "text.npz")
+
+
+@pytest.fixture
+def data() -> Conversations:
+    tokens = torch.tensor([[9, 9, 3, 3, 1], [9, 4, 4, 3, 7], [1, 5, 0, 0, 0]])
+    return Conversations(tokens, torch.tensor([2, 1, 1]), torch.tensor([5, 4, 2]))
+
+
+def test_frequent_ids_count_answers_alone(data):
+    """Answers are 3 3 1, 4 4 3 and 5: 1 and 5 tie, 9 and 7 are not in them."""
+    assert frequent_ids(data, 2, 10, []).tolist() == [3, 4]
+    assert frequent_ids(data, 3, 10, []).tolist() == [1, 3, 4]
+    assert frequent_ids(data, 3, 10, [8]).tolist() == [3, 4, 8]
+    assert frequent_ids(data, 10, 10, [8]).tolist() == list(range(10))
+
+
+def test_frequent_ids_out_of_range(data):
+    with pytest.raises(ValueError, match=r"count must be in \[1, vocab_size = 10\], got 11"):
+        frequent_ids(data, 11, 10, [])
+    with pytest.raises(ValueError, match=r"count must be in \[2, vocab_size = 10\], got 1"):
+        frequent_ids(data, 1, 10, [2, 3])
+    with pytest.raises(ValueError, match=r"data has token 9, outside the vocabulary \[0, 9\)"):
+        frequent_ids(data, 2, 9, [])
+
+
+@pytest.mark.parametrize(("share", "held"), [(0.0, 1), (0.1, 2), (0.99, 19)])
+def test_split(share, held):
+    train, out = split(20, share, seed=3)
+    assert len(out) == held
+    assert sorted([*train.tolist(), *out.tolist()]) == list(range(20))
+    assert torch.equal(split(20, share, seed=3)[1], out)
+    assert train.tolist() != sorted(train.tolist()) or held == 19
+
+
+def test_split_out_of_range():
+    with pytest.raises(ValueError, match="count must be at least 2"):
+        split(1, 0.1, seed=0)
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got 1"):
+        split(5, 1, seed=0)

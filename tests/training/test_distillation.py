@@ -1,0 +1,212 @@
+"""Distillation: its masks hide what they must, its loss is what it says, and it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
+
+from specdiff.drafters import network as network_module
+from specdiff.training.distillation import (
+    Distillation,
+    draft_length,
+    draft_lengths,
+    evaluate,
+    fit_linear,
+    make_drafts,
+)
+from specdiff.training.groups import Groups, forward_groups, sample_groups
+from specdiff.training.objective import DIVERGENCES, Objective
+from specdiff.training.recipe import Recipe
+from specdiff.training.trainer import Trainer
+from tests.tiny import tiny_network
+
+from .conftest import BLOCK, SIZE, TEXTS, VOCAB
+
+KINDS = ("block-diffusion", "parallel")
+RECIPE = Recipe(steps=60, batch=8, learning_rate=1e-2, ema=0.9)
+
+
+def new_task(network, teacher, **objective) -> Distillation:
+    rows = torch.arange(TEXTS)
+    return Distillation(network, teacher, rows[16:], rows[:16], Objective(anchors=6, **objective))
+
+
+def inputs(kind):
+    """A network where everything matters, two texts, and three groups behind each."""
+    network = tiny_network(kind, torch.arange(VOCAB), vocab=VOCAB, layers=2)
+    generator = torch.Generator().manual_seed(0)
+    embedded, before = torch.randn(2, 2, 12, SIZE, generator=generator)
+    revealed = torch.tensor([[0, 2, 0], [1, 3, 0]]) * (kind == "block-diffusion")
+    return network, embedded, before, Groups(torch.tensor([[0, 5, 5], [3, 7, 11]]), revealed)
+
+
+@torch.no_grad()
+def alone(network, embedded, before, anchor, revealed):
+    """States of one group, in a forward over its own text, cut off at its anchor, and itself."""
+    config = network.config
+    M = config.masks(BLOCK)
+    text = network.embed_prefix(embedded[: anchor + 1], before[: anchor + 1])
+    masks = network.embed_masks(text[-1], M)
+    given = F.pad(embedded[anchor + 1 :], (0, 0, 0, M))[:M]
+    masks[:revealed] = network.embed_revealed(given)[:revealed]
+    x = torch.cat((text, masks))[None]
+    columns = x.shape[1]
+    mask = torch.ones(columns, columns, dtype=torch.bool).tril()  # as in any language model
+    if config.kind == "block-diffusion":
+        mask[anchor + 1 :] = True
+    return network(x, torch.arange(columns)[None], mask[None, None])[0, anchor + 1 :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flex", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_group_equals_running_its_position_alone(kind, flex, monkeypatch):
+    # FlexAttention is compiled on a GPU; its block mask means the same without
+    monkeypatch.setattr(network_module, "compiled_flex_attention", lambda: flex_attention)
+    network, embedded, before, groups = inputs(kind)
+    with torch.no_grad():
+        states = forward_groups(network, embedded, before, groups, BLOCK, flex=flex).masks
+    for b in range(2):
+        for a in range(3):
+            anchor, revealed = int(groups.anchor[b, a]), int(groups.revealed[b, a])
+            want = alone(network, embedded[b], before[b], anchor, revealed)
+            torch.testing.assert_close(states[b, a], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_group_may_not_see_changes_nothing(kind):
+    network, embedded, before, groups = inputs(kind)
+
+    def states(embedded, before):
+        with torch.no_grad():
+            return forward_groups(network, embedded, before, groups, BLOCK).masks[0]
+
+    base = states(embedded, before)
+    for a in range(3):
+        anchor, known = int(groups.anchor[0, a]), int(groups.revealed[0, a])
+        later, unknown = embedded.clone(), before.clone()
+        later[:, anchor + 1 + known :] = 7
+        unknown[:, anchor + 1 :] = 7  # the state at the anchor itself is not known either
+        assert torch.allclose(states(later, unknown)[a], base[a], atol=1e-5)
+        for changed in ((1, 0), (0, 1)):  # the anchor's token, the state before it
+            inputs_ = [embedded.clone(), before.clone()]
+            inputs_[changed.index(1)][:, anchor] += 1
+            assert not torch.allclose(states(*inputs_)[a], base[a], atol=1e-3)
+    if kind == "block-diffusion":
+        given = embedded.clone()
+        given[:, 6] += 1  # a revealed token of the group behind column 5
+        assert not torch.allclose(states(given, before)[1], base[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_loss_by_its_definition(kind, divergence, teacher, new_network):
+    """Text by text, draft by draft, position by position, in fp64."""
+    network = tiny_network(kind, torch.arange(VOCAB), vocab=VOCAB)
+    task = new_task(network, teacher, divergence=divergence, position_decay=0.7, tv_from=0.5)
+    law = lambda x, bias=None: F.linear(x, teacher.output, bias).detach().double().softmax(-1)
+    draw = lambda x: law(network.embed_out(x), network.bias)
+    chosen, progress, total = torch.tensor([3, 20, 41]), 0.75, 0.0
+    for K in draft_lengths(BLOCK):
+        batch = task.batch(chosen, 5, 6, K)
+        with torch.no_grad():
+            drafts = make_drafts(network, teacher, batch)
+        want = 0.0
+        for b in range(3):
+            first, last = int(batch.first[b]), int(batch.length[b]) - 2
+            for a in range(6):
+                known = int(batch.groups.revealed[b, a])
+                for i in range(K):
+                    column = int(batch.groups.anchor[b, a]) + i
+                    if column > last or i < known or (kind == "parallel" and i == 0):
+                        continue
+                    p, q = law(batch.states[b, column]), draw(drafts.states[b, a, i])
+                    reached = sum(k > i for k in draft_lengths(BLOCK)) / len(draft_lengths(BLOCK))
+                    weight = 0.7 ** (i - known) / reached / 6
+                    want += weight * value(divergence, p, q, 0.25)
+            if kind == "parallel":  # the first position, everywhere in the answer
+                for column in range(first, last + 1):
+                    p, q = law(batch.states[b, column]), draw(drafts.text[b, column])
+                    want += value(divergence, p, q, 0.25) / (last + 1 - first)
+        want /= 3 * sum(0.7**i for i in range(BLOCK))
+        with torch.no_grad():
+            assert task.loss(network, batch, progress).item() == pytest.approx(want, rel=1e-4)
+        total += want
+    assert total > 0
+
+
+def value(divergence, p, q, w) -> float:
+    kl, reverse = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+    tv = (p - q).abs().sum() / 2
+    by_name = {"kl": kl, "reverse_kl": reverse, "tv": tv, "mix": (1 - w) * kl + w * tv}
+    return float(by_name[divergence])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_it_learns(kind, divergence, teacher, new_network):
+    """The held-out loss falls, and more is accepted on held-out text than of an untrained draft."""
+    task = new_task(new_network(kind), teacher, divergence=divergence)
+    untrained = task.held_out_loss(task.network)
+    before = evaluate(task.network, teacher, task.held_out, BLOCK)
+    trainer = Trainer(task, RECIPE)
+    while trainer.step < RECIPE.steps:
+        trainer.train_step()
+    after = evaluate(trainer.network, teacher, task.held_out, BLOCK)
+    assert task.held_out_loss(trainer.network) < 0.9 * untrained
+    assert after["acceptance"][0] > before["acceptance"][0] + 0.05
+    assert after["tokens_per_forward"][-1] > before["tokens_per_forward"][-1] + 0.05
+    assert 1 < after["tokens_per_forward"][-1] < BLOCK + 1
+
+
+def test_anchors_and_revealed_parts(conversations):
+    first, last = conversations.prompt_length - 1, conversations.length - 2
+    generators = [torch.Generator().manual_seed(i) for i in range(TEXTS)]
+    groups = sample_groups(first, last, 50, BLOCK, generators, revealing=True)
+    assert (groups.anchor >= first[:, None]).all() and (groups.anchor <= last[:, None]).all()
+    assert (groups.anchor == first[:, None]).any() and (groups.anchor == last[:, None]).any()
+    assert set(groups.revealed.unique().tolist()) == {0, 1, 2, 3}
+    assert 0.15 < (groups.revealed > 0).float().mean() < 0.35
+    generators = [torch.Generator().manual_seed(i) for i in range(TEXTS)]
+    alike = sample_groups(first, last, 50, BLOCK, generators, revealing=False)
+    assert torch.equal(alike.anchor, groups.anchor) and (alike.revealed == 0).all()
+
+
+def test_groups_depend_on_the_seed_the_step_and_the_text_alone(teacher, new_network):
+    task = new_task(new_network("parallel"), teacher)
+    together = task.batch(torch.tensor([5, 9]), 3, 6, 4)
+    single = task.batch(torch.tensor([9]), 3, 6, 4)
+    assert torch.equal(together.groups.anchor[1:], single.groups.anchor)
+    later = task.batch(torch.tensor([9]), 4, 6, 4)
+    assert not torch.equal(later.groups.anchor, single.groups.anchor)
+    assert {draft_length(16, 0, step) for step in range(30)} == {4, 8, 16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_start_is_the_best_linear_prediction(kind, teacher, new_network, conversations):
+    """No other linear map of token and state comes closer to the next state."""
+    network = new_network(kind)
+    fit_linear(network, teacher, torch.arange(TEXTS))
+    states = teacher.states(torch.arange(TEXTS), conversations.tokens.shape[1])
+    t = torch.arange(1, states.shape[1])
+    inside = (t >= 2) & (t < conversations.length[:, None])
+    token = F.embedding(conversations.tokens[:, 1:], teacher.embedding)[inside]
+    before = states[:, :-1][inside]
+    with torch.no_grad():
+        made = network.embed_out(network.embed_prefix(token, before) + network.mask)
+    x = torch.cat((network.scaled(token), network.scaled(before)), 1)
+    x = F.pad(x, (0, 1), value=1.0).double()
+    y = states[:, 1:][inside].double()
+    best = x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
+    error, least = ((made - y) ** 2).mean(), ((best - y) ** 2).mean()
+    assert least <= error < 1.02 * least < 0.9 * y.var()
+
+
+@pytest.mark.parametrize(
+    "field", [{"divergence": "js"}, {"position_decay": 1.5}, {"tv_from": -1.0}, {"anchors": 0}]
+)
+def test_bad_objectives(field):
+    with pytest.raises(ValueError, match=f"{next(iter(field))} must be"):
+        Objective(**field)

@@ -1,0 +1,230 @@
+"""`specdiff train`: its file, its folder, a kill at any moment, and several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from specdiff import Target
+from specdiff.cli import app
+from specdiff.drafters import load_drafter
+from specdiff.training.config import Answers, DenoiserShape, PrefixShape, Recipe, Texts, load_run
+
+from .conftest import BLOCK, VOCAB
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
+PARALLEL = f"""
+target = "target"
+
+[drafter]
+kind = "parallel"
+block = {BLOCK}
+hidden_size = 32
+heads = 2
+intermediate_size = 64
+draft_vocab_size = 30
+
+[data]
+conversations = "answers.npz"
+held_out = 0.2
+
+[objective]
+anchors = 4
+
+[training]
+steps = 12
+batch = 4
+accumulate = 2
+learning_rate = 1e-2
+save_every = 3
+"""
+SEDD = """
+target = "target"
+
+[drafter]
+kind = "sedd"
+hidden_size = 32
+blocks = 1
+heads = 2
+cond_dim = 16
+length = 40
+
+[data]
+texts = "texts"
+length = 16
+
+[training]
+steps = 3
+batch = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(model, conversations, tmp_path_factory) -> Path:
+    """A target with a tokenizer, its answers, and texts."""
+    folder = tmp_path_factory.mktemp("run")
+    model.save_pretrained(folder / "target")
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", unk_token="w0")
+    fast.save_pretrained(folder / "target")
+    np.savez(folder / "answers.npz", **{k: v.numpy() for k, v in conversations._asdict().items()})
+    (folder / "texts").mkdir()
+    for i in range(60):
+        text = " ".join(f"w{(i * j) % VOCAB}" for j in range(40))
+        (folder / "texts" / f"{i}.txt").write_text(text)
+    return folder
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def train(*args: object) -> object:
+    return CliRunner().invoke(app, ["train", *map(str, args)])
+
+
+def losses(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["parallel", "block-diffusion"])
+def test_the_command_makes_a_drafter(folder, model, tmp_path, kind):
+    config = write(folder, f"{kind}.toml", PARALLEL.replace('"parallel"', f'"{kind}"'))
+    result = train(config, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "evaluation.json").read_text())
+    assert figures["steps"] == 12 and len(figures["acceptance"]) == BLOCK
+    assert [line["step"] for line in losses(tmp_path)] == list(range(12))
+    drafter = load_drafter(tmp_path, Target(model))
+    assert drafter.kind == kind and drafter.network.config.draft_vocab_size == 30
+
+
+@pytest.mark.parametrize("kind", ["sedd", "mdlm"])
+def test_the_command_makes_a_denoiser(folder, model, tmp_path, kind):
+    config = write(folder, f"{kind}.toml", SEDD.replace('"sedd"', f'"{kind}"'))
+    result = train(config, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["tokens_per_forward"] >= 1 and figures["held_out_loss"] > 0
+    drafter = load_drafter(tmp_path, Target(model))
+    assert drafter.network.config.time_conditioned == (kind == "sedd")
+    again = train(config, "--out", tmp_path)
+    assert json.loads(again.stdout.splitlines()[-1]) == figures  # nothing was left to do
+
+
+def test_a_run_begins_at_another_drafter(folder, tmp_path):
+    first = train(write(folder, "first.toml", PARALLEL), "--out", folder / "first")
+    assert first.exit_code == 0, first.output
+    text = PARALLEL.replace("block = 4", 'block = 8\ninitial = "first"').replace(
+        "learning_rate = 1e-2", "learning_rate = 0.0"
+    )
+    result = train(write(folder, "second.toml", text), "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    old, new = (load_file(f / "model.safetensors") for f in (folder / "first", tmp_path))
+    assert new["offset"].shape[0] == 7 and torch.equal(new["offset"][:3], old["offset"])
+    assert torch.equal(new["embed_out.weight"], old["embed_out.weight"])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(folder, tmp_path):
+    """SIGKILL between two checkpoints."""
+    config = write(folder, "killed.toml", PARALLEL.replace("steps = 12", "steps = 100"))
+    straight, out = tmp_path / "straight", tmp_path / "killed"
+    result = train(config, "--out", straight)
+    assert result.exit_code == 0, result.output
+    command = [sys.executable, "-m", "specdiff", "train", str(config), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    log = out / "losses.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 10):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[1].decode()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    result = train(config, "--out", out)
+    assert result.exit_code == 0 and "going on at step" in result.stderr, result.output
+    assert losses(out) == losses(straight)
+    weights = [(f / "model.safetensors").read_bytes() for f in (straight, out)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(folder, tmp_path):
+    """Under torchrun: the same batches; sums of fp32 in another order, so losses to 1e-4."""
+    config = write(folder, "two.toml", PARALLEL.replace("accumulate = 2", "accumulate = 1"))
+    alone = train(config, "--out", tmp_path / "alone")
+    assert alone.exit_code == 0, alone.output
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-port=29637", "-m", "specdiff", "train", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    want, have = losses(tmp_path / "alone"), losses(tmp_path / "two")
+    assert [line["step"] for line in have] == list(range(12))
+    for a, b in zip(want, have, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+def test_minutes_stop_a_run_that_can_go_on(folder, tmp_path):
+    config = write(folder, "minutes.toml", PARALLEL)
+    result = train(config, "--out", tmp_path, "--minutes", 0)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["steps"] == 1
+    changed = write(folder, "changed.toml", PARALLEL.replace("batch = 4", "batch = 8"))
+    refused = train(changed, "--out", tmp_path)
+    assert refused.exit_code == 2 and "was made with batch = 4" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('kind = "parallel"', 'kind = "gan"', "drafter.kind must be one of block-diffusion"),
+        ("held_out = 0.2", "held_back = 0.2", "unknown data.held_back; expected conversations"),
+        ('conversations = "answers.npz"', "", "data.conversations is missing"),
+        ("batch = 4", 'batch = "four"', "training.batch must be int, got 'four'"),
+        ("batch = 4", "batch = -4", "batch must be at least 1, got -4"),
+        ('target = "target"', "", "target is missing"),
+        ("[objective]", "[objektive]", "unknown objektive; expected target, drafter"),
+        ("[objective]", "[objective", "is not TOML"),
+        ('"answers.npz"', '"nothing.npz"', "nothing.npz"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_line(folder, tmp_path, old, new, message):
+    assert old in PARALLEL
+    config = write(folder, "mistake.toml", PARALLEL.replace(old, new))
+    result = train(config, "--out", tmp_path)
+    assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+
+
+def test_an_objective_is_for_distillation(folder):
+    config = write(folder, "objective.toml", SEDD + "\n[objective]\nanchors = 3\n")
+    with pytest.raises(ValueError, match=r"objective has no use for drafter\.kind = 'sedd'"):
+        load_run(config)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_files_can_be_read(config):
+    run = load_run(config)
+    assert isinstance(run.training, Recipe)
+    assert (type(run.drafter), type(run.data)) in (
+        (PrefixShape, Answers),
+        (DenoiserShape, Texts),
+    )

@@ -1,0 +1,144 @@
+"""The training loop: what a step does follows from the seed and its number alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from specdiff.training.distillation import Distillation
+from specdiff.training.objective import Objective
+from specdiff.training.recipe import Recipe
+from specdiff.training.trainer import Trainer, choose, decaying_average
+
+from .conftest import TEXTS
+
+RECIPE = Recipe(steps=20, batch=8, learning_rate=1e-2, ema=0.8)
+
+
+@pytest.fixture
+def new_trainer(teacher, new_network):
+    def make(recipe: Recipe = RECIPE, **objective) -> Trainer:
+        rows = torch.arange(TEXTS)
+        objective = Objective(anchors=6, **objective)
+        return Trainer(
+            Distillation(new_network("parallel"), teacher, rows[16:], rows[:16], objective), recipe
+        )
+
+    return make
+
+
+def test_resumed_training_has_the_same_losses_and_weights(new_trainer, tmp_path):
+    straight = new_trainer()
+    want = [straight.train_step() for _ in range(7)]
+    first = new_trainer()
+    got = [first.train_step() for _ in range(4)]
+    first.save(tmp_path / "checkpoint.safetensors")
+    second = new_trainer()
+    second.resume(tmp_path / "checkpoint.safetensors")
+    assert got + [second.train_step() for _ in range(3)] == want
+    for a, b in zip(straight.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_what_cannot_be_resumed_is_refused(new_trainer, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    trainer = new_trainer()
+    trainer.train_step()
+    trainer.save(path)
+    with pytest.raises(ValueError, match=r"was made with seed = 0: train on with these"):
+        new_trainer(dataclasses.replace(RECIPE, seed=1)).resume(path)
+    tensors = load_file(path)
+    about = {"step": "1", "recipe": json.dumps(dataclasses.asdict(RECIPE))}
+    save_file({k: v for k, v in tensors.items() if k != "network.mask"}, path, about)
+    with pytest.raises(ValueError, match="is of another network, mask differs"):
+        new_trainer().resume(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is no checkpoint of a training"):
+        new_trainer().resume(path)
+
+
+def test_accumulated_steps_are_those_of_the_whole_batch(new_trainer):
+    """Up to the rounding of fp32 sums in another order: AdamW divides small gradients by their own
+    size, so weights may differ by a little of a step's length, 0.01, and losses far less."""
+    whole, parts = new_trainer(), new_trainer(dataclasses.replace(RECIPE, accumulate=4))
+    for _ in range(5):
+        assert whole.train_step() == pytest.approx(parts.train_step(), rel=1e-4)
+
+
+def test_a_batch_follows_from_the_step(conversations):
+    rows, recipe = torch.arange(3, TEXTS), Recipe(batch=6, seed=4)
+    lengths = conversations.length[rows]
+    per_epoch = len(rows) // 6
+    epoch = [choose(rows, lengths, recipe, step) for step in range(per_epoch)]
+    assert torch.equal(choose(rows, lengths, recipe, 2), epoch[2])
+    seen = torch.cat(epoch)
+    assert len(seen.unique()) == len(seen) == 6 * per_epoch and (seen >= 3).all()
+    spread = max(int(conversations.length[batch].diff().abs().max()) for batch in epoch)
+    assert spread <= 8  # neighbours by length, of lengths 15 to 30
+    assert not torch.equal(choose(rows, lengths, recipe, per_epoch), epoch[0])
+
+
+def test_averaged_weights(new_trainer):
+    """The decay rises from 1/10 towards its value, so that the beginning is soon forgotten."""
+    trainer = new_trainer(dataclasses.replace(RECIPE, ema=0.5))
+    weight = trainer.task.network.embed_out.weight
+    want = weight.detach().clone()
+    for n in range(12):
+        trainer.train_step()
+        if n == 0:
+            want = weight.detach().clone()  # the first update copies
+        else:
+            want += (1 - min(0.5, (1 + n) / (10 + n))) * (weight.detach() - want)
+    torch.testing.assert_close(trainer.network.embed_out.weight, want)
+    last = decaying_average(0.0)
+    assert torch.equal(last(torch.zeros(2), torch.ones(2), 50), torch.ones(2))
+
+
+def test_rate_rises_then_falls_to_nothing():
+    recipe = Recipe(steps=100, learning_rate=1.0, warmup=0.1)
+    rates = [recipe.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates.index(max(rates)) == 9
+    assert rates[50] == pytest.approx(0.5) and rates[-1] < 1e-3
+
+
+def test_bf16_training_follows_fp32(new_trainer):
+    """bf16 keeps 8 bits: the loss, a mean of many terms, stays within 2^-6 of fp32's."""
+    exact = new_trainer()
+    want = [exact.train_step() for _ in range(3)]
+    AcceleratorState._reset_state()  # it keeps the first precision of a process
+    rough = new_trainer(dataclasses.replace(RECIPE, precision="bf16"))
+    have = [rough.train_step() for _ in range(3)]
+    AcceleratorState._reset_state()
+    assert have != want and have == pytest.approx(want, rel=2**-6)
+    assert next(rough.network.parameters()).dtype == torch.float32
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(new_trainer):
+    trainer = new_trainer()
+    with torch.no_grad():
+        trainer.task.network.bias[0] = float("nan")
+    before = trainer.task.network.mask.clone()
+    with pytest.raises(FloatingPointError, match="loss of step 0 is nan: lower learning_rate"):
+        trainer.train_step()
+    assert torch.equal(trainer.task.network.mask, before)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"steps": 0}, {"batch": 6, "accumulate": 4}, {"ema": 1.0}, {"precision": "fp8"}],
+    ids=lambda field: next(iter(field)),
+)
+def test_bad_recipes(field):
+    with pytest.raises(ValueError, match=f"{next(iter(field))} must be"):
+        Recipe(**field)
+
+
+def test_more_texts_than_there_are(new_trainer):
+    with pytest.raises(ValueError, match="at most the 48 texts to train on, got 64"):
+        new_trainer(dataclasses.replace(RECIPE, batch=64))
