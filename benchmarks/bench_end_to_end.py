@@ -31,7 +31,7 @@ from specdiff.models import load_target
 from specdiff.sampling import Sampling
 from specdiff.target import Target
 
-DRAFTERS = {"block-diffusion": (2, 3, 4), "prompt-lookup": (4, 8)}
+DRAFTERS = {"block-diffusion": (2, 4), "parallel": (2, 3, 4), "prompt-lookup": (4,)}
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PLAIN = "plain"
 TRANSFORMERS = "transformers generate"
@@ -109,7 +109,7 @@ def make_settings(model: Any, untouched: Any, temperature: float, quick: bool) -
         except ValueError as error:
             console.print(f"not measured: {name}: {error}", style="dim")
             continue
-        for k in ks[1:2] if quick else ks:
+        for k in ks[:1] if quick else ks:
             decoder = Decoder(target, drafter, k)
             settings.append(Setting(f"{name} K={k}", ours(decoder, sampling)))
     return settings

@@ -220,8 +220,8 @@ def train(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    figures = train_run(load_run(config), out, minutes=minutes)
-    typer.echo(json.dumps(figures))
+    if figures := train_run(load_run(config), out, minutes=minutes):
+        typer.echo(json.dumps(figures))
 
 
 @app.command("sample-target")
@@ -245,7 +245,11 @@ def sample_target(
     max_length: Annotated[int, typer.Option(help="Most tokens of prompt and answer.")] = 512,
     seed: Annotated[int, typer.Option(help="The same seed gives the same conversations.")] = 0,
     first: Annotated[
-        int, typer.Option(help="Number of the first; multiples of 16 times --batch.")
+        int,
+        typer.Option(
+            help="Number of the first; multiples of a part: 16 times --batch, or as many batches as"
+            " make 2048 if those are fewer."
+        ),
     ] = 0,
     batch: Annotated[int, typer.Option(help="Conversations decoded together.")] = 16,
     device: Annotated[Device | None, typer.Option(help="Default: cuda if there is a GPU.")] = None,

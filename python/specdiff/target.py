@@ -76,14 +76,7 @@ class Target:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """End-of-sequence ids from generation_config, else from config; () if there are none."""
-        generation = getattr(self.model, "generation_config", None)
-        eos = getattr(generation, "eos_token_id", None)
-        if eos is None:
-            eos = self.model.config.eos_token_id
-        if eos is None:
-            return ()
-        return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+        return stop_tokens(self.model)
 
     def new_cache(
         self, batch: int, capacity: int, *, block_size: int | None = None, blocks: int | None = None
@@ -257,3 +250,14 @@ def gpt_neo_attention(
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = self.attn_dropout(scores.softmax(-1).to(value.dtype))
     return weights @ value, weights
+
+
+def stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """End-of-sequence ids from generation_config, else from config; () if there are none."""
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)

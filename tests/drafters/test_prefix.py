@@ -123,6 +123,22 @@ def test_parallel_drafts_know_nothing_of_a_draft_s_length(target):
     torch.testing.assert_close(drafts[1], drafts[2][:2])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_far_positions_in_bf16(kind):
+    """Attention sees distances alone, so far from the beginning bf16 is off by no more than near."""
+    network = tiny_network(kind, DRAFT_IDS, layers=2)
+    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+    mask, near = torch.ones(12, 12, dtype=torch.bool).tril()[None, None], torch.arange(12)[None]
+    with torch.no_grad():
+        exact = network(x, near, mask)
+        network.bfloat16()
+        error = [
+            (network(x.bfloat16(), near + first, mask).float() - exact).abs().max()
+            for first in (0, 3000)
+        ]
+    assert error[0] > 0 and error[1] <= 2 * error[0]
+
+
 @pytest.mark.parametrize(("k", "steps"), [(8, 1), (8, 3), (7, 7), (5, 2)])
 def test_chunks_cover_the_block_from_left_to_right(k, steps):
     chunks = [chunk(k, steps, step) for step in range(steps)]
@@ -165,6 +181,18 @@ def test_damaged_files_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
         with pytest.raises(ValueError, match="holds no usable drafter"):
             DraftNetwork.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_has_k_tokens_unless_told_otherwise(target, kind):
+    network = tiny_network(kind, DRAFT_IDS)
+    drafter = BlockDiffusion if kind == "block-diffusion" else ParallelDrafter
+    assert Decoder(target, drafter(network, target)).k == K
+    network.config = dataclasses.replace(network.config, k=2)
+    assert Decoder(target, drafter(network, target)).k == 2
+    assert Decoder(target, drafter(network, target), 3).k == 3
+    with pytest.raises(ValueError, match=r"k must be in \[1, block = 4\], got 5"):
+        dataclasses.replace(network.config, k=5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

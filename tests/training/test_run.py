@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from specdiff import Target
 from specdiff.cli import app
 from specdiff.drafters import load_drafter
+from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.training.config import Answers, DenoiserShape, PrefixShape, Recipe, Texts, load_run
 
 from .conftest import BLOCK, VOCAB
@@ -110,7 +111,7 @@ def test_the_command_makes_a_drafter(folder, model, tmp_path, kind):
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures == json.loads((tmp_path / "evaluation.json").read_text())
-    assert figures["steps"] == 12 and len(figures["acceptance"]) == BLOCK
+    assert figures["steps"] == 12 and len(figures[f"K = {BLOCK}"]["acceptance"]) == BLOCK
     assert [line["step"] for line in losses(tmp_path)] == list(range(12))
     drafter = load_drafter(tmp_path, Target(model))
     assert drafter.kind == kind and drafter.network.config.draft_vocab_size == 30
@@ -171,7 +172,7 @@ def test_two_processes_train_as_one(folder, tmp_path):
     alone = train(config, "--out", tmp_path / "alone")
     assert alone.exit_code == 0, alone.output
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port=29637", "-m", "specdiff", "train", str(config)]
+    command += ["--standalone", "-m", "specdiff", "train", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, env=environment
@@ -188,9 +189,38 @@ def test_minutes_stop_a_run_that_can_go_on(folder, tmp_path):
     result = train(config, "--out", tmp_path, "--minutes", 0)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["steps"] == 1
-    changed = write(folder, "changed.toml", PARALLEL.replace("batch = 4", "batch = 8"))
-    refused = train(changed, "--out", tmp_path)
-    assert refused.exit_code == 2 and "was made with batch = 4" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("batch = 4", "batch = 8", "was made with batch = 4"),
+        ("held_out = 0.2", "held_out = 0.3", "was made with data"),
+        ("anchors = 4", "anchors = 5", "was made with objective"),
+        ("heads = 2", "heads = 4", "was made with drafter"),
+        ('"answers.npz"', '"others.npz"', "was made with conversations"),
+    ],
+)
+def test_a_folder_belongs_to_one_run(folder, tmp_path, conversations, old, new, message):
+    arrays = {name: part.numpy() for name, part in conversations._asdict().items()}
+    arrays["tokens"] = (arrays["tokens"] + 1) % VOCAB
+    np.savez(folder / "others.npz", **arrays)
+    first = write(folder, "minutes.toml", PARALLEL)
+    assert train(first, "--out", tmp_path, "--minutes", 0).exit_code == 0
+    refused = train(write(folder, "changed.toml", PARALLEL.replace(old, new)), "--out", tmp_path)
+    assert refused.exit_code == 2 and message in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize("what", ["tokens", "kind"])
+def test_a_denoiser_begins_at_one_of_its_kind(folder, tmp_path, what):
+    """It is refused before the training, not after."""
+    tokens = VOCAB + (what == "tokens")
+    network = DDiT(DDiTConfig(tokens, 32, 1, 2, 16, 40, time_conditioned=what == "tokens"))
+    network.save_pretrained(folder / what)
+    text = SEDD.replace('"sedd"', f'"sedd"\ninitial = "{what}"')
+    refused = train(write(folder, f"{what}.toml", text), "--out", tmp_path)
+    said = " ".join(refused.output.split())
+    assert refused.exit_code == 2 and f"with {tokens} tokens; expected 'sedd' with" in said
 
 
 @pytest.mark.parametrize(
@@ -204,6 +234,7 @@ def test_minutes_stop_a_run_that_can_go_on(folder, tmp_path):
         ('target = "target"', "", "target is missing"),
         ("[objective]", "[objektive]", "unknown objektive; expected target, drafter"),
         ("[objective]", "[objective", "is not TOML"),
+        ("[objective]\nanchors = 4\n", "[[objective]]\nanchors = 4\n", "objective must be a table"),
         ('"answers.npz"', '"nothing.npz"', "nothing.npz"),
     ],
 )
@@ -228,3 +259,20 @@ def test_shipped_files_can_be_read(config):
         (PrefixShape, Answers),
         (DenoiserShape, Texts),
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["parallel", "block-diffusion", "sedd", "mdlm"])
+def test_training_on_a_gpu(folder, model, tmp_path, kind):
+    """In bf16, with FlexAttention's block masks, from the start and from a checkpoint."""
+    text = PARALLEL if kind in ("parallel", "block-diffusion") else SEDD
+    text = text.replace('"parallel"', f'"{kind}"').replace('"sedd"', f'"{kind}"')
+    config = write(folder, f"gpu-{kind}.toml", f'{text}precision = "bf16"\n')
+    command = [sys.executable, "-m", "specdiff", "train", str(config), "--out", str(tmp_path)]
+    for more in (["--minutes", "0"], []):
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "going on at step 1" in done.stderr
+    assert all(line["loss"] > 0 for line in losses(tmp_path))
+    assert load_drafter(tmp_path, Target(model.to("cpu"))).vocab_size == VOCAB

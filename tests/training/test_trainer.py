@@ -96,8 +96,9 @@ def test_averaged_weights(new_trainer):
         else:
             want += (1 - min(0.5, (1 + n) / (10 + n))) * (weight.detach() - want)
     torch.testing.assert_close(trainer.network.embed_out.weight, want)
-    last = decaying_average(0.0)
-    assert torch.equal(last(torch.zeros(2), torch.ones(2), 50), torch.ones(2))
+    weights = [torch.zeros(2)]
+    decaying_average(0.0)(weights, [torch.ones(2)], 50)
+    assert torch.equal(weights[0], torch.ones(2))
 
 
 def test_rate_rises_then_falls_to_nothing():

@@ -55,8 +55,9 @@ class BlockDiffusion(PrefixDrafter):
     ) -> None:
         super().__init__(network, target, backend=backend)
         self.steps = network.config.steps if steps is None else steps
-        if not 1 <= self.steps <= self.block:
-            raise ValueError(f"steps must be in [1, block = {self.block}], got {self.steps}")
+        most = network.config.block
+        if not 1 <= self.steps <= most:
+            raise ValueError(f"steps must be in [1, block = {most}], got {self.steps}")
 
     @classmethod
     def load(

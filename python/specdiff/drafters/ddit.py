@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ..files import write_atomically
 from ..noise import Geometric, LogLinear
-from .network import rotate, write_atomically
+from .network import rotate
 
 FREQUENCIES = 128  # of the sinusoids of sigma; a cosine and a sine each
 BASE = 10000.0  # of those and of the rotary positions

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ..files import write_atomically
 
 KINDS = {  # model_type in config.json -> name
     "specdiff_block_diffusion": "block-diffusion",
@@ -41,6 +42,7 @@ class DraftConfig:
         hidden_size: width, a multiple of `heads` with an even quotient.
         layers, heads, intermediate_size: of the transformer.
         block: most tokens in a draft.
+        k: tokens in a draft unless told otherwise; None: `block`.
         steps: reverse steps that `BlockDiffusion` takes unless told otherwise.
         rope_theta, norm_eps: as in Llama.
 
@@ -57,6 +59,7 @@ class DraftConfig:
     heads: int = 9
     intermediate_size: int = 1536
     block: int = 4
+    k: int | None = None
     steps: int = 1
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -69,6 +72,8 @@ class DraftConfig:
                 f"hidden_size must be a multiple of 2 * heads = {2 * self.heads}, "
                 f"got {self.hidden_size}"
             )
+        if self.k is not None and not 1 <= self.k <= self.block:
+            raise ValueError(f"k must be in [1, block = {self.block}], got {self.k}")
         if not 1 <= self.steps <= self.block:
             raise ValueError(f"steps must be in [1, block = {self.block}], got {self.steps}")
         if not 0 < self.draft_vocab_size <= self.target_vocab_size:
@@ -132,7 +137,7 @@ class Layer(nn.Module):
         B, Q, d = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, Q, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, Q, D]
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k = (rotate(part, rotation).to(v.dtype) for part in (q, k))  # v's is that of autocast
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         mixed = attend(q, k, v, mask)
@@ -150,7 +155,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -161,7 +166,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class DraftNetwork(nn.Module):
-    """The denoiser, without the target's embeddings, which callers pass in.
+    """The network, without the target's embeddings, which callers pass in.
 
     Args:
         config: shape.
@@ -172,7 +177,6 @@ class DraftNetwork(nn.Module):
     """
 
     draft_ids: Tensor
-    frequencies: Tensor
 
     def __init__(self, config: DraftConfig, draft_ids: Tensor) -> None:
         super().__init__()
@@ -191,8 +195,6 @@ class DraftNetwork(nn.Module):
         self.embed_out = nn.Linear(d, target, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.draft_vocab_size))
         self.register_buffer("draft_ids", draft_ids.long())
-        half = torch.arange(0, d // config.heads, 2) / (d // config.heads)
-        self.register_buffer("frequencies", config.rope_theta**-half, persistent=False)
 
     @torch.no_grad()
     def initialise(self, embedding: Tensor, generator: torch.Generator | None = None) -> None:
@@ -203,7 +205,7 @@ class DraftNetwork(nn.Module):
 
         Args:
             embedding: [V, target_hidden_size] of the target.
-            generator: of the random numbers.
+            generator: of the random numbers, on the CPU.
         """
         scale = 0.4 / self.config.hidden_size**0.5
         for layer in self.layers:
@@ -211,7 +213,7 @@ class DraftNetwork(nn.Module):
                 if name.startswith(("out", "down")):
                     nn.init.zeros_(weight)
                 elif weight.ndim == 2:
-                    nn.init.normal_(weight, std=scale, generator=generator)
+                    weight.copy_(scale * torch.randn(weight.shape, generator=generator))
         nn.init.zeros_(self.hidden_in.weight)
         rows = embedding.float()
         axes = principal_axes(rows.T @ rows, self.config.hidden_size)
@@ -255,8 +257,10 @@ class DraftNetwork(nn.Module):
         Returns:
             [B, Q, d]; `embed_out`, the target's output embedding and `bias` make logits of it.
         """
-        angles = (positions[..., None] * self.frequencies).to(x.dtype).repeat(1, 1, 2)[:, None]
-        rotation = angles.cos(), angles.sin()
+        config = self.config
+        turn = frequencies(config.hidden_size // config.heads, config.rope_theta, x.device)
+        angles = (positions[..., None] * turn).repeat(1, 1, 2)[:, None]  # in fp32 for all dtypes
+        rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, rotation, mask, cache)
         return x
@@ -326,16 +330,12 @@ class DraftNetwork(nn.Module):
         return network
 
 
+@functools.cache
+def frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """Rotary frequencies theta^(-2 i / D) of a head of this width. -> f32 [D / 2]"""
+    return theta ** -(torch.arange(0, width, 2, device=device) / width)
+
+
 def principal_axes(moments: Tensor, count: int) -> Tensor:
     """The `count` leading eigenvectors of a symmetric [d, d], as columns [d, min(count, d)]."""
     return torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :count]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name in the same folder, then move it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -63,7 +63,7 @@ class PrefixDrafter:
         self.network = network.to(target.device, target.dtype).eval().requires_grad_(False)
         self.embedding = embedding
         self.vocab_size: int | None = config.target_vocab_size
-        self.block = config.block
+        self.block = config.k or config.block
         self.backend = backend
         output = target.head.weight.detach()[network.draft_ids]
         weight = output @ network.embed_out.weight  # [Vd, d]
@@ -89,8 +89,9 @@ class PrefixDrafter:
 
     def check(self, news: News, k: int) -> None:
         """Raise ValueError unless it can draft k tokens from these news."""
-        if not 1 <= k <= self.block:
-            raise ValueError(f"k must be in [1, {self.block}] for this drafter, got {k}")
+        most = self.network.config.block
+        if not 1 <= k <= most:
+            raise ValueError(f"k must be in [1, {most}] for this drafter, got {k}")
         if news.hidden is None:
             raise ValueError(f"news.hidden is None; {type(self).__name__} needs hidden states")
 
@@ -120,7 +121,7 @@ class PrefixDrafter:
         x, positions, slots, last = (torch.cat(part, 1) for part in zip(*columns, strict=True))
         cache = self.cache
         cache.slots = slots
-        cache.span = min(cache.longest + self.block, cache.padding)
+        cache.span = min(cache.longest + self.network.config.block, cache.padding)
         keys = torch.arange(cache.span, device=x.device)
         mask = (keys <= last[:, :, None])[:, None]  # [B, 1, Q, span]
         return self.network(x, positions, mask, cache)

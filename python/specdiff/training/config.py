@@ -33,6 +33,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+PATHS = ("initial", "conversations", "texts", "path")  # keys that name files or folders
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class PrefixShape:
         kind: "block-diffusion" or "parallel".
         initial: folder of a drafter whose weights it starts from, of the same sizes but for
             `block`; None: the best linear prediction.
+        k: tokens in a draft unless told otherwise; None: `block`.
         draft_vocab_size: tokens that can be drafted, the most frequent ones of the data.
     """
 
     kind: str
     initial: str | None = None
     block: int = 8
+    k: int | None = None
     hidden_size: int = 576
     layers: int = 1
     heads: int = 9
@@ -153,6 +156,9 @@ def read_run(tables: dict[str, Any], folder: Path) -> Run:
     known = [field.name for field in fields(Run)]
     if unknown := set(tables) - set(known):
         raise ValueError(f"unknown {', '.join(sorted(unknown))}; expected {', '.join(known)}")
+    for name in known[1:]:
+        if not isinstance(tables.get(name, {}), dict):
+            raise ValueError(f"{name} must be a table, [{name}], got {tables[name]!r}")
     kind = tables.get("drafter", {}).get("kind")
     if kind not in SHAPES:
         raise ValueError(f"drafter.kind must be one of {', '.join(SHAPES)}, got {kind!r}")
@@ -190,8 +196,7 @@ def section(kind: type[T], name: str, tables: dict[str, Any], folder: Path) -> T
         if type(value) not in expected:
             names = " or ".join(t.__name__ for t in expected)
             raise ValueError(f"{name}.{field.name} must be {names}, got {value!r}")
-        is_path = field.name in ("initial", "conversations", "texts", "path")
-        values[field.name] = resolve(value, folder) if is_path else value
+        values[field.name] = resolve(value, folder) if field.name in PATHS else value
     return kind(**values)
 
 

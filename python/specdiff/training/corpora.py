@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..files import keep_settings
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
@@ -520,28 +522,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Note what a folder's files are made with, or see that it is the same as before.
-
-    Raises:
-        ValueError: the folder was made with other settings; names the first that differs.
-    """
-    from ..drafters.network import write_atomically
-
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "settings.json"
-    if not file.exists():
-        write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
-        return
-    before = json.loads(file.read_text())
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"{folder} was made with {name} {before.get(name)!r}, not {value!r}: repeat what "
-                "it was made with, or use another folder"
-            )
 
 
 def progress_bar(unit: str) -> Any:

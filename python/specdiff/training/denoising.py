@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..drafters.ddit import DDiT, Modulation
 from .corpora import TokenRows
-from .distillation import generator
+from .seeds import generator
 
 FIRST_TIME = 1e-3  # least time asked about, as in the public code of SEDD and MDLM
 HELD_OUT_TEXTS = 64
@@ -52,6 +52,7 @@ class Denoising(nn.Module):
 
     def forward(self, chosen: Tensor, step: int, progress: float) -> Tensor:
         """Mean loss of rows i64 [B], at times and with masks of this step. -> f32 []"""
+        chosen = chosen.cpu()  # where DDP has moved it from
         return self.loss(self.network, self.texts[chosen], chosen, step)
 
     def loss(self, network: DDiT, texts: Tensor, keys: Tensor, step: int) -> Tensor:
@@ -97,7 +98,9 @@ def denoising_loss(network: DDiT, texts: Tensor, times: list[float], masked: Ten
     sigma = torch.tensor([config.noise.sigma(t) for t in times], device=device)
     slope = torch.tensor([config.noise.sigma_rate(t) for t in times], device=device)
     states = network(texts.masked_fill(masked, network.mask_id), modulation_of(network, times))
-    logits = network.head(states[masked])[:, : network.vocab_size].float()  # [N, V]
+    with torch.autocast(device.type, enabled=False):  # bf16 is too coarse for logits
+        asked = states[masked].to(network.vocab_embed.embedding.dtype)
+        logits = network.head(asked)[:, : network.vocab_size].float()  # [N, V]
     total = logits.logsumexp(-1)
     log_mean = total - math.log(network.vocab_size)
     truth = logits.gather(1, texts[masked][:, None])[:, 0]

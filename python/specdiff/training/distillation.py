@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +20,10 @@ from ..drafters.network import DraftConfig, DraftNetwork, principal_axes
 from .conversations import Conversations
 from .groups import Groups, forward_groups, sample_groups, shifted, take
 from .objective import Objective
+from .seeds import generator
 from .teacher import BATCH, Teacher
 
+FLEX_LEAST = 16  # width of a head that FlexAttention compiles for
 RIDGE = 1e-3  # relative to the inputs' mean square, which is 1
 
 
@@ -76,7 +77,8 @@ class Distillation(nn.Module):
 
     def forward(self, chosen: Tensor, step: int, progress: float) -> Tensor:
         """Mean loss of conversations i64 [B], at this step and share of the training. -> f32 []"""
-        block = draft_length(self.network.config.block, self.seed, step)
+        chosen = chosen.cpu()  # where DDP has moved it from
+        block = draft_length(self.network.config, self.seed, step)
         return self.loss(
             self.network, self.batch(chosen, step, self.objective.anchors, block), progress
         )
@@ -108,10 +110,10 @@ class Distillation(nn.Module):
             states = torch.cat((drafts.text[answer], states))
             target = torch.cat((batch.states[answer], target))
             weight = torch.cat((share, weight))
-        law = F.linear(target, self.teacher.draft_output)  # [N, D]
-        value = self.objective.value(
-            row_divergence(law, draft_logits(network, self.teacher, states)), progress
-        )
+        with torch.autocast(states.device.type, enabled=False):  # bf16 is too coarse for logits
+            law = F.linear(target, self.teacher.draft_output)  # [N, D]
+            logits = draft_logits(network, self.teacher, states.float())
+            value = self.objective.value(row_divergence(law, logits), progress)
         decay = self.objective.position_decay
         total = len(batch.length) * sum(decay**i for i in range(network.config.block))
         return (value * weight).sum() / total
@@ -126,7 +128,7 @@ class Distillation(nn.Module):
         offset = torch.arange(K, device=device) - batch.groups.revealed[..., None]
         first = 1 if config.kind == "parallel" else 0
         decay = self.objective.position_decay ** offset.clamp(min=0).float()
-        lengths = draft_lengths(config.block)
+        lengths = draft_lengths(config)
         reached = [sum(k > i for k in lengths) / len(lengths) for i in range(K)]
         return (decay / torch.tensor(reached, device=device)).where(offset >= first, 0.0) / A
 
@@ -134,7 +136,7 @@ class Distillation(nn.Module):
     def held_out_loss(self, network: DraftNetwork, texts: int = 16) -> float:
         """The loss on fixed drafts of up to `texts` held-out conversations, as training begins."""
         rows, total = by_length(self.held_out[:texts], self.data), 0.0
-        for block in (lengths := draft_lengths(network.config.block)):
+        for block in (lengths := draft_lengths(network.config)):
             for chosen in rows.split(4):
                 batch = self.batch(chosen, -1, 16, block)
                 total += float(self.loss(network, batch, 0.0)) * len(chosen)
@@ -145,7 +147,7 @@ def make_drafts(network: DraftNetwork, teacher: Teacher, batch: Batch) -> Drafts
     """One forward of the network over texts and groups."""
     K, S = batch.block, batch.tokens.shape[1]
     embedded = F.embedding(batch.tokens, teacher.embedding).float()
-    flex = embedded.is_cuda
+    flex = embedded.is_cuda and network.config.hidden_size // network.config.heads >= FLEX_LEAST
     text, states = forward_groups(
         network, embedded, shifted(batch.states), batch.groups, K, flex=flex
     )
@@ -163,21 +165,16 @@ def draft_logits(network: DraftNetwork, teacher: Teacher, states: Tensor) -> Ten
     return F.linear(network.embed_out(states), teacher.draft_output, network.bias)
 
 
-def draft_lengths(block: int) -> list[int]:
-    """Lengths of drafts that a network is trained on: the longest one, its half and its quarter."""
-    return sorted({block, max(1, block // 2), max(1, block // 4)})
+def draft_lengths(config: DraftConfig) -> list[int]:
+    """Lengths of drafts that a network learns: the longest, its half and quarter, and the usual."""
+    block = config.block
+    return sorted({block, max(1, block // 2), max(1, block // 4), config.k or block})
 
 
-def draft_length(block: int, seed: int, step: int) -> int:
+def draft_length(config: DraftConfig, seed: int, step: int) -> int:
     """That of a step."""
-    lengths = draft_lengths(block)
+    lengths = draft_lengths(config)
     return lengths[int(torch.randint(len(lengths), (), generator=generator(seed, step)))]
-
-
-def generator(*key: int) -> torch.Generator:
-    """Random numbers that depend on nothing but these integers."""
-    word = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(word))
 
 
 def by_length(rows: Tensor, data: Conversations) -> Tensor:
@@ -215,8 +212,8 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
     kept = axes.shape[1]
     network.embed_in.weight.zero_()[:kept] = (weight[:d] @ axes / size).T
     network.hidden_in.weight.zero_()[:kept] = (weight[d : 2 * d] @ axes / size).T
-    network.mask.zero_()[:kept] = weight[-1] @ axes / size
     network.embed_out.weight.zero_()[:, :kept] = axes * size
+    network.bias.copy_(teacher.draft_output @ weight[-1])
 
 
 @torch.no_grad()

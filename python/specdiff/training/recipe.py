@@ -14,7 +14,8 @@ class Recipe:
         steps: optimiser steps.
         batch: texts in a step, over all processes.
         accumulate: forwards and backwards that they are read in; the result is the same.
-        learning_rate: peak, reached after the share `warmup` of the steps; then cosine to zero.
+        learning_rate: of a cosine over all steps that ends at zero; it rises from zero over the
+            share `warmup` of them.
         weight_decay: of matrices.
         clip: most length of the gradient.
         ema: decay of the averaged weights, which are what is kept in the end; 0: the last ones.
@@ -46,6 +47,11 @@ class Recipe:
             raise ValueError(
                 f"batch must be a multiple of accumulate = {self.accumulate}, got {self.batch}"
             )
+        for name in ("learning_rate", "weight_decay", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.clip <= 0:
+            raise ValueError(f"clip must be above 0, got {self.clip}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.precision not in ("no", "bf16"):

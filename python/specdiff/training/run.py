@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -15,13 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..decoder import Decoder
 from ..drafters.ddit import DDiT, DDiTConfig
-from ..drafters.network import DraftConfig, DraftNetwork, write_atomically
+from ..drafters.network import DraftConfig, DraftNetwork
 from ..drafters.sedd import MDLM, SEDD
+from ..files import keep_settings, write_atomically
 from ..models import load_target
 from ..sampling import Sampling
-from ..target import Target
-from .config import Answers, DenoiserShape, PrefixShape, Run, Texts
-from .conversations import frequent_ids, load_conversations, split
+from ..target import Target, stop_tokens
+from .config import PATHS, Answers, DenoiserShape, PrefixShape, Run, Texts
+from .conversations import Conversations, frequent_ids, load_conversations, split
 from .corpora import load_rows, prepare_rows, read_texts
 from .denoising import Denoising
 from .distillation import Distillation, evaluate, fit_linear
@@ -53,7 +55,8 @@ def train(run: Run, out: Path, *, minutes: float | None = None) -> dict[str, Any
         minutes: stop after so long; the next call goes on from there. None: at the last step.
 
     Returns:
-        how good the drafts are on held-out text; what evaluation.json holds.
+        how good the drafts are on held-out text, what evaluation.json holds; nothing in processes
+        other than the first.
 
     Raises:
         ValueError: data or weights that do not fit, or a folder of another run.
@@ -68,14 +71,16 @@ def train(run: Run, out: Path, *, minutes: float | None = None) -> dict[str, Any
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
     with progress_bars(console) as progress:
         job = prepare(run, out, accelerator, progress)
-        trainer = Trainer(job.task, run.training, accelerator)
         checkpoint = out / CHECKPOINT
-        if checkpoint.exists():
+        goes_on = checkpoint.exists()
+        if not goes_on:
+            job.begin()
+        # processes take over the first one's weights here
+        trainer = Trainer(job.task, run.training, accelerator)
+        if goes_on:
             trainer.resume(checkpoint)
             console.print(f"going on at step {trainer.step}")
         else:
-            job.begin()
-            trainer.average.module.load_state_dict(job.task.network.state_dict())
             console.print(f"held-out loss {job.task.held_out_loss(trainer.network):.4f}")
         log = Log(out / LOSSES, trainer.step, enabled=accelerator.is_main_process)
         bar = progress.add_task("training", total=run.training.steps, completed=trainer.step)
@@ -88,13 +93,14 @@ def train(run: Run, out: Path, *, minutes: float | None = None) -> dict[str, Any
                 console.print(
                     f"step {trainer.step}  loss {log.mean():.4f}  held-out {held_out:.4f}"
                 )
-            if minutes is not None and time.monotonic() - began > 60 * minutes:
+            if minutes is not None and trainer.agree(time.monotonic() - began > 60 * minutes):
                 break
         trainer.save(checkpoint)
+    if not accelerator.is_main_process:
+        return {}
+    job.save(trainer.network, out)
     figures = {"steps": trainer.step, **job.figures(trainer.network)}
-    if accelerator.is_main_process:
-        job.save(trainer.network, out)
-        write_atomically(out / EVALUATION, (json.dumps(figures, indent=2) + "\n").encode())
+    write_atomically(out / EVALUATION, (json.dumps(figures, indent=2) + "\n").encode())
     return figures
 
 
@@ -143,7 +149,10 @@ def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -
     model, tokenizer = load_target(run.target)
     model.to(accelerator.device).requires_grad_(False)
     torch.manual_seed(run.training.seed)  # of random weights
+    if run.training.precision == "bf16":
+        torch.set_float32_matmul_precision("high")  # for the teacher and the logits
     with accelerator.main_process_first():
+        keep_settings(out, settings(run, model))
         if isinstance(run.drafter, PrefixShape) and isinstance(run.data, Answers):
             return distillation(run, run.drafter, run.data, model, out, progress)
         if isinstance(run.drafter, DenoiserShape) and isinstance(run.data, Texts):
@@ -151,20 +160,42 @@ def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -
     raise ValueError(f"no {type(run.drafter).__name__} learns from {type(run.data).__name__}")
 
 
+def settings(run: Run, model: Any) -> dict[str, Any]:
+    """What a folder's run is made of, beside the recipe: all but where things lie."""
+    head = model.get_output_embeddings().weight[:64].detach().float().cpu()
+    parts = {"drafter": run.drafter, "data": run.data, "objective": run.objective}
+    said: dict[str, Any] = {
+        name: {k: v for k, v in asdict(part).items() if k not in PATHS}
+        for name, part in parts.items()
+    }
+    said["target"] = digest(head.numpy().tobytes())
+    if isinstance(run.data, Answers):
+        said["conversations"] = digest(
+            *(part.numpy().tobytes() for part in load_conversations(run.data.conversations))
+        )
+    return said
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
 def distillation(
     run: Run, shape: PrefixShape, data: Answers, model: Any, out: Path, progress: Progress
 ) -> Job:
     conversations = load_conversations(data.conversations)
+    seed = run.training.seed
+    rows, held_out = split(len(conversations.length), data.held_out, seed)
     vocab_size, width = model.get_input_embeddings().weight.shape
-    ends = model.config.eos_token_id
-    always = ends if isinstance(ends, list) else [ends]
     sizes = {k: v for k, v in asdict(shape).items() if k != "initial"}
     if shape.initial is not None:
         initial = DraftNetwork.load(shape.initial)
         draft_ids = initial.draft_ids
     else:
         initial = None
-        draft_ids = frequent_ids(conversations, shape.draft_vocab_size, vocab_size, always)
+        learnt = Conversations(*(part[rows] for part in conversations))
+        ends = list(stop_tokens(model))
+        draft_ids = frequent_ids(learnt, shape.draft_vocab_size, vocab_size, ends)
     config = DraftConfig(target_vocab_size=vocab_size, target_hidden_size=width, **sizes)
     network = DraftNetwork(config, draft_ids)
     states = None
@@ -172,8 +203,6 @@ def distillation(
         states = cached_states(model, conversations, out / "states.npy", progress)
     teacher = Teacher(model, conversations, draft_ids, states)
     network.to(teacher.device)
-    rows, held_out = split(len(conversations.length), data.held_out, run.training.seed)
-    seed = run.training.seed
     task = Distillation(network, teacher, rows, held_out, run.objective, seed=seed)
 
     def begin() -> None:
@@ -184,7 +213,8 @@ def distillation(
         fit_linear(network, teacher, rows)
 
     def figures(network: DraftNetwork) -> dict[str, Any]:
-        return evaluate(network, teacher, held_out, config.block)
+        lengths = sorted({config.k or config.block, config.block})
+        return {f"K = {k}": evaluate(network, teacher, held_out, k) for k in lengths}
 
     return Job(task, begin, figures, DraftNetwork.save)
 
@@ -192,13 +222,7 @@ def distillation(
 def denoising(
     run: Run, shape: DenoiserShape, data: Texts, model: Any, tokenizer: Any, out: Path
 ) -> Job:
-    if shape.initial is not None:
-        network = DDiT.from_pretrained(shape.initial)
-    else:
-        sizes = {k: v for k, v in asdict(shape).items() if k not in ("kind", "initial")}
-        conditioned = shape.kind == "sedd"
-        tokens = model.get_input_embeddings().weight.shape[0]
-        network = DDiT(DDiTConfig(tokens=tokens, time_conditioned=conditioned, **sizes))
+    network = new_denoiser(shape, model.get_input_embeddings().weight.shape[0])
     length = data.length or network.config.length
     rows = {}
     for part, share in (("train", 1.0), ("held_out", 0.1)):
@@ -222,3 +246,20 @@ def denoising(
         }
 
     return Job(task, lambda: None, figures, DDiT.save_pretrained)
+
+
+def new_denoiser(shape: DenoiserShape, tokens: int) -> DDiT:
+    """With random weights, or those of a checkpoint for as many tokens and of the same kind."""
+    conditioned = shape.kind == "sedd"
+    if shape.initial is None:
+        sizes = {k: v for k, v in asdict(shape).items() if k not in ("kind", "initial")}
+        return DDiT(DDiTConfig(tokens=tokens, time_conditioned=conditioned, **sizes))
+    network = DDiT.from_pretrained(shape.initial)
+    config = network.config
+    if (config.tokens, config.time_conditioned) != (tokens, conditioned):
+        kind = "sedd" if config.time_conditioned else "mdlm"
+        raise ValueError(
+            f"drafter.initial = {shape.initial} is of kind {kind!r} with {config.tokens} tokens; "
+            f"expected {shape.kind!r} with the target's {tokens}"
+        )
+    return network

@@ -11,7 +11,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from ..drafters.network import write_atomically
+from ..files import write_atomically
 from .conversations import Conversations
 
 BATCH = 16  # conversations in a forward that fills the cache
@@ -25,7 +25,7 @@ class Teacher:
         conversations: what it wrote.
         draft_ids: i64 [D], tokens that the drafter can draft.
         states: f16 [N, S, d], the lm head's input at every position, as `cached_states` reads it;
-            None: it is computed whenever it is asked for, which pays on a GPU.
+            None: it is computed whenever it is asked for.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class Teacher:
 @torch.no_grad()
 def last_states(base: Any, tokens: Tensor) -> Tensor:
     """i64 [B, S] -> [B, S, d]; padding stands behind the tokens, where nothing sees it"""
-    return base(tokens, use_cache=False).last_hidden_state
+    with torch.autocast(tokens.device.type, enabled=False):
+        return base(tokens, use_cache=False).last_hidden_state
 
 
 def cached_states(

@@ -10,18 +10,19 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..drafters.network import write_atomically
+from ..files import write_atomically
 from .recipe import Recipe
 
 POOL = 16  # batches that are sorted by length together
@@ -48,14 +49,13 @@ class Task(Protocol):
 
 def choose(rows: Tensor, lengths: Tensor, recipe: Recipe, step: int) -> Tensor:
     """Texts of a step: every epoch is shuffled, then neighbours of like length meet. i64 [batch]"""
-    batch = min(recipe.batch, len(rows))
-    per_epoch = len(rows) // batch
+    per_epoch = len(rows) // recipe.batch
     epoch, place = divmod(step, per_epoch)
     shuffle = np.random.default_rng([recipe.seed, epoch])
     order = torch.from_numpy(shuffle.permutation(len(rows)))
-    pools = [pool[lengths[pool].argsort(stable=True)] for pool in order.split(POOL * batch)]
+    pools = [pool[lengths[pool].argsort(stable=True)] for pool in order.split(POOL * recipe.batch)]
     number = int(shuffle.permutation(per_epoch)[place])
-    return rows[torch.cat(pools)[number * batch : (number + 1) * batch]]
+    return rows[torch.cat(pools).split(recipe.batch)[number]]
 
 
 class Trainer:
@@ -96,7 +96,7 @@ class Trainer:
             fused=True,
         )
         self.module, self.optimizer = self.accelerator.prepare(task, optimizer)
-        self.average = AveragedModel(task.network, avg_fn=decaying_average(recipe.ema))
+        self.average = AveragedModel(task.network, multi_avg_fn=decaying_average(recipe.ema))
         self.average.requires_grad_(False)
 
     @property
@@ -127,12 +127,17 @@ class Trainer:
         return loss
 
     def backward(self, part: Tensor) -> Tensor:
-        """Add the gradient of this process's texts of i64 [processes, n]; their part of the loss."""
+        """Add the gradient of this process's texts of i64 [processes, n]; their share of loss"""
         progress = self.step / self.recipe.steps
         loss = self.module(part[self.accelerator.process_index], self.step, progress)
         loss = loss / self.recipe.accumulate
         self.accelerator.backward(loss)
         return loss.detach()
+
+    def agree(self, wanted: bool) -> bool:
+        """Whether any process wants it."""
+        flag = torch.tensor(float(wanted), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def check(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -192,16 +197,17 @@ class Trainer:
         self.average.n_averaged.fill_(self.step)
 
 
-def decaying_average(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+def decaying_average(decay: float) -> Callable[..., None]:
     """Of weights: after n steps the last ones weigh 1 - decay, more while there are few."""
 
-    def update(average: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
+    def update(average: list[Tensor], new: list[Tensor], count: Tensor | int) -> None:
         n = float(count)
-        return average.lerp(new, 1 - min(decay, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(average, new, 1 - min(decay, (1 + n) / (10 + n)))
 
     return update
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """For the devices and processes that this one was launched with."""
-    return Accelerator(mixed_precision=recipe.precision)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the first prepares data
+    return Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[patience])

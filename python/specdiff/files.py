@@ -1,0 +1,38 @@
+"""Files that appear whole or not at all, and folders that belong to one set of settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name in the same folder, then move it into place."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Note what a folder's files are made with, or see that it is the same as before.
+
+    Raises:
+        ValueError: the folder was made with other settings; names the first that differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    if not file.exists():
+        write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
+        return
+    before = json.loads(file.read_text())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{folder} was made with {name} {before.get(name)!r}, not {value!r}: repeat what "
+                "it was made with, or use another folder"
+            )
