@@ -125,7 +125,7 @@ def test_parallel_drafts_know_nothing_of_a_draft_s_length(target):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_far_positions_in_bf16(kind):
-    """Attention sees distances alone, so far from the beginning bf16 is off by no more than near."""
+    """Attention sees distances alone: far from the beginning bf16 is off no more than near it."""
     network = tiny_network(kind, DRAFT_IDS, layers=2)
     x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
     mask, near = torch.ones(12, 12, dtype=torch.bool).tril()[None, None], torch.arange(12)[None]

@@ -16,6 +16,12 @@ from tests.tiny import tiny_model
 VOCAB, SIZE, TEXTS, LENGTH, BLOCK = 40, 32, 64, 30, 4
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch) -> None:
+    """Where the fixtures are, also on a machine with a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
 @pytest.fixture(scope="session")
 def model() -> LlamaForCausalLM:
     return tiny_model("llama", vocab=VOCAB, eos_token_id=2).requires_grad_(False)

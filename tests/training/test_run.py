@@ -173,7 +173,7 @@ def test_two_processes_train_as_one(folder, tmp_path):
     assert alone.exit_code == 0, alone.output
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--standalone", "-m", "specdiff", "train", str(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two")], capture_output=True, text=True, env=environment
     )
@@ -270,8 +270,9 @@ def test_training_on_a_gpu(folder, model, tmp_path, kind):
     text = text.replace('"parallel"', f'"{kind}"').replace('"sedd"', f'"{kind}"')
     config = write(folder, f"gpu-{kind}.toml", f'{text}precision = "bf16"\n')
     command = [sys.executable, "-m", "specdiff", "train", str(config), "--out", str(tmp_path)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "false"}
     for more in (["--minutes", "0"], []):
-        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        done = subprocess.run([*command, *more], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
     assert "going on at step 1" in done.stderr
     assert all(line["loss"] > 0 for line in losses(tmp_path))

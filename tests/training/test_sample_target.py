@@ -17,12 +17,21 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from specdiff import Decoder, Sampling, Target
+from specdiff import session as session_module
 from specdiff.cli import app
 from specdiff.drafters import PromptLookup
 from specdiff.session import Session
 from specdiff.training import sample_target
 from specdiff.training.conversations import load_conversations
-from specdiff.training.sample_target import Plan, draw, sample_conversations
+from specdiff.training.sample_target import (
+    Plan,
+    Sampler,
+    adjacent,
+    draw,
+    part_size,
+    sample_conversations,
+)
+from tests.loop.test_session import RecordedReplay
 from tests.tiny import tiny_model
 
 TEMPLATE = (
@@ -103,24 +112,80 @@ def test_seeds_are_each_conversations_own():
     assert draw(0, 7, "answer") == 0xA0A21F78FA7059A6
 
 
-def test_answers_are_those_of_generate(decoder, tiny_tokenizer, lines, tmp_path):
+@pytest.fixture
+def replayed(monkeypatch) -> list[RecordedReplay]:
+    """As on a GPU: the host looks every third round, and rounds are replayed."""
+    replays = []
+
+    def replay(function, device):
+        replays.append(RecordedReplay(function, device))
+        return replays[-1]
+
+    def begin(sampler, *args):
+        init(sampler, *args)
+        sampler.captures = True
+
+    init = Sampler.__init__
+    monkeypatch.setattr(Sampler, "__init__", begin)
+    monkeypatch.setattr(Session, "_look_every", lambda session, wanted: 3)
+    monkeypatch.setattr(session_module, "Replay", replay)
+    checks = sys.modules["specdiff_kernels.ops.checks"]
+    monkeypatch.setattr(checks, "readable", lambda tensor: False)
+    return replays
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_answers_are_those_of_generate(decoder, tiny_tokenizer, lines, tmp_path, request, gpu):
     """Whatever the batch; prompts, temperatures and seeds belong to the conversation."""
-    plan = Plan(lines, 40, (1.0, 0.7, 0.0), seed=5)
+    replays = request.getfixturevalue("replayed") if gpu else []
+    plan = Plan(lines, 12, (1.0, 0.7, 0.0), seed=5)
     totals = sample_conversations(decoder, tiny_tokenizer, tmp_path / "out", 14, plan, batch=3)
+    assert [replay.replayed > 0 for replay in replays] == [True] * 3 * gpu
     got = answers(tmp_path / "out")
     assert [file[5:13] for file in parts(tmp_path / "out")] == ["00000000", "00000006", "00000012"]
     assert totals[:2] == (14, sum(len(answer) for _, answer in got))
     assert len({len(answer) for _, answer in got}) > 3  # rows left and came at different times
+    assert len({len(prompt) for prompt, answer in got if len(prompt + answer) == 12}) > 2
     for i, (prompt, answer) in enumerate(got):
         assert prompt == tiny_tokenizer(PROMPTS[i % 5])["input_ids"]
         want = decoder.generate(
             prompt,
-            max_new_tokens=40 - len(prompt),
+            max_new_tokens=12 - len(prompt),
             sampling=Sampling(plan.temperature(i)),
             seed=draw(5, i, "answer"),
         )
         assert answer == want.new_tokens[0]
-        assert answer[-1] == END or len(prompt) + len(answer) == 40
+        assert answer[-1] == END or len(prompt) + len(answer) == 12
+
+
+def test_rows_are_admitted_together(decoder, chat, any_word, tmp_path, monkeypatch):
+    """A part begins with one prefill, and no place is free while a row waits."""
+    admit, step, admitted, free = Session.admit, Session.step, [], []
+
+    def admitting(session, prompts, *, first, **options):
+        admitted.append((first, len(prompts)))
+        admit(session, prompts, first=first, **options)
+
+    def stepping(session):
+        free.append(sum(session.done))
+        return step(session)
+
+    monkeypatch.setattr(Session, "admit", admitting)
+    monkeypatch.setattr(Session, "step", stepping)
+    sample_conversations(decoder, chat, tmp_path, 8, Plan("self", 100), batch=4)
+    assert admitted[0] == (0, 4) and sum(n for _, n in admitted) >= 16
+    assert free == sorted(free)  # the batch runs empty at the part's end alone
+
+
+def test_places_side_by_side():
+    assert list(adjacent([])) == []
+    assert list(adjacent([0, 1, 2, 5, 7, 8])) == [range(3), range(5, 6), range(7, 9)]
+
+
+def test_parts_of_large_batches_are_fewer_batches(monkeypatch):
+    monkeypatch.setattr(sample_target, "WAVES", 16)
+    sizes = {1: 16, 16: 256, 127: 2032, 128: 2048, 130: 2080, 500: 2500, 512: 2048, 4096: 4096}
+    assert {batch: part_size(batch) for batch in sizes} == sizes
 
 
 def test_files_are_as_documented(decoder, tiny_tokenizer, lines, tmp_path):
@@ -357,7 +422,7 @@ def test_arguments_out_of_range(decoder, tiny_tokenizer, lines, tmp_path):
     (tmp_path / "long").write_text("fox " * 40)
     for message, arguments in {
         "conversations and batch must be at least 1, got 0 and 16": {"count": 0},
-        "first must be a multiple of 2 . batch = 4, got 2": {"first": 2, "batch": 2},
+        "first must be a multiple of 4, the size .* batch 2, got 2": {"first": 2, "batch": 2},
         "max_length must be at most 400, the target's context": {"plan": Plan(lines, 401)},
         "decoder must have no drafter": {"decoder": Decoder(decoder.target, PromptLookup())},
         "empty is empty, expected a prompt": {"plan": Plan(str(tmp_path / "empty"), 30)},

@@ -1,13 +1,15 @@
 """Conversations that a target writes, to distil a drafter from; `specdiff sample-target` runs it.
 
 Conversation i has a prompt, a temperature and a seed that depend on the run's seed and i alone.
-The batch stays full within a part (one file): a row is admitted as soon as another has finished.
+The batch stays full within a part (one file): rows are admitted as soon as others are seen to have
+finished, those side by side in one prefill.
 Parts are sampled one after another, each in a session of its own, so that a part's very bits do not
 depend on where a run was interrupted.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import random
@@ -16,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, cycle, islice, repeat
+from itertools import chain, cycle, groupby, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +30,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..decoder import Decoder
 from ..drafters.network import write_atomically
-from ..sampling import Sampling, row_seeds
+from ..sampling import Sampling
 from ..session import Session
 from ..target import Target
 from .corpora import NAMES, keep_settings, progress_bar, read_text, read_texts, tokenizer_digest
 
-WAVES = 16  # a part is as many conversations as this many batches
+WAVES = 16  # batches in a part, or
+ENOUGH = 2048  # conversations, if those are fewer batches
 ATTEMPTS = 100  # at a message that can be used
 LEAST_WORDS = 3  # of a message that the target writes
 INSTRUCTIONS = (
@@ -159,10 +162,10 @@ def sample_conversations(
     """Have a target write conversations first, ..., first + conversations - 1 into a folder.
 
     The answers are sampled from the target's own law, without top-k and top-p, until it ends them
-    or max_length is reached. Files are part-<index of the first>.npz with 16 * batch conversations
-    each, in the format of data/README.md, for `load_conversations`; each appears when it is
-    complete. After an interruption at any moment the same call samples what is missing, with the
-    result of an uninterrupted run, byte for byte on one machine. Other ranges may be sampled
+    or max_length is reached. Files are part-<index of the first>.npz with `part_size(batch)`
+    conversations each, in the format of data/README.md, for `load_conversations`; each appears when
+    it is complete. After an interruption at any moment the same call samples what is missing, with
+    the result of an uninterrupted run, byte for byte on one machine. Other ranges may be sampled
     elsewhere, and their files put into the same folder.
 
     A conversation does not depend on those beside it, but for the rounding of the model's sums: in
@@ -174,7 +177,7 @@ def sample_conversations(
         out: folder of the files.
         conversations: how many, at least 1.
         plan: of prompts, temperatures, lengths; None: its defaults.
-        first: index of the first, a multiple of 16 * batch.
+        first: index of the first, a multiple of `part_size(batch)`.
         batch: rows decoded together.
 
     Returns:
@@ -189,13 +192,37 @@ def sample_conversations(
         >>> sample_conversations(Decoder(Target(model)), tokenizer, "samples", 2000)
     """
     plan = plan or Plan()
-    part = WAVES * batch
+    check_arguments(decoder, plan, conversations, first, batch)
+    sampler = Sampler(decoder, tokenizer, plan, batch)
+    texts = sampler.texts(first)
+    keep_settings(Path(out), sampler.settings())
+    return sample_missing(sampler, texts, Path(out), range(first, first + conversations))
+
+
+def part_size(batch: int) -> int:
+    """Conversations of a part: 16 batches, or as many as make 2048 if those are fewer.
+
+    A kill loses a part at most, and the batch runs empty at the end of each.
+
+    Example:
+        >>> [part_size(batch) for batch in (16, 128, 500, 4096)]
+        [256, 2048, 2500, 4096]
+    """
+    return batch * min(WAVES, -(-ENOUGH // batch))
+
+
+def check_arguments(
+    decoder: Decoder, plan: Plan, conversations: int, first: int, batch: int
+) -> None:
     if conversations < 1 or batch < 1:
         raise ValueError(
             f"conversations and batch must be at least 1, got {conversations} and {batch}"
         )
-    if first < 0 or first % part:
-        raise ValueError(f"first must be a multiple of {WAVES} * batch = {part}, got {first}")
+    if first < 0 or first % part_size(batch):
+        raise ValueError(
+            f"first must be a multiple of {part_size(batch)}, the size of a part with batch "
+            f"{batch}, got {first}"
+        )
     if decoder.drafter is not None:
         raise ValueError("decoder must have no drafter: the target writes by itself")
     if plan.max_length > decoder.target.context_limit:
@@ -203,25 +230,30 @@ def sample_conversations(
             f"max_length must be at most {decoder.target.context_limit}, the target's context, got "
             f"{plan.max_length}"
         )
-    out = Path(out)
-    sampler = Sampler(decoder, tokenizer, plan, batch)
-    texts = sampler.texts(first)
-    keep_settings(out, sampler.settings())
+
+
+def sample_missing(
+    sampler: Sampler, texts: Iterator[str] | None, out: Path, indices: range
+) -> Totals:
+    """Write the parts with these conversations that are not there."""
     sampled = tokens = 0
     began = time.monotonic()
+    size = part_size(sampler.batch)
     with progress_bar("conversations") as progress:
-        task = progress.add_task("sampling", total=conversations)
-        for start in range(first, first + conversations, part):
-            wanted = min(part, first + conversations - start)
-            mine = None if texts is None else list(islice(texts, wanted))
+        task = progress.add_task("sampling", total=len(indices))
+        for start in indices[::size]:
+            part = range(start, min(start + size, indices.stop))
+            mine = None if texts is None else list(islice(texts, len(part)))
             file = out / f"part-{start:08d}.npz"
-            if conversations_in(file) >= wanted:
-                progress.advance(task, wanted)
+            if conversations_in(file) >= len(part):
+                progress.advance(task, len(part))
                 continue
-            arrays = sampler.part(range(start, start + wanted), mine, progress, task)
+            arrays = sampler.part(part, mine, progress, task)
             write_atomically(file, npz(arrays))
-            sampled += wanted
+            sampled += len(part)
             tokens += int((arrays["length"] - arrays["prompt_length"]).sum())
+            if sampler.captures:
+                gc.collect()  # its session is in a cycle, and a cache of all rows with it
     return Totals(sampled, tokens, time.monotonic() - began)
 
 
@@ -234,6 +266,7 @@ class Sampler:
         self.decoder, self.tokenizer, self.plan, self.batch = decoder, tokenizer, plan, batch
         self.room = plan.max_length // 2  # tokens of a prompt
         self.own = plan.prompts == "self"
+        self.captures = decoder.target.device.type == "cuda"
         self.turn = user_turn(tokenizer) if self.own else None
         if len(self.formatted(".")) >= self.room:
             raise ValueError(
@@ -326,9 +359,11 @@ class Sampler:
                     finished[row.conversation] = (session.texts[b], len(row.prompt))
                     progress.advance(task)
                 places[b] = None
-            for b, row in enumerate(places):
-                if row is None and waiting:
-                    places[b] = self.admit(session, sampling, b, waiting.popleft())
+            free = [b for b, row in enumerate(places) if row is None][: len(waiting)]
+            for run in adjacent(free):
+                rows = [waiting.popleft() for _ in run]
+                self.admit(session, sampling, run.start, rows)
+                places[run.start : run.stop] = rows
             if any(places):
                 session.step()
         return self.arrays(indices, finished)
@@ -341,22 +376,35 @@ class Sampler:
             ends.add(self.turn.end)
         sampling = RowTemperatures(self.batch, target.device)
         session = self.decoder.open(
-            self.batch, self.plan.max_length, sampling=sampling, stop_tokens=sorted(ends)
+            self.batch,
+            self.plan.max_length,
+            sampling=sampling,
+            stop_tokens=sorted(ends),
+            capture=self.captures,
         )
         return session, sampling
 
-    def admit(self, session: Session, sampling: RowTemperatures, place: int, row: Row) -> Row:
-        """Let a place of the session begin with a row."""
-        plan, answers = self.plan, row.attempt is None
-        seed = draw(
-            plan.seed, row.conversation, "answer" if answers else "message", row.attempt or 0
-        )
-        sampling.each[place] = plan.temperature(row.conversation) if answers else 1.0
-        longest = plan.max_length if answers else self.room
-        seeds = row_seeds(seed, 1)
-        room = longest - len(row.prompt)
-        session.admit([row.prompt], first=place, max_new_tokens=room, seed=seeds)
-        return row
+    def admit(
+        self, session: Session, sampling: RowTemperatures, first: int, rows: list[Row]
+    ) -> None:
+        """Let the places of the session from `first` on begin with rows, in one prefill."""
+        prompts = [row.prompt for row in rows]
+        ends = [self.plan.max_length if row.attempt is None else self.room for row in rows]
+        least = min(end - len(prompt) for end, prompt in zip(ends, prompts, strict=True))
+        seeds = [self.seed(row) for row in rows]
+        session.admit(prompts, first=first, max_new_tokens=least, seed=seeds)
+        # in place, as captured rounds read them; `admit` knows one number of new tokens for all
+        places = slice(first, first + len(rows))
+        session.limit[places] = torch.tensor(ends, device=session.device) - 1
+        temperatures = torch.tensor([self.temperature(row) for row in rows])
+        sampling.each[places] = temperatures.to(session.device)
+
+    def seed(self, row: Row) -> int:
+        what = "answer" if row.attempt is None else "message"
+        return draw(self.plan.seed, row.conversation, what, row.attempt or 0)
+
+    def temperature(self, row: Row) -> float:
+        return self.plan.temperature(row.conversation) if row.attempt is None else 1.0
 
     def message(self, index: int, attempt: int) -> Row:
         """The row in which the target writes what a user says."""
@@ -399,6 +447,18 @@ class Sampler:
             "length": np.array([len(finished[i][0]) for i in indices], np.int32),
             "temperature": np.array([self.plan.temperature(i) for i in indices], np.float32),
         }
+
+
+def adjacent(places: list[int]) -> Iterator[range]:
+    """Runs of places side by side, of places in ascending order.
+
+    Example:
+        >>> list(adjacent([0, 1, 2, 5, 7, 8]))
+        [range(0, 3), range(5, 6), range(7, 9)]
+    """
+    for _, pairs in groupby(enumerate(places), lambda pair: pair[1] - pair[0]):
+        run = [b for _, b in pairs]
+        yield range(run[0], run[-1] + 1)
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
