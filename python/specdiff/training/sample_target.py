@@ -29,11 +29,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..decoder import Decoder
-from ..drafters.network import write_atomically
+from ..files import keep_settings, write_atomically
 from ..sampling import Sampling
 from ..session import Session
 from ..target import Target
-from .corpora import NAMES, keep_settings, progress_bar, read_text, read_texts, tokenizer_digest
+from .corpora import NAMES, progress_bar, read_text, read_texts, tokenizer_digest
 
 WAVES = 16  # batches in a part, or
 ENOUGH = 2048  # conversations, if those are fewer batches
