@@ -152,7 +152,6 @@ def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -
     if run.training.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # for the teacher and the logits
     with accelerator.main_process_first():
-        keep_settings(out, settings(run, model))
         if isinstance(run.drafter, PrefixShape) and isinstance(run.data, Answers):
             return distillation(run, run.drafter, run.data, model, out, progress)
         if isinstance(run.drafter, DenoiserShape) and isinstance(run.data, Texts):
@@ -164,16 +163,11 @@ def settings(run: Run, model: Any) -> dict[str, Any]:
     """What a folder's run is made of, beside the recipe: all but where things lie."""
     head = model.get_output_embeddings().weight[:64].detach().float().cpu()
     parts = {"drafter": run.drafter, "data": run.data, "objective": run.objective}
-    said: dict[str, Any] = {
+    said = {
         name: {k: v for k, v in asdict(part).items() if k not in PATHS}
         for name, part in parts.items()
     }
-    said["target"] = digest(head.numpy().tobytes())
-    if isinstance(run.data, Answers):
-        said["conversations"] = digest(
-            *(part.numpy().tobytes() for part in load_conversations(run.data.conversations))
-        )
-    return said
+    return {**said, "target": digest(head.numpy().tobytes())}
 
 
 def digest(*parts: bytes) -> str:
@@ -184,6 +178,8 @@ def distillation(
     run: Run, shape: PrefixShape, data: Answers, model: Any, out: Path, progress: Progress
 ) -> Job:
     conversations = load_conversations(data.conversations)
+    written = digest(*(part.numpy().tobytes() for part in conversations))
+    keep_settings(out, {**settings(run, model), "conversations": written})
     seed = run.training.seed
     rows, held_out = split(len(conversations.length), data.held_out, seed)
     vocab_size, width = model.get_input_embeddings().weight.shape
@@ -222,6 +218,7 @@ def distillation(
 def denoising(
     run: Run, shape: DenoiserShape, data: Texts, model: Any, tokenizer: Any, out: Path
 ) -> Job:
+    keep_settings(out, settings(run, model))
     network = new_denoiser(shape, model.get_input_embeddings().weight.shape[0])
     length = data.length or network.config.length
     rows = {}
