@@ -31,7 +31,7 @@ from specdiff.models import load_target
 from specdiff.sampling import Sampling
 from specdiff.target import Target
 
-DRAFTERS = {"block-diffusion": (2, 4), "parallel": (2, 3, 4), "prompt-lookup": (4,)}
+DRAFTERS = {"block-diffusion": (2, 4, 8), "parallel": (2, 4, 8), "prompt-lookup": (4, 8)}
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PLAIN = "plain"
 TRANSFORMERS = "transformers generate"

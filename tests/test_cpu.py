@@ -110,11 +110,34 @@ def test_many_rows_and_gradients_go_to_torch(monkeypatch):
     def refuse(*_):
         raise AssertionError("skinny_linear was called")
 
-    monkeypatch.setattr("specdiff.cpu.skinny_linear", refuse)
+    monkeypatch.setattr("specdiff.cpu.unchecked", refuse)
     with torch.no_grad():
         layer(wide)
         with pytest.raises(AssertionError, match="skinny_linear was called"):
             layer(narrow)
+
+
+def test_what_does_not_fit_is_torchs_error():
+    """No kernel reads behind the end of an input, a weight or a bias that has been replaced."""
+    layer = accelerate(torch.nn.Linear(8, 4))
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            layer(torch.randn(3, 7))
+        expected = layer(torch.ones(1, 8)) - layer.bias + layer.bias[0]
+        layer.bias = torch.nn.Parameter(layer.bias[:1].clone())
+        assert torch.allclose(layer(torch.ones(1, 8)), expected)
+        layer.bias = torch.nn.Parameter(torch.arange(8.0)[::2])
+        assert torch.allclose(
+            layer(torch.ones(1, 8)), torch.nn.Linear.forward(layer, torch.ones(1, 8))
+        )
+
+
+def test_compiled_as_well():
+    """A compiler sees one op, of the same bits."""
+    layer, x = accelerate(torch.nn.Linear(8, 4)), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
 
 
 def test_other_dtypes_are_left_alone():

@@ -6,9 +6,12 @@
 #include "product.h"
 
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #define SPECDIFF_CONCAT_(a, b) a##b
 #define SPECDIFF_CONCAT(a, b) SPECDIFF_CONCAT_(a, b)
+#define SPECDIFF_INLINE __attribute__((always_inline))
 
 namespace specdiff::cpu {
 namespace {
@@ -24,8 +27,11 @@ constexpr int kBytes = 16;
 constexpr int kRows[] = {0, 4, 4, 4, 2, 2, 2};
 #endif
 constexpr int kLanes = kBytes / 4;
-constexpr int kMostX = 6;
-constexpr int kBlock = 12;  // rows of the weight that stay in cache while all of x passes
+constexpr int kStep = 2 * kLanes;  // columns between two looks at what to ask for
+constexpr int kMostX = 6;          // rows of x in registers
+constexpr int kGroup = 32;         // rows of x that a weight is read once for
+constexpr int kBlock = 16;         // rows of the weight that stay in cache while all of x passes,
+constexpr int kChunk = 288;        // so many columns at a time: both fit into the first level
 constexpr int kLine = 64;
 
 typedef float Floats __attribute__((vector_size(kBytes)));
@@ -39,6 +45,7 @@ inline Floats load(const uint16_t* x) {  // bf16
   const Halves halves = *reinterpret_cast<const AnyHalves*>(x);
   return Floats(__builtin_convertvector(halves, Words) << 16);
 }
+inline void store(float* to, Floats x) { *reinterpret_cast<AnyFloats*>(to) = x; }
 
 // The first n <= kLanes values, then zeros.
 template <class T>
@@ -48,11 +55,14 @@ inline Floats load_some(const T* x, int64_t n) {
   return load(padded);
 }
 
-inline float total(Floats x) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
-  }
-  return x[0];
+// f(0), ..., f(N - 1) with constants, so that arrays indexed by them live in registers.
+template <class F, int... I>
+inline SPECDIFF_INLINE void each_of(std::integer_sequence<int, I...>, const F& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+inline SPECDIFF_INLINE void each(const F& f) {
+  each_of(std::make_integer_sequence<int, N>{}, f);
 }
 
 // Keeps a vector in its register, where the compiler would rather load it again for each product.
@@ -61,58 +71,80 @@ inline float total(Floats x) {
 #else
 #define SPECDIFF_KEEP(vector)
 #endif
-#define SPECDIFF_UNROLL _Pragma("GCC unroll 8")
 
-// R rows of the weight by C rows of x. Asks for 1 / kShare as many bytes at `ahead` as it reads.
-template <int R, int C, int kShare, class T>
-inline void block(const SkinnyLinearParams& p, const T* w, const float* x, const char*& ahead,
-                  int64_t n, int64_t m) {
-  constexpr int kAsked = std::max<int>(1, R * 2 * kLanes * int(sizeof(T)) / kLine / kShare);
-  Floats sums[R][C]{};
-  const auto add = [&](const Floats* rows, int64_t k, auto&& read) {
-    SPECDIFF_UNROLL for (int c = 0; c < C; ++c) {
-      Floats column = read(x + c * p.x_stride + k);
-      SPECDIFF_KEEP(column);
-      SPECDIFF_UNROLL for (int r = 0; r < R; ++r) sums[r][c] = sums[r][c] + rows[r] * column;
-    }
-  };
-  const auto whole = [](const float* from) { return load(from); };
+// Reads that are due later, in the order of the addresses.
+struct Ahead {
+  const char* at;
+  const char* end;
+
+  template <int kLines>
+  SPECDIFF_INLINE void ask() {
+    if (at >= end) return;
+    each<kLines>([&](auto i) SPECDIFF_INLINE { __builtin_prefetch(at + i * kLine); });
+    at += kLines * kLine;
+    asm volatile("" ::: "memory");  // before the loads that follow
+  }
+};
+
+// R rows of the weight by C rows of x, kLanes columns. read(from) gives a vector.
+template <int R, int C, class T, class Read>
+inline SPECDIFF_INLINE void add(Floats (&sums)[R][C], const T* w, int64_t w_stride, const float* x,
+                                int64_t x_stride, const Read& read) {
   Floats rows[R];
+  each<R>([&](auto r) SPECDIFF_INLINE {
+    rows[r] = read(w + r * w_stride);
+    SPECDIFF_KEEP(rows[r]);
+  });
+  each<C>([&](auto c) SPECDIFF_INLINE {
+    Floats column = read(x + c * x_stride);
+    SPECDIFF_KEEP(column);
+    each<R>([&](auto r) SPECDIFF_INLINE { sums[r][c] = sums[r][c] + rows[r] * column; });
+  });
+}
+
+// The same over `count` columns, begun at zero or taken up from `kept` [C][kBlock] and left there.
+// Asks for 1 / kShare as many bytes as it reads of the weight.
+template <int R, int C, int kShare, class T>
+void tile(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, bool begin,
+          Floats* kept, Ahead& ahead) {
+  constexpr int kLines = std::max(1, R * kStep * int(sizeof(T)) / kLine / kShare);
+  const auto whole = [](const auto* from) SPECDIFF_INLINE { return load(from); };
+  Floats sums[R][C]{};
+  if (!begin) {
+    each<R>([&](auto r) { each<C>([&](auto c) { sums[r][c] = kept[c * kBlock + r]; }); });
+  }
+  Ahead asked = ahead;
   int64_t k = 0;
-  for (; k + 2 * kLanes <= p.k; k += 2 * kLanes) {
-    SPECDIFF_UNROLL for (int i = 0; i < kAsked; ++i, ahead += kLine) __builtin_prefetch(ahead);
-    SPECDIFF_UNROLL for (int r = 0; r < R; ++r) rows[r] = load(w + r * p.weight_stride + k);
-    add(rows, k, whole);
-    SPECDIFF_UNROLL for (int r = 0; r < R; ++r) rows[r] =
-        load(w + r * p.weight_stride + k + kLanes);
-    add(rows, k + kLanes, whole);
+  for (; k + kStep <= count; k += kStep) {
+    asked.ask<kLines>();
+    add(sums, w + k, w_stride, x + k, x_stride, whole);
+    add(sums, w + k + kLanes, w_stride, x + k + kLanes, x_stride, whole);
   }
-  for (; k < p.k; k += kLanes) {
-    const int64_t left = std::min<int64_t>(p.k - k, kLanes);
-    for (int r = 0; r < R; ++r) rows[r] = load_some(w + r * p.weight_stride + k, left);
-    add(rows, k, [&](const float* from) { return load_some(from, left); });
+  for (; k < count; k += kLanes) {
+    const int64_t left = std::min<int64_t>(count - k, kLanes);
+    add(sums, w + k, w_stride, x + k, x_stride,
+        [&](const auto* from) SPECDIFF_INLINE { return load_some(from, left); });
   }
-  for (int r = 0; r < R; ++r) {
-    const float bias = p.bias ? p.bias[n + r] : 0.0f;
-    for (int c = 0; c < C; ++c) p.out[(m + c) * p.n + n + r] = total(sums[r][c]) + bias;
-  }
+  each<R>([&](auto r) { each<C>([&](auto c) { kept[c * kBlock + r] = sums[r][c]; }); });
+  ahead = asked;
 }
 
 template <int C, int kShare, class T>
-void columns(const SkinnyLinearParams& p, const char* ahead, int64_t first, int64_t last,
-             int64_t m) {
+void columns(const T* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride,
+             int64_t count, bool begin, Floats* kept, Ahead& ahead) {
   constexpr int R = kRows[C];
-  const T* weight = static_cast<const T*>(p.weight);
-  const float* x = p.x + m * p.x_stride;
-  int64_t n = first;
-  for (; n + R <= last; n += R) {
-    block<R, C, kShare>(p, weight + n * p.weight_stride, x, ahead, n, m);
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) {
+    tile<R, C, kShare>(w + r * w_stride, w_stride, x, x_stride, count, begin, kept + r, ahead);
   }
-  for (; n < last; ++n) block<1, C, kShare>(p, weight + n * p.weight_stride, x, ahead, n, m);
+  for (; r < rows; ++r) {
+    tile<1, C, kShare>(w + r * w_stride, w_stride, x, x_stride, count, begin, kept + r, ahead);
+  }
 }
 
 template <class T>
-using Columns = void (*)(const SkinnyLinearParams&, const char*, int64_t, int64_t, int64_t);
+using Columns = void (*)(const T*, int64_t, int64_t, const float*, int64_t, int64_t, bool, Floats*,
+                         Ahead&);
 
 template <int kShare, class T>
 constexpr Columns<T> kColumns[] = {nullptr,
@@ -123,20 +155,103 @@ constexpr Columns<T> kColumns[] = {nullptr,
                                    columns<5, kShare, T>,
                                    columns<6, kShare, T>};
 
-// While one block of the weight is multiplied, the next one is fetched.
+// Lanes of a and b: group after group of G lanes, the G / 2 first (kUpper: last) of a, then of b.
+template <int G, bool kUpper, int... L>
+inline SPECDIFF_INLINE Floats halves_of(Floats a, Floats b, std::integer_sequence<int, L...>) {
+  constexpr int h = G / 2, skip = kUpper ? h : 0;
+#define SPECDIFF_LANE (L % G < h ? L + skip : L - h + skip + kLanes)
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, SPECDIFF_LANE...);
+#else
+  return __builtin_shuffle(a, b, Words{SPECDIFF_LANE...});
+#endif
+#undef SPECDIFF_LANE
+}
+
+// The sum of each of kLanes vectors, by halves: lane i is that of vector i.
+template <int G = kLanes>
+inline Floats totals(const Floats* vectors) {
+  if constexpr (G == 1) {
+    return vectors[0];
+  } else {
+    constexpr std::make_integer_sequence<int, kLanes> lanes;
+    Floats sums[G / 2];
+    for (int i = 0; i < G / 2; ++i) {
+      const Floats a = vectors[i], b = vectors[i + G / 2];
+      sums[i] = halves_of<G, false>(a, b, lanes) + halves_of<G, true>(a, b, lanes);
+    }
+    return totals<G / 2>(sums);
+  }
+}
+
+// out[m][n], ... of `rows` rows of the weight from their accumulators [kBlock]
+inline void finish(const SkinnyLinearParams& p, int64_t m, int64_t n, int64_t rows,
+                   const Floats* kept) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t left = std::min<int64_t>(rows - r, kLanes);
+    Floats result = totals(kept + r);
+    if (p.bias) result = result + load_some(p.bias + n + r, left);
+    float* out = p.out + m * p.n + n + r;
+    if (left == kLanes) {
+      store(out, result);
+    } else {
+      for (int i = 0; i < left; ++i) out[i] = result[i];
+    }
+  }
+}
+
+// Rows of the weight as f32 [rows, kChunk], since all of x would widen them again.
+inline void widen(const uint16_t* w, int64_t w_stride, int64_t rows, int64_t count, float* to) {
+  for (int64_t r = 0; r < rows; ++r, w += w_stride, to += kChunk) {
+    int64_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) store(to + k, load(w + k));
+    for (; k < count; ++k) to[k] = load_some(w + k, 1)[0];
+  }
+}
+
+// One block of the weight by rows m, ..., m + group - 1 of x, while the block at `next` is fetched.
+template <class T>
+void block(const SkinnyLinearParams& p, int64_t m, int64_t group, int64_t n, int64_t rows,
+           const char* next) {
+  alignas(64) Floats kept[kGroup * kBlock];
+  alignas(64) float widened[std::is_same_v<T, float> ? 1 : kBlock * kChunk];
+  const int64_t parts = (group + kMostX - 1) / kMostX;
+  const int64_t chunks = std::max<int64_t>(1, (p.k + kChunk - 1) / kChunk);
+  const int64_t chunk = (p.k + chunks * kStep - 1) / (chunks * kStep) * kStep;
+  const int64_t bytes = m > 0 ? 0 : rows * p.weight_stride * int64_t(sizeof(T));
+  Ahead ahead{next, next};
+  for (int64_t k = 0; k == 0 || k < p.k; k += chunk) {
+    const int64_t count = std::min(p.k - k, chunk);
+    const T* w = static_cast<const T*>(p.weight) + n * p.weight_stride + k;
+    const bool wide = parts > 1 && !std::is_same_v<T, float>;
+    if constexpr (!std::is_same_v<T, float>) {
+      if (wide) widen(w, p.weight_stride, rows, count, widened);
+    }
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = group * part / parts, size = group * (part + 1) / parts - first;
+      const float* x = p.x + (m + first) * p.x_stride + k;
+      Floats* sums = kept + first * kBlock;
+      ahead.end =
+          next + bytes * (k * parts + count * (part + 1)) / std::max<int64_t>(1, p.k * parts);
+      if (wide) {
+        kColumns<4, float>[size](widened, kChunk, rows, x, p.x_stride, count, k == 0, sums, ahead);
+      } else {
+        const auto& table = parts == 1 ? kColumns<1, T> : kColumns<2, T>;
+        table[size](w, p.weight_stride, rows, x, p.x_stride, count, k == 0, sums, ahead);
+      }
+    }
+  }
+  for (int64_t i = 0; i < group; ++i) finish(p, m + i, n, rows, kept + i * kBlock);
+}
+
 template <class T>
 void multiply(const SkinnyLinearParams& p, int64_t first, int64_t last) {
-  const int64_t parts = (p.m + kMostX - 1) / kMostX;
   for (int64_t n = first; n < last; n += kBlock) {
-    const int64_t end = std::min<int64_t>(n + kBlock, last);
-    const T* next = static_cast<const T*>(p.weight) + end * p.weight_stride;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t m = p.m * part / parts;
-      const int64_t count = p.m * (part + 1) / parts - m;
-      const char* ahead = reinterpret_cast<const char*>(next) +
-                          part * kBlock * p.weight_stride * int64_t(sizeof(T)) / parts;
-      const auto& table = parts == 1 ? kColumns<1, T> : kColumns<2, T>;
-      table[count](p, ahead, n, end, m);
+    const int64_t rows = std::min<int64_t>(last - n, kBlock);
+    const T* next = static_cast<const T*>(p.weight) + (n + rows) * p.weight_stride;
+    for (int64_t m = 0; m < p.m; m += kGroup) {
+      const int64_t group = std::min<int64_t>(p.m - m, kGroup);
+      block<T>(p, m, group, n, rows, reinterpret_cast<const char*>(next));
     }
   }
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdiff_kernels import skinny_linear
+from specdiff_kernels.ops.skinny_linear import unchecked
 
 ROWS = 32  # most rows that a weight is read for once; more go to torch
 LAYERS = (nn.Linear, Conv1D)  # and no subclass, which may compute something else
@@ -72,8 +72,15 @@ def swapped(module: nn.Module) -> bool:
     return isinstance(forward, partial) and forward.func is linear
 
 
-def usable(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+def usable(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `unchecked` may have them; what does not fit is torch's, and so is the error."""
+    if bias is not None and not (usable(bias) and bias.shape == weight.shape[:1]):
+        return False
+    return usable(x) and usable(weight) and x.shape[-1] == weight.shape[1]
 
 
 class Halved:
@@ -92,19 +99,21 @@ class Halved:
 def linear(module: Any, halved: Halved | None, x: Tensor) -> Tensor:
     """The forward of a swapped layer. x [..., K] -> [..., N]"""
     weight, bias = module.weight, module.bias
+    if type(module) is Conv1D:
+        weight = weight.t()
     learns = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
     )
-    if learns or x.numel() == 0 or x.dtype != torch.float32 or not usable(weight):
+    size = x.numel()
+    if learns or size == 0 or not fits(x, weight, bias):
         return type(module).forward(module, x)
-    few = x.numel() <= ROWS * x.shape[-1]
+    few = size <= ROWS * x.shape[-1]
     if halved is None and not few:
         return type(module).forward(module, x)
-    if type(module) is Conv1D:
-        weight = weight.t()
     if halved is not None:
         weight = halved.of(weight)
     if not few:
         return F.linear(x, weight.float(), bias)
-    rows = skinny_linear(x.reshape(-1, x.shape[-1]), weight, bias)
-    return rows.view(*x.shape[:-1], weight.shape[0])
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    return unchecked(x.contiguous(), weight, bias if bias is None else bias.contiguous())

@@ -40,12 +40,13 @@ def watched(args: Sequence[Any]) -> bool:
     ):
         return True
     learns = torch.is_grad_enabled()
-    return any(
-        type(x) not in PLAIN or x.is_neg() or (learns and x.requires_grad)
-        if isinstance(x, Tensor)
-        else isinstance(x, list) and watched(x)
-        for x in args
-    )
+    for x in args:
+        if type(x) in PLAIN:
+            if x.is_neg() or (learns and x.requires_grad):
+                return True
+        elif isinstance(x, Tensor) or (isinstance(x, list) and watched(x)):
+            return True
+    return False
 
 
 def define(
@@ -79,7 +80,10 @@ def define(
     LIBRARY.define(f"{name}.out({inputs}{scratch}, {mutable}) -> ()")
 
     def allocate(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in specs(*args[:-1]))
+        device = args[0].device
+        return tuple(
+            torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs(*args[:-1])
+        )
 
     def run(args: Sequence[Any], out: Sequence[Tensor], given: Tensor | None = None) -> None:
         device, backend = out[0].device, args[-1]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import implementation
 from .checks import check_tensor, concrete, contiguous, device_of
-from .registry import Outputs, define
+from .registry import Outputs, define, watched
 
 FLOAT = (torch.float32,)
 WEIGHTS = (torch.float32, torch.bfloat16)
@@ -64,6 +65,20 @@ def skinny_linear(
         OP.into(*args, out)
         return out
     return OP.functional(*args)
+
+
+def unchecked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`skinny_linear` of x [..., K] for a caller who has checked the arguments: all are contiguous.
+
+    Checks take longer than a small product, and a model makes hundreds of them for each token.
+    """
+    shape = (*x.shape[:-1], weight.shape[0])
+    if watched((x, weight, bias)):
+        return skinny_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(shape)
+    out = torch.empty(shape)
+    rows = out.view(-1, shape[-1])
+    implementation("skinny_linear", x.device, None)(x.view(-1, x.shape[-1]), weight, bias, out=rows)
+    return out
 
 
 def check_apart(out: Tensor, **inputs: Tensor | None) -> None:
