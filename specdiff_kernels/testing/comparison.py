@@ -1,0 +1,67 @@
+"""Pearson's chi-squared of what was seen and an exact law."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .worlds import Law, Text
+
+
+class Finding(NamedTuple):
+    """One comparison with an exact law."""
+
+    case: str
+    what: str  # "text", "outcome", "u = 0" or "token"
+    p_value: float  # chance of a deviation as large under the exact law; 0: the impossible came
+    distance: float  # total variation between what came and the law; sampling noise included
+
+
+class Report(NamedTuple):
+    """Every comparison, and whether all of them passed."""
+
+    findings: tuple[Finding, ...]
+    draws: int
+    alarm: float  # a smaller p value is a failure
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures()
+
+    def failures(self, what: str | None = None) -> tuple[Finding, ...]:
+        """Findings below the alarm level; of one kind if it is named."""
+        return tuple(
+            f for f in self.findings if f.p_value < self.alarm and what in (None, f.what)
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        lines = [f"{'case':20} {'law of':8} {'p value':>8} {'distance':>9}"]
+        for f in self.findings:
+            verdict = "FAILED" if f.p_value < self.alarm else "ok"
+            lines.append(f"{f.case:20} {f.what:8} {f.p_value:8.1e} {f.distance:9.4f} {verdict}")
+        return "\n".join(lines)
+
+
+def compare(case: str, what: str, seen: Sequence[Text], law: Law) -> Finding:
+    """Pearson's chi-squared; outcomes expected less than 5 times are counted together."""
+    N = len(seen)
+    counts = dict.fromkeys(law, 0)
+    for outcome in seen:
+        counts[outcome] = counts.get(outcome, 0) + 1
+    impossible = sum(n for outcome, n in counts.items() if law.get(outcome, 0.0) == 0)
+    gaps = [abs(n / N - law.get(outcome, 0.0)) for outcome, n in counts.items()]
+    distance = sum(gaps) / 2
+    if impossible:
+        return Finding(case, what, 0.0, distance)
+    cells = [(law[outcome] * N, n) for outcome, n in counts.items() if law[outcome] > 0]
+    rare = [cell for cell in cells if cell[0] < 5]
+    cells = [cell for cell in cells if cell[0] >= 5]
+    if rare:
+        cells.append((sum(e for e, _ in rare), sum(n for _, n in rare)))
+    statistic = sum((n - e) ** 2 / e for e, n in cells)
+    if len(cells) < 2:
+        return Finding(case, what, 1.0, distance)
+    half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return Finding(case, what, torch.special.gammaincc(*half).item(), distance)

@@ -1,0 +1,186 @@
+"""The law-conformance kit: its oracle, what it passes, and what it finds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+import specdiff_kernels as sk
+from specdiff_kernels.testing import (
+    CASES,
+    MUTANTS,
+    Drafted,
+    Outcome,
+    check_sampler,
+    check_verifier,
+    power,
+    token_rule,
+    zero_uniforms,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def continued(case, law):
+    """Chances of whole texts: outcomes, each continued by the target."""
+    texts, chances = case.text_law(), defaultdict(float)
+    for (accepted, *text), chance in law.items():
+        begun = {t: p for t, p in texts.items() if t[: accepted + 1] == tuple(text) and p > 0}
+        for whole, p in begun.items():
+            chances[whole] += chance * p / sum(begun.values())
+    return [chances[text] for text in texts]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_two_exact_laws_agree(case):
+    """The token rule is lossless, to 1e-12."""
+    law = case.outcome_law()
+    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
+    assert continued(case, law) == pytest.approx(list(case.text_law().values()), abs=1e-12)
+
+
+def test_every_record_of_an_out_of_order_draft_would_bias_the_law():
+    case = CASES[-1]
+    assert case.recorded() == [True, False]
+    law = continued(case, case._replace(steps=(0, 0)).outcome_law())
+    gaps = [abs(a - b) for a, b in zip(law, case.text_law().values(), strict=True)]
+    assert max(gaps) > 1e-2
+
+
+def test_the_control_passes():
+    assert check_verifier(token_rule).passed
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_calls_may_be_small(batch):
+    report = check_verifier(token_rule, draws=60, batch=batch)
+    assert report.passed and report.draws == 60
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail(name):
+    report = check_verifier(MUTANTS[name])
+    assert not report.passed and "FAILED" in str(report)
+    if name == "recorded q on an out-of-order draft":
+        assert {f.case for f in report.failures()} == {"right to left"}
+    if name == "non-strict accept":  # once in 2^24 draws, but for the forced 0
+        assert {f.what for f in report.failures()} == {"u = 0"}
+
+
+def test_power_is_a_share_of_repetitions():
+    found = power({"right": token_rule, "wrong": MUTANTS["u = 0"]}, draws=1000, repetitions=2)
+    assert found == {"right": 0.0, "wrong": 1.0}
+
+
+def test_noise_shared_by_draft_and_verifier_is_found():
+    """The last token is the inverse of u, and so is what replaces it, by the same u."""
+    state = {}
+
+    def inverse(weights):
+        u = state["u"] * weights.sum(-1)
+        return (weights.cumsum(-1) <= u[:, None]).sum(-1).clamp_max(2)
+
+    def sample(logits):
+        state["u"] = torch.rand(len(logits), dtype=torch.float64)
+        return inverse(logits.double().softmax(-1))
+
+    def verify(draft: Drafted) -> Outcome:
+        accepted, token = token_rule(draft)
+        p, q = draft.target_logits.double().softmax(-1), draft.draft_logits.double().softmax(-1)
+        again = inverse((p[:, 1] - q[:, 1]).clamp_min(0))
+        return Outcome(accepted, torch.where(accepted == 1, again, token))
+
+    cases = CASES[:2]
+    assert check_verifier(token_rule, sample, cases=cases).passed
+    assert check_verifier(verify, sample, cases=cases).failures("text")
+
+
+class Ours:
+    """`row_law`, `sample` and `verify`, each call in a round of its own."""
+
+    def __init__(self, rule: str, backend: str) -> None:
+        self.rule, self.backend, self.round = rule, backend, 0
+
+    def seeds(self, N):
+        self.round += 1
+        return {"seed": torch.arange(N), "round": torch.full((N,), self.round)}
+
+    def sample(self, logits):
+        law = sk.row_law(logits, backend=self.backend)
+        return sk.sample(
+            logits,
+            law,
+            **self.seeds(len(logits)),
+            slot=torch.zeros(len(logits), dtype=torch.int64),
+            backend=self.backend,
+        )
+
+    def verify(self, draft: Drafted) -> Outcome:
+        N, K, V = draft.draft_logits.shape
+        pool = draft.draft_logits.reshape(-1, V)
+        law = sk.row_law(pool, backend=self.backend)
+        rows, tau = torch.arange(N * K).view(N, K), draft.steps.expand(N, K).contiguous()
+        zeros = {"words": torch.zeros(N, K + 1, dtype=torch.int64)}
+        noise = zeros if draft.zero else self.seeds(N)
+        result = sk.verify(
+            draft.target_logits, sk.Draft(draft.tokens, tau, rows, pool, law),
+            rule=self.rule, backend=self.backend, **noise,
+        )  # fmt: skip
+        sk.check_status(result.status)
+        token = result.emitted.gather(1, result.accepted[:, None].long())[:, 0]
+        return Outcome(result.accepted, token)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_our_ops_conform(rule, backend):
+    if reason := sk.available_backends()[backend]:
+        pytest.skip(reason)
+    ours = Ours(rule, backend)
+    held_to = "token" if rule == "token" else None
+    assert check_verifier(ours.verify, ours.sample, rule=held_to).passed
+    assert check_sampler(ours.sample).passed
+
+
+def test_the_block_rule_is_no_token_rule():
+    """It accepts more, which the law of outcomes sees and the law of the text does not."""
+    ours = Ours("block", "reference")
+    report = check_verifier(ours.verify, ours.sample)
+    assert report.failures("outcome") and not report.failures("text")
+
+
+def test_samplers():
+    assert check_sampler(lambda logits: torch.multinomial(logits.softmax(-1), 1)[:, 0]).passed
+    for wrong in (
+        lambda logits: logits.argmax(-1),
+        lambda logits: torch.multinomial((logits / 1.05).softmax(-1), 1)[:, 0],
+        lambda logits: torch.multinomial(logits.softmax(-1) + 1e-4, 1)[:, 0],
+    ):
+        assert not check_sampler(wrong).passed
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        (lambda n: (torch.zeros(n), torch.full((n,), 3)), r"^token: expected numbers in 0 .. 2"),
+        (lambda n: (torch.full((n,), 3), torch.zeros(n)), r"^accepted: expected numbers in 0 .. 2"),
+        (lambda n: (torch.zeros(n), torch.zeros(n, 1)), r"^token: expected shape \[100\]"),
+    ],
+)
+def test_outcomes_that_are_none_are_named(outcome, message):
+    with pytest.raises(ValueError, match=message):
+        check_verifier(lambda draft: Outcome(*outcome(len(draft.tokens))), draws=100)
+    with pytest.raises(ValueError, match=r"^rule: expected 'token' or None, got 'block'"):
+        check_verifier(token_rule, rule="block")
+
+
+def test_zero_uniforms_end():
+    with zero_uniforms():
+        drawn = [torch.rand(2), torch.rand_like(torch.ones(2)), torch.ones(2).uniform_()]
+    assert all((x == 0).all() for x in drawn)
+    assert torch.rand(2).sum() > 0
