@@ -37,6 +37,8 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/bench_compare.py
 	$(BIN)/python benchmarks/bench_drafters.py
 	$(BIN)/python benchmarks/bench_memory.py
+	$(BIN)/python benchmarks/bench_conformance.py
+	$(BIN)/python benchmarks/tables.py
 
 # On a machine with a GPU: torch, triton and nvcc that are installed there are used as they are.
 gpu:

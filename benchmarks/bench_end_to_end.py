@@ -166,7 +166,7 @@ def summary(setting: Setting, settings: list[Setting], temperature: float) -> di
     result: dict[str, Any] = {
         "setting": setting.name,
         "temperature": temperature,
-        "tokens": sum(len(run.tokens) for run in setting.runs),
+        "emitted": sum(len(run.tokens) for run in setting.runs),
         "tokens_per_second": sum(len(run.tokens) for run in setting.runs)
         / sum(run.seconds for run in setting.runs),
         "speedup": speedup(setting, plain),
@@ -176,7 +176,7 @@ def summary(setting: Setting, settings: list[Setting], temperature: float) -> di
     stats = [run.stats for run in setting.runs if run.stats is not None]
     if stats:
         forwards = sum(s.target_forwards for s in stats)
-        result["tokens_per_forward"] = result["tokens"] / forwards
+        result["tokens_per_forward"] = result["emitted"] / forwards
         result["acceptance"] = pooled_acceptance(stats)
         result["ms_per_forward"] = {
             stage: sum(s.stage_ms[stage] for s in stats) / forwards

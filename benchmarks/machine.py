@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -86,6 +87,7 @@ def write(path: Path, content: dict[str, Any]) -> Path:
     """Write results and where they were measured, the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({"machine": description(), **content}, indent=1) + "\n")
+    known = {"machine": description(), "date": datetime.date.today().isoformat(), **content}
+    part.write_text(json.dumps(known, indent=1) + "\n")
     os.replace(part, path)
     return path

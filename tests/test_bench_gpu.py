@@ -506,7 +506,8 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "nvidia-h200" / "2026-03-09.json"
     assert machine.write(path, {"figure": 1}) == path
     whole = path.read_text()
-    assert json.loads(whole) == {"machine": machine.description(), "figure": 1}
+    today = datetime.date.today().isoformat()
+    assert json.loads(whole) == {"machine": machine.description(), "date": today, "figure": 1}
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(TypeError):
         machine.write(path, {"figure": object()})

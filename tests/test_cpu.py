@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from specdiff import Decoder, Target
@@ -69,6 +70,10 @@ def test_weights_that_change_are_followed(family, bf16):
     assert torch.equal(logits(copy.deepcopy(model)), wanted)
     model.load_state_dict(tiny_model(family, seed=1).state_dict(), assign=True)
     assert torch.equal(logits(model), wanted)
+    model.load_state_dict(tiny_model(family, seed=2).state_dict())  # into what was assigned
+    third = accelerate(tiny_model(family, seed=2), bf16=bf16)
+    assert torch.equal(logits(model), logits(third))
+    model.load_state_dict(other.state_dict())
     assert torch.equal(logits(model.double()), logits(other.double()))
 
 
@@ -130,6 +135,13 @@ def test_what_does_not_fit_is_torchs_error():
         assert torch.allclose(
             layer(torch.ones(1, 8)), torch.nn.Linear.forward(layer, torch.ones(1, 8))
         )
+
+
+def test_a_layer_that_is_parametrized_later():
+    layer = weight_norm(accelerate(torch.nn.Linear(8, 4)))
+    with torch.no_grad():
+        x = torch.randn(2, 8)
+        assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 def test_compiled_as_well():

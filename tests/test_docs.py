@@ -21,6 +21,8 @@ DOCTESTED = [
     "specdiff_kernels.backends",
     "specdiff_kernels.pages",
     "specdiff_kernels.records",
+    "specdiff_kernels.testing",
+    "specdiff_kernels.testing.mutants",
     "specdiff_kernels.types",
     "specdiff.noise",
     "specdiff.schedule",
@@ -38,6 +40,15 @@ def test_readme_example(tiny_tokenizer):
     assert torch.equal((emitted >= 0).sum(-1), accepted + 1)
     assert names["text"].shape[0] == 2 and names["text"].shape[1] > 20
     assert (names["verified"].status == 0).all() and (names["draft"].tokens >= 0).all()
+
+
+def test_conformance_example(capsys):
+    names: dict = {}
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "conformance.md").read_text(), re.S
+    )
+    exec(code, names)
+    assert names["verdict"].passed and "FAILED" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", DOCTESTED)

@@ -16,16 +16,17 @@
 namespace specdiff::cpu {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(SPECDIFF_BYTES)  // a width that the machine lacks, put together by the compiler: tests
+constexpr int kBytes = SPECDIFF_BYTES;
+#elif defined(__AVX512F__)
 constexpr int kBytes = 64;
-constexpr int kRows[] = {0, 4, 4, 4, 4, 4, 4};  // rows of the weight beside so many rows of x
 #elif defined(__AVX2__)
 constexpr int kBytes = 32;
-constexpr int kRows[] = {0, 4, 4, 4, 2, 2, 2};
 #else
 constexpr int kBytes = 16;
-constexpr int kRows[] = {0, 4, 4, 4, 2, 2, 2};
 #endif
+constexpr int kMany = kBytes == 64 ? 4 : 2;                 // there are 32 registers, or 16
+constexpr int kRows[] = {0, 4, 4, 4, kMany, kMany, kMany};  // of the weight, by rows of x
 constexpr int kLanes = kBytes / 4;
 constexpr int kStep = 2 * kLanes;  // columns between two looks at what to ask for
 constexpr int kMostX = 6;          // rows of x in registers
@@ -66,7 +67,7 @@ inline SPECDIFF_INLINE void each(const F& f) {
 }
 
 // Keeps a vector in its register, where the compiler would rather load it again for each product.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SPECDIFF_BYTES)
 #define SPECDIFF_KEEP(vector) asm("" : "+x"(vector))
 #else
 #define SPECDIFF_KEEP(vector)

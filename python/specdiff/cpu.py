@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from specdiff_kernels.ops.checks import concrete
 from specdiff_kernels.ops.skinny_linear import unchecked
 
 ROWS = 32  # most rows that a weight is read for once; more go to torch
@@ -46,8 +46,7 @@ def accelerate(model: Model, *, bf16: bool = False) -> Model:
             continue
         if type(module) is Conv1D:  # [in, out]: laid out as [out, in], seen as before
             module.weight.data = module.weight.data.t().contiguous().t()
-        forward = partial(linear, module, Halved() if bf16 else None)
-        module.forward = forward
+        module.forward = Swapped(module, bf16)
     return model
 
 
@@ -68,52 +67,71 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 def swapped(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func is linear
+    return isinstance(vars(module).get("forward"), Swapped)
 
 
 def usable(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return tensor.dtype is torch.float32 and tensor.is_cpu
 
 
-def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `unchecked` may have them; what does not fit is torch's, and so is the error."""
-    if bias is not None and not (usable(bias) and bias.shape == weight.shape[:1]):
-        return False
-    return usable(x) and usable(weight) and x.shape[-1] == weight.shape[1]
+class Swapped:
+    """The forward of a swapped layer.
 
+    A model makes hundreds of calls for each token, and each finds its objects far from the caches,
+    which the weights have been through. So what is known of a layer's parameters is looked up once
+    for as long as they stay.
+    """
 
-class Halved:
-    """A weight rounded to bf16, rounded anew when it has changed."""
+    def __init__(self, module: Any, bf16: bool) -> None:
+        self.module, self.bf16 = module, bf16
+        self.key: tuple[Any, ...] | None = None
 
-    def __init__(self) -> None:
-        self.key: tuple[int, int] | None = None
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]"""
+        own = self.module._parameters
+        parameters = own.get("weight"), own.get("bias")
+        weight, bias = self.known(*parameters), parameters[1]
+        size = x.numel()
+        if weight is None or size == 0 or not usable(x) or learns(x, *parameters):
+            return self.usual(x)
+        K = weight.shape[1]
+        if x.shape[-1] == K and size <= ROWS * K:
+            return unchecked(x.contiguous(), weight, bias)
+        return F.linear(x, weight.float(), bias) if self.bf16 else self.usual(x)
 
-    def of(self, weight: Tensor) -> Tensor:
-        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+    def known(self, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """`prepared`, kept for as long as both are what they were."""
+        if weight is None or not concrete(weight) or not (bias is None or concrete(bias)):
+            return self.prepared(weight, bias)
+        key = (identity(weight), identity(bias))
         if key != self.key:
-            self.weight, self.key = weight.detach().bfloat16(), key
+            self.key, self.weight = key, self.prepared(weight, bias)
+            self.held = weight, bias  # or another could be made in their memory
         return self.weight
 
+    def usual(self, x: Tensor) -> Tensor:
+        return type(self.module).forward(self.module, x)
 
-def linear(module: Any, halved: Halved | None, x: Tensor) -> Tensor:
-    """The forward of a swapped layer. x [..., K] -> [..., N]"""
-    weight, bias = module.weight, module.bias
-    if type(module) is Conv1D:
-        weight = weight.t()
-    learns = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
-    )
-    size = x.numel()
-    if learns or size == 0 or not fits(x, weight, bias):
-        return type(module).forward(module, x)
-    few = size <= ROWS * x.shape[-1]
-    if halved is None and not few:
-        return type(module).forward(module, x)
-    if halved is not None:
-        weight = halved.of(weight)
-    if not few:
-        return F.linear(x, weight.float(), bias)
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
-    return unchecked(x.contiguous(), weight, bias if bias is None else bias.contiguous())
+    def prepared(self, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """The weight as [N, K] with contiguous rows; None if torch has to have it, as when the
+        layer has been parametrized since, and with it the error, if it is one."""
+        if weight is None or not usable(weight):
+            return None
+        weight = weight.detach().t() if type(self.module) is Conv1D else weight.detach()
+        if bias is not None and not (
+            usable(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()
+        ):
+            return None
+        weight = weight.bfloat16() if self.bf16 else weight
+        return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def identity(tensor: Tensor | None) -> tuple[int, int, int] | None:
+    """Another one for another tensor, other memory, or after a change in place."""
+    if tensor is None:
+        return None
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -11,9 +11,11 @@ from ..arguments import DTYPES, address
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-    (M, K), N = x.shape, weight.shape[0]
+    """x [..., K], contiguous or [M, K] with rows of any stride -> out [..., N]"""
+    N, K = weight.shape
+    M = x.numel() // K if K else x.shape[:-1].numel()
     _C.skinny_linear(
-        x.data_ptr(), M, K, x.stride(0),
+        x.data_ptr(), M, K, x.stride(0) if x.ndim == 2 else K,
         weight.data_ptr(), DTYPES[weight.dtype], N, weight.stride(0),
         address(bias), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -6,9 +6,12 @@ from torch import Tensor
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-    """[M, K], [N, K], [N] -> [M, N]. Rows one at a time, as copies: none can depend on the others,
-    nor any on where it lies."""
+    """[..., K], [N, K], [N] -> [..., N]
+
+    Rows one at a time, as copies: none can depend on the others, nor any on where it lies.
+    """
     weight = weight.float().contiguous()
-    for m, row in enumerate(x):
+    products = out.flatten(0, -2)
+    for m, row in enumerate(x.flatten(0, -2)):
         product = weight @ row.clone()
-        out[m] = product if bias is None else product + bias
+        products[m] = product if bias is None else product + bias

@@ -25,6 +25,7 @@ def token_rule(draft: Drafted) -> Outcome:
     """The token rule in plain torch (Leviathan et al. 2023, Algorithm 1): the control.
 
     Example:
+        >>> from specdiff_kernels.testing import check_verifier
         >>> check_verifier(token_rule, draws=2000).failures("u = 0")
         ()
     """

@@ -1,0 +1,90 @@
+"""What became faster or slower between two files of results.
+
+    python benchmarks/compare.py BEFORE.json AFTER.json [--within 0.1]
+
+Figures of the same name are compared: times in ms, and what is better when larger, such as
+speed-ups and tokens per second. Leaves with status 1 if any is worse by more than `--within`, a
+share. On a busy machine two runs differ by a tenth all by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+SMALLER = ("ms", "ms_per_forward", "median")  # is better: a key on the way to the figure
+LARGER = ("speedup", "ratio", "tokens_per", "gb_per_s")  # is better: how a key begins or ends
+COUNTS = ("identical", "emitted", "rounds", "count")  # whole numbers that were measured
+console = Console()
+
+
+def figures(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Every figure and the keys to it; a case in a list is named by what is not measured in it."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key != "machine":
+                yield from figures(value, (*path, key))
+    elif isinstance(content, list):
+        for number, item in enumerate(content):
+            yield from figures(item, (*path, name_of(item, number)))
+    elif isinstance(content, float) and better(path) is not None:
+        yield path, content
+
+
+def name_of(item: Any, number: int) -> str:
+    """The settings of a case: its texts and whole numbers, also one level down, but for counts."""
+    if not isinstance(item, dict):
+        return str(number)
+    inner = [value for value in item.values() if isinstance(value, dict)]
+    flat = {key: value for part in (item, *inner) for key, value in part.items()}
+    settings = (
+        f"{key} {value}"
+        for key, value in flat.items()
+        if key == "temperature" or (isinstance(value, str | int) and key not in COUNTS)
+    )
+    return ", ".join(settings) or str(number)
+
+
+def better(path: tuple[str, ...]) -> int | None:
+    """1 if a larger figure is better, -1 if a smaller one is, None if it is neither."""
+    if any(key in SMALLER for key in path):
+        return -1
+    return 1 if path[-1].startswith(LARGER) or path[-1].endswith(LARGER) else None
+
+
+def main(
+    before: Annotated[Path, typer.Argument(help="results of some benchmark", exists=True)],
+    after: Annotated[Path, typer.Argument(help="later results of the same", exists=True)],
+    within: Annotated[float, typer.Option(help="share by which a figure may be worse")] = 0.1,
+) -> None:
+    """Print every figure that moved by more than `within`; fail if one is worse."""
+    old, new = (dict(figures(json.loads(path.read_text()))) for path in (before, after))
+    common = [path for path in old if path in new]
+    if not common:
+        typer.echo(f"{before} and {after} have no figure in common", err=True)
+        raise typer.Exit(2)
+    table, worse = Table("figure", "before", "after", "after / before", ""), 0
+    for path in common:
+        ratio = new[path] / old[path] if old[path] else float("inf")
+        gain = ratio if better(path) == 1 else 1 / ratio if ratio else float("inf")
+        if 1 / (1 + within) <= gain <= 1 + within:
+            continue
+        worse += gain < 1
+        verdict = "[red]worse[/red]" if gain < 1 else "[green]better[/green]"
+        values = (f"{x:.3g}" for x in (old[path], new[path]))
+        table.add_row(" / ".join(path[1:] or path), *values, f"{ratio:.2f}x", verdict)
+    if table.row_count:
+        console.print(table)
+    lost = len(old.keys() ^ new.keys())
+    console.print(f"{len(common)} figures compared, {worse} worse; {lost} in one file only")
+    raise typer.Exit(1 if worse else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

