@@ -39,7 +39,7 @@ def main(
     target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
     block_diffusion: Annotated[str, typer.Option(help="a drafter")] = "block-diffusion",
     parallel: Annotated[str, typer.Option(help="a drafter")] = "parallel",
-    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 48,
+    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 32,
     quick: Annotated[bool, typer.Option(help="8 tokens of 4 prompts; not saved")] = False,
 ) -> None:
     """Measure every setting; about 20 minutes on two cores."""

@@ -62,7 +62,7 @@ class Setting:
 
 def main(
     target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 64,
+    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 32,
     quick: Annotated[bool, typer.Option(help="24 tokens, one K each; not saved")] = False,
 ) -> None:
     """Tokens per target forward, acceptance and speed-up, greedy and at temperature 1."""

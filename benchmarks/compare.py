@@ -20,7 +20,7 @@ from rich.table import Table
 
 SMALLER = ("ms", "ms_per_forward", "median")  # is better: a key on the way to the figure
 LARGER = ("speedup", "ratio", "tokens_per", "gb_per_s")  # is better: how a key begins or ends
-COUNTS = ("identical", "emitted", "rounds", "count")  # whole numbers that were measured
+MEASURED = ("identical", "emitted", "rounds", "count", "fastest_other")  # and no setting
 console = Console()
 
 
@@ -46,7 +46,7 @@ def name_of(item: Any, number: int) -> str:
     settings = (
         f"{key} {value}"
         for key, value in flat.items()
-        if key == "temperature" or (isinstance(value, str | int) and key not in COUNTS)
+        if key == "temperature" or (isinstance(value, str | int) and key not in MEASURED)
     )
     return ", ".join(settings) or str(number)
 
@@ -71,6 +71,8 @@ def main(
         raise typer.Exit(2)
     table, worse = Table("figure", "before", "after", "after / before", ""), 0
     for path in common:
+        if old[path] == new[path]:
+            continue
         ratio = new[path] / old[path] if old[path] else float("inf")
         gain = ratio if better(path) == 1 else 1 / ratio if ratio else float("inf")
         if 1 / (1 + within) <= gain <= 1 + within:
@@ -81,8 +83,10 @@ def main(
         table.add_row(" / ".join(path[1:] or path), *values, f"{ratio:.2f}x", verdict)
     if table.row_count:
         console.print(table)
-    lost = len(old.keys() ^ new.keys())
-    console.print(f"{len(common)} figures compared, {worse} worse; {lost} in one file only")
+    alone = old.keys() ^ new.keys()
+    for path in sorted(alone):
+        console.print(f"in one file only: {' / '.join(path[1:] or path)}", style="dim")
+    console.print(f"{len(common)} figures compared, {worse} worse; {len(alone)} in one file only")
     raise typer.Exit(1 if worse else 0)
 
 

@@ -50,8 +50,8 @@ def times(value: float) -> str:
 
 
 def ms(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    """Three digits or all before the point, or a dash."""
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 # --- one function for each table ----------------------------------------------------------------
@@ -82,23 +82,20 @@ def denoise_step() -> list[str]:
 
 
 def forward() -> list[str]:
-    """Rows through the linear layers, and tokens through the whole model, relative to one."""
+    """Rows through the linear layers, tokens through the whole model: to the best single one."""
     layers, whole = result("skinny_linear_1"), result("forward_1")
     paths = {(c["path"], c["rows"]): c["ms"] for c in layers["cases"]}
     ways = {(c["way"], c["tokens"]): c["ms"] for c in whole["cases"]}
     counts = sorted({rows for _, rows in paths})
-    best = min(ms for (path, rows), ms in paths.items() if rows == 1 and "bf16" not in path)
-    rows = [
-        [name, *(times(paths[path, n] / best) for n in counts)]
-        for name, path in (
-            ("`skinny_linear`", "skinny_linear"),
-            ("torch `F.linear`", "torch F.linear"),
-        )
-    ]
-    rows += [
-        [f"forward, {way}", *(times(ways[way, n] / ways[way, 1]) for n in counts)]
-        for way in ("accelerated", "untouched")
-    ]
+    groups = (
+        ("", paths, ("skinny_linear", "torch F.linear")),
+        ("forward, ", ways, ("accelerated", "untouched")),
+    )
+    rows = []
+    for what, measured, names in groups:
+        best = min(measured[name, 1] for name in names)
+        for name in names:
+            rows.append([what + name, *(times(measured[name, n] / best) for n in counts)])
     return [*grid(["rows", *map(str, counts)], rows), "", source(layers, whole)]
 
 
@@ -116,7 +113,7 @@ def end_to_end() -> list[str]:
     head = ["", "greedy: tokens/forward", "over plain", "over transformers",
             "temperature 1: tokens/forward", "over plain", "over transformers"]  # fmt: skip
     same = {c["identical"] for c in data["cases"] if c["temperature"] == 0}
-    note = f"{min(same)} of {data['prompts']} greedy texts are plain decoding's in every setting."
+    note = f"In each setting at least {min(same)} of {data['prompts']} greedy texts are plain's."
     return [*grid(head, rows), "", f"{note} {source(data)}"]
 
 

@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
+from torch.nn.utils.prune import l1_unstructured, remove
 
 from specdiff import Decoder, Target
 from specdiff.cpu import accelerate, is_accelerated, restore
 from specdiff.drafters import Autoregressive, PromptLookup, load_drafter
+from specdiff_kernels import use_backend
 from tests.tiny import FAMILIES, tiny_model
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -137,11 +139,76 @@ def test_what_does_not_fit_is_torchs_error():
         )
 
 
-def test_a_layer_that_is_parametrized_later():
-    layer = weight_norm(accelerate(torch.nn.Linear(8, 4)))
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_layer_that_is_changed_later(name):
+    """Parametrized, pruned, or with a tensor in a parameter's place."""
+    layer, x = accelerate(torch.nn.Linear(8, 4)), torch.randn(2, 8)
+    usual = torch.nn.Linear.forward
     with torch.no_grad():
-        x = torch.randn(2, 8)
-        assert torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias))
+        register_parametrization(layer, name, Doubled())
+        assert torch.equal(layer(x), usual(layer, x))
+        remove_parametrizations(layer, name)
+        l1_unstructured(layer, name, 1)
+        assert torch.equal(layer(x), usual(layer, x))
+        remove(layer, name)
+        value = getattr(layer, name).clone()
+        delattr(layer, name)
+        setattr(layer, name, value)
+        assert torch.equal(layer(x), usual(layer, x))
+
+
+def test_changes_through_data_are_seen():
+    layer, x = accelerate(torch.nn.Linear(8, 8)), torch.randn(2, 8)
+    with torch.no_grad():
+        layer(x)
+        layer.weight.data = layer.weight.data.t()
+        assert torch.allclose(layer(x), torch.nn.Linear.forward(layer, x), atol=1e-5)
+        layer.weight.data = layer.weight.data[:2]
+        layer.bias.data = layer.bias.data[::4]
+        assert torch.allclose(layer(x), torch.nn.Linear.forward(layer, x), atol=1e-5)
+
+
+def test_a_functional_gradient():
+    layer, x = accelerate(torch.nn.Linear(8, 4)), torch.randn(2, 8)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    gradient = torch.func.grad(loss)(parameters)
+    assert torch.allclose(gradient["bias"], 2 * layer(x).sum(0), atol=1e-5)
+
+
+def test_the_products_dtype_and_device_are_its_own():
+    """Whatever tensors are made of by default."""
+    layer, x = accelerate(torch.nn.Linear(8, 4)), torch.randn(2, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                result = layer(x)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert torch.equal(result, expected)
+        with torch.device("meta"):
+            assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_inputs_of_every_rank(backend):
+    layer = torch.nn.Linear(8, 4)
+    with torch.no_grad(), use_backend(backend):
+        for shape in ((8,), (3, 8), (2, 3, 8)):
+            x = torch.randn(shape)
+            expected = layer(x)
+            assert torch.allclose(accelerate(layer)(x), expected, atol=1e-5)
+            restore(layer)
 
 
 def test_compiled_as_well():

@@ -19,6 +19,7 @@ from specdiff_kernels.testing import (
     token_rule,
     zero_uniforms,
 )
+from specdiff_kernels.testing.comparison import compare, pooled
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +178,18 @@ def test_outcomes_that_are_none_are_named(outcome, message):
         check_verifier(lambda draft: Outcome(*outcome(len(draft.tokens))), draws=100)
     with pytest.raises(ValueError, match=r"^rule: expected 'token' or None, got 'block'"):
         check_verifier(token_rule, rule="block")
+
+
+def test_rare_outcomes_share_a_cell():
+    """One outcome of a chance of 1e-6 is no proof of anything."""
+    cells = [(1e-6, 1), (3.0, 2), (40.0, 41), (2.5, 3), (60.0, 58)]
+    assert pooled(cells) == [(pytest.approx(5.5), 6), (40.0, 41), (60.0, 58)]
+    assert pooled([(50.0, 49), (1.0, 2)]) == [(51.0, 51)]
+    assert pooled([(1.0, 1)]) == []
+    law = {(0,): 0.5, (1,): 0.5 - 1e-6, (2,): 1e-6}
+    seen = [(0,)] * 500 + [(1,)] * 499 + [(2,)]
+    assert compare("case", "text", seen, law).p_value > 0.5
+    assert compare("case", "text", [*seen, (3,)], law).p_value == 0
 
 
 def test_zero_uniforms_end():

@@ -31,8 +31,8 @@ constexpr int kLanes = kBytes / 4;
 constexpr int kStep = 2 * kLanes;  // columns between two looks at what to ask for
 constexpr int kMostX = 6;          // rows of x in registers
 constexpr int kGroup = 32;         // rows of x that a weight is read once for
-constexpr int kBlock = 16;         // rows of the weight that stay in cache while all of x passes,
-constexpr int kChunk = 288;        // so many columns at a time: both fit into the first level
+constexpr int kBlock = 16;         // rows of the weight that all of x passes, so many columns at a
+constexpr int kChunk = 288;        // time: they and kMostX rows of x stay in the first level
 constexpr int kLine = 64;
 
 typedef float Floats __attribute__((vector_size(kBytes)));
@@ -216,9 +216,11 @@ void block(const SkinnyLinearParams& p, int64_t m, int64_t group, int64_t n, int
            const char* next) {
   alignas(64) Floats kept[kGroup * kBlock];
   alignas(64) float widened[std::is_same_v<T, float> ? 1 : kBlock * kChunk];
+  if (rows < kBlock) std::fill(kept, kept + kGroup * kBlock, Floats{});
   const int64_t parts = (group + kMostX - 1) / kMostX;
   const int64_t chunks = std::max<int64_t>(1, (p.k + kChunk - 1) / kChunk);
-  const int64_t chunk = (p.k + chunks * kStep - 1) / (chunks * kStep) * kStep;
+  const int64_t chunk =
+      std::max<int64_t>(kStep, (p.k + chunks * kStep - 1) / (chunks * kStep) * kStep);
   const int64_t bytes = m > 0 ? 0 : rows * p.weight_stride * int64_t(sizeof(T));
   Ahead ahead{next, next};
   for (int64_t k = 0; k == 0 || k < p.k; k += chunk) {

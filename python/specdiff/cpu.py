@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from specdiff_kernels.ops.checks import concrete
 from specdiff_kernels.ops.skinny_linear import unchecked
 
 ROWS = 32  # most rows that a weight is read for once; more go to torch
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model, *, bf16: bool = False) -> Model:
     """Swap the linear layers of an fp32 model on a CPU for `skinny_linear`, in place.
 
-    Forwards of 2 to 9 rows (tokens times batch) then cost little more than one of a single row,
+    Forwards of 2 to 5 rows (tokens times batch) then cost little more than one of a single row,
     and up to 32 rows gain. Up to there a row's product is the same, bit for bit, in every forward:
     linear layers give a token the same whether it is decoded alone or verified among K + 1.
     Attention is torch's own and may round differently.
@@ -32,6 +32,7 @@ def accelerate(model: Model, *, bf16: bool = False) -> Model:
         model: any module.
         bf16: read weights rounded to bf16 instead, which halves the traffic and changes the
             logits. The fp32 weights stay as well, so memory grows by half. Pays for few rows.
+            After a change through `weight.data`, which nothing tells of, accelerate anew.
 
     Returns:
         the same model.
@@ -46,7 +47,7 @@ def accelerate(model: Model, *, bf16: bool = False) -> Model:
             continue
         if type(module) is Conv1D:  # [in, out]: laid out as [out, in], seen as before
             module.weight.data = module.weight.data.t().contiguous().t()
-        module.forward = Swapped(module, bf16)
+        module.forward = partial(linear, module, Halved() if bf16 else None)
     return model
 
 
@@ -67,71 +68,59 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 def swapped(module: nn.Module) -> bool:
-    return isinstance(vars(module).get("forward"), Swapped)
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is linear
 
 
 def usable(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_cpu
 
 
-class Swapped:
-    """The forward of a swapped layer.
-
-    A model makes hundreds of calls for each token, and each finds its objects far from the caches,
-    which the weights have been through. So what is known of a layer's parameters is looked up once
-    for as long as they stay.
-    """
-
-    def __init__(self, module: Any, bf16: bool) -> None:
-        self.module, self.bf16 = module, bf16
-        self.key: tuple[Any, ...] | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]"""
-        own = self.module._parameters
-        parameters = own.get("weight"), own.get("bias")
-        weight, bias = self.known(*parameters), parameters[1]
-        size = x.numel()
-        if weight is None or size == 0 or not usable(x) or learns(x, *parameters):
-            return self.usual(x)
-        K = weight.shape[1]
-        if x.shape[-1] == K and size <= ROWS * K:
-            return unchecked(x.contiguous(), weight, bias)
-        return F.linear(x, weight.float(), bias) if self.bf16 else self.usual(x)
-
-    def known(self, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """`prepared`, kept for as long as both are what they were."""
-        if weight is None or not concrete(weight) or not (bias is None or concrete(bias)):
-            return self.prepared(weight, bias)
-        key = (identity(weight), identity(bias))
-        if key != self.key:
-            self.key, self.weight = key, self.prepared(weight, bias)
-            self.held = weight, bias  # or another could be made in their memory
-        return self.weight
-
-    def usual(self, x: Tensor) -> Tensor:
-        return type(self.module).forward(self.module, x)
-
-    def prepared(self, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """The weight as [N, K] with contiguous rows; None if torch has to have it, as when the
-        layer has been parametrized since, and with it the error, if it is one."""
-        if weight is None or not usable(weight):
-            return None
-        weight = weight.detach().t() if type(self.module) is Conv1D else weight.detach()
-        if bias is not None and not (
-            usable(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()
-        ):
-            return None
-        weight = weight.bfloat16() if self.bf16 else weight
-        return weight if weight.stride(1) == 1 else weight.contiguous()
-
-
-def identity(tensor: Tensor | None) -> tuple[int, int, int] | None:
-    """Another one for another tensor, other memory, or after a change in place."""
-    if tensor is None:
-        return None
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `unchecked` may have them; what does not fit is torch's, and so is the error."""
+    if bias is not None and not (usable(bias) and bias.shape == weight.shape[:1]):
+        return False
+    return usable(x) and usable(weight) and x.shape[-1] == weight.shape[1]
 
 
 def learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class Halved:
+    """A weight rounded to bf16, rounded anew when it has changed, but for changes through .data."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        version = 0 if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), version, weight.shape, weight.stride())
+        if key != self.key:
+            self.weight, self.key = weight.detach().bfloat16(), key
+        return self.weight
+
+
+def linear(module: Any, halved: Halved | None, x: Tensor) -> Tensor:
+    """The forward of a swapped layer. x [..., K] -> [..., N]"""
+    own = module._parameters  # an attribute of a module takes longer to find than a row to multiply
+    if "weight" not in own or "bias" not in own:  # parametrized, or replaced by a tensor
+        return type(module).forward(module, x)
+    weight, bias = own["weight"], own["bias"]
+    size = x.numel()
+    if weight is None or size == 0 or learns(x, weight, bias):
+        return type(module).forward(module, x)
+    if type(module) is Conv1D:
+        weight = weight.t()
+    if not fits(x, weight, bias):
+        return type(module).forward(module, x)
+    few = size <= ROWS * x.shape[-1]
+    if halved is None and not few:
+        return type(module).forward(module, x)
+    if halved is not None:
+        weight = halved.of(weight)
+    if not few:
+        return F.linear(x, weight.float(), bias)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    return unchecked(x.contiguous(), weight, bias if bias is None else bias.contiguous())

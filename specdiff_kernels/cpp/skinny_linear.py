@@ -11,11 +11,9 @@ from ..arguments import DTYPES, address
 
 
 def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-    """x [..., K], contiguous or [M, K] with rows of any stride -> out [..., N]"""
-    N, K = weight.shape
-    M = x.numel() // K if K else x.shape[:-1].numel()
+    (M, K), N = x.shape, weight.shape[0]
     _C.skinny_linear(
-        x.data_ptr(), M, K, x.stride(0) if x.ndim == 2 else K,
+        x.data_ptr(), M, K, x.stride(0),
         weight.data_ptr(), DTYPES[weight.dtype], N, weight.stride(0),
         address(bias), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -35,8 +35,8 @@ def skinny_linear(
 
     Args:
         x: f32 [M, K], rows of any stride.
-        weight: f32 or bf16 [N, K], rows of any stride, used where it lies; bf16 is widened in
-            registers, exactly.
+        weight: f32 or bf16 [N, K], rows of any stride, used where it lies; bf16 is widened,
+            exactly.
         bias: f32 [N], or None.
         backend: force one; see `available_backends`.
         out: f32 [M, N] to write into; it may not overlap an input.
@@ -68,15 +68,18 @@ def skinny_linear(
 
 
 def unchecked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`skinny_linear` of x [..., K] for a caller who has checked the arguments: all are contiguous.
+    """`skinny_linear` of contiguous f32 x [..., K], not empty, for a caller who has checked all
+    arguments, and that rows of the weight are contiguous.
 
     Checks take longer than a small product, and a model makes hundreds of them for each token.
     """
-    shape = (*x.shape[:-1], weight.shape[0])
+    N, K = weight.shape
+    shape = (*x.shape[:-1], N)
     if watched((x, weight, bias)):
-        return skinny_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(shape)
-    out = torch.empty(shape)
-    implementation("skinny_linear", x.device, None)(x, weight, bias, out=out)
+        return skinny_linear(x.reshape(-1, K), weight, bias).view(shape)
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    multiply = implementation("skinny_linear", x.device, None)
+    multiply(x.view(-1, K), weight, bias, out=out.view(-1, N))
     return out
 
 

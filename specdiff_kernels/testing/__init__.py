@@ -35,6 +35,8 @@ __all__ = [
     "Finding",
     "Outcome",
     "Report",
+    "Sampler",
+    "Verifier",
     "check_sampler",
     "check_verifier",
     "power",
@@ -68,17 +70,20 @@ def check_verifier(
         batch: rows of a call; None: all. A verifier of one sequence at a time wants 1.
         rule: "token" to hold accepted counts to that rule as well, None for the text alone, which
             is what another lossless rule is to be held to.
-        alarm: a p value below it is a failure; an exact verifier fails once in 1 / alarm
-            comparisons.
-        cases: the worlds.
+        alarm: a p value below it is a failure, which an exact verifier meets about once in
+            1 / alarm comparisons.
+        cases: the worlds. `CASES[:3]` for a verifier that is never given drafts in another order
+            than from left to right, and so does not ask for `Drafted.recorded`.
 
     Returns:
         For each case a finding "text": the emitted tokens, continued by the target to K + 1, follow
         the target's law (Leviathan et al. 2023, Appendix A.1). With a rule also one "outcome". Last
-        "u = 0": with every uniform number 0 (`Drafted.zero`), no impossible token is accepted.
+        "u = 0": with every uniform number 0, no impossible token is emitted. That means nothing for
+        a verifier with a generator of its own that does not look at `Drafted.zero`.
 
     Raises:
-        ValueError: an outcome that is none: a count outside 0 .. K, a token outside 0 .. V - 1.
+        ValueError: an outcome that is none: a count outside 0 .. K, a token outside 0 .. V - 1; a
+            rule that is not known.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -110,6 +115,10 @@ def check_sampler(sample: Sampler, *, draws: int = 100_000, alarm: float = 1e-6)
         sample: f32 logits [N, V] -> tokens [N], one of each row, by random choices of its own.
         draws: tokens of each row of logits; they come as N equal rows.
         alarm: as in `check_verifier`.
+
+    Returns:
+        A finding "token" for each of five rows: random, peaked, with impossible tokens, far from 0,
+        and of a single token.
 
     Raises:
         ValueError: a token outside 0 .. V - 1.
@@ -144,6 +153,14 @@ def power(
     alarm: float = 1e-6,
 ) -> dict[str, float]:
     """How often `check_verifier` finds each verifier's mistake; by default those of `MUTANTS`.
+
+    Args:
+        verifiers: by name; each is held to the token rule in every world.
+        draws, alarm: as in `check_verifier`.
+        repetitions: of the whole check.
+
+    Returns:
+        For each name the share of repetitions that failed.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -223,18 +240,19 @@ def _completed(case: Case, draft: Drafted, outcome: Outcome) -> list[Text]:
 
 def _forced_zero(case: Case, verify: Verifier, batch: int | None) -> Finding | None:
     """Every draft with a token that the target cannot emit, verified with u = 0."""
-    texts, allowed = [], []
+    texts, impossible = [], []
     for text, _, _, p in case.drafts():
-        never = [i for i, token in enumerate(text) if p[i, token] == 0]
-        if never:
+        if any(p[i, token] == 0 for i, token in enumerate(text)):
             texts.append(text)
-            allowed.append(never[0])
+            impossible.append(p == 0)
     if not texts:
         return None
     drafts = case.drafted(torch.tensor(texts))._replace(zero=True)
     with zero_uniforms():
-        accepted = torch.cat(
-            [_result(verify, part).accepted for part in drafts.split(batch or len(texts))]
-        )
-    wrong = (accepted > torch.tensor(allowed)).double().mean().item()
+        parts = [_result(verify, part) for part in drafts.split(batch or len(texts))]
+    accepted, token = (torch.cat(field) for field in zip(*parts, strict=True))
+    emitted = torch.cat((drafts.tokens, token[:, None]), 1)
+    emitted.scatter_(1, accepted[:, None], token[:, None])
+    never = torch.stack(impossible).gather(2, emitted[..., None])[..., 0]  # [N, K + 1]
+    wrong = (never & (torch.arange(K + 1) <= accepted[:, None])).any(1).double().mean().item()
     return Finding(case.name, "u = 0", 0.0 if wrong else 1.0, wrong)

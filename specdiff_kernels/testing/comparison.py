@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .worlds import Law, Text
+
+FEWEST = 5  # expected outcomes in a cell of Pearson's chi-squared
 
 
 class Finding(NamedTuple):
@@ -45,23 +48,29 @@ class Report(NamedTuple):
 
 
 def compare(case: str, what: str, seen: Sequence[Text], law: Law) -> Finding:
-    """Pearson's chi-squared; outcomes expected less than 5 times are counted together."""
+    """Pearson's chi-squared of outcomes with their law."""
     N = len(seen)
-    counts = dict.fromkeys(law, 0)
-    for outcome in seen:
-        counts[outcome] = counts.get(outcome, 0) + 1
-    impossible = sum(n for outcome, n in counts.items() if law.get(outcome, 0.0) == 0)
-    gaps = [abs(n / N - law.get(outcome, 0.0)) for outcome, n in counts.items()]
-    distance = sum(gaps) / 2
-    if impossible:
+    counts = {**dict.fromkeys(law, 0), **Counter(seen)}
+    distance = sum(abs(n / N - law.get(outcome, 0.0)) for outcome, n in counts.items()) / 2
+    if any(n > 0 and law.get(outcome, 0.0) == 0 for outcome, n in counts.items()):
         return Finding(case, what, 0.0, distance)
-    cells = [(law[outcome] * N, n) for outcome, n in counts.items() if law[outcome] > 0]
-    rare = [cell for cell in cells if cell[0] < 5]
-    cells = [cell for cell in cells if cell[0] >= 5]
-    if rare:
-        cells.append((sum(e for e, _ in rare), sum(n for _, n in rare)))
+    cells = pooled([(law[outcome] * N, n) for outcome, n in counts.items()])
     statistic = sum((n - e) ** 2 / e for e, n in cells)
     if len(cells) < 2:
         return Finding(case, what, 1.0, distance)
     half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
     return Finding(case, what, torch.special.gammaincc(*half).item(), distance)
+
+
+def pooled(cells: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(expected, counted) where at least FEWEST are expected; rarer cells are added together, from
+    the rarest on, until that is so."""
+    result, waiting = [], (0.0, 0)
+    for cell in sorted(cells, key=lambda cell: cell[0]):
+        waiting = waiting[0] + cell[0], waiting[1] + cell[1]
+        if waiting[0] >= FEWEST:
+            result.append(waiting)
+            waiting = 0.0, 0
+    if result and waiting[0] > 0:
+        result[-1] = result[-1][0] + waiting[0], result[-1][1] + waiting[1]
+    return result

@@ -83,6 +83,9 @@ def test_empty_and_without_bias():
     x, weight, _ = inputs(3, 5, 8)
     assert torch.equal(skinny_linear(x, weight), skinny_linear(x, weight, torch.zeros(5)))
     assert skinny_linear(x[:0], weight).shape == (0, 5)
+    bias = torch.arange(5.0)
+    assert torch.equal(skinny_linear(x[:, :0], weight[:, :0], bias), bias.expand(3, 5))
+    assert skinny_linear(x, weight[:0]).shape == (3, 0)
 
 
 @pytest.mark.parametrize(
