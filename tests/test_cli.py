@@ -96,8 +96,8 @@ def test_no_draft_is_plain_decoding(result):
 
 def test_models_are_accelerated_unless_told_otherwise(result, monkeypatch):
     calls = []
-    real = cpu.skinny_linear
-    monkeypatch.setattr(cpu, "skinny_linear", lambda *args: calls.append(1) or real(*args))
+    real = cpu.unchecked
+    monkeypatch.setattr(cpu, "unchecked", lambda *args: calls.append(1) or real(*args))
     text = result("--no-accelerate")["text"]
     assert not calls
     assert result()["text"] == text
