@@ -6,7 +6,16 @@
 """
 
 from .backends import BackendError, available_backends, use_backend, workspace_size
-from .ops import commit, denoise_step, row_divergence, row_law, sample, skinny_linear, verify
+from .ops import (
+    commit,
+    denoise_step,
+    pack_weight,
+    row_divergence,
+    row_law,
+    sample,
+    skinny_linear,
+    verify,
+)
 from .pages import Pages
 from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal
@@ -15,6 +24,7 @@ from .types import (
     Committed,
     Draft,
     LawError,
+    PackedWeight,
     Purpose,
     RowDivergence,
     RowLaw,
@@ -32,6 +42,7 @@ __all__ = [
     "Draft",
     "LawError",
     "Order",
+    "PackedWeight",
     "Pages",
     "Purpose",
     "Record",
@@ -46,6 +57,7 @@ __all__ = [
     "choose_record",
     "commit",
     "denoise_step",
+    "pack_weight",
     "row_divergence",
     "row_law",
     "sample",

@@ -187,3 +187,10 @@ class Committed(NamedTuple):
     lengths: Tensor  # i64 [B]
     kept: Tensor  # i64 [B], emitted tokens that stand
     finished: Tensor  # bool [B]
+
+
+class PackedWeight(NamedTuple):
+    """A linear layer's weight [N, K] as `skinny_linear` reads it fastest; see `pack_weight`."""
+
+    packs: Tensor  # f32 or bf16 [ceil(N / 16), K, 16], zeros behind row N
+    rows: int  # N

@@ -61,11 +61,11 @@ def test_a_linear_layer_gives_a_token_the_same_alone_and_among_others():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("bf16", [False, True])
-def test_weights_that_change_are_followed(family, bf16):
+@pytest.mark.parametrize("how", [{}, {"packed": False}, {"bf16": True}], ids=str)
+def test_weights_that_change_are_followed(family, how):
     """Loaded over, assigned, converted and copied models compute with what they hold."""
-    model, other = accelerate(tiny_model(family), bf16=bf16), tiny_model(family, seed=1)
-    wanted = logits(accelerate(copy.deepcopy(other), bf16=bf16))
+    model, other = accelerate(tiny_model(family), **how), tiny_model(family, seed=1)
+    wanted = logits(accelerate(copy.deepcopy(other), **how))
     logits(model)
     model.load_state_dict(other.state_dict())
     assert torch.equal(logits(model), wanted)
@@ -73,7 +73,7 @@ def test_weights_that_change_are_followed(family, bf16):
     model.load_state_dict(tiny_model(family, seed=1).state_dict(), assign=True)
     assert torch.equal(logits(model), wanted)
     model.load_state_dict(tiny_model(family, seed=2).state_dict())  # into what was assigned
-    third = accelerate(tiny_model(family, seed=2), bf16=bf16)
+    third = accelerate(tiny_model(family, seed=2), **how)
     assert torch.equal(logits(model), logits(third))
     model.load_state_dict(other.state_dict())
     assert torch.equal(logits(model.double()), logits(other.double()))
@@ -107,21 +107,49 @@ def test_norms_give_a_token_the_same_alone_and_among_others(family):
             assert torch.equal(norm(x[:, i : i + 1])[:, 0], together[:, i])
 
 
-def test_many_rows_and_gradients_go_to_torch(monkeypatch):
+def test_gradients_go_to_torch_and_many_rows_do_not(monkeypatch):
     layer = torch.nn.Linear(8, 4)
     accelerate(layer)
-    wide, narrow = torch.randn(33, 8), torch.randn(3, 8)
-    layer(narrow).sum().backward()
-    assert layer.weight.grad is not None
+    wide, narrow = torch.randn(300, 8), torch.randn(3, 8)
+    with torch.no_grad():
+        assert torch.equal(layer(wide)[297:], layer(wide[297:]))
 
     def refuse(*_):
         raise AssertionError("skinny_linear was called")
 
     monkeypatch.setattr("specdiff.cpu.unchecked", refuse)
-    with torch.no_grad():
+    layer(narrow).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad(), pytest.raises(AssertionError, match="skinny_linear was called"):
         layer(wide)
-        with pytest.raises(AssertionError, match="skinny_linear was called"):
-            layer(narrow)
+
+
+@torch.no_grad()
+def test_without_a_copy_the_bits_are_the_same(family):
+    """Weights used where they lie: the same logits, and no tensor beside the model's."""
+    model = accelerate(tiny_model(family), packed=False)
+    expected = logits(accelerate(tiny_model(family)))
+    assert torch.equal(logits(model), expected)
+    copies = [m.forward.args[1] for m in model.modules() if "forward" in vars(m)]
+    assert copies and all(copy is None for copy in copies)
+    assert torch.equal(logits(restore(model)), logits(tiny_model(family)))
+
+
+@torch.no_grad()
+def test_a_weight_is_packed_once():
+    layer = accelerate(torch.nn.Linear(8, 40))
+    layer(torch.randn(1, 8))
+    first = layer.forward.args[1].of(layer.weight)
+    assert first.packs.shape == (3, 8, 16) and first.rows == 40
+    layer(torch.randn(9, 8))
+    assert layer.forward.args[1].of(layer.weight) is first
+    layer.weight.add_(1)
+    assert layer.forward.args[1].of(layer.weight) is not first
+
+
+def test_a_rounded_copy_is_packed():
+    with pytest.raises(ValueError, match=r"^bf16: a rounded weight is a copy, which is packed"):
+        accelerate(torch.nn.Linear(8, 4), packed=False, bf16=True)
 
 
 def test_what_does_not_fit_is_torchs_error():
@@ -211,9 +239,10 @@ def test_inputs_of_every_rank(backend):
             restore(layer)
 
 
-def test_compiled_as_well():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiled_as_well(bf16):
     """A compiler sees one op, of the same bits."""
-    layer, x = accelerate(torch.nn.Linear(8, 4)), torch.randn(2, 3, 8)
+    layer, x = accelerate(torch.nn.Linear(8, 4), bf16=bf16), torch.randn(2, 3, 8)
     with torch.no_grad():
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert torch.equal(compiled(x), layer(x))

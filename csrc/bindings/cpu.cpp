@@ -66,10 +66,12 @@ void commit(const CommitArguments& arguments, int threads) {
 }
 
 void skinny_linear(Address x, int64_t m, int64_t k, int64_t x_stride, Address weight, int dtype,
-                   int64_t n, int64_t weight_stride, Address bias, Address out, int threads) {
+                   bool packed, int64_t n, int64_t weight_stride, Address bias, Address out,
+                   Address x_columns, int threads) {
   py::gil_scoped_release release;
   cpu::skinny_linear({pointer<const float>(x), m, k, x_stride, pointer<const void>(weight), dtype,
-                      n, weight_stride, pointer<const float>(bias), pointer<float>(out), threads});
+                      packed, n, weight_stride, pointer<const float>(bias), pointer<float>(out),
+                      pointer<float>(x_columns), threads});
 }
 
 std::vector<std::string> supported_isas() {

@@ -12,6 +12,6 @@ void sample(const SampleParams& params);
 void denoise_step(const DenoiseStepParams& params);
 void verify(const VerifyParams& params);
 void commit(const CommitParams& params);
-void skinny_linear(const SkinnyLinearParams& params);
+void skinny_linear(SkinnyLinearParams params);
 
 }  // namespace specdiff::cpu

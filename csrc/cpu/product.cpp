@@ -1,8 +1,9 @@
 // Compiled once for each instruction set, with SPECDIFF_ISA naming it.
 //
-// A few rows of the weight meet a few rows of x in registers, so that the weight is read from
-// memory once for all of x. Each output is one accumulator vector over k in order, summed by
-// halves: the same operations whatever else is computed beside it.
+// The weight goes by in packs: 16 of its rows side by side, [k][16], as it was packed before or as
+// `pack_columns` turns them. A vector of a pack meets one value of x for each row of x, all sums in
+// registers, so that the weight is read from memory once for all of x. An output is a sum over k in
+// order, kChunk terms at a time: the same operations whatever else is computed beside it.
 #include "product.h"
 
 #include <algorithm>
@@ -25,15 +26,13 @@ constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
 #endif
-constexpr int kMany = kBytes == 64 ? 4 : 2;                 // there are 32 registers, or 16
-constexpr int kRows[] = {0, 4, 4, 4, kMany, kMany, kMany};  // of the weight, by rows of x
 constexpr int kLanes = kBytes / 4;
-constexpr int kStep = 2 * kLanes;  // columns between two looks at what to ask for
-constexpr int kMostX = 6;          // rows of x in registers
-constexpr int kGroup = 32;         // rows of x that a weight is read once for
-constexpr int kBlock = 16;         // rows of the weight that all of x passes, so many columns at a
-constexpr int kChunk = 288;        // time: they and kMostX rows of x stay in the first level
+constexpr int kVectors = kPack / kLanes;                          // of one column of a pack
+constexpr int kMostX = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 3;  // rows of x in registers
+constexpr int kGroup = 32;   // rows of x that a weight is read once for
+constexpr int kChunk = 256;  // columns: a pack's stay in the first level of cache
 constexpr int kLine = 64;
+constexpr int kAhead = 6144;  // bytes from what is read of packs to what is asked for
 
 typedef float Floats __attribute__((vector_size(kBytes)));
 typedef float AnyFloats __attribute__((vector_size(kBytes), aligned(4), may_alias));
@@ -66,95 +65,48 @@ inline SPECDIFF_INLINE void each(const F& f) {
   each_of(std::make_integer_sequence<int, N>{}, f);
 }
 
-// Keeps a vector in its register, where the compiler would rather load it again for each product.
-#if defined(__x86_64__) && !defined(SPECDIFF_BYTES)
-#define SPECDIFF_KEEP(vector) asm("" : "+x"(vector))
-#else
-#define SPECDIFF_KEEP(vector)
-#endif
-
-// Reads that are due later, in the order of the addresses.
-struct Ahead {
-  const char* at;
-  const char* end;
-
-  template <int kLines>
-  SPECDIFF_INLINE void ask() {
-    if (at >= end) return;
-    each<kLines>([&](auto i) SPECDIFF_INLINE { __builtin_prefetch(at + i * kLine); });
-    at += kLines * kLine;
-    asm volatile("" ::: "memory");  // before the loads that follow
-  }
-};
-
-// R rows of the weight by C rows of x, kLanes columns. read(from) gives a vector.
-template <int R, int C, class T, class Read>
-inline SPECDIFF_INLINE void add(Floats (&sums)[R][C], const T* w, int64_t w_stride, const float* x,
-                                int64_t x_stride, const Read& read) {
-  Floats rows[R];
-  each<R>([&](auto r) SPECDIFF_INLINE {
-    rows[r] = read(w + r * w_stride);
-    SPECDIFF_KEEP(rows[r]);
-  });
-  each<C>([&](auto c) SPECDIFF_INLINE {
-    Floats column = read(x + c * x_stride);
-    SPECDIFF_KEEP(column);
-    each<R>([&](auto r) SPECDIFF_INLINE { sums[r][c] = sums[r][c] + rows[r] * column; });
-  });
-}
-
-// The same over `count` columns, begun at zero or taken up from `kept` [C][kBlock] and left there.
-// Asks for 1 / kShare as many bytes as it reads of the weight.
-template <int R, int C, int kShare, class T>
-void tile(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t count, bool begin,
-          Floats* kept, Ahead& ahead) {
-  constexpr int kLines = std::max(1, R * kStep * int(sizeof(T)) / kLine / kShare);
-  const auto whole = [](const auto* from) SPECDIFF_INLINE { return load(from); };
-  Floats sums[R][C]{};
-  if (!begin) {
-    each<R>([&](auto r) { each<C>([&](auto c) { sums[r][c] = kept[c * kBlock + r]; }); });
-  }
-  Ahead asked = ahead;
+// Adds to totals [C][kPack] the products of `count` columns of a pack with C values of x each.
+// The lines at `ahead` are on their way to the second level of cache, one for each that is read:
+// the first level has no room for them beside what is in use.
+template <int C, class T>
+void tile(const T* pack, const float* x, int64_t x_step, int64_t count, float* totals,
+          const char* ahead) {
+  constexpr int kColumns = std::max<int>(1, kLine / (kPack * sizeof(T)));  // of a line
+  Floats sums[C][kVectors]{};
+  const auto add = [&](int64_t k) SPECDIFF_INLINE {
+    Floats weights[kVectors];
+    each<kVectors>([&](auto v)
+                       SPECDIFF_INLINE { weights[v] = load(pack + k * kPack + v * kLanes); });
+    each<C>([&](auto c) SPECDIFF_INLINE {
+      const float value = x[k * x_step + c];
+      each<kVectors>([&](auto v) SPECDIFF_INLINE { sums[c][v] = sums[c][v] + weights[v] * value; });
+    });
+  };
   int64_t k = 0;
-  for (; k + kStep <= count; k += kStep) {
-    asked.ask<kLines>();
-    add(sums, w + k, w_stride, x + k, x_stride, whole);
-    add(sums, w + k + kLanes, w_stride, x + k + kLanes, x_stride, whole);
+  for (; k + 2 <= count; k += 2) {
+    each<2 / kColumns>([&](auto i) SPECDIFF_INLINE {
+      __builtin_prefetch(ahead + k * kPack * int64_t(sizeof(T)) + i * kLine, 0, 2);
+    });
+    add(k);
+    add(k + 1);
   }
-  for (; k < count; k += kLanes) {
-    const int64_t left = std::min<int64_t>(count - k, kLanes);
-    add(sums, w + k, w_stride, x + k, x_stride,
-        [&](const auto* from) SPECDIFF_INLINE { return load_some(from, left); });
-  }
-  each<R>([&](auto r) { each<C>([&](auto c) { kept[c * kBlock + r] = sums[r][c]; }); });
-  ahead = asked;
-}
-
-template <int C, int kShare, class T>
-void columns(const T* w, int64_t w_stride, int64_t rows, const float* x, int64_t x_stride,
-             int64_t count, bool begin, Floats* kept, Ahead& ahead) {
-  constexpr int R = kRows[C];
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) {
-    tile<R, C, kShare>(w + r * w_stride, w_stride, x, x_stride, count, begin, kept + r, ahead);
-  }
-  for (; r < rows; ++r) {
-    tile<1, C, kShare>(w + r * w_stride, w_stride, x, x_stride, count, begin, kept + r, ahead);
-  }
+  if (k < count) add(k);
+  each<C>([&](auto c) {
+    each<kVectors>([&](auto v) {
+      float* to = totals + c * kPack + v * kLanes;
+      store(to, load(to) + sums[c][v]);
+    });
+  });
 }
 
 template <class T>
-using Columns = void (*)(const T*, int64_t, int64_t, const float*, int64_t, int64_t, bool, Floats*,
-                         Ahead&);
+using Tile = void (*)(const T*, const float*, int64_t, int64_t, float*, const char*);
 
-template <int kShare, class T>
-constexpr Columns<T> kColumns[] = {nullptr,
-                                   columns<1, kShare, T>,
-                                   columns<2, kShare, T>,
-                                   columns<3, kShare, T>,
-                                   columns<4, kShare, T>,
-                                   columns<5, kShare, T>,
-                                   columns<6, kShare, T>};
+template <class T, int... C>
+constexpr Tile<T> tile_of(int rows, std::integer_sequence<int, C...>) {
+  constexpr Tile<T> tiles[] = {tile<C + 1, T>...};
+  return tiles[rows - 1];
+}
 
 // Lanes of a and b: group after group of G lanes, the G / 2 first (kUpper: last) of a, then of b.
 template <int G, bool kUpper, int... L>
@@ -169,28 +121,47 @@ inline SPECDIFF_INLINE Floats halves_of(Floats a, Floats b, std::integer_sequenc
 #undef SPECDIFF_LANE
 }
 
-// The sum of each of kLanes vectors, by halves: lane i is that of vector i.
+// Transposes kLanes vectors: halves change places, then halves of halves.
 template <int G = kLanes>
-inline Floats totals(const Floats* vectors) {
-  if constexpr (G == 1) {
-    return vectors[0];
-  } else {
-    constexpr std::make_integer_sequence<int, kLanes> lanes;
-    Floats sums[G / 2];
-    for (int i = 0; i < G / 2; ++i) {
-      const Floats a = vectors[i], b = vectors[i + G / 2];
-      sums[i] = halves_of<G, false>(a, b, lanes) + halves_of<G, true>(a, b, lanes);
+inline SPECDIFF_INLINE void transpose(Floats (&rows)[kLanes]) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes;
+  each<kLanes>([&](auto i) SPECDIFF_INLINE {
+    constexpr int h = G / 2;
+    if constexpr ((i & h) == 0) {
+      const Floats a = rows[i], b = rows[i + h];
+      rows[i] = halves_of<G, false>(a, b, lanes);
+      rows[i + h] = halves_of<G, true>(a, b, lanes);
     }
-    return totals<G / 2>(sums);
+  });
+  if constexpr (G > 2) transpose<G / 2>(rows);
+}
+
+// `count` columns of rows of the weight -> [count][kPack] f32, zeros for rows that there are not.
+template <class T>
+void pack_columns(const T* w, int64_t w_stride, int64_t rows, int64_t count, float* to) {
+  for (int64_t v = 0; v < kPack; v += kLanes) {
+    int64_t k = 0;
+    Floats square[kLanes];
+    for (; v + kLanes <= rows && k + kLanes <= count; k += kLanes) {
+      const T* from = w + v * w_stride + k;
+      each<kLanes>([&](auto i) SPECDIFF_INLINE { square[i] = load(from + i * w_stride); });
+      transpose(square);
+      each<kLanes>([&](auto i) SPECDIFF_INLINE { store(to + (k + i) * kPack + v, square[i]); });
+    }
+    for (; k < count; ++k) {
+      for (int64_t i = v; i < v + kLanes; ++i) {
+        to[k * kPack + i] = i < rows ? load_some(w + i * w_stride + k, 1)[0] : 0.0f;
+      }
+    }
   }
 }
 
-// out[m][n], ... of `rows` rows of the weight from their accumulators [kBlock]
+// out[m][n], ... of `rows` rows of the weight from their totals [kPack]
 inline void finish(const SkinnyLinearParams& p, int64_t m, int64_t n, int64_t rows,
-                   const Floats* kept) {
+                   const float* totals) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int64_t left = std::min<int64_t>(rows - r, kLanes);
-    Floats result = totals(kept + r);
+    Floats result = load(totals + r);
     if (p.bias) result = result + load_some(p.bias + n + r, left);
     float* out = p.out + m * p.n + n + r;
     if (left == kLanes) {
@@ -201,61 +172,48 @@ inline void finish(const SkinnyLinearParams& p, int64_t m, int64_t n, int64_t ro
   }
 }
 
-// Rows of the weight as f32 [rows, kChunk], since all of x would widen them again.
-inline void widen(const uint16_t* w, int64_t w_stride, int64_t rows, int64_t count, float* to) {
-  for (int64_t r = 0; r < rows; ++r, w += w_stride, to += kChunk) {
-    int64_t k = 0;
-    for (; k + kLanes <= count; k += kLanes) store(to + k, load(w + k));
-    for (; k < count; ++k) to[k] = load_some(w + k, 1)[0];
+// A chunk of a pack by rows m, ..., m + group - 1 of x.
+template <class T>
+void chunk(const SkinnyLinearParams& p, const T* pack, int64_t k, int64_t count, int64_t m,
+           int64_t group, float* totals, const char* ahead) {
+  const int64_t parts = (group + kMostX - 1) / kMostX;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = group * part / parts, size = group * (part + 1) / parts - first;
+    const float* x = p.x_columns + k * p.m + m + first;
+    const auto multiply = tile_of<T>(size, std::make_integer_sequence<int, kMostX>{});
+    multiply(pack, x, p.m, count, totals + first * kPack, ahead);
   }
 }
 
-// One block of the weight by rows m, ..., m + group - 1 of x, while the block at `next` is fetched.
+// Rows n, ..., n + rows - 1 of the weight, at most a pack, by all of x.
 template <class T>
-void block(const SkinnyLinearParams& p, int64_t m, int64_t group, int64_t n, int64_t rows,
-           const char* next) {
-  alignas(64) Floats kept[kGroup * kBlock];
-  alignas(64) float widened[std::is_same_v<T, float> ? 1 : kBlock * kChunk];
-  if (rows < kBlock) std::fill(kept, kept + kGroup * kBlock, Floats{});
-  const int64_t parts = (group + kMostX - 1) / kMostX;
+void block(const SkinnyLinearParams& p, int64_t n, int64_t rows) {
+  alignas(64) float totals[kGroup * kPack];
+  alignas(64) float packed[kChunk * kPack];
+  const T* weight = static_cast<const T*>(p.weight);
   const int64_t chunks = std::max<int64_t>(1, (p.k + kChunk - 1) / kChunk);
-  const int64_t chunk =
-      std::max<int64_t>(kStep, (p.k + chunks * kStep - 1) / (chunks * kStep) * kStep);
-  const int64_t bytes = m > 0 ? 0 : rows * p.weight_stride * int64_t(sizeof(T));
-  Ahead ahead{next, next};
-  for (int64_t k = 0; k == 0 || k < p.k; k += chunk) {
-    const int64_t count = std::min(p.k - k, chunk);
-    const T* w = static_cast<const T*>(p.weight) + n * p.weight_stride + k;
-    const bool wide = parts > 1 && !std::is_same_v<T, float>;
-    if constexpr (!std::is_same_v<T, float>) {
-      if (wide) widen(w, p.weight_stride, rows, count, widened);
-    }
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = group * part / parts, size = group * (part + 1) / parts - first;
-      const float* x = p.x + (m + first) * p.x_stride + k;
-      Floats* sums = kept + first * kBlock;
-      ahead.end =
-          next + bytes * (k * parts + count * (part + 1)) / std::max<int64_t>(1, p.k * parts);
-      if (wide) {
-        kColumns<4, float>[size](widened, kChunk, rows, x, p.x_stride, count, k == 0, sums, ahead);
+  for (int64_t m = 0; m < p.m; m += kGroup) {
+    const int64_t group = std::min<int64_t>(p.m - m, kGroup);
+    std::fill(totals, totals + group * kPack, 0.0f);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t k = p.k * i / chunks, count = p.k * (i + 1) / chunks - k;
+      if (p.packed) {
+        const T* pack = weight + n * p.k + k * kPack;
+        chunk(p, pack, k, count, m, group, totals, reinterpret_cast<const char*>(pack) + kAhead);
       } else {
-        const auto& table = parts == 1 ? kColumns<1, T> : kColumns<2, T>;
-        table[size](w, p.weight_stride, rows, x, p.x_stride, count, k == 0, sums, ahead);
+        const T* next = weight + (n + kPack) * p.weight_stride + k * kPack;
+        pack_columns(weight + n * p.weight_stride + k, p.weight_stride, rows, count, packed);
+        chunk<float>(p, packed, k, count, m, group, totals, reinterpret_cast<const char*>(next));
       }
     }
+    for (int64_t i = 0; i < group; ++i) finish(p, m + i, n, rows, totals + i * kPack);
   }
-  for (int64_t i = 0; i < group; ++i) finish(p, m + i, n, rows, kept + i * kBlock);
 }
 
 template <class T>
 void multiply(const SkinnyLinearParams& p, int64_t first, int64_t last) {
-  for (int64_t n = first; n < last; n += kBlock) {
-    const int64_t rows = std::min<int64_t>(last - n, kBlock);
-    const T* next = static_cast<const T*>(p.weight) + (n + rows) * p.weight_stride;
-    for (int64_t m = 0; m < p.m; m += kGroup) {
-      const int64_t group = std::min<int64_t>(p.m - m, kGroup);
-      block<T>(p, m, group, n, rows, reinterpret_cast<const char*>(next));
-    }
+  for (int64_t n = first; n < last; n += kPack) {
+    block<T>(p, n, std::min<int64_t>(last - n, kPack));
   }
 }
 

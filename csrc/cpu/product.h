@@ -6,7 +6,10 @@
 
 namespace specdiff::cpu {
 
-// out[m][n] for all m and first <= n < last
+constexpr int64_t kPack = 16;  // rows of the weight side by side
+
+// out[m][n] for all m and first <= n < last; first is a multiple of kPack, and so is last, or it is
+// the end.
 using Product = void (*)(const SkinnyLinearParams& params, int64_t first, int64_t last);
 
 // The one for the instruction set in use.

@@ -6,48 +6,55 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from specdiff_kernels import PackedWeight, pack_weight
 from specdiff_kernels.ops.skinny_linear import unchecked
 
-ROWS = 32  # most rows that a weight is read for once; more go to torch
 LAYERS = (nn.Linear, Conv1D)  # and no subclass, which may compute something else
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, *, bf16: bool = False) -> Model:
+def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Model:
     """Swap the linear layers of an fp32 model on a CPU for `skinny_linear`, in place.
 
-    Forwards of 2 to 5 rows (tokens times batch) then cost little more than one of a single row,
-    and up to 32 rows gain. Up to there a row's product is the same, bit for bit, in every forward:
-    linear layers give a token the same whether it is decoded alone or verified among K + 1.
-    Attention is torch's own and may round differently.
+    Forwards of 2 to 9 rows (tokens times batch) then cost little more than one of a single row. A
+    row's product is the same, bit for bit, in every forward: linear layers give a token the same
+    whether it is decoded alone, verified among K + 1 or read with its prompt. Attention is torch's
+    own and may round differently.
 
-    A forward that needs gradients, has more rows, or is not in fp32 on a CPU goes the usual way.
-    Weights are used where they lie; GPT-2's are transposed in place.
+    Each layer packs a copy of its weight when it is first used and keeps the weight too: linear
+    layers take twice the memory. A forward that needs gradients, or is not in fp32 on a CPU, goes
+    the usual way.
 
     Args:
         model: any module.
-        bf16: read weights rounded to bf16 instead, which halves the traffic and changes the
-            logits. The fp32 weights stay as well, so memory grows by half. Pays for few rows.
-            After a change through `weight.data`, which nothing tells of, accelerate anew.
+        packed: False uses weights where they lie, without a copy and with the same bits, and takes
+            about a third longer for few rows. GPT-2's are transposed in place.
+        bf16: round the copies to bf16, which halves them and the traffic, and changes the logits.
 
     Returns:
-        the same model.
+        the same model. After a change in place through `weight.data`, which nothing tells of,
+        accelerate anew: copies are made again for any other change.
+
+    Raises:
+        ValueError: bf16 without packed.
 
     Example:
         >>> target = Target(accelerate(model))
     """
+    if bf16 and not packed:
+        raise ValueError("bf16: a rounded weight is a copy, which is packed: leave packed=True")
     restore(model)
     module: Any
     for module in model.modules():
         if type(module) not in LAYERS or "forward" in vars(module) or not usable(module.weight):
             continue
-        if type(module) is Conv1D:  # [in, out]: laid out as [out, in], seen as before
+        if type(module) is Conv1D and not packed:  # [in, out]: laid out as [out, in], seen as ever
             module.weight.data = module.weight.data.t().contiguous().t()
-        module.forward = partial(linear, module, Halved() if bf16 else None)
+        copy = Packed(torch.bfloat16 if bf16 else torch.float32) if packed else None
+        module.forward = partial(linear, module, copy)
     return model
 
 
@@ -87,40 +94,37 @@ def learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class Halved:
-    """A weight rounded to bf16, rounded anew when it has changed, but for changes through .data."""
+class Packed:
+    """A weight's packed copy, made anew when it has changed, but for changes through .data."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.key: tuple[Any, ...] | None = None
 
-    def of(self, weight: Tensor) -> Tensor:
+    def of(self, weight: Tensor) -> PackedWeight:
         version = 0 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.shape, weight.stride())
         if key != self.key:
-            self.weight, self.key = weight.detach().bfloat16(), key
+            self.weight, self.key = pack_weight(weight, self.dtype), key
         return self.weight
 
 
-def linear(module: Any, halved: Halved | None, x: Tensor) -> Tensor:
+def linear(module: Any, copy: Packed | None, x: Tensor) -> Tensor:
     """The forward of a swapped layer. x [..., K] -> [..., N]"""
     own = module._parameters  # an attribute of a module takes longer to find than a row to multiply
     if "weight" not in own or "bias" not in own:  # parametrized, or replaced by a tensor
         return type(module).forward(module, x)
     weight, bias = own["weight"], own["bias"]
-    size = x.numel()
-    if weight is None or size == 0 or learns(x, weight, bias):
+    if weight is None or x.numel() == 0 or learns(x, weight, bias):
         return type(module).forward(module, x)
     if type(module) is Conv1D:
         weight = weight.t()
     if not fits(x, weight, bias):
         return type(module).forward(module, x)
-    few = size <= ROWS * x.shape[-1]
-    if halved is None and not few:
-        return type(module).forward(module, x)
-    if halved is not None:
-        weight = halved.of(weight)
-    if not few:
-        return F.linear(x, weight.float(), bias)
-    if weight.stride(1) != 1:
+    if copy is not None and torch.compiler.is_compiling():  # a copy cannot be followed there
+        weight = weight.to(copy.dtype)
+    elif copy is not None:
+        weight = copy.of(weight)
+    if isinstance(weight, Tensor) and weight.stride(1) != 1:
         weight = weight.contiguous()
     return unchecked(x.contiguous(), weight, bias if bias is None else bias.contiguous())

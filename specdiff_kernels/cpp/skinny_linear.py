@@ -10,10 +10,11 @@ import specdiff_kernels._C as _C
 from ..arguments import DTYPES, address
 
 
-def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-    (M, K), N = x.shape, weight.shape[0]
+def skinny_linear(x: Tensor, weight: Tensor, N: int, bias: Tensor | None, *, out: Tensor) -> None:
+    M, K = x.shape
+    columns = x.new_empty(K, M) if M > 1 else None  # where x is turned
     _C.skinny_linear(
         x.data_ptr(), M, K, x.stride(0),
-        weight.data_ptr(), DTYPES[weight.dtype], N, weight.stride(0),
-        address(bias), out.data_ptr(), torch.get_num_threads(),
+        weight.data_ptr(), DTYPES[weight.dtype], weight.ndim == 3, N, weight.stride(0),
+        address(bias), out.data_ptr(), address(columns), torch.get_num_threads(),
     )  # fmt: skip

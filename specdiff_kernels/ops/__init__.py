@@ -5,12 +5,13 @@ from .denoise_step import denoise_step
 from .row_divergence import row_divergence
 from .row_law import row_law
 from .sample import sample
-from .skinny_linear import skinny_linear
+from .skinny_linear import pack_weight, skinny_linear
 from .verify import verify
 
 __all__ = [
     "commit",
     "denoise_step",
+    "pack_weight",
     "row_divergence",
     "row_law",
     "sample",

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specdiff_kernels import skinny_linear
+from specdiff_kernels import PackedWeight, pack_weight, skinny_linear
 
 from .conftest import ON_CPU, forced
 
@@ -44,11 +44,26 @@ def rms(x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_a_row_is_the_same_in_any_company(N, K, dtype):
-    x, weight, bias = inputs(32, N, K, dtype)
+    x, weight, bias = inputs(70, N, K, dtype)
     alone = torch.cat([skinny_linear(row[None], weight, bias) for row in x])
-    for M in range(1, 33):
+    for M in (*range(1, 34), 47, 64, 70):
         assert torch.equal(skinny_linear(x[:M], weight, bias), alone[:M]), M
         assert torch.equal(skinny_linear(x[-M:], weight, bias), alone[-M:]), M
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_a_packed_weight_gives_the_same_bits(N, K, dtype):
+    x, weight, bias = inputs(37, N, K, dtype)
+    packed = pack_weight(weight)
+    assert packed.packs.dtype is dtype and packed.rows == N
+    flat = packed.packs.transpose(1, 2).flatten(0, 1)
+    assert torch.equal(flat[:N], weight) and not flat[N:].any()
+    for M in (1, 2, 5, 13, 37):
+        expected = skinny_linear(x[:M], weight, bias)
+        assert torch.equal(skinny_linear(x[:M], packed, bias), expected), M
+    as_bf16 = pack_weight(weight, torch.bfloat16)
+    assert torch.equal(skinny_linear(x, as_bf16), skinny_linear(x, weight.bfloat16()))
 
 
 def test_threads_do_not_matter():
@@ -76,13 +91,22 @@ def test_views_between_sentinels(K):
     )  # fmt: skip
     assert torch.equal(result, expected)
     assert frame[0].isnan().all() and frame[8].isnan().all()
+    packs = pack_weight(weight).packs
+    around = torch.full((4, K, 16), NAN)
+    around[1:3] = packs
+    packed = PackedWeight(around[1:3], 29)
+    result = skinny_linear(frame_x[1:8, 2 : K + 2], packed, bias, out=frame[1:8])
+    assert torch.equal(result, expected)
+    assert frame[0].isnan().all() and frame[8].isnan().all()
     assert torch.equal(skinny_linear(x.T.contiguous().T, weight.T.contiguous().T, bias), expected)
 
 
 def test_empty_and_without_bias():
     x, weight, _ = inputs(3, 5, 8)
     assert torch.equal(skinny_linear(x, weight), skinny_linear(x, weight, torch.zeros(5)))
+    assert skinny_linear(x[:0], weight).shape == skinny_linear(x[:0], pack_weight(weight)).shape
     assert skinny_linear(x[:0], weight).shape == (0, 5)
+    assert skinny_linear(x, pack_weight(weight[:0])).shape == (3, 0)
     bias = torch.arange(5.0)
     assert torch.equal(skinny_linear(x[:, :0], weight[:, :0], bias), bias.expand(3, 5))
     assert skinny_linear(x, weight[:0]).shape == (3, 0)
@@ -96,11 +120,29 @@ def test_empty_and_without_bias():
         ((torch.zeros(1, 8).double(), torch.zeros(5, 8)), TypeError, "^x: expected dtype float32"),
         ((torch.zeros(1, 8), torch.zeros(5, 8).half()), TypeError, "^weight: expected dtype float"),
         ((torch.zeros(1, 8), torch.zeros(5, 8), torch.zeros(4)), ValueError, "^bias: expected sh"),
+        (
+            (torch.zeros(1, 8), PackedWeight(torch.zeros(1, 8, 16), 17)),
+            ValueError,
+            r"^weight.packs: expected shape \[2, 8, 16\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         skinny_linear(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(8),), ValueError, r"^weight: expected shape \[\*, \*\]"),
+        ((torch.zeros(5, 8).double(),), TypeError, "^weight: expected dtype float32, bfloat16"),
+        ((torch.zeros(5, 8), torch.half), TypeError, "^dtype: expected torch.float32 or torch.bf"),
+    ],
+)
+def test_what_cannot_be_packed_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        pack_weight(*arguments)
 
 
 def test_out_may_not_overlap_an_input():

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from specdiff_kernels import pack_weight
 from specdiff_kernels.arguments import DTYPES
 
 from .test_skinny_linear import NAN, SHAPES, inputs, rms
@@ -25,8 +26,9 @@ class Params(ctypes.Structure):
         (name, {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64}[kind])
         for name, kind in (
             ("x", "p"), ("m", "l"), ("k", "l"), ("x_stride", "l"),
-            ("weight", "p"), ("weight_dtype", "i"), ("n", "l"), ("weight_stride", "l"),
-            ("bias", "p"), ("out", "p"), ("threads", "i"),
+            ("weight", "p"), ("weight_dtype", "i"), ("packed", "i"), ("n", "l"),
+            ("weight_stride", "l"), ("bias", "p"), ("out", "p"), ("x_columns", "p"),
+            ("threads", "i"),
         )
     ]  # fmt: skip
 
@@ -55,11 +57,11 @@ def test_512_bit_vectors_without_such_a_processor(wide_product, N, K, dtype):
     """As exact as torch, and rows as alone, for every number of rows in registers and tail."""
     x, weight, bias = inputs(32, N, K, dtype)
 
-    def product(x):
-        out = torch.full((len(x), N), NAN)
+    def product(x, weight=weight):
+        out, columns = torch.full((len(x), N), NAN), x.t().contiguous()
         wide_product(ctypes.byref(Params(
-            x.data_ptr(), len(x), K, K, weight.data_ptr(), DTYPES[dtype], N, K,
-            bias.data_ptr(), out.data_ptr(), 1,
+            x.data_ptr(), len(x), K, K, weight.data_ptr(), DTYPES[dtype], weight.ndim == 3, N, K,
+            bias.data_ptr(), out.data_ptr(), columns.data_ptr(), 1,
         )))  # fmt: skip
         return out
 
@@ -69,3 +71,4 @@ def test_512_bit_vectors_without_such_a_processor(wide_product, N, K, dtype):
     alone = torch.cat([product(row[None]) for row in x])
     for M in (2, 3, 4, 5, 6, 7, 13, 32):
         assert torch.equal(product(x[:M]), alone[:M]), M
+        assert torch.equal(product(x[:M], pack_weight(weight).packs), alone[:M]), M

@@ -223,11 +223,12 @@ struct CommitParams {
 struct SkinnyLinearParams {
   const float* x;
   int64_t m, k, x_stride;
-  const void* weight;  // f32 or bf16
-  int32_t weight_dtype;
-  int64_t n, weight_stride;
-  const float* bias;  // or null
+  const void* weight;  // f32 or bf16, [n, k], or packed: [ceil(n / 16), k, 16]
+  int32_t weight_dtype, packed;
+  int64_t n, weight_stride;  // between rows, unless packed
+  const float* bias;         // or null
   float* out;
+  float* x_columns;  // scratch [k, m]
   int32_t threads;
 };
 
