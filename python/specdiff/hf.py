@@ -70,9 +70,9 @@ HONOURED = {  # values of a GenerationConfig; what is not listed here works with
     "prompt_lookup_num_tokens": (None,),
 }
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits")  # that nobody keeps
+CACHES = ("cache", "past_key_values")  # the name from transformers 5.24 on, and before
 INPUTS = {  # what transformers hands over, or what changes no text
-    "attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids",
-    "use_cache",
+    "attention_mask", "cache_position", "logits_to_keep", "position_ids", "use_cache", *CACHES,
 }  # fmt: skip
 
 
@@ -238,9 +238,10 @@ def check_inputs(given: dict[str, Any], mask: Tensor | None, input_ids: Tensor) 
     """Raise for inputs of the model that would change its text and that the loop does not bring."""
     if given.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds cannot be drafted for: pass input_ids")
-    cache = given.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("past_key_values holds tokens already: pass the whole text as input_ids")
+    for name in CACHES:
+        cache = given.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"{name} holds tokens already: pass the whole text as input_ids")
     other = [name for name, value in given.items() if name not in INPUTS and value is not None]
     if other:
         raise ValueError(f"{other[0]} cannot be honoured: the target reads tokens alone")

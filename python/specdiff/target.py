@@ -8,6 +8,7 @@ shapes and knows no attention interface: its attention is taken over.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from types import MethodType
 from typing import Any
 
@@ -62,6 +63,7 @@ class Target:
         if model.config.model_type == "gpt_neo":
             take_over_gpt_neo(model)
         body = model.base_model
+        self.cache_argument = cache_argument(model)
         self.body = torch.compile(body, dynamic=True) if compile else body
         # attention that needs no mask is given one all the same, so that transformers makes none
         self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
@@ -124,8 +126,8 @@ class Target:
         return self.body(
             input_ids=tokens,
             position_ids=positions.clamp(max=self.context_limit - 1),  # padding may run past it
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_argument: cache},
             **visible,
         ).last_hidden_state
 
@@ -196,6 +198,12 @@ def check_supported(model: PreTrainedModel) -> None:
             f"rope type {rope!r} rescales positions by the longest row of the batch, so a row's "
             "text would depend on its batch mates"
         )
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What a model calls the cache that it is given: transformers renamed it in 5.24."""
+    parameters = inspect.signature(model.base_model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def set_attention(model: PreTrainedModel, wanted: str | None) -> str:

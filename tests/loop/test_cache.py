@@ -21,6 +21,7 @@ from transformers import (
 
 from specdiff import Target, attention
 from specdiff import target as target_module
+from specdiff.target import cache_argument
 from specdiff_kernels import commit
 from tests.tiny import ALIKE, FAMILIES, tiny_model
 
@@ -38,8 +39,9 @@ def target(model):
 @torch.inference_mode()
 def fresh(model, tokens: list[int]):
     """Logits [N, V] and per layer keys and values [H, N, D], by transformers alone."""
-    output = model(torch.tensor([tokens]), past_key_values=DynamicCache(), use_cache=True)
-    layers = output.past_key_values.layers
+    cache = DynamicCache()
+    output = model(torch.tensor([tokens]), **{cache_argument(model): cache}, use_cache=True)
+    layers = cache.layers
     return output.logits[0], [(layer.keys[0], layer.values[0]) for layer in layers]
 
 
@@ -48,7 +50,7 @@ def token_by_token(model, tokens: list[int]):
     """The same, one token at a time: how much the order of float sums alone may change."""
     cache, logits = DynamicCache(), []  # which keeps what is outside of a window
     for token in tokens:
-        output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        output = model(torch.tensor([[token]]), **{cache_argument(model): cache}, use_cache=True)
         logits.append(output.logits[0])
     return torch.cat(logits), [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 

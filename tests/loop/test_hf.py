@@ -20,6 +20,7 @@ from transformers import (
 import specdiff.hf
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import Autoregressive, PromptLookup
+from specdiff.target import cache_argument
 from tests.tiny import tiny_model
 
 PROMPT = torch.tensor([[4, 5, 6, 7, 8, 9, 1, 2, 4, 5]])
@@ -378,6 +379,7 @@ def test_the_context_ends_a_text_with_a_warning():
 
 def test_a_filled_cache_is_refused(model):
     cache = DynamicCache()
-    model(PROMPT[:, :4], past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="past_key_values holds tokens"):
-        model.generate(PROMPT, custom_generate=specdiff.hf.generate, past_key_values=cache)
+    filled = {cache_argument(model): cache}
+    model(PROMPT[:, :4], **filled, use_cache=True)
+    with pytest.raises(ValueError, match=f"{cache_argument(model)} holds tokens"):
+        model.generate(PROMPT, custom_generate=specdiff.hf.generate, **filled)
