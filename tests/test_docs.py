@@ -26,6 +26,7 @@ DOCTESTED = [
     "specdiff_kernels.types",
     "specdiff.noise",
     "specdiff.schedule",
+    *(f"specdiff.theory.{part}" for part in ("chains", "estimate", "lenient", "speed")),
 ]
 
 

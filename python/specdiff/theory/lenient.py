@@ -1,0 +1,215 @@
+"""Quality against speed: rules that accept more than the exact one, and what that costs.
+
+A rule accepts a token x that was drawn from q with probability b(x), and else draws from
+norm((p - b q)+). All rules here are at least the exact one, min(1, p/q), and never accept a token
+of p = 0. Yin et al. 2411.00841, the tradeoff between rejections and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chains import Pair, residual, total_variation
+from .speed import least
+
+
+class Outcome(NamedTuple):
+    """What a rule makes of one position. Floats [...] for laws [..., V]."""
+
+    rejection: Tensor  # P_rej = 1 - sum b q
+    law: Tensor  # [..., V], of the emitted token
+    bias: Tensor  # TV(law, p)
+
+
+def outcome(p: Tensor, q: Tensor, accept: Tensor) -> Outcome:
+    """P_rej = 1 - sum b q, law = b q + P_rej norm((p - b q)+), bias = TV(law, p).
+
+    For every b with min(1, p/q) <= b <= 1, bias + P_rej = TV(p, q). *Proof.* Where p >= q, b = 1;
+    where p < q, b q >= p. So (p - b q)+ = (p - q)+, of sum TV, and where p >= q the law is
+    q + (P_rej / TV) (p - q), elsewhere b q, at least p. Hence bias = sum (p - law)+ =
+    (1 - P_rej / TV) TV. No b and no residual do better: TV(p, q) <= TV(p, law) + TV(law, q), and
+    a token emitted differs from one drawn from q only if that was rejected: TV(law, q) <= P_rej.
+
+    A b <= min(1, p/q) is unbiased, and rejects at least as often as TV.
+
+    Args:
+        p, q: laws [..., V].
+        accept: b [..., V] in [0, 1].
+
+    Example:
+        >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0])
+        >>> rejection, law, bias = outcome(p, q, ensemble(p, q, 0.5))
+        >>> rejection.item(), law.tolist(), bias.item()
+        (0.25, [0.75, 0.25], 0.25)
+    """
+    kept = accept * q
+    rejection = (1 - kept.sum(-1)).clamp(min=0)
+    law = kept + rejection[..., None] * residual(p, kept)
+    return Outcome(rejection, law, total_variation(p, law))
+
+
+def lenience(p: Tensor, q: Tensor, l: float) -> Tensor:  # noqa: E741 as in the formula
+    """b = min(1, p / (l q)): 1 is exact, 0 accepts whatever p allows. Leviathan et al. 2211.17192.
+
+    bias <= (1 - l) sum of q where q > p: b q - p <= (1 - l) q there.
+
+    Raises:
+        ValueError: l outside [0, 1].
+
+    Example:
+        >>> lenience(torch.tensor([0.25, 0.75]), torch.tensor([1.0, 0.0]), 0.5).tolist()
+        [0.5, 1.0]
+    """
+    check_unit("l", l)
+    return capped(p, p, l * q)
+
+
+def additive(p: Tensor, q: Tensor, eps: float) -> Tensor:
+    """b = min(1, (p + eps) / q): 0 is exact, 1 accepts whatever p allows.
+
+    bias = sum of min(q - p, eps) where q > p > 0, at most eps times the number of such tokens.
+
+    Raises:
+        ValueError: eps outside [0, 1].
+
+    Example:
+        >>> additive(torch.tensor([0.25, 0.75]), torch.tensor([1.0, 0.0]), 0.5).tolist()
+        [0.75, 1.0]
+    """
+    check_unit("eps", eps)
+    return capped(p, p + eps, q)
+
+
+def ensemble(p: Tensor, q: Tensor, w: float) -> Tensor:
+    """b = min(1, 1 - w + w p / q): 1 is exact, 0 accepts whatever p allows.
+
+    With s the sum of q where p = 0: P_rej = w TV + (1 - w) s, bias = (1 - w) (TV - s).
+
+    Raises:
+        ValueError: w outside [0, 1].
+
+    Example:
+        >>> ensemble(torch.tensor([0.25, 0.75]), torch.tensor([1.0, 0.0]), 0.5).tolist()
+        [0.625, 1.0]
+    """
+    check_unit("w", w)
+    return capped(p, (1 - w) * q + w * p, q)
+
+
+Rule = Callable[[Tensor, Tensor, float], Tensor]
+# each with its exact parameter and the one that accepts most
+LENIENT_RULES: dict[str, tuple[Rule, float, float]] = {
+    "lenience": (lenience, 1.0, 0.0),
+    "additive": (additive, 0.0, 1.0),
+    "ensemble": (ensemble, 1.0, 0.0),
+}
+
+
+class LenientRun(NamedTuple):
+    """Expected sums over the positions of N tokens, all examined."""
+
+    rejections: float
+    bias: float  # at least the total variation between the law of the text and the target's
+
+
+def lenient_run(pair: Pair, N: int, rule: Callable[[Tensor, Tensor], Tensor]) -> LenientRun:
+    """Rejections and biases over N tokens of text that is decoded by a rule.
+
+    The text follows pi, the product of `outcome`'s laws. The sums are over prefixes of pi, and
+
+        TV(pi over N tokens, p over N tokens) <= sum_n E_{x<n ~ pi} bias_n
+
+    *Proof.* pi(x<=n) - p(x<=n) = pi(x<n) (pi_n - p_n) + (pi(x<n) - p(x<n)) p_n; half the sum of
+    absolute values is at most E_pi bias_n + the distance of n - 1 tokens. With pi and p exchanged
+    on the right the same holds for prefixes of p, those of an exact run.
+
+    Args:
+        rule: (p, q) -> b, [S, V] each, at least min(1, p/q).
+
+    Raises:
+        ValueError: a text of N tokens cannot be followed.
+
+    Example:
+        >>> pair = Pair.markov([0.5, 0.5], [[0.5, 0.5]] * 2, [0.8, 0.2], [[0.8, 0.2]] * 2)
+        >>> run = lenient_run(pair, 2, lambda p, q: ensemble(p, q, 0.5))
+        >>> round(run.rejections, 9), round(run.bias, 9)
+        (0.3, 0.3)
+    """
+    pair.check_length(N)
+    rejection, law, bias = outcome(pair.p, pair.q, rule(pair.p, pair.q))
+    chance, rejections, biases = pair.start(), bias.new_zeros(()), bias.new_zeros(())
+    for _ in range(N):
+        rejections, biases = rejections + chance @ rejection, biases + chance @ bias
+        chance = pair.moved(chance, law)
+    return LenientRun(float(rejections), float(biases))
+
+
+def ensemble_weight(budget: float, N: int, mean_tv: float) -> float:
+    """w = 1 - budget / (N mean TV), at least 0: a share of the budget at each of N steps.
+
+    Each step's bias is at most (1 - w) TV (`ensemble`), so that the text of N tokens is within
+    `budget` of the target's law in total variation (`lenient_run`): an upper bound, not the bias
+    itself. It holds if `mean_tv` is at least (1/N) sum_n E TV_n over prefixes of p, which an exact
+    run estimates (`RejectionEstimate`), or over prefixes of the ensemble's own text.
+
+    Raises:
+        ValueError: a negative budget, N below 1, or mean_tv outside [0, 1].
+
+    Example:
+        >>> ensemble_weight(budget=2, N=100, mean_tv=0.25)
+        0.92
+    """
+    check_budget(budget, N)
+    check_unit("mean_tv", mean_tv)
+    total = N * mean_tv
+    return 1 - budget / total if budget < total else 0.0
+
+
+def parameter_for(name: str, budget: float, N: int, p: Tensor, q: Tensor) -> float:
+    """The most lenient parameter whose mean bias over given rows is at most budget / N.
+
+    As `ensemble_weight`, for every rule and with no more strictness than it needs: the upper bound
+    holds if the rows' mean bias is that of the N steps. Rows of an exact run estimate it.
+
+    Args:
+        name: "lenience", "additive" or "ensemble".
+        p, q: f64 [n, V], laws of target and drafter at examined positions.
+
+    Raises:
+        ValueError: an unknown rule, a negative budget, or N below 1.
+
+    Example:
+        >>> p, q = torch.tensor([[0.5, 0.5]]).double(), torch.tensor([[1.0, 0.0]]).double()
+        >>> [round(parameter_for(name, 1, 4, p, q), 9) for name in LENIENT_RULES]
+        [0.666666667, 0.25, 0.5]
+    """
+    if name not in LENIENT_RULES:
+        raise ValueError(f"name: expected one of {', '.join(LENIENT_RULES)}, got {name!r}")
+    check_budget(budget, N)
+    rule, exact, most = LENIENT_RULES[name]
+    at = lambda strictness: most + strictness * (exact - most)
+    bias = lambda x: float(outcome(p, q, rule(p, q, x)).bias.mean())
+    strictness = least(lambda s: bias(at(s)) <= budget / N, 0.0, 1.0)
+    return exact if strictness is None else at(strictness)  # None: 1e-17 of rounding
+
+
+def capped(p: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """min(1, numerator / denominator), 0 where p = 0, 1 where only the denominator is."""
+    ratio = torch.where(numerator < denominator, numerator / denominator, 1.0)
+    return torch.where(p > 0, ratio, 0.0)
+
+
+def check_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+
+
+def check_budget(budget: float, N: int) -> None:
+    if not budget >= 0:
+        raise ValueError(f"budget: expected at least 0, got {budget}")
+    if N < 1:
+        raise ValueError(f"N: expected at least 1, got {N}")
