@@ -52,6 +52,13 @@ def test_conformance_example(capsys):
     assert names["verdict"].passed and "FAILED" not in capsys.readouterr().out
 
 
+def test_theory_examples():
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "theory.md").read_text(), re.S):
+        exec(code, names)
+    assert names["estimate"].examined == 3 and names["estimate"].rejected == 1
+
+
 @pytest.mark.parametrize("name", DOCTESTED)
 def test_docstring_examples(name):
     names = {**vars(specdiff_kernels), "torch": torch}

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache, partial
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -32,6 +35,7 @@ from specdiff_kernels.reference.numerics import weights
 from tests.enumeration import WORDS, first_word, probabilities
 
 TOLERANCE = 1e-12
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 Law = list[float]
 Text = tuple[int, ...]
 
@@ -720,3 +724,26 @@ def test_no_tokens():
     assert theory.conditional_acceptances(PAIR, 0).shape == (0,)
     assert theory.run_counts(PAIR, 0, 2) == (0, 0, 0)
     assert theory.tokens_per_round([]) == 1
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_pictures_are_the_same_each_time(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import plot_theory
+
+    for folder in ("first", "second"):
+        plot_theory.draw(tmp_path / folder, chains=1)
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == [f"{name}.{kind}" for name in ("lenient_rules", "tokens_per_round")
+                     for kind in ("png", "svg")]  # fmt: skip
+    for name in names:
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
+        assert first == second
+
+
+def test_the_theory_needs_no_matplotlib():
+    code = "import specdiff, specdiff.theory, sys; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
