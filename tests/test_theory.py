@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import cache, partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,28 +111,39 @@ class Run(NamedTuple):
     rejected: tuple[int, ...]
 
 
-def runs(w: World, N: int, K: int, rule: Callable[[Law, Law], Law] = token_rule) -> Iterator[Run]:
-    """Every run of drafts of K: a drafted token, its acceptance, the residual's token."""
+def runs(
+    w: World,
+    N: int,
+    K: int | Callable[[Run], int],
+    rule: Callable[[Law, Law], Law] = token_rule,
+) -> Iterator[Run]:
+    """Every run of drafts of K: a drafted token, its acceptance, the residual's token. K may be a
+    function of what came before the round."""
+    length = K if callable(K) else lambda _: K
 
-    def extend(run: Run, accepted: int) -> Iterator[Run]:
+    def extend(run: Run, left: int) -> Iterator[Run]:
+        """left: drafted tokens of this round that are still to be judged."""
         if len(run.text) == N:
             yield run
             return
         p, q = w.p(run.text), w.q(run.text)
-        if accepted == K:
+        if left == 0:
             for v in range(w.V):
-                yield from extend(grown(run, p[v], v, 0, 0), 0)
+                yield from begin(grown(run, p[v], v, 0, 0))
             return
         b = rule(p, q)
         excess = positive(p, [x * y for x, y in zip(b, q, strict=True)])
         total = math.fsum(excess)
         for x in range(w.V):
-            yield from extend(grown(run, q[x] * b[x], x, 1, 0), accepted + 1)
+            yield from extend(grown(run, q[x] * b[x], x, 1, 0), left - 1)
             for v in range(w.V) if b[x] < 1 and total > 0 else ():
                 chance = q[x] * (1 - b[x]) * excess[v] / total
-                yield from extend(grown(run, chance, v, 1, 1), 0)
+                yield from begin(grown(run, chance, v, 1, 1))
 
-    for run in extend(Run(1.0, (), (), ()), 0):
+    def begin(run: Run) -> Iterator[Run]:
+        return extend(run, length(run))
+
+    for run in begin(Run(1.0, (), (), ())):
         if run.chance > 0:
             yield run
 
@@ -328,6 +339,18 @@ def test_estimates_are_unbiased(key, K):
         assert expected < theory.expected_rejections(w.pair, N) - 1e-3
 
 
+@worlds
+def test_estimates_with_adaptive_lengths(key):
+    """K by the past: longer after each run of acceptances, shorter where tokens were rejected."""
+    _, N, *_ = key
+    w = world(*key)
+    every = list(runs(w, N, lambda run: 1 + sum(run.judged) - sum(run.rejected)))
+    assert text_distance(w, every) < TOLERANCE
+    expected = mean(every, lambda run: sum(run.rejected))
+    for chances in (exact_chances, chances_given_tokens):
+        assert near(mean(every, lambda run: sum(chances(w, run))), expected)  # noqa: B023
+
+
 def test_the_sum_of_tv_may_vary_more_than_the_count():
     """A rejection leads to where none follows, an acceptance to where one does: always one."""
     p, q = lambda x: [0.5, 0.5] if not x else [1.0, 0.0], lambda x: [1.0, 0.0]
@@ -463,6 +486,8 @@ def test_estimates_of_a_run_of_the_op():
     assert plausible(rejected - sums, 0.0, of_both)
     assert (estimate.rejected, estimate.examined) == (int(rejected.sum()), int(judged.sum()))
     assert math.isclose(estimate.expected, float(sums.sum()), rel_tol=1e-9)
+    spread = (seen.tv * (1 - seen.tv) * seen.judged).sum()
+    assert math.isclose(estimate.variance, float(spread), rel_tol=1e-9)
     assert abs(estimate.deviation) < 5
 
     # mutants: all drafted positions, also those behind a rejection, whose prefixes follow q
@@ -518,8 +543,15 @@ def test_constant_acceptance():
             assert math.isclose(theory.tokens_per_round_at(alpha, K), exact, rel_tol=1e-14)
             assert math.isclose(theory.tokens_per_round([alpha] * K), exact, rel_tol=1e-14)
     assert theory.tokens_per_round_at(1, 40) == 41
-    same = theory.total_variation(torch.ones(2) / 2, torch.ones(2) / 2)
-    assert same == 0
+
+
+def test_rounds_per_token_are_convex_in_the_acceptance():
+    """Differences of 1 / E(K) grow with alpha, to within the rounding of numbers up to 1."""
+    for K in (1, 2, 5, 15, 40):
+        rounds = [1 / theory.tokens_per_round_at(i / 64, K) for i in range(65)]
+        steps = [b - a for a, b in pairwise(rounds)]
+        assert all(b > a - 1e-15 for a, b in pairwise(steps))
+        assert steps[-1] > steps[0] + 1e-3
 
 
 def test_a_chain_whose_tv_is_the_same_everywhere():
@@ -644,13 +676,22 @@ def test_lenient_rules(key, name):
 
 
 def test_nothing_is_below_the_line():
-    """Any acceptance with any residual: bias + P_rej >= TV."""
+    """Any acceptance with any residual: bias + P_rej >= TV. On it: any b >= min(1, p / q) with the
+    standard residual."""
     noise = torch.Generator().manual_seed(1)
     p, q, other = torch.rand(3, 500, 3, generator=noise).double().softmax(-1)
     accept = torch.rand(500, 3, generator=noise).double()
     rejection = 1 - (accept * q).sum(-1)
     bias = theory.total_variation(accept * q + rejection[:, None] * other, p)
-    assert (bias + rejection > theory.total_variation(p, q) - TOLERANCE).all()
+    tv = theory.total_variation(p, q)
+    assert (bias + rejection > tv - TOLERANCE).all()
+    more = torch.maximum(accept, (p / q).clamp(max=1))
+    rejection, _, bias = theory.outcome(p, q, more)
+    assert ((bias + rejection - tv).abs() < TOLERANCE).all()
+    assert (bias > 1e-6).any() and (rejection > 1e-6).any()
+    # and what accepts less is unbiased, but above the line
+    rejection, _, bias = theory.outcome(p, q, accept * (p / q).clamp(max=1))
+    assert (bias < TOLERANCE).all() and (rejection > tv).all()
 
 
 @worlds

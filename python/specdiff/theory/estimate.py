@@ -3,7 +3,7 @@
 Position n of the emitted text is *examined* if a drafted token was judged there: not if the token
 is a bonus. Let F be all that happened before position n is judged, the laws of drafter and target
 there included, A_n whether it is examined (settled by F), R_n whether its token is rejected, and
-c_n = P(R_n = 1 | F) = TV(p_n, q_n). Then
+c_n = P(R_n = 1 | F), under the token rule TV(p_n, q_n). Then
 
     E sum_n A_n c_n = E sum_n A_n R_n
 
