@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .cache import PagedRowCache, RowCache
     from .decoder import Decoder, Generation, generate
     from .models import FetchError, fetch, load_target
+    from .planner import Costs, Planner, measure
     from .sampling import Sampling
     from .session import Session
     from .stats import Stats, Step
@@ -26,6 +27,9 @@ _HOMES = {
     "FetchError": "models",
     "fetch": "models",
     "load_target": "models",
+    "Costs": "planner",
+    "Planner": "planner",
+    "measure": "planner",
     "Sampling": "sampling",
     "Session": "session",
     "Stats": "stats",
@@ -35,10 +39,12 @@ _HOMES = {
 
 __all__ = [
     "AdaptiveK",
+    "Costs",
     "Decoder",
     "FetchError",
     "Generation",
     "PagedRowCache",
+    "Planner",
     "RowCache",
     "Sampling",
     "Session",
@@ -48,6 +54,7 @@ __all__ = [
     "fetch",
     "generate",
     "load_target",
+    "measure",
 ]
 
 

@@ -1,14 +1,50 @@
-"""AdaptiveK: how many tokens each row drafts, chosen anew in every round."""
+"""How many tokens each row drafts, chosen anew in every round: what a chooser is, and AdaptiveK."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from specdiff_kernels import Draft
 
 MEMORY = 0.95  # weight of the past after one more examined token
+
+
+class Wanted(NamedTuple):
+    """What a session asks of its drafter in the coming round."""
+
+    lengths: list[int]  # of each row, at most `width`
+    width: int  # K that the drafter is asked for; 0: it is not called
+    steps: int | None = None  # T that the drafter is set to; None: as it is
+
+
+class Chooser(Protocol):
+    """What a `Decoder` takes in place of a number of tokens to draft.
+
+    It may look at anything that was decided before a draft was drawn, never at a drafted value: a
+    token that is withheld because of what it is would bias the text.
+    """
+
+    @property
+    def most(self) -> int | None:
+        """K is at most this; None: the drafter's own block."""
+
+    def start(self, batch: int) -> None:
+        """A session begins."""
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Other sequences take the places of these rows."""
+
+    def want(self, most: int) -> Wanted:
+        """What to draft in the coming round, K at most `most`."""
+
+    def update(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """How many tokens of each row were drafted and accepted; the one behind them was not."""
+
+    def withhold(self, draft: Draft) -> Draft:
+        """The draft, or its beginning."""
 
 
 class AdaptiveK:
@@ -60,6 +96,10 @@ class AdaptiveK:
         """The same for some rows, whose places others take."""
         for b in rows:
             self.accepted[b], self.examined[b] = 1.0, 2.0
+
+    def want(self, most: int) -> Wanted:
+        """Always as wide, so that a row's draft does not depend on its batch mates."""
+        return Wanted(self.choose(most), most)
 
     def choose(self, most: int) -> list[int]:
         """K of each row for the coming round, 1 <= K <= most."""

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdiff_kernels import check_names
 
-from .adaptive import AdaptiveK
+from .adaptive import Chooser
 from .drafters.base import Drafter
 from .sampling import Sampling, row_seeds
 from .session import Session, check_prompts
@@ -57,7 +57,7 @@ class Decoder:
         target: the model whose law the text follows.
         drafter: what proposes tokens; None is plain decoding by the same implementation.
         k: most tokens drafted per round, at least 1; None: the drafter's own choice; an AdaptiveK
-            chooses anew in every round. Fewer near the end of a row.
+            or a Planner chooses anew in every round. Fewer near the end of a row.
         rule: how `specdiff_kernels.verify` judges a draft: "token", "block", "greedy" or "coupled".
             With "coupled" the text is that of plain decoding under this rule with the same seed.
         record: which recorded laws count, see `specdiff_kernels.verify`; None: all that may.
@@ -77,7 +77,7 @@ class Decoder:
         self,
         target: Target,
         drafter: Drafter | None = None,
-        k: int | AdaptiveK | None = None,
+        k: int | Chooser | None = None,
         rule: str = "token",
         *,
         record: str | None = None,
@@ -88,11 +88,13 @@ class Decoder:
         if isinstance(drafter, PreTrainedModel):
             raise ValueError("drafter is a model: pass specdiff.drafters.Autoregressive(model)")
         self.k = 0
-        self.adaptive = None
+        self.adaptive: Chooser | None = None
         if drafter is not None:
-            self.adaptive = k if isinstance(k, AdaptiveK) else None
-            most = k.most if isinstance(k, AdaptiveK) else k
-            self.k = drafter.block if most is None else most
+            most: Any = k
+            if hasattr(k, "want"):
+                self.adaptive = cast(Chooser, k)
+                most = self.adaptive.most
+            self.k = drafter.block if most is None else int(most)
             check_drafter(target, drafter, self.k)
         self.target = target
         self.drafter = drafter
@@ -208,7 +210,7 @@ def generate(
     drafter: Drafter | None,
     input_ids: Prompts,
     *,
-    k: int | AdaptiveK | None = None,
+    k: int | Chooser | None = None,
     rule: str = "token",
     record: str | None = None,
     backend: str | None = None,

@@ -25,7 +25,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 from transformers.utils import ModelOutput
 
-from .adaptive import AdaptiveK
+from .adaptive import Chooser
 from .decoder import Decoder, as_rows
 from .drafters import load_drafter
 from .drafters.base import Drafter
@@ -101,7 +101,7 @@ def generate(
     generation_config: GenerationConfig,
     *,
     drafter: Drafter | str | None = None,
-    k: int | AdaptiveK | None = None,
+    k: int | Chooser | None = None,
     rule: str = "token",
     record: str | None = None,
     backend: str | None = None,

@@ -18,7 +18,7 @@ from torch import Tensor
 from specdiff_kernels import Committed, Draft, check_status, commit, row_law, verify
 
 from .cache import PagedRowCache
-from .drafters.base import Drafter, Draws, News
+from .drafters.base import Drafter, Draws, News, joined
 from .replay import Replay
 from .sampling import Sampling, row_seeds
 from .stats import Stats, Step
@@ -104,6 +104,8 @@ class Session:
                                  dtype=self.target.dtype, device=device)  # fmt: skip
         self.fresh = News(zeros[:, None].repeat(1, self.k + 1), zeros.clone(), hidden)
         self.news = self.fresh  # what a round brought, or a copy with prompts beside it
+        self.missed: list[News] = []  # of rounds in which the drafter was not called
+        self.width = self.k  # K of the coming round
         # of the rounds since the host last looked
         self.slot = zeros.new_zeros(1)
         self.emitted = zeros.new_empty(self.look_every, rows, self.k + 1)
@@ -126,7 +128,7 @@ class Session:
     def _look_every(self, wanted: int | None) -> int:
         """Rounds between two looks: 1 if something on the host has to see each of them."""
         watching = {
-            "an AdaptiveK": self.decoder.adaptive is not None,
+            type(self.decoder.adaptive).__name__: self.decoder.adaptive is not None,
             "a function of the logits": self.process is not None,
             "a stop string or criterion": self.ends is not None,
         }
@@ -211,6 +213,11 @@ class Session:
         blocks = sum(-(-end // pages.block_size) for end in [*running, *more])
         return blocks <= len(pages.references)
 
+    def left(self) -> int:
+        """The fewest tokens that a row under way may still emit; 0 without any."""
+        rows = zip(self._limits, self._lengths, self.done, strict=True)
+        return min((end - length for end, length, over in rows if not over), default=0)
+
     @torch.inference_mode()
     def step(self) -> Step:
         """Run one round, or `look_every` of them, and look at what they brought.
@@ -221,7 +228,10 @@ class Session:
         """
         longest = max(self._lengths)
         if self.decoder.adaptive is not None:
-            self.most.copy_(torch.tensor(self.decoder.adaptive.choose(self.k)))
+            lengths, self.width, steps = self.decoder.adaptive.want(self.k)
+            self.most.copy_(torch.tensor(lengths))
+            if steps is not None:
+                self.drafter.steps = steps  # type: ignore[union-attr]
         often = self.look_every == 1
         with nullcontext() if often else self.stats.time("rounds", self.device):
             for n in range(self.look_every):
@@ -255,9 +265,11 @@ class Session:
         drafter = self.drafter if self.look_every > 1 or room.any() else None
         with self._time("draft"):
             draws = Draws(self.seeds, self.round, position)
-            draft, drafted = (
-                no_draft(room) if drafter is None else self._draft(drafter, room, draws)
-            )
+            if drafter is None:
+                draft, drafted = no_draft(room)
+                self._miss()
+            else:
+                draft, drafted = self._draft(drafter, room, draws)
         with self._time("target"):
             ahead = draft.tokens.clamp(0, target.vocab_size - 1)  # verify reports bad ids
             logits, hidden = target.forward(torch.cat([self.last, ahead], 1), cache)
@@ -299,9 +311,11 @@ class Session:
     def _draft(self, drafter: Drafter, room: Tensor, draws: Draws) -> tuple[Draft, Tensor]:
         """A draft as wide as k, or as its longest row if the host looks anyway; and its lengths."""
         looks = self.look_every == 1
-        # always as wide, so that a row's draft does not depend on the room of its batch mates
         news = self.news if looks else self.news._replace(longest=self.longest + 1)
-        draft = drafter.draft(news, self.k, room, draws)
+        if self.missed:
+            news, self.missed = joined([*self.missed, news]), []
+        # never narrower for want of room: a row's draft does not depend on that of its batch mates
+        draft = drafter.draft(news, self.width, room, draws)
         adaptive = self.decoder.adaptive
         if adaptive is not None:
             if draft.entangled:
@@ -310,7 +324,7 @@ class Session:
                     "be examined, whatever was accepted before"
                 )
             draft = adaptive.withhold(draft)
-        lengths = torch.full_like(room, self.k) if draft.lengths is None else draft.lengths
+        lengths = torch.full_like(room, self.width) if draft.lengths is None else draft.lengths
         if not looks:
             return draft._replace(lengths=lengths), lengths
         if (lengths > room).any():
@@ -339,6 +353,14 @@ class Session:
                     break
         return torch.tensor(limits, device=emitted.device)
 
+    def _miss(self) -> None:
+        """Keep the news that the drafter is not told now, for when it is called again."""
+        if self.drafter is not None and self.look_every == 1:
+            width = int(self.news.counts.max())
+            tokens, counts, hidden, _ = self.news
+            hidden = None if hidden is None else hidden[:, :width].clone()
+            self.missed.append(News(tokens[:, :width].clone(), counts.clone(), hidden))
+
     def _tell(self, emitted: Tensor, counts: Tensor, hidden: Tensor) -> None:
         """What a round brought is the drafter's news."""
         fresh = self.news = self.fresh
@@ -352,6 +374,8 @@ class Session:
         self, rows: slice, tokens: Tensor, counts: Tensor, before: Tensor | None
     ) -> None:
         """Prompts are news of their rows, beside what the last round brought to others."""
+        for missed in self.missed:
+            missed.counts[rows] = 0  # of those that had the places before
         news, N = self.news, tokens.shape[1]
         more = max(0, N - news.tokens.shape[1])
         known, heard = F.pad(news.tokens, (0, more)), news.counts.clone()

@@ -307,3 +307,12 @@ def test_rows_of_one_length_need_no_mask(network, target):
         next(decoder.stream(prompts, max_new_tokens=4))
         assert len(masks) == 1
         assert (masks[0] is None) == (len({len(row) for row in prompts}) == 1)
+
+
+def test_sedd_takes_another_number_of_steps(network):
+    """As if it had been made with it."""
+    changed, made = SEDD(network, steps=2), SEDD(network, steps=5)
+    changed.steps = 5
+    assert changed.steps == 5
+    for a, b in zip(changed.table, made.table, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

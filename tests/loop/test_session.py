@@ -261,7 +261,7 @@ def test_bad_places_and_options(target):
         decoder.open(0, 20)
     with pytest.raises(ValueError, match="look_every must be at least 1, got 0"):
         decoder.open(1, 20, look_every=0)
-    with pytest.raises(ValueError, match="look_every must be 1 with an AdaptiveK, got 2"):
+    with pytest.raises(ValueError, match="look_every must be 1 with AdaptiveK, got 2"):
         Decoder(target, PromptLookup(), AdaptiveK(3)).open(1, 20, look_every=2)
     with pytest.raises(ValueError, match="look_every must be 1 with a stop string"):
         decoder.open(1, 20, look_every=2, ends=lambda row, tokens: False)

@@ -5,8 +5,10 @@ The verifier needs nothing else, so anything that fills in a `Draft` honestly ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from specdiff_kernels import Draft, check_status
@@ -27,6 +29,27 @@ class News(NamedTuple):
     # drafter must not wait for the device; None: it may look
 
 
+def joined(parts: Sequence[News]) -> News:
+    """News of several rounds as those of one, each row's tokens in order."""
+    last = parts[-1]
+    N = sum(part.tokens.shape[1] for part in parts)
+    counts = torch.zeros_like(last.counts)
+    tokens = last.tokens.new_zeros(len(counts), N)
+    hidden = (
+        None
+        if last.hidden is None
+        else last.hidden.new_zeros(len(counts), N, last.hidden.shape[-1])
+    )
+    for part in parts:
+        # padding is written as well, and over it what comes later
+        at = counts[:, None] + torch.arange(part.tokens.shape[1], device=counts.device)
+        tokens.scatter_(1, at, part.tokens)
+        if hidden is not None and part.hidden is not None:
+            hidden.scatter_(1, at[..., None].expand_as(part.hidden), part.hidden)
+        counts = counts + part.counts
+    return News(tokens, counts, hidden, last.longest)
+
+
 class Draws(NamedTuple):
     """What keys the random numbers of a round."""
 
@@ -43,6 +66,8 @@ class Drafter(Protocol):
         vocab_size: of the target it drafts for; None: any.
         block: tokens that it drafts per round unless told otherwise.
         capturable: left out or False unless its rounds can be captured, see `draft`.
+        most: left out unless K has a limit.
+        steps: left out unless it takes T reverse steps a round, which may be set between rounds.
     """
 
     needs_hidden: bool

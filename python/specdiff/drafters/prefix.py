@@ -64,6 +64,7 @@ class PrefixDrafter:
         self.embedding = embedding
         self.vocab_size: int | None = config.target_vocab_size
         self.block = config.k or config.block
+        self.most = config.block
         self.backend = backend
         output = target.head.weight.detach()[network.draft_ids]
         weight = output @ network.embed_out.weight  # [Vd, d]
@@ -89,9 +90,8 @@ class PrefixDrafter:
 
     def check(self, news: News, k: int) -> None:
         """Raise ValueError unless it can draft k tokens from these news."""
-        most = self.network.config.block
-        if not 1 <= k <= most:
-            raise ValueError(f"k must be in [1, {most}] for this drafter, got {k}")
+        if not 1 <= k <= self.most:
+            raise ValueError(f"k must be in [1, {self.most}] for this drafter, got {k}")
         if news.hidden is None:
             raise ValueError(f"news.hidden is None; {type(self).__name__} needs hidden states")
 

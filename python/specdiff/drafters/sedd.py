@@ -80,12 +80,25 @@ class SEDD:
         self.network = network.eval().requires_grad_(False)
         self.vocab_size: int | None = network.vocab_size
         self.block = block
-        self.steps = steps
+        self.most = config.length - 1
         self.order = order or self.orders[0]
         self.hot_start = hot_start
         self.draft_sampling = draft_sampling
         self.backend = backend
-        self.table = network.modulations([config.noise.sigma(t) for t, _ in times(steps)])
+        self.tables: dict[int, list[Modulation]] = {}
+        self.steps = steps
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        """All that a schedule modulates by is computed once."""
+        if steps not in self.tables:
+            sigmas = [self.network.config.noise.sigma(t) for t, _ in times(steps)]
+            self.tables[steps] = self.network.modulations(sigmas)
+        self._steps, self.table = steps, self.tables[steps]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> SEDD:
@@ -120,7 +133,7 @@ class SEDD:
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         network = self.network
-        if not 1 <= k < network.config.length:
+        if not 1 <= k <= self.most:
             raise ValueError(f"k must be in [1, length = {network.config.length}), got {k}")
         self._append(news)
         B = len(lengths)

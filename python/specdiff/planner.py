@@ -1,0 +1,357 @@
+"""Planner: how many tokens to draft in how many steps, chosen anew in every round.
+
+A round of K tokens drafted in T steps costs c(T, K) + v(K) seconds and brings E(K) tokens
+(`specdiff.theory`). The costs are measured once for a pair of models on a machine, what is accepted
+is learnt on the way; where no draft pays, none is made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import operator
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from specdiff_kernels import Draft
+
+from .adaptive import Wanted
+from .files import write_atomically
+from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+    from .session import Session
+
+KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # lengths of drafts that are tried
+STEPS = (1, 2, 4, 8, 16)
+ROUNDS = 4  # of each plan when costs are measured
+TOKENS = 64  # of each text that is decoded for it
+PATIENCE = 30.0  # seconds after which no plan is measured again
+PRIOR = 8.0  # most examined tokens that what was seen then counts for
+MEMORY = 0.98  # weight of the past after one more round
+CURIOSITY = 0.01  # share of the time that may be lost to learn
+OPTIMISM = 2.0  # standard deviations by which acceptances might be higher
+
+
+class Plan(NamedTuple):
+    """One way to spend a round."""
+
+    k: int  # tokens drafted; 0: none
+    steps: int  # T; 0: the drafter takes none
+
+
+PLAIN = Plan(0, 0)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What rounds of a pair of models cost on a machine, and what was accepted meanwhile.
+
+    Attributes:
+        batch: rows decoded together.
+        plans: what was measured: (0, 0), then K and T.
+        draft: seconds of each plan's drafting.
+        verify: seconds of the rest of its round, which depend on K alone.
+        examined: by T, how many drafted tokens at position 1, 2, ... were examined, that is, those
+            before them accepted.
+        accepted: by T, how many of these were accepted.
+    """
+
+    batch: int
+    plans: list[Plan]
+    draft: list[float]
+    verify: list[float]
+    examined: dict[int, list[int]] = field(default_factory=dict)
+    accepted: dict[int, list[int]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write a JSON file, the whole file or nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Costs:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        try:
+            fields = json.loads(path.read_text())
+            fields["plans"] = [Plan(*plan) for plan in fields["plans"]]
+            for name in ("examined", "accepted"):
+                fields[name] = {int(steps): counts for steps, counts in fields[name].items()}
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no costs ({error}): remove it") from error
+
+    def acceptances(self, steps: int, most: int) -> list[tuple[float, float]]:
+        """Prior of positions 1 .. most under T steps: mean and how many tokens it counts for.
+
+        Positions that were hardly examined are thought to be like the one before them.
+        """
+        examined, accepted = self.examined.get(steps, []), self.accepted.get(steps, [])
+        prior, mean = [], 0.5
+        for i in range(most):
+            n, a = (examined[i], accepted[i]) if i < len(examined) else (0, 0)
+            mean = (a + 2 * mean) / (n + 2)
+            prior.append((mean, min(n + 2.0, PRIOR)))
+        return prior
+
+
+class Planner:
+    """Chooses K and T of each round, for all rows alike, so that most tokens come in a second.
+
+    It looks at what was accepted in earlier rounds alone, so that the text still follows the
+    target's law exactly. The chance that position i is accepted, given that it is examined, has a
+    Beta posterior for each T. It begins anew with each session, at what was seen when the costs
+    were measured, and forgets slowly. A plan that might be better than the best one known is tried,
+    for at most a hundredth of the time. Give it to a `Decoder` as its k; it sets the drafter's
+    `steps`.
+
+    Args:
+        costs: as `measure` finds them, for as many rows as the session has.
+        ks: the K to choose from, 0 for rounds without a draft; None: all that were measured.
+        steps: the T to choose from; None: all that were measured.
+
+    Raises:
+        ValueError: nothing is left to choose from.
+
+    Example:
+        >>> costs = measure(Decoder(target, drafter))
+        >>> decoder = Decoder(target, drafter, Planner(costs))
+    """
+
+    def __init__(
+        self, costs: Costs, *, ks: Sequence[int] | None = None, steps: Sequence[int] | None = None
+    ) -> None:
+        wanted = [
+            (ks is None or plan.k in ks) and (steps is None or plan.k == 0 or plan.steps in steps)
+            for plan in costs.plans
+        ]
+        self.costs = costs
+        self.seconds = {
+            plan: costs.draft[i] + costs.verify[i]
+            for i, plan in enumerate(costs.plans)
+            if wanted[i]
+        }
+        if not self.seconds:
+            measured = sorted({plan.k for plan in costs.plans})
+            raise ValueError(
+                f"nothing to choose from with ks={ks} and steps={steps}: K of "
+                f"{', '.join(map(str, measured))} were measured"
+            )
+        self.most = max(1, *(plan.k for plan in self.seconds))
+        self.start(costs.batch)
+
+    def start(self, batch: int) -> None:
+        """Forget all evidence; the prior stays.
+
+        Raises:
+            ValueError: the costs are those of another batch.
+        """
+        if batch != self.costs.batch:
+            raise ValueError(
+                f"the costs were measured with {self.costs.batch} rows and the session has {batch}:"
+                f" call measure(decoder, batch={batch})"
+            )
+        tried = {plan.steps for plan in self.seconds}
+        self.prior = {steps: self.costs.acceptances(steps, self.most) for steps in tried}
+        self.examined = {steps: [0.0] * self.most for steps in tried}
+        self.accepted = {steps: [0.0] * self.most for steps in tried}
+        self.spent = self.lost = 0.0  # seconds, by the costs
+        self.plan = PLAIN
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Rows that other sequences take the places of: what was learnt holds for them too."""
+
+    def posterior(self, steps: int) -> list[tuple[float, float]]:
+        """Mean and standard deviation of the acceptance at positions 1, 2, ... under T steps."""
+        result = []
+        evidence = zip(self.examined[steps], self.accepted[steps], strict=True)
+        for (mean, weight), (n, a) in zip(self.prior[steps], evidence, strict=True):
+            total = weight + n
+            mean = (weight * mean + a) / total
+            result.append((mean, math.sqrt(mean * (1 - mean) / (total + 1))))
+        return result
+
+    def speeds(self, optimism: float = 0.0) -> dict[Plan, float]:
+        """Expected tokens a second of each plan, acceptances so many standard deviations up."""
+        expected = {}
+        for steps in self.prior:
+            up = [min(1.0, mean + optimism * std) for mean, std in self.posterior(steps)]
+            chances = itertools.accumulate(up, operator.mul)
+            expected[steps] = list(itertools.accumulate(chances, initial=1.0))  # E(0), E(1), ...
+        return {plan: expected[plan.steps][plan.k] / s for plan, s in self.seconds.items()}
+
+    def want(self, most: int) -> Wanted:
+        """The plan of the coming round."""
+        plans = [plan for plan in self.seconds if plan.k <= most]
+        speeds, hopes = self.speeds(), self.speeds(OPTIMISM)
+        best = max(plans, key=lambda plan: speeds[plan])
+        hope = max(plans, key=lambda plan: hopes[plan])
+        loss = self.seconds[hope] * (1 - speeds[hope] / speeds[best])
+        self.plan = best
+        if hopes[hope] > speeds[best] and self.lost + loss <= CURIOSITY * self.spent:
+            self.plan = hope
+            self.lost += loss
+        self.spent += self.seconds[self.plan]
+        k, steps = self.plan
+        return Wanted([k] * self.costs.batch, k, steps or None)
+
+    def update(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """Learn from a round how many tokens of each row were accepted; the one behind was not."""
+        if self.plan == PLAIN:
+            return
+        examined_at, accepted_at = self.examined[self.plan.steps], self.accepted[self.plan.steps]
+        for i in range(self.most):
+            examined_at[i] *= MEMORY
+            accepted_at[i] *= MEMORY
+        for proposed, passed in zip(drafted, accepted, strict=True):
+            for i in range(min(passed + 1, proposed)):
+                examined_at[i] += 1
+                accepted_at[i] += i < passed
+
+    def withhold(self, draft: Draft) -> Draft:
+        """The draft as it is."""
+        return draft
+
+
+class Probe:
+    """Asks for one plan after another, as a Planner would."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.plan = PLAIN
+
+    def start(self, batch: int) -> None:
+        self.batch = batch
+
+    def forget(self, rows: Sequence[int]) -> None:
+        pass
+
+    def want(self, most: int) -> Wanted:
+        return Wanted([self.plan.k] * self.batch, self.plan.k, self.plan.steps or None)
+
+    def update(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        self.drafted, self.accepted = drafted, accepted
+
+    def withhold(self, draft: Draft) -> Draft:
+        return draft
+
+
+def measure(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]] | None = None,
+    *,
+    batch: int = 1,
+    sampling: Sampling | None = None,
+    ks: Sequence[int] = KS,
+) -> Costs:
+    """Decode with one plan after another, each several times, and note what rounds cost.
+
+    It takes some seconds with a small model; after half a minute no plan is measured again. Of the
+    times of a plan the least counts, and no more than that of a longer draft or of more steps: what
+    else the machine does only adds to them.
+
+    Args:
+        decoder: with a drafter; its k does not matter.
+        prompts: token ids of texts like those to come, which are begun one after another; None: the
+            target's first token alone.
+        batch: rows, as many as the planner will see.
+        sampling: None is temperature 1.
+        ks: the K to measure, as far as the drafter can; T are powers of 2 up to 16 and up to K.
+
+    Raises:
+        ValueError: no drafter, or no K that it can draft.
+
+    Example:
+        >>> costs = measure(Decoder(Target(model), PromptLookup()))
+        >>> costs.save(Path("costs.json"))
+    """
+    from .decoder import Decoder
+
+    drafter = decoder.drafter
+    if drafter is None:
+        raise ValueError("decoder: expected one with a drafter, got plain decoding")
+    most = min(
+        getattr(drafter, "most", max(ks)), max(8, drafter.block), decoder.target.context_limit // 4
+    )
+    steps = STEPS if hasattr(drafter, "steps") else (0,)
+    plans = [Plan(k, T) for k in ks for T in steps if k <= most and k >= T]
+    if not plans:
+        raise ValueError(f"ks: expected lengths from 1 to {most}, got {list(ks)}")
+    before = getattr(drafter, "steps", None)
+    probe = Probe(max(plan.k for plan in plans))
+    own = Decoder(
+        decoder.target, drafter, probe, decoder.rule, record=decoder.record, backend=decoder.backend
+    )
+    if prompts is None:
+        bos = decoder.target.model.config.bos_token_id
+        prompts = [[min(bos or 0, decoder.target.vocab_size - 1)]]
+    try:
+        return probed(own, probe, [PLAIN, *plans], prompts, batch, sampling or Sampling(1.0))
+    finally:
+        if before is not None:
+            drafter.steps = before  # type: ignore[attr-defined]
+
+
+def probed(
+    decoder: Decoder,
+    probe: Probe,
+    plans: list[Plan],
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+    sampling: Sampling,
+) -> Costs:
+    """Costs of plans, in rounds that take turns, and what was accepted under each T."""
+    room = min(decoder.target.context_limit - max(map(len, prompts)), TOKENS)
+    session = decoder.open(batch, max(map(len, prompts)) + room, sampling=sampling, stop_tokens=())
+    draft: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    rest: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    examined = {plan.steps: [0] * probe.most for plan in plans[1:]}
+    accepted = {plan.steps: [0] * probe.most for plan in plans[1:]}
+    texts = itertools.cycle(prompts)
+    start = time.monotonic()
+    for turn in range(ROUNDS + 1):  # the first warms up
+        if turn > 1 and time.monotonic() - start > PATIENCE:
+            break
+        for plan in plans:
+            if session.left() <= probe.most:
+                for place in range(batch):
+                    session.abort(place)
+                    session.admit([list(next(texts))], first=place, max_new_tokens=room, seed=turn)
+                probe.plan = plans[-1]
+                session.step()  # in which the drafter reads the prompts
+            probe.plan = plan
+            seconds = timed(session)
+            if turn == 0:
+                continue
+            draft[plan].append(seconds[0])
+            rest[plan].append(seconds[1])
+            for proposed, passed in zip(probe.drafted, probe.accepted, strict=True):
+                for i in range(min(passed + 1, proposed)):
+                    examined[plan.steps][i] += 1
+                    accepted[plan.steps][i] += i < passed
+    verify = {p: min(min(rest[q]) for q in plans if q.k >= p.k) for p in plans}
+    drafting = {
+        p: min(min(draft[q]) for q in plans if q.k >= p.k and q.steps >= p.steps) for p in plans
+    }
+    return Costs(
+        batch, plans, [drafting[p] for p in plans], [verify[p] for p in plans], examined, accepted
+    )
+
+
+def timed(session: Session) -> tuple[float, float]:
+    """Seconds of a round's draft, and of the rest of it."""
+    drafted = session.stats.seconds["draft"]
+    start = time.perf_counter()
+    session.step()
+    whole = time.perf_counter() - start
+    drafted = session.stats.seconds["draft"] - drafted
+    return drafted, whole - drafted

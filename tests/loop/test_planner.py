@@ -1,0 +1,327 @@
+"""Planner: what it believes and chooses, and a loop whose drafter may be left out of rounds."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+from specdiff import Decoder, Sampling, Target
+from specdiff.adaptive import Wanted
+from specdiff.drafters import Autoregressive, PromptLookup
+from specdiff.drafters.base import News, joined
+from specdiff.planner import CURIOSITY, MEMORY, PLAIN, PRIOR, Costs, Plan, Planner, measure
+from specdiff.theory import tokens_per_round
+from tests.loop.test_adaptive import DRAFTERS, PROMPTS
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(tiny_model("llama"))
+
+
+def costs(
+    ks=(0, 1, 2, 4, 8), steps=(1,), draft=0.1, token=0.05, examined=None, accepted=None, batch=1
+) -> Costs:
+    """A plain round takes a second, each step `draft` and each token more `token`."""
+    plans = [PLAIN, *(Plan(k, T) for k in ks if k for T in steps if k >= T)]
+    return Costs(
+        batch,
+        plans,
+        [draft * plan.steps for plan in plans],
+        [1 + token * plan.k for plan in plans],
+        examined or {},
+        accepted or {},
+    )
+
+
+def simulate(planner: Planner, acceptance, rounds: int, seed: int = 0) -> list[Plan]:
+    """Rounds in which position i of a draft in T steps is accepted with chance acceptance(i, T)."""
+    flip, plans = random.Random(seed), []
+    planner.start(1)
+    for _ in range(rounds):
+        planner.want(planner.most)
+        k, steps = planner.plan
+        passed = 0
+        while passed < k and flip.random() < acceptance(passed, steps):
+            passed += 1
+        planner.update([k], [passed])
+        plans.append(planner.plan)
+    return plans
+
+
+def test_expected_speeds_are_those_of_the_theory():
+    planner = Planner(costs(steps=(1, 2)))
+    simulate(planner, lambda i, steps: 0.6, 50)
+    for plan, speed in planner.speeds().items():
+        means = [mean for mean, _ in planner.posterior(plan.steps)][: plan.k] if plan.k else []
+        assert speed == pytest.approx(tokens_per_round(means) / planner.seconds[plan], rel=1e-12)
+
+
+def rate(plans, planner, acceptance) -> float:
+    """Expected tokens a second of these plans, by the true chances."""
+    tokens = sum(tokens_per_round([acceptance(i, p.steps) for i in range(p.k)]) for p in plans)
+    return tokens / sum(planner.seconds[p] for p in plans)
+
+
+def best_rate(planner, acceptance) -> float:
+    return max(rate([plan], planner, acceptance) for plan in planner.seconds)
+
+
+# --- alone ---
+
+
+def test_the_prior_is_what_was_seen_and_counts_for_little():
+    seen = costs(examined={1: [40, 10, 0]}, accepted={1: [30, 1, 0]})
+    first = (30 + 1.0) / 42
+    second = (1 + 2 * first) / 12
+    assert seen.acceptances(1, 4) == [
+        (first, PRIOR), (second, PRIOR), (pytest.approx(second), 2.0), (pytest.approx(second), 2.0)
+    ]  # fmt: skip
+    assert seen.acceptances(7, 1) == [(0.5, 2.0)]
+
+
+def test_the_posterior_counts_examined_positions_only():
+    planner = Planner(costs(ks=(4,)), ks=(4,))
+    planner.want(4)
+    planner.update([4], [1])
+    after_one = planner.posterior(1)
+    assert [mean for mean, _ in after_one] == [2 / 3, 1 / 3, 0.5, 0.5]
+    assert after_one[0][1] == pytest.approx((2 / 9 / 4) ** 0.5)  # of Beta(2, 1)
+    planner.update([4], [4])
+    weights = [2 + MEMORY + 1, 2 + MEMORY + 1, 3, 3]
+    heads = [1 + MEMORY + 1, 1 + 1, 2, 2]
+    assert [m for m, _ in planner.posterior(1)] == [
+        pytest.approx(h / w) for h, w in zip(heads, weights, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize("token", [0.01, 0.2])
+def test_it_comes_within_five_percent_of_the_best_plan(alpha, token):
+    """Over 400 rounds, from a prior that knows nothing."""
+    planner = Planner(costs(token=token))
+    chance = lambda i, steps: alpha
+    plans = simulate(planner, chance, 400)
+    assert rate(plans, planner, chance) > 0.95 * best_rate(planner, chance)
+
+
+def test_more_steps_where_they_pay_and_only_there():
+    """At 4 steps tokens are accepted nearly always; whether that pays is a matter of their cost."""
+    chance = lambda i, steps: 0.9 if steps == 4 else 0.3
+    for draft, wanted in ((0.02, 4), (2.0, 1)):
+        planner = Planner(costs(steps=(1, 4), draft=draft))
+        plans = simulate(planner, chance, 600)
+        assert sum(plan.steps == wanted or plan == PLAIN for plan in plans[300:]) > 250
+        assert rate(plans[100:], planner, chance) > 0.95 * best_rate(planner, chance)
+
+
+@pytest.mark.parametrize("examined", [20, 0])
+def test_a_useless_drafter_costs_at_most_three_percent(examined):
+    """What was seen when costs were measured says so from the first round on; or nothing was."""
+    never = lambda i, steps: 0.0
+    planner = Planner(costs(examined={1: [examined]}, accepted={1: [0]}))
+    plans = simulate(planner, never, 300)
+    assert (plans[:10] == [PLAIN] * 10) == (examined > 0)
+    assert rate(plans, planner, never) > 0.97 * best_rate(planner, never)
+    assert planner.lost <= CURIOSITY * planner.spent
+
+
+def test_a_drafter_that_became_good_is_found_out():
+    """Plain decoding looks best by what was seen, yet drafts are tried now and then."""
+    planner = Planner(costs(draft=0.3, examined={1: [10]}, accepted={1: [1]}))
+    plans = simulate(planner, lambda i, steps: 0.9, 1500)
+    assert plans[:10] == [PLAIN] * 10 and plans[-1].k == 8
+
+
+def test_without_curiosity_it_is_not(monkeypatch):
+    """The mutant of the test before."""
+    monkeypatch.setattr("specdiff.planner.CURIOSITY", -1.0)
+    planner = Planner(costs(draft=0.3, examined={1: [10]}, accepted={1: [1]}))
+    assert set(simulate(planner, lambda i, steps: 0.9, 1500)) == {PLAIN}
+
+
+def test_it_chooses_from_what_it_is_told():
+    planner = Planner(costs(steps=(1, 2)), ks=(4,), steps=(2,))
+    assert set(planner.seconds) == {Plan(4, 2)} and planner.most == 4
+    assert planner.want(8) == Wanted([4], 4, 2)
+    assert Planner(costs(steps=(0,), draft=0.0), ks=(2,)).want(8) == Wanted([2], 2, None)
+    assert all(plan.k <= 2 for plan in simulate(Planner(costs(ks=(0, 1, 2))), lambda i, T: 1, 50))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Planner(costs(), ks=(5,)), r"^nothing to choose from .* K of 0, 1, 2, 4, 8 were"),
+        (lambda: Planner(costs()).start(3), r"with 1 rows and the session has 3: call measure\("),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_costs_are_kept_in_a_file(tmp_path):
+    before = costs(steps=(1, 2), examined={1: [3, 2], 2: [1]}, accepted={1: [2, 0], 2: [1]})
+    before.save(tmp_path / "folder" / "costs.json")
+    assert Costs.load(tmp_path / "folder" / "costs.json") == before
+    (tmp_path / "broken.json").write_text('{"batch": 1}')
+    with pytest.raises(ValueError, match=r"broken.json holds no costs \(.*plans.*\): remove it"):
+        Costs.load(tmp_path / "broken.json")
+
+
+# --- in the loop ---
+
+
+class Turns:
+    """Drafts in some rounds and not in others."""
+
+    def __init__(self, *widths: int) -> None:
+        self.widths, self.most = widths, max(widths)
+
+    def start(self, batch):
+        self.batch, self.round = batch, 0
+
+    def forget(self, rows):
+        pass
+
+    def want(self, most):
+        width = self.widths[self.round % len(self.widths)]
+        self.round += 1
+        return Wanted([width] * self.batch, width)
+
+    def update(self, drafted, accepted):
+        pass
+
+    def withhold(self, draft):
+        return draft
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("widths", [(0, 3), (3, 0, 0, 0, 2), (0, 0, 0, 0, 0, 4)])
+def test_a_drafter_is_told_what_it_missed(target, name, widths):
+    """Drafts are those of a drafter that reads the text so far in one piece."""
+    seen: list[tuple[list[list[int]], torch.Tensor]] = []
+    drafter = DRAFTERS[name](target)
+    inner = drafter.draft
+
+    def watched(news, k, lengths, draws):
+        draft = inner(news, k, lengths, draws)
+        seen.append(([list(text) for text in session.texts], draft.tokens))
+        return draft
+
+    drafter.draft = watched
+    decoder = Decoder(target, drafter, Turns(*widths))
+    session = decoder.open(2, 60, stop_tokens=())
+    session.admit(PROMPTS[:2], max_new_tokens=24)
+    while not all(session.done):
+        session.step()
+    want = Decoder(target).generate(PROMPTS[:2], max_new_tokens=24, stop_tokens=()).new_tokens
+    assert [text[p:] for text, p in zip(session.texts, session.prompts, strict=True)] == want
+    assert len(seen) >= 2
+    for texts, tokens in seen:
+        fresh = DRAFTERS[name](target)
+        first: list[torch.Tensor] = []
+        inner_fresh = fresh.draft
+
+        def noted(*arguments, call=inner_fresh, first=first):
+            draft = call(*arguments)
+            first.append(draft.tokens)
+            return draft
+
+        fresh.draft = noted
+        again = Decoder(target, fresh, Turns(tokens.shape[1])).open(2, 60, stop_tokens=())
+        again.admit(texts, max_new_tokens=9)
+        again.step()
+        drafted = tokens >= 0  # near its end a row has room for fewer
+        assert drafted[:, 0].any() and torch.equal(first[0][drafted], tokens[drafted])
+
+
+def test_a_drafter_that_is_never_called(target):
+    class Never:
+        needs_hidden, vocab_size, block = False, None, 4
+
+        def start(self, *_):
+            pass
+
+        def draft(self, *_):
+            raise AssertionError("called")
+
+    decoder = Decoder(target, Never(), Planner(costs(ks=(0, 4), batch=3), ks=(0,)))
+    want = Decoder(target).generate(PROMPTS, max_new_tokens=9).new_tokens
+    assert decoder.generate(PROMPTS, max_new_tokens=9).new_tokens == want
+
+
+def test_places_that_are_filled_again_bring_no_old_news(target):
+    """Another prompt takes a place between rounds without a draft."""
+    drafter = Autoregressive(target.model)
+    session = Decoder(target, drafter, Turns(0, 0, 0, 0, 3)).open(2, 60, stop_tokens=())
+    session.admit([[1, 2, 3], [4, 5]], max_new_tokens=[30, 3][0])
+    for _ in range(3):
+        session.step()
+    session.abort(1)
+    session.admit([[7, 8, 9, 10]], first=1, max_new_tokens=30)
+    session.step()
+    step = session.step()
+    assert step.drafted == [3, 3] == step.accepted  # by itself, greedily
+
+
+def test_news_are_joined_row_by_row():
+    old = News(torch.tensor([[1, 2, 99], [3, 98, 97]]), torch.tensor([2, 1]), torch.ones(2, 3, 1))
+    new = News(torch.tensor([[4, 96], [5, 6]]), torch.tensor([1, 2]), 2 * torch.ones(2, 2, 1), 9)
+    both = joined([old, new])
+    assert both.counts.tolist() == [3, 3] and both.longest == 9
+    assert both.tokens[:, :3].tolist() == [[1, 2, 4], [3, 5, 6]]
+    assert both.hidden[:, :3, 0].tolist() == [[1, 1, 2], [1, 2, 2]]
+
+
+def test_costs_of_a_real_pair(target):
+    """Every plan is measured; longer drafts and more steps never cost less; what was accepted is
+    counted."""
+    drafter = DRAFTERS["block-diffusion"](target)
+    drafter.steps = 2
+    found = measure(Decoder(target, drafter), ks=(1, 2, 4), batch=2)
+    assert found.plans == [PLAIN, (1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+    assert drafter.steps == 2
+    by_plan = dict(zip(found.plans, zip(found.draft, found.verify, strict=True), strict=True))
+    for p in found.plans:
+        for q in found.plans:
+            if q.k >= p.k and q.steps >= p.steps:
+                assert by_plan[p][0] <= by_plan[q][0] and by_plan[p][1] <= by_plan[q][1]
+    for T in (1, 2, 4):
+        examined, accepted = found.examined[T], found.accepted[T]
+        assert examined[0] > 0
+        assert all(n <= a for a, n in pairwise([examined[0], *examined]))
+        assert all(
+            later <= a <= n for n, a, later in zip(examined, accepted, examined[1:], strict=False)
+        )
+
+
+def test_a_drafter_that_is_the_target_is_always_accepted(target):
+    greedy = Sampling()
+    found = measure(Decoder(target, Autoregressive(target.model)), ks=(3,), sampling=greedy)
+    assert found.plans == [PLAIN, (3, 0)] and found.examined == found.accepted
+
+
+def test_there_has_to_be_something_to_measure(target):
+    with pytest.raises(ValueError, match=r"^decoder: expected one with a drafter"):
+        measure(Decoder(target))
+    with pytest.raises(ValueError, match=r"^ks: expected lengths from 1 to 8, got \[99\]"):
+        measure(Decoder(target, PromptLookup()), ks=(99,))
+
+
+@pytest.mark.parametrize("name", ["block-diffusion", "itself", "prompt-lookup"])
+def test_text_under_a_planner(target, name):
+    """Greedy text is plain decoding's; sampled text is the same again, as plans depend on nothing
+    but the costs and what was accepted."""
+    drafter = DRAFTERS[name](target)
+    steps = (1, 2) if name == "block-diffusion" else (0,)
+    planner = Planner(costs(ks=(0, 1, 2, 4), steps=steps, batch=3))
+    want = Decoder(target).generate(PROMPTS, max_new_tokens=30).new_tokens
+    assert Decoder(target, drafter, planner).generate(PROMPTS, max_new_tokens=30).new_tokens == want
+    hot = {"max_new_tokens": 30, "sampling": Sampling(1.0), "seed": 5}
+    first = Decoder(target, drafter, planner).generate(PROMPTS, **hot).new_tokens
+    assert Decoder(target, drafter, planner).generate(PROMPTS, **hot).new_tokens == first
