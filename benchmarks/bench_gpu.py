@@ -212,7 +212,7 @@ class Ours(Row):
         self.rule = rule
         counts = torch.empty_like(case.seed)
         emitted = counts.new_empty(B, K + 1)
-        self.out = Verified(counts, emitted, counts.int())
+        self.out = Verified(counts, emitted, counts.int(), counts.double())
 
     def __call__(self) -> Verified:
         return verify(

@@ -6,6 +6,7 @@
 """
 
 from .backends import BackendError, available_backends, use_backend, workspace_size
+from .lenience import check_lenience
 from .ops import (
     commit,
     denoise_step,
@@ -24,6 +25,7 @@ from .types import (
     Committed,
     Draft,
     LawError,
+    Lenience,
     PackedWeight,
     Purpose,
     RowDivergence,
@@ -41,6 +43,7 @@ __all__ = [
     "Committed",
     "Draft",
     "LawError",
+    "Lenience",
     "Order",
     "PackedWeight",
     "Pages",
@@ -52,6 +55,7 @@ __all__ = [
     "Status",
     "Verified",
     "available_backends",
+    "check_lenience",
     "check_names",
     "check_status",
     "choose_record",

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .lenience import KINDS
 from .pages import Pages
 from .records import RULES, Record
 from .reveal import Reveal
-from .types import Committed, Draft, Pending, RowLaw, Verified
+from .types import Committed, Draft, Lenience, Pending, RowLaw, Verified
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_LOGITS = (0, 0, 0, 0, 0)
@@ -131,6 +132,7 @@ def verify_arguments(
     draft: Draft,
     rule: str,
     record: Record,
+    lenience: Lenience | None,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
@@ -142,6 +144,9 @@ def verify_arguments(
     *,
     out: Verified,
 ) -> tuple:
+    kind, amount = 0, None
+    if lenience is not None:
+        kind, amount = list(KINDS).index(lenience.kind), torch.as_tensor(lenience.amount)
     return (
         logits_view(target_logits),
         (target_logits.shape[0], target_logits.shape[1] - 1),
@@ -150,8 +155,8 @@ def verify_arguments(
         0 if draft.logits is None else draft.logits.shape[0],
         addresses(draft.law or (None,) * 5),
         addresses((draft.draft_ids, draft.lengths)),
-        (RULES.index(rule), int(record), draft.final_step),
-        addresses((temperature, top_k, top_p, min_p)),
+        (RULES.index(rule), int(record), draft.final_step, kind),
+        addresses((temperature, top_k, top_p, min_p, amount)),
         addresses((words, seed, round, position)),
         addresses(out),
     )

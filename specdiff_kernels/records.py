@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from .types import Draft
 
-RULES = ("token", "block", "greedy", "coupled")
+RULES = ("token", "block", "greedy", "coupled", "lenient")
 
 
 class Record(IntEnum):

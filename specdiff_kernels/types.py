@@ -28,7 +28,8 @@ REASONS = {
     Status.POS_INF: "its logits contain +inf",
     Status.EMPTY: "no token has any weight: all its logits are -inf",
     Status.PARAMETER: "a sampling parameter is out of range: temperature must be 0 or in "
-    "[2^-95, 2^95], top_k >= 0, top_p in (0, 1], min_p in [0, 1]",
+    "[2^-95, 2^95], top_k >= 0, top_p in (0, 1], min_p in [0, 1], an amount of lenience in "
+    "(0, 1], of additive >= 0, of ensemble in [0, 1]",
     Status.TOKEN: "a drafted token is out of range (-1: still masked), or a draft row index or a "
     "draft's length is, or a row is recorded of a draft without logits and law",
     Status.DRAFT: "a drafted token has no weight in the draft law recorded for it: record "
@@ -149,12 +150,28 @@ class Pending(NamedTuple):
     entropy: Tensor  # f64 [B, K], only written
 
 
+class Lenience(NamedTuple):
+    """How `verify` with rule="lenient" raises the chance of acceptance above the exact rule's.
+
+    A drafted token is accepted with probability min(1, p'(x) / q(x)), where p'(v) is 0 where p(v)
+    is, and otherwise (Yin et al. 2411.00841, docs/losslessness.md):
+
+        "lenience"  p / amount                                amount in (0, 1]; 1 is exact
+        "additive"  p + amount                                amount >= 0; 0 is exact
+        "ensemble"  max(p, (1 - amount) q + amount p)         amount in [0, 1]; 1 is exact
+    """
+
+    kind: str
+    amount: float | Tensor  # or f64 [B]
+
+
 class Verified(NamedTuple):
     """What a target forward settled: `accepted` drafts, then one token more, then -1."""
 
     accepted: Tensor  # i64 [B]
     emitted: Tensor  # i64 [B, K + 1]
-    status: Tensor  # i32 [B], Status; where it is not OK, accepted is 0 and emitted all -1
+    status: Tensor  # i32 [B], Status; where it is not OK, accepted and bias are 0, emitted all -1
+    bias: Tensor  # f64 [B], total variation spent by the lenient rule; 0 under the exact ones
 
 
 class RowDivergence(NamedTuple):

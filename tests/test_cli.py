@@ -24,7 +24,8 @@ from specdiff.report import LiveText, Run, TextStream, figures, median_run
 from tests.tiny import tiny_model
 
 KEYS = [
-    "text", "tokens", "target_forwards", "tokens_per_forward", "acceptance", "stage_ms",
+    "text", "tokens", "target_forwards", "tokens_per_forward", "acceptance", "bias",
+    "bias_per_token", "stage_ms",
     "tokens_per_second", "baseline_tokens_per_second", "speedup", "identical",
 ]  # fmt: skip
 PROMPT = "the quick brown fox jumps over the"
@@ -149,6 +150,36 @@ def test_record_decides_which_draft_laws_count(result, target):
     assert result(*options, "--record", "one-hot", drafter=target)["acceptance"][0] < 0.9
 
 
+def test_lenience_accepts_more_and_says_what_it_spent(result, target):
+    """The target's own drafts as bare guesses, so that leniency has something to give."""
+    options = ["--temperature", "1", "--record", "one-hot", "--k", "3"]
+    exact = result(*options, drafter=target)
+    lenient = result(*options, "--lenience", "ensemble=0.2", "--compare", drafter=target)
+    assert exact["bias"] == 0 and lenient["bias"] > 1
+    assert lenient["bias_per_token"] == lenient["bias"] / lenient["tokens"]
+    assert lenient["acceptance"][0] > exact["acceptance"][0]
+    assert lenient["identical"] is None
+    assert result(*options, "--lenience", "ensemble=1", drafter=target)["text"] == exact["text"]
+
+
+@pytest.mark.parametrize("rule", [[], ["--rule", "lenient"]])
+def test_lenience_prints_its_budget_and_promises_nothing(run, target, rule):
+    options = ["--prompt", PROMPT, "--compare", "--lenience", "additive=0.3", *rule]
+    sampled = run(*options, "--temperature", "1", "--record", "one-hot", drafter=target).stdout
+    assert "the text no longer follows" in sampled and "identical" not in sampled
+    assert re.search(r"total variation spent │ +[1-9]", sampled)
+    assert re.search(r"for each token │ +0\.\d", sampled)
+    greedy = run(*options, drafter=target).stdout
+    assert re.search(r"total variation spent │ +0\.0000 ", greedy)
+    assert "no longer" not in greedy and "identical" not in greedy
+    assert "variation" not in run("--prompt", PROMPT, drafter=target).stdout
+
+
+def test_greedy_text_is_the_same_under_any_lenience(result, target):
+    got = result("--lenience", "ensemble=0", drafter=target)
+    assert (got["text"], got["bias"]) == (result()["text"], 0.0)
+
+
 def test_seed_decides_sampled_text(result):
     texts = [result("--temperature", "1", "--seed", seed)["text"] for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
@@ -211,6 +242,15 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "a", "--record", "final"], "would bias the output: .* names no final_step"),
         (["--prompt", "a", "--record", "entangled"], "would bias the output: .* the drafter keeps"),
         (["--prompt", "a", "--rule", "coupled", "--record", "one-hot"], "uses no q, got 'one-hot'"),
+        (["--prompt", "a", "--rule", "lenient"], "--rule lenient needs --lenience KIND=AMOUNT"),
+        (
+            ["--prompt", "a", "--rule", "token", "--lenience", "ensemble=1"],
+            "--lenience implies --rule lenient, got --rule token",
+        ),
+        (["--prompt", "a", "--lenience", "ensemble=1", "--no-draft"], "leave out --no-draft"),
+        (["--prompt", "a", "--lenience", "ensemble"], "must be KIND=AMOUNT, .* got 'ensemble'"),
+        (["--prompt", "a", "--lenience", "more=1"], "lenience.kind: expected one of lenience, add"),
+        (["--prompt", "a", "--lenience", "ensemble=2"], "lenience.amount: expected a number in"),
     ],
 )
 def test_user_errors_are_one_line(run, args, message):

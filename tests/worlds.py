@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specdiff.drafters.sedd import carry_over
-from specdiff_kernels import Draft, Reveal, Verified, denoise_step, row_law, verify
+from specdiff_kernels import Draft, Lenience, Reveal, Verified, denoise_step, row_law, verify
 from specdiff_kernels.reference.numerics import weights
 
 from .enumeration import WORDS, first_word, patterns, probabilities
@@ -48,6 +48,7 @@ class Way(NamedTuple):
     hot_start: str | None = None  # "entangled", "recycled", or "entangled anew": kept once only
     withhold: str | None = None  # "entropy" (before sampling) or "value" (after it)
     forget: bool = False  # hide that sampled values decided on the reveal, or that tokens stayed
+    lenience: Lenience | None = None
 
 
 class State(NamedTuple):
@@ -255,7 +256,7 @@ class World:
         laws = self.drafts(states)
         drafts = list(dict.fromkeys(s for law in laws.values() for s in law))
         K = len(drafts[0].tokens)
-        accept, last = self.outcomes(drafts, way)
+        accept, last, _ = self.outcomes(drafts, way)
         ends: dict[State, dict[State, Fraction]] = {}
         for n, s in enumerate(drafts):
             end = ends.setdefault(s, defaultdict(Fraction))
@@ -266,9 +267,9 @@ class World:
                         end[after] += chance * last[n * (K + 1) + i][v]
         return {state: compose(law, ends) for state, law in laws.items()}
 
-    def outcomes(self, drafts: list[State], way: Way) -> tuple[list, list]:
+    def outcomes(self, drafts: list[State], way: Way) -> tuple[list, list, list]:
         """For each draft P(accept) of each token, in the sense of the rule; for each draft and
-        each number of accepted tokens the law of the one behind them."""
+        each number of accepted tokens the law of the one behind them, and the bias returned."""
         B, K, V = len(drafts), len(drafts[0].tokens), self.V
         texts = [[s.prefix + s.tokens[:i] for i in range(K + 1)] for s in drafts]
         target = torch.stack(
@@ -282,7 +283,8 @@ class World:
         record = None if way.record == "forced" else way.record
 
         def outcome(words: Tensor) -> Verified:
-            return verify(target, draft, rule=way.rule, record=record, words=words)
+            return verify(target, draft, rule=way.rule, record=record, lenience=way.lenience,
+                          words=words)  # fmt: skip
 
         block = way.rule == "block"
         stop = torch.arange(K + 1).repeat(B)  # the number of accepted tokens that is asked about
@@ -304,10 +306,10 @@ class World:
         def behind(word: Tensor) -> Tensor:
             return outcome(torch.cat((words[:, :K], word[:, None]), 1)).emitted[row, stop]
 
-        last = probabilities(behind, len(stop), V)
+        last, bias = probabilities(behind, len(stop), V), outcome(words).bias.tolist()
         shares = [Fraction(a, WORDS) for a in accept]
         lengths = [self.lengths(s, way) for s in drafts]
-        return [shares[b * (K + 1) : b * (K + 1) + lengths[b]] for b in range(B)], last
+        return [shares[b * (K + 1) : b * (K + 1) + lengths[b]] for b in range(B)], last, bias
 
     def carried(self, s: State, accepted: int, token: int, way: Way) -> State:
         """The state behind a round: what the drafter keeps is decided by `carry_over`."""
@@ -332,6 +334,28 @@ class World:
 
     def output_law(self, way: Way) -> dict[Text, Fraction]:
         """Law of the text of whole runs, cut at LENGTH."""
+        return self.runs(way)[0]
+
+    def expected_bias(self, way: Way) -> float:
+        """Mean over whole runs of the sum of the biases that `verify` returns."""
+        waiting, total = self.runs(way)[1], 0.0
+        for length in range(LENGTH):
+            laws = self.drafts([s for s in waiting if len(s.prefix) == length])
+            drafts: Law = defaultdict(Fraction)
+            for state, law in laws.items():
+                for draft, chance in law.items():
+                    drafts[draft] += waiting[state] * chance
+            if not drafts:
+                continue
+            accept, _, bias = self.outcomes(list(drafts), way)
+            for n, chance in enumerate(drafts.values()):
+                for i, share in enumerate(stops(accept[n], way.rule)):
+                    total += float(chance * share) * bias[n * (LENGTH - length + 1) + i]
+        return total
+
+    def runs(self, way: Way) -> tuple[dict[Text, Fraction], Law]:
+        """Law of the text of whole runs, cut at LENGTH; of each state the chance that a round
+        begins there."""
         waiting: Law = defaultdict(Fraction, {State.fresh(()): Fraction(1)})
         law: dict[Text, Fraction] = defaultdict(Fraction)
         for length in range(LENGTH):
@@ -344,7 +368,7 @@ class World:
                         law[end.prefix] += waiting[state] * chance
                     else:
                         waiting[end] += waiting[state] * chance
-        return law
+        return law, waiting
 
     def distance(self, way: Way) -> float:
         """Total variation between the output law and the target's."""

@@ -107,17 +107,18 @@ inline SampleParams params(const SampleArguments& arguments) {
 }
 
 // target, (batch, k), draft's (tokens, tau, rows), its logits, rows and law, (draft_ids, lengths),
-// (rule, record, final step), parameters, randomness, (accepted, emitted, status)
+// (rule, record, final step, kind of lenience), (parameters, its amounts), randomness,
+// (accepted, emitted, status, bias)
 using VerifyArguments =
     std::tuple<LogitsTuple, std::tuple<int64_t, int64_t>, AddressTuple, LogitsTuple, int64_t,
-               AddressTuple, AddressTuple, std::tuple<int, int, int>, AddressTuple, AddressTuple,
-               AddressTuple>;
+               AddressTuple, AddressTuple, std::tuple<int, int, int, int>, AddressTuple,
+               AddressTuple, AddressTuple>;
 
 inline VerifyParams params(const VerifyArguments& arguments) {
   const auto& [target, sizes, drafted, draft, draft_rows, draft_law, columns, how, parameters_,
                random, out] = arguments;
   const auto [batch, k] = sizes;
-  const auto [rule, record, final_step] = how;
+  const auto [rule, record, final_step, lenience] = how;
   return {logits(target),
           batch,
           k,
@@ -132,11 +133,14 @@ inline VerifyParams params(const VerifyArguments& arguments) {
           rule,
           record,
           final_step,
+          lenience,
           parameters(parameters_),
+          pointer<const double>(parameters_.at(4)),
           randomness(random),
           pointer<int64_t>(out.at(0)),
           pointer<int64_t>(out.at(1)),
           pointer<int32_t>(out.at(2)),
+          pointer<double>(out.at(3)),
           nullptr,
           nullptr,
           1};

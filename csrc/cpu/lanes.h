@@ -1,11 +1,13 @@
-// exp2_weight and residual_weight on vectors: the very operations of weights.h and accept.h, on
-// kUnroll vectors side by side, since one chain of 40 dependent operations cannot fill the units.
+// exp2_weight, residual_weight and bias_weight on vectors: the very operations of weights.h and
+// accept.h, on kUnroll vectors side by side, since one chain of 40 dependent operations cannot fill
+// the units.
 #pragma once
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #define SPECDIFF_LANES
 #include <immintrin.h>
 
+#include "specdiff/accept.h"
 #include "specdiff/philox.h"
 #include "specdiff/weights.h"
 #include "tile.h"
@@ -36,6 +38,9 @@ inline Floats ceiling(Floats x) {
 inline Doubles larger(Doubles x, Doubles y) {
   return Doubles(_mm512_maskz_max_pd(0xff, __m512d(x), __m512d(y)));
 }
+inline Doubles smaller(Doubles x, Doubles y) {
+  return Doubles(_mm512_maskz_min_pd(0xff, __m512d(x), __m512d(y)));
+}
 inline Longs shifted(Longs x, Longs count) {
   return Longs(_mm512_maskz_srlv_epi64(0xff, __m512i(x), __m512i(count)));
 }
@@ -47,6 +52,9 @@ inline Longs low_times(Longs x, Longs y) {
 inline Floats ceiling(Floats x) { return Floats(_mm256_ceil_ps(__m256(x))); }
 inline Doubles larger(Doubles x, Doubles y) {
   return Doubles(_mm256_max_pd(__m256d(x), __m256d(y)));
+}
+inline Doubles smaller(Doubles x, Doubles y) {
+  return Doubles(_mm256_min_pd(__m256d(x), __m256d(y)));
 }
 // 0 for a count of 64 or more
 inline Longs shifted(Longs x, Longs count) {
@@ -123,11 +131,21 @@ inline Doubles probabilities(Longs e, double inverse_total) {
   return (Doubles(e | 0x4330000000000000) - 0x1p52) * inverse_total;
 }
 
-inline Longs residual_weights(Longs e_p, Longs e_q, const Scales& by) {
-  const Doubles difference =
-      by.a * probabilities(e_p, by.inverse_p) - probabilities(e_q, by.inverse_q);
+// int64(max(difference, 0) 2^60)
+inline Longs positive_part(Doubles difference) {
   const Longs bits = Longs(larger(difference, 0x1p-62 - Doubles{}));
   return ((bits & 0xfffffffffffff) | uint64_t(1) << 52) << 8 >> (1023 - (bits >> 52));
+}
+
+inline Longs residual_weights(Longs e_p, Longs e_q, const Scales& by) {
+  return positive_part(by.a * probabilities(e_p, by.inverse_p) - probabilities(e_q, by.inverse_q));
+}
+
+inline Longs bias_weights(Longs e_p, Longs e_q, const Scales& by, const Raise& raise) {
+  const Doubles p = probabilities(e_p, by.inverse_p), q = probabilities(e_q, by.inverse_q);
+  const Doubles more = (raise.q_share * q + raise.p_share * p + raise.more) / raise.divisor;
+  const Doubles chance = Doubles(Longs(larger(more, p)) & Longs(p > 0.0));
+  return positive_part(smaller(q, chance) - p);
 }
 
 inline int64_t total_of(const Longs& x) {
@@ -158,6 +176,20 @@ inline int64_t excess_groups(const float* l_p, const float* l_q, int n, const Ro
     const Group e_p = law_weights<kPlain>(l_p + i, p), e_q = law_weights<kPlain>(l_q + i, q);
     SPECDIFF_EACH total[u] += residual_weights(e_p.even[u], e_q.even[u], by);
     SPECDIFF_EACH total[u] += residual_weights(e_p.odd[u], e_q.odd[u], by);
+  }
+  for (int u = 1; u < kUnroll; ++u) total[0] += total[u];
+  return total_of(total[0]);
+}
+
+// The same for the bias weights.
+template <bool kPlain>
+inline int64_t bias_groups(const float* l_p, const float* l_q, int n, const RowLaw& p,
+                           const RowLaw& q, const Scales& by, const Raise& raise, int& i) {
+  Longs total[kUnroll]{};
+  for (; i + kGroup <= n; i += kGroup) {
+    const Group e_p = law_weights<kPlain>(l_p + i, p), e_q = law_weights<kPlain>(l_q + i, q);
+    SPECDIFF_EACH total[u] += bias_weights(e_p.even[u], e_q.even[u], by, raise);
+    SPECDIFF_EACH total[u] += bias_weights(e_p.odd[u], e_q.odd[u], by, raise);
   }
   for (int u = 1; u < kUnroll; ++u) total[0] += total[u];
   return total_of(total[0]);

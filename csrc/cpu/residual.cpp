@@ -75,4 +75,22 @@ void Residual::dense_sums() {
   }
 }
 
+// Over the draft's columns alone, as elsewhere q is 0.
+int64_t bias(const Row& target, const RowLaw& law, const DraftRow& draft, const Raise& raise) {
+  const Scales scales{inverse(law.total), inverse(draft.law.total), 1};
+  alignas(64) float p[kTile], q[kTile];
+  int64_t total = 0;
+  for (int64_t tile = 0; tile < draft.row.tiles(); ++tile) {
+    const int n = draft.row.tile_size(tile);
+    const float *l_p = p, *l_q = draft.row.tile(tile * kTile, n, q);
+    if (draft.ids) {
+      target.gather(draft.ids + tile * kTile, n, p);
+    } else {
+      l_p = target.tile(tile * kTile, n, p);
+    }
+    total += kernels().bias(l_p, l_q, n, law, draft.law, scales, raise);
+  }
+  return total;
+}
+
 }  // namespace specdiff::cpu

@@ -1,4 +1,4 @@
-// The law a p - q, cut at 0, that a rejected token is replaced by.
+// The law a p - q, cut at 0, that a rejected token is replaced by; and what leniency costs.
 #pragma once
 
 #include "row.h"
@@ -36,5 +36,8 @@ class Residual {
   int64_t total_ = 0;
   int64_t sums_[kMaxTiles];  // by tile
 };
+
+// The sum of bias weights, in units of 2^-60. Neither law is greedy.
+int64_t bias(const Row& target, const RowLaw& law, const DraftRow& draft, const Raise& raise);
 
 }  // namespace specdiff::cpu

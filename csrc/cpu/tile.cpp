@@ -77,6 +77,21 @@ int64_t excess(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Sc
   return total;
 }
 
+int64_t bias(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Scales by,
+             Raise raise) {
+  int64_t total = 0;
+  int i = 0;
+#ifdef SPECDIFF_LANES
+  const auto groups = plain(p) && plain(q) ? bias_groups<true> : bias_groups<false>;
+  total = groups(l_p, l_q, n, p, q, by, raise, i);
+#endif
+  for (; i < n; ++i) {
+    total += bias_weight(probability(sampled_weight(l_p[i], p), by.inverse_p),
+                         probability(sampled_weight(l_q[i], q), by.inverse_q), raise);
+  }
+  return total;
+}
+
 int64_t spreads(const float* l, int n, RowLaw law) {
   int64_t total = 0;
   for (int i = 0; i < n; ++i) total += spread(l[i], law);
@@ -131,6 +146,7 @@ const TileKernels SPECDIFF_CONCAT(kernels_, SPECDIFF_ISA) = {SPECDIFF_STRING(SPE
                                                              weights,
                                                              residual,
                                                              excess,
+                                                             bias,
                                                              spreads,
                                                              noise,
                                                              race};

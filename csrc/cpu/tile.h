@@ -27,6 +27,9 @@ struct TileKernels {
   int64_t (*residual)(const int64_t* e_p, const int64_t* e_q, int n, Scales scales, int64_t* w);
   // the same sum from the logits of two rows over the same tokens, neither of them greedy
   int64_t (*excess)(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Scales scales);
+  // the sum of bias weights of the same two rows; the scales' a is not used
+  int64_t (*bias)(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Scales scales,
+                  Raise raise);
   // sum of the spreads of a row that is neither greedy nor truncated
   int64_t (*spread)(const float* l, int n, RowLaw law);
   // race_word of the token ids 2 pair .. 2 (pair + pairs) - 1

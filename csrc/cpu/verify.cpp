@@ -28,6 +28,7 @@ class Sequence {
       : p_(params), b_(b), emitted_(params.emitted + b * (params.k + 1)) {
     scratch_ = p_.scratch ? p_.scratch + thread * p_.target.columns : nullptr;
     length_ = p_.lengths ? p_.lengths[b_] : p_.k;
+    if (lenient()) raise_ = raise_by(p_.lenience, p_.amounts[b_]);
   }
 
   void run() {
@@ -35,12 +36,16 @@ class Sequence {
     int32_t status = kToken;
     if (0 <= length_ && length_ <= p_.k) status = by_rule();
     p_.status[b_] = status;
+    p_.bias[b_] = status == kOk ? bias_ : 0;
     p_.accepted[b_] = status == kOk ? accepted_ : 0;
     if (status != kOk) std::fill(emitted_, emitted_ + p_.k + 1, -1);
   }
 
  private:
+  bool lenient() const { return p_.rule == kLenientRule; }
+
   int32_t by_rule() {
+    if (lenient() && !valid_amount(p_.lenience, p_.amounts[b_])) return kParameter;
     if (p_.rule == kBlockRule) return block_rule();
     return p_.rule == kCoupledRule ? coupled_rule() : token_rule();
   }
@@ -64,8 +69,10 @@ class Sequence {
     const int32_t status = find_draft(i, is_recorded, &draft);
     if (status != kOk) return status;
     const int64_t x = token(i);
+    const double p = chance(target, law, x);
     const double q = probability(draft.weight_of(x), inverse(draft.law.total));
-    *rejected = !accepts(accept_word(i), chance(target, law, x), q);
+    *rejected = !accepts(accept_word(i), lenient() ? raised(p, q, raise_) : p, q);
+    if (lenient()) bias_ += double(bias_at(target, law, draft, p, q)) * 0x1p-60;
     emitted_[i] = x;
     if (!*rejected) return kOk;
     if (!is_recorded) {
@@ -76,6 +83,13 @@ class Sequence {
     emitted_[i] =
         residual.total() ? residual.draw(last_word(i)) : draw(target, law, sums_, last_word(i));
     return kOk;
+  }
+
+  // Under a greedy law of the draft, q is 0 but at the token; under one of the target, p is 0 or 1.
+  int64_t bias_at(const Row& target, const RowLaw& law, const DraftRow& draft, double p,
+                  double q) const {
+    if (law.scale == 0 || draft.law.scale == 0) return bias_weight(p, q, raise_);
+    return bias(target, law, draft, raise_);
   }
 
   int32_t block_rule() {
@@ -217,6 +231,8 @@ class Sequence {
   int64_t* scratch_;
   int64_t length_;
   int64_t accepted_ = 0;
+  double bias_ = 0;
+  Raise raise_{};
   int64_t sums_[kMaxTiles];
   int32_t latest_ = 0;
 };

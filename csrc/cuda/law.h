@@ -22,7 +22,7 @@ struct RowWords {
   int64_t candidate;                   // a token that may be revealed + 1; 0: none
   double target_chance, draft_chance;  // p(x), q(x) of the block rule
   double prefix_chance;                // P_i
-  int64_t excess;                      // 2^60 S_i
+  int64_t excess;                      // 2^60 S_i, or 2^60 times the bias of the lenient rule
   int64_t raw_total, spread;           // of the model's own law
   double rank;
   // of a sequence, in its first row

@@ -1,4 +1,4 @@
-// The laws that drafted tokens were drawn from, and residuals behind them.
+// The laws that drafted tokens were drawn from, residuals behind them, and what leniency costs.
 #pragma once
 
 #include "law.h"
@@ -69,30 +69,43 @@ struct DraftLaw {
   }
 };
 
-// int(max(a p - q, 0) 2^60) of columns v to v + 7.
-__device__ inline void residual_weights(const Row& target, const RowLaw& law, const DraftLaw& draft,
-                                        double a, int64_t v, int64_t (&w)[8]) {
+// weigh(p, q) of columns v to v + 7.
+template <class Weigh>
+__device__ void weigh_both(const Row& target, const RowLaw& law, const DraftLaw& draft, int64_t v,
+                           Weigh weigh, int64_t (&w)[8]) {
   const double inverse_p = inverse(law.total), inverse_q = inverse(draft.law.total);
   float l[8];
   target.widen(target.load(v), l);
   draft.weights(v, w);
   for (int j = 0; j < 8; ++j) {
-    const double p = a * probability(weight(l[j], v + j, law), inverse_p);
-    w[j] = residual_weight(p, probability(w[j], inverse_q));
+    const double p = probability(weight(l[j], v + j, law), inverse_p);
+    w[j] = weigh(p, probability(w[j], inverse_q));
   }
 }
 
-// The sum of residual weights of a block's part.
-__device__ inline int64_t residual_sum(const Row& target, const RowLaw& law, const DraftLaw& draft,
-                                       double a, const Split& split, int64_t part, Shared& shared) {
+// The sum of weigh(p, q) over a block's part.
+template <class Weigh>
+__device__ int64_t sum_both(const Row& target, const RowLaw& law, const DraftLaw& draft,
+                            const Split& split, int64_t part, Weigh weigh, Shared& shared) {
   int64_t sum = 0;
 #pragma unroll 1
   for (int k = 0; k < split.groups; ++k) {
     int64_t w[8];
-    residual_weights(target, law, draft, a, column_of(target, split, part, k), w);
+    weigh_both(target, law, draft, column_of(target, split, part, k), weigh, w);
     for (int j = 0; j < 8; ++j) sum += w[j];
   }
   return block_sum(sum, shared);
 }
+
+// int(max(a p - q, 0) 2^60)
+struct ResidualWeight {
+  double a;
+  __device__ int64_t operator()(double p, double q) const { return residual_weight(a * p, q); }
+};
+
+struct BiasWeight {
+  Raise by;
+  __device__ int64_t operator()(double p, double q) const { return bias_weight(p, q, by); }
+};
 
 }  // namespace specdiff::cuda

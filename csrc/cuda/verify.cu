@@ -2,7 +2,8 @@
 //
 // 1. judge: the law of each target row; the last block of a row judges the drafted token. Rows
 //    behind one that ended the round are left out if they come later.
-// 2. end: residual weights where one may be drawn from; the last block of a sequence draws.
+// 2. end: residual weights where one may be drawn from, under the lenient rule bias weights of all
+//    examined rows; the last block of a sequence draws.
 //
 // Blocks go through the rows from the first position to the last, as later ones may not be needed.
 #include "residual.h"
@@ -31,6 +32,10 @@ struct Sequence {
   __device__ Row row(int64_t i) const { return Row(p.target, b, i); }
   __device__ int64_t token(int64_t i) const { return p.tokens[b * p.k + i]; }
   __device__ bool block_rule() const { return p.rule == kBlockRule; }
+  __device__ bool lenient() const { return p.rule == kLenientRule; }
+  // Whether sums are needed of other rows than the one that ends the round.
+  __device__ bool every_row() const { return block_rule() || lenient(); }
+  __device__ Raise raise_by_amount() const { return raise_by(p.lenience, p.amounts[b]); }
 
   // Where the round has to end for all that is known by now.
   __device__ int64_t stop() const {
@@ -84,7 +89,14 @@ __device__ bool ends_round(const Sequence& s, int64_t i, const Row& row, const R
   const double q = probability(draft.weight_of_token(), inverse(draft.law.total));
   words.target_chance = p;
   words.draft_chance = q;
-  return s.block_rule() ? p == 0 : !accepts(s.word(i, i, kAccept), p, q);
+  if (s.block_rule()) return p == 0;
+  double chance = p;
+  if (s.lenient()) {
+    const Raise by = s.raise_by_amount();
+    chance = raised(p, q, by);
+    if (!recorded) words.excess = bias_weight(p, q, by);  // else a sum over the row, later
+  }
+  return !accepts(s.word(i, i, kAccept), chance, q);
 }
 
 // A block's part in the law of row i, and the judgement if it is the last.
@@ -189,15 +201,25 @@ __device__ int64_t last_token(const Sequence& s, int64_t i) {
   int64_t r = mulhi(s.word(s.p.k, i, drafted ? kResidual : kBonus), total);
   const int64_t part = find_first(s.split.parts, kept, r, s.shared);
   const auto weigh = [&](int64_t v, int64_t (&e)[8]) {
-    if (!from_target) return residual_weights(row, law, draft, a, v, e);
+    if (!from_target) return weigh_both(row, law, draft, v, ResidualWeight{a}, e);
     row_weights(row, law, v, e);
     for (int j = 0; j < 8; ++j) e[j] = v + j == x ? 0 : e[j];
   };
   return draw_within(row, s.split, part, r, weigh, s.shared);
 }
 
+// The biases of the examined positions, added from left to right.
+__device__ double bias_of(const Sequence& s, int64_t accepted) {
+  double bias = 0;
+  for (int64_t i = 0; i <= accepted && i < s.length(); ++i) {
+    bias += double(s.words(i).excess) * 0x1p-60;
+  }
+  return bias;
+}
+
 // A sequence's result: its accepted tokens, the last one, then -1.
-__device__ void emit(const Sequence& s, int64_t accepted, int64_t token, int32_t status) {
+__device__ void emit(const Sequence& s, int64_t accepted, int64_t token, int32_t status,
+                     double bias) {
   const VerifyParams& p = s.p;
   const int64_t shown = status == kOk ? accepted : -1;
   for (int64_t j = threadIdx.x; j <= p.k; j += kThreads) {
@@ -206,38 +228,52 @@ __device__ void emit(const Sequence& s, int64_t accepted, int64_t token, int32_t
   if (threadIdx.x == 0) {
     p.accepted[s.b] = shown < 0 ? 0 : shown;
     p.status[s.b] = status;
+    p.bias[s.b] = bias;
   }
 }
 
-// A block's part in the residual of row i, and the sequence's end if it is the last.
+// A block's part in the sums of row i, and the sequence's end if it is the last. lenient: the rule
+// is, of which the exact ones' kernels then know nothing.
+template <bool lenient>
 __device__ void end_part(const Sequence& s, int64_t i, int64_t part) {
-  const int64_t length = s.length();
+  const int64_t length = s.length(), end = lenient ? s.end() : i;
   RowWords& head = s.words(0);
   const Area area = s.area(i);
   const bool recorded = area.words->recorded;
-  int32_t status = s.block_rule() ? int32_t(head.sequence_status) : area.words->status;
+  int32_t status = s.block_rule() ? int32_t(head.sequence_status) : s.words(end).status;
+  if (lenient && !valid_amount(s.p.lenience, s.p.amounts[s.b])) status = kParameter;
   if (length < 0) status = kToken;
-  if (status == kOk && i < length && (s.block_rule() ? may_end_at(s, i) : recorded)) {
-    const double a = s.block_rule() ? area.words->prefix_chance : 1;
+  const bool sums = status == kOk && i < length;
+  if (lenient && sums && recorded && i <= end) {
+    const DraftLaw draft(s.p, s.b * s.p.k + i, recorded);
+    const BiasWeight weigh{s.raise_by_amount()};
+    const int64_t found =
+        sum_both(s.row(i), area.words->law(), draft, s.split, part, weigh, s.shared);
+    if (threadIdx.x == 0) add(&area.words->excess, found);
+  }
+  if (sums && (s.block_rule() ? may_end_at(s, i) : recorded && i == end)) {
+    const ResidualWeight weigh{s.block_rule() ? area.words->prefix_chance : 1};
     const DraftLaw draft(s.p, s.b * s.p.k + i, recorded);
     const int64_t found =
-        residual_sum(s.row(i), area.words->law(), draft, a, s.split, part, s.shared);
+        sum_both(s.row(i), area.words->law(), draft, s.split, part, weigh, s.shared);
     if (threadIdx.x == 0) {
       area.excess[part] = found;
       if (s.block_rule()) add(&area.words->excess, found);
     }
   }
-  const int64_t blocks = s.split.parts * (s.block_rule() ? s.p.k + 1 : 1);
+  const int64_t blocks = s.split.parts * (s.every_row() ? s.p.k + 1 : 1);
   if (!is_last(&head.sequence_ended, blocks, s.shared)) return;
+  i = end;
   if (s.block_rule()) {
     i = longest_prefix(s);
     if (i == length && status == kOk) status = s.words(i).status;
   }
-  emit(s, i, status == kOk ? last_token(s, i) : -1, status);
+  const double bias = lenient && status == kOk ? bias_of(s, i) : 0;
+  emit(s, i, status == kOk ? last_token(s, i) : -1, status, bias);
 }
 
 // together: all blocks run at once, so that they may wait for a sequence's other rows.
-template <bool together>
+template <bool together, bool lenient>
 __global__ void __launch_bounds__(kThreads, together ? 2 : 3)
     judge(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
@@ -255,18 +291,19 @@ __global__ void __launch_bounds__(kThreads, together ? 2 : 3)
   if constexpr (together) {
     if (threadIdx.x == 0) wait_for(&head.sequence_settled, 1);
     __syncthreads();
-    if (s.block_rule() || i == s.end()) end_part(s, i, part);
+    if (s.every_row() || i == s.end()) end_part<lenient>(s, i, part);
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 3)
+template <bool lenient>
+__global__ void __launch_bounds__(kThreads, lenient ? 2 : 3)
     end_rounds(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t index = blockIdx.x / split.parts, part = blockIdx.x % split.parts;
-  const bool every_row = p.rule == kBlockRule;
+  const bool every_row = lenient || p.rule == kBlockRule;
   const int64_t b = every_row ? index / (p.k + 1) : index;
   const Sequence s{p, split, workspace, b, shared};
-  end_part(s, every_row ? index % (p.k + 1) : s.end(), part);
+  end_part<lenient>(s, every_row ? index % (p.k + 1) : s.end(), part);
 }
 
 // A block's part in the race of row i, and what follows from its winner if it is the last.
@@ -306,7 +343,24 @@ __global__ void __launch_bounds__(kThreads, 3)
   race_part(s, index / p.batch, part);
   if (!is_last(&s.words(0).sequence_done, (p.k + 1) * split.parts, shared)) return;
   const int64_t i = s.end();
-  emit(s, i, s.words(i).token, s.length() < 0 ? kToken : s.words(i).status);
+  emit(s, i, s.words(i).token, s.length() < 0 ? kToken : s.words(i).status, 0);
+}
+
+template <bool lenient>
+void verify_by(const VerifyParams& p, const Queue& queue) {
+  const int64_t rows = p.batch * (p.k + 1);
+  // Half of the device, as blocks of other streams may hold the rest and wait.
+  const int64_t room = capacity<judge<true, lenient>>(queue.device) / 2;
+  Split split = split_of(p.target, rows, room, room);
+  if (0 < rows && rows * split.parts <= room) {
+    clear_words(rows, queue);
+    const int64_t blocks = rows * split.parts;
+    if (launch_together(judge<true, lenient>, blocks, queue, p, split, queue.workspace)) return;
+  }
+  split = begin_rows(p.target, rows, capacity<judge<false, lenient>>(queue.device), queue);
+  launch(judge<false, lenient>, rows * split.parts, queue, p, split, queue.workspace);
+  const int64_t ended = lenient || p.rule == kBlockRule ? rows : p.batch;
+  launch(end_rounds<lenient>, ended * split.parts, queue, p, split, queue.workspace);
 }
 
 }  // namespace
@@ -318,18 +372,8 @@ void verify(const VerifyParams& p, const Queue& queue) {
     const Split split = begin_rows(p.target, rows, capacity<race_rows>(queue.device), queue);
     return launch(race_rows, rows * split.parts, queue, p, split, queue.workspace);
   }
-  // Half of the device, as blocks of other streams may hold the rest and wait.
-  const int64_t room = capacity<judge<true>>(queue.device) / 2;
-  Split split = split_of(p.target, rows, room, room);
-  if (0 < rows && rows * split.parts <= room) {
-    clear_words(rows, queue);
-    const int64_t blocks = rows * split.parts;
-    if (launch_together(judge<true>, blocks, queue, p, split, queue.workspace)) return;
-  }
-  split = begin_rows(p.target, rows, capacity<judge<false>>(queue.device), queue);
-  launch(judge<false>, rows * split.parts, queue, p, split, queue.workspace);
-  const int64_t ended = p.rule == kBlockRule ? rows : p.batch;
-  launch(end_rounds, ended * split.parts, queue, p, split, queue.workspace);
+  if (p.rule == kLenientRule) return verify_by<true>(p, queue);
+  verify_by<false>(p, queue);
 }
 
 }  // namespace specdiff::cuda

@@ -108,12 +108,14 @@ def generate(
         tokens = torch.cat([text.gather(1, lengths[:, None]), draft.tokens.clamp(min=0)], 1)
         positions = lengths[:, None] + torch.arange(k + 1, device=device)  # [B, K + 1]
         logits = target(tokens, positions, cache)  # [B, K + 1, V]
-        _, emitted, status = verify(logits, draft, temperature, seed=seeds, round=round)
-        check_status(status.masked_fill(finished, 0), "sequence")
-        text.scatter_(1, positions + 1, emitted)  # stale behind the new length, as in the cache
+        verified = verify(logits, draft, temperature, seed=seeds, round=round)
+        check_status(verified.status.masked_fill(finished, 0), "sequence")
+        text.scatter_(
+            1, positions + 1, verified.emitted
+        )  # stale behind the new length, as in the cache
         round += ~finished
         lengths, _, finished = commit(
-            lengths, emitted, stop_tokens=stops, limit=limit, finished=finished
+            lengths, verified.emitted, stop_tokens=stops, limit=limit, finished=finished
         )
     texts = [row[: n + 1] for row, n in zip(text.tolist(), lengths.tolist(), strict=True)]
     return texts, float((lengths - start).sum() / round.sum())

@@ -157,17 +157,15 @@ class Engine:
         self.pages.reserve(ahead.masked_fill(self.finished, 0))  # `admit` saw that there are enough
         tokens = torch.cat([last, draft.tokens], 1)  # [B, K + 1]
         logits = self.model(tokens, positions, self.cache)  # [B, K + 1, V]
-        _, emitted, status = verify(
-            logits, draft, self.temperature, seed=self.seed, round=self.round
-        )
-        check_status(status.masked_fill(self.finished, 0), "row")
+        verified = verify(logits, draft, self.temperature, seed=self.seed, round=self.round)
+        check_status(verified.status.masked_fill(self.finished, 0), "row")
         self.lengths, kept, self.finished = commit(
-            self.lengths, emitted,
+            self.lengths, verified.emitted,
             stop_tokens=self.stops, limit=self.limit, finished=self.finished,
             pages=self.pages, release=True,
         )  # fmt: skip
         self.round += 1
-        new, counts, over = emitted.tolist(), kept.tolist(), self.finished.tolist()
+        new, counts, over = verified.emitted.tolist(), kept.tolist(), self.finished.tolist()
         for b, request in list(self.running.items()):
             request.text += new[b][: counts[b]]
             if over[b]:

@@ -21,6 +21,8 @@ from .report import LiveText, Run, figures, median_run, table
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from specdiff_kernels import Lenience
+
     from .decoder import Decoder, Step
 
 REPEATS = 3  # runs of each kind in a comparison
@@ -28,7 +30,8 @@ SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable":
 
 app = typer.Typer(
     add_completion=False,
-    help="Decode with drafts from a diffusion model; the text stays exactly the target's.",
+    help="Decode with drafts from a diffusion model; the text stays exactly the target's, unless "
+    "--lenience is given.",
     **SETTINGS,
 )
 models = typer.Typer(help="Models that specdiff knows by name.", **SETTINGS)
@@ -42,6 +45,7 @@ class Rule(str, Enum):
     block = "block"
     greedy = "greedy"
     coupled = "coupled"
+    lenient = "lenient"
 
 
 class Record(str, Enum):
@@ -131,9 +135,19 @@ def generate(
         int | None, typer.Option(help="Reverse steps of a diffusion drafter; default: its own.")
     ] = None,
     rule: Annotated[
-        Rule,
-        typer.Option(help="How drafts are judged; coupled: the text is that of --no-draft."),
-    ] = Rule.token,
+        Rule | None,
+        typer.Option(
+            help="How drafts are judged, default: token; coupled: the text is that of --no-draft."
+        ),
+    ] = None,
+    lenience: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND=AMOUNT",
+            help="Accept more than the target's law allows, as ensemble=0.9, lenience=0.8 or "
+            "additive=0.01 say; how far the text's law is then from the target's is shown.",
+        ),
+    ] = None,
     record: Annotated[
         Record | None, typer.Option(help="Which recorded draft laws count; default: all that may.")
     ] = None,
@@ -158,6 +172,9 @@ def generate(
         raise ValueError("--compare sets drafts against plain decoding: leave out --no-draft")
     if record is not None and no_draft:
         raise ValueError("--record says which laws of drafts count: leave out --no-draft")
+    if lenience is not None and no_draft:
+        raise ValueError("--lenience says how drafts are judged: leave out --no-draft")
+    rule = rule_of(rule, lenience)
     if target in MODELS:
         fetch(target)  # before any other progress is shown
 
@@ -166,7 +183,8 @@ def generate(
         from .sampling import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, min_p)
-        plain, tokenizer = load(target, rule.value, threads, not no_accelerate)
+        lenient = None if lenience is None else parse_lenience(lenience)
+        plain, tokenizer = load(target, rule.value, lenient, threads, not no_accelerate)
         laws = None if record is None else record.value
         decoder = plain if no_draft else with_drafter(plain, drafter, k, steps, laws)
     ids = [encode(tokenizer, text, raw) for text in prompts]
@@ -187,14 +205,14 @@ def generate(
     run, baseline = median_run(runs), median_run(baselines) if baselines else None
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in run.new_tokens]
     text = texts if batch_file is not None else texts[0]
-    same = sampling.greedy or rule in (Rule.greedy, Rule.coupled)
+    same = lenient is None and (sampling.greedy or rule in (Rule.greedy, Rule.coupled))
     result = figures(run, text, baseline, same=same)
     if live is None:
         typer.echo(json.dumps(result))
         return
     if run.stats.accepted:
         live.legend()
-    console.print(table(run, baseline, result))
+    console.print(table(run, baseline, result, budget=lenient is not None))
 
 
 @app.command()
@@ -320,7 +338,37 @@ def read_prompts(prompt: str | None, batch_file: Path | None) -> list[str]:
     return prompts
 
 
-def load(name_or_path: str, rule: str, threads: int | None, fast: bool) -> tuple[Decoder, Any]:
+def rule_of(rule: Rule | None, lenience: str | None) -> Rule:
+    """The rule asked for, or the one that --lenience implies."""
+    if lenience is None:
+        if rule is Rule.lenient:
+            raise ValueError("--rule lenient needs --lenience KIND=AMOUNT, such as ensemble=0.9")
+        return rule or Rule.token
+    if rule not in (None, Rule.lenient):
+        raise ValueError(
+            f"--lenience implies --rule lenient, got --rule {rule.value}: leave one of them out"
+        )
+    return Rule.lenient
+
+
+def parse_lenience(given: str) -> Lenience:
+    """KIND=AMOUNT"""
+    from specdiff_kernels import Lenience, check_lenience
+
+    kind, _, amount = given.partition("=")
+    try:
+        lenience = Lenience(kind, float(amount))
+    except ValueError as error:
+        raise ValueError(
+            f"--lenience must be KIND=AMOUNT, such as ensemble=0.9, got {given!r}"
+        ) from error
+    check_lenience("lenient", lenience)
+    return lenience
+
+
+def load(
+    name_or_path: str, rule: str, lenience: Lenience | None, threads: int | None, fast: bool
+) -> tuple[Decoder, Any]:
     """A plain decoder of a target, and the target's tokenizer."""
     import torch
     from transformers.utils import logging
@@ -335,7 +383,8 @@ def load(name_or_path: str, rule: str, threads: int | None, fast: bool) -> tuple
     if threads is not None:
         torch.set_num_threads(threads)
     model, tokenizer = load_target(name_or_path)
-    return Decoder(Target(accelerate(model) if fast else model), rule=rule), tokenizer
+    made = Target(accelerate(model) if fast else model)
+    return Decoder(made, rule=rule, lenience=lenience), tokenizer
 
 
 def with_drafter(
@@ -346,7 +395,7 @@ def with_drafter(
     from .drafters import load_drafter
 
     drafter = load_drafter(name_or_path, plain.target, steps=steps)
-    return Decoder(plain.target, drafter, k, plain.rule, record=record)
+    return Decoder(plain.target, drafter, k, plain.rule, lenience=plain.lenience, record=record)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> list[int]:

@@ -1,6 +1,7 @@
 """Decoder: whole texts from prompts, by sessions of rounds.
 
-Every emitted token follows the target's law exactly, whatever the drafter proposes.
+Every emitted token follows the target's law exactly, whatever the drafter proposes; but for the
+lenient rule, whose distance from it `Stats.bias` counts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdiff_kernels import check_names
+from specdiff_kernels import Lenience, check_lenience, check_names
 
 from .adaptive import Chooser
 from .drafters.base import Drafter
@@ -58,15 +59,19 @@ class Decoder:
         drafter: what proposes tokens; None is plain decoding by the same implementation.
         k: most tokens drafted per round, at least 1; None: the drafter's own choice; an AdaptiveK
             or a Planner chooses anew in every round. Fewer near the end of a row.
-        rule: how `specdiff_kernels.verify` judges a draft: "token", "block", "greedy" or "coupled".
-            With "coupled" the text is that of plain decoding under this rule with the same seed.
+        rule: how `specdiff_kernels.verify` judges a draft: "token", "block", "greedy", "coupled" or
+            "lenient". With "coupled" the text is that of plain decoding under this rule with the
+            same seed. With "lenient" it does not follow the target's law exactly: the distance
+            between the two laws of the text is at most the mean of `Stats.bias`.
+        lenience: how lenient the lenient rule is, see `specdiff_kernels.Lenience`; an amount for
+            each row of the batch, or one for all.
         record: which recorded laws count, see `specdiff_kernels.verify`; None: all that may.
         backend: of the ops; None chooses.
         tokenizer: with `decode`, as Hugging Face's; needed for stop strings and texts.
 
     Raises:
-        ValueError: k does not fit the context, the drafter's vocabulary is not the target's, or
-            no such rule or record.
+        ValueError, TypeError: k does not fit the context, the drafter's vocabulary is not the
+            target's, no such rule or record, or a lenience without its rule, or vice versa.
 
     Example:
         >>> decoder = Decoder(Target(model), PromptLookup(), k=5)
@@ -80,11 +85,13 @@ class Decoder:
         k: int | Chooser | None = None,
         rule: str = "token",
         *,
+        lenience: Lenience | None = None,
         record: str | None = None,
         backend: str | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         check_names(rule, record)
+        check_lenience(rule, lenience)
         if isinstance(drafter, PreTrainedModel):
             raise ValueError("drafter is a model: pass specdiff.drafters.Autoregressive(model)")
         self.k = 0
@@ -99,6 +106,7 @@ class Decoder:
         self.target = target
         self.drafter = drafter
         self.rule = rule
+        self.lenience = lenience
         self.record = record
         self.backend = backend
         self.tokenizer = tokenizer
@@ -212,6 +220,7 @@ def generate(
     *,
     k: int | Chooser | None = None,
     rule: str = "token",
+    lenience: Lenience | None = None,
     record: str | None = None,
     backend: str | None = None,
     tokenizer: Tokenizer | None = None,
@@ -224,7 +233,10 @@ def generate(
     """
     if not isinstance(target, Target):
         target = Target(target)
-    decoder = Decoder(target, drafter, k, rule, record=record, backend=backend, tokenizer=tokenizer)
+    decoder = Decoder(
+        target, drafter, k, rule,
+        lenience=lenience, record=record, backend=backend, tokenizer=tokenizer,
+    )  # fmt: skip
     return decoder.generate(input_ids, **options)
 
 

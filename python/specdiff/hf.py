@@ -25,6 +25,8 @@ from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 from transformers.utils import ModelOutput
 
+from specdiff_kernels import Lenience
+
 from .adaptive import Chooser
 from .decoder import Decoder, as_rows
 from .drafters import load_drafter
@@ -103,6 +105,7 @@ def generate(
     drafter: Drafter | str | None = None,
     k: int | Chooser | None = None,
     rule: str = "token",
+    lenience: Lenience | None = None,
     record: str | None = None,
     backend: str | None = None,
     seed: int | Sequence[int] | None = None,
@@ -112,14 +115,14 @@ def generate(
     """Speculative decoding as a `custom_generate` of transformers' `generate`, which calls it.
 
     The text follows the law that `generate` samples from with the same arguments; greedy text is
-    the same. Batches may be left-padded, rows are decoded as if each were alone, and
-    `num_return_sequences` works. `cache_implementation` is taken as a wish: the cache is
-    preallocated in any case.
+    the same. (Rule "lenient": to within the mean of `stats.bias`.) Batches may be left-padded, rows
+    are decoded as if each were alone, and `num_return_sequences` works. `cache_implementation` is
+    taken as a wish: the cache is preallocated in any case.
 
     Args:
         drafter: an object, or a name that the command line knows, such as "prompt-lookup"; None is
             plain decoding.
-        k, rule, record, backend: of `Decoder`.
+        k, rule, lenience, record, backend: of `Decoder`.
         seed: one int, or one per returned sequence; None: drawn from torch's global generator.
         stop_strings: need `tokenizer=...` beside them. (In a GenerationConfig they do not work:
             transformers drops the tokenizer before it looks for it.)
@@ -153,7 +156,7 @@ def generate(
     target = Target(model)
     if isinstance(drafter, str):
         drafter = named_drafter(drafter, target)
-    decoder = Decoder(target, drafter, k, rule, record=record, backend=backend)
+    decoder = Decoder(target, drafter, k, rule, lenience=lenience, record=record, backend=backend)
 
     padded = as_rows(input_ids)
     prompts = unpadded(padded, mask)

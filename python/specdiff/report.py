@@ -50,6 +50,8 @@ def figures(
         "target_forwards": stats.target_forwards,
         "tokens_per_forward": stats.tokens_per_forward,
         "acceptance": stats.acceptance,
+        "bias": stats.bias,
+        "bias_per_token": stats.bias / stats.tokens if stats.tokens else 0.0,
         "stage_ms": stats.stage_ms,
         "tokens_per_second": speed,
         "baseline_tokens_per_second": base_speed,
@@ -58,8 +60,13 @@ def figures(
     }
 
 
-def table(run: Run, baseline: Run | None, result: dict[str, Any]) -> Table:
-    """The same for people, a column per run. `result` is what `figures` made of them."""
+def table(run: Run, baseline: Run | None, result: dict[str, Any], *, budget: bool = False) -> Table:
+    """The same for people, a column per run.
+
+    Args:
+        result: what `figures` made of the runs.
+        budget: whether a lenient rule was used, so that what it spent is shown.
+    """
     runs = [run] if baseline is None else [run, baseline]
     title = {True: "text identical to plain decoding", False: "text DIFFERS from plain decoding"}
     shown = Table(title=title.get(result["identical"]), title_style="bold")
@@ -75,6 +82,11 @@ def table(run: Run, baseline: Run | None, result: dict[str, Any]) -> Table:
     if run.stats.acceptance:
         shares = " ".join(f"{100 * share:.0f}" for share in run.stats.acceptance)
         shown.add_row("conditional acceptance, %", shares)
+    if budget:
+        shown.add_row("total variation spent", f"{result['bias']:.4f}")
+        shown.add_row("... for each token", f"{result['bias_per_token']:.4f}")
+        if result["bias"] > 0:
+            shown.caption = "the text no longer follows the target's law exactly"
     for stage in run.stats.stage_ms:
         shown.add_row(f"{stage} ms", *(f"{s.stage_ms[stage]:.1f}" for s in columns))
     shown.add_row("tokens/s", *(f"{s.tokens_per_second:.1f}" for s in columns))

@@ -111,6 +111,7 @@ class Session:
         self.emitted = zeros.new_empty(self.look_every, rows, self.k + 1)
         self.counts = zeros.new_empty(self.look_every, 4, rows)  # kept, accepted, drafted, status
         self.chances = torch.empty(self.emitted.shape, dtype=torch.float64, device=device)
+        self.biases = torch.zeros(self.look_every, rows, dtype=torch.float64, device=device)
 
         self._replay = Replay(self._round, device) if capture else None
         if capture and self.look_every == 1:
@@ -278,7 +279,8 @@ class Session:
         with self._time("verify"):
             verified = verify(
                 logits, draft, *self.sampling.parameters,
-                rule=decoder.rule, record=None if drafter is None else decoder.record,
+                rule=decoder.rule, lenience=decoder.lenience,
+                record=None if drafter is None else decoder.record,
                 seed=self.seeds, round=self.round, position=position, backend=decoder.backend,
             )  # fmt: skip
             status = verified.status.masked_fill(self.finished, 0)
@@ -300,6 +302,8 @@ class Session:
         if self.logprobs:
             chances = log_probabilities(logits, emitted, self.sampling, decoder.backend)
             self._log(self.chances, chances)
+        if decoder.lenience is not None:
+            self._log(self.biases, verified.bias)
         self._log(self.emitted, emitted)
         self._log(self.counts, torch.stack([kept, verified.accepted, drafted, status]))
         self.slot.add_(1).remainder_(self.look_every)
@@ -396,6 +400,8 @@ class Session:
         if isinstance(self.cache, PagedRowCache):
             self.cache.check()
         emitted, chances = self.emitted.tolist(), self.chances.tolist() if self.logprobs else None
+        if self.decoder.lenience is not None:
+            self.stats.bias += float(self.biases.sum())
         batch = len(self.done)
         tokens: list[list[int]] = [[] for _ in range(batch)]
         logprobs: list[list[float]] | None = None if chances is None else [[] for _ in tokens]

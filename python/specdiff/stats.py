@@ -36,6 +36,7 @@ class Stats:
     tokens: int = 0  # kept, of all rows
     drafted: int = 0
     accepted: int = 0
+    bias: float = 0.0  # total variation spent by a lenient rule, of all rows; 0 under the others
     examined_at: list[int] = field(default_factory=list)  # by draft position
     accepted_at: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))

@@ -9,7 +9,7 @@ import specdiff_kernels._C as _C
 
 from ..arguments import address, verify_arguments
 from ..records import Record
-from ..types import Draft, Verified
+from ..types import Draft, Lenience, Verified
 from .scratch import scratch_for
 
 PREFIX_WORDS = 6  # int64s that the block rule keeps of each prefix
@@ -20,6 +20,7 @@ def verify(
     draft: Draft,
     rule: str,
     record: Record,
+    lenience: Lenience | None,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
@@ -36,7 +37,7 @@ def verify(
     if rule == "block":
         prefixes = out.emitted.new_empty((*out.emitted.shape, PREFIX_WORDS))
     arguments = verify_arguments(
-        target_logits, draft, rule, record, temperature, top_k, top_p, min_p,
+        target_logits, draft, rule, record, lenience, temperature, top_k, top_p, min_p,
         seed, round, position, words, out=out,
     )  # fmt: skip
     _C.verify(arguments, address(prefixes), address(scratch), torch.get_num_threads())

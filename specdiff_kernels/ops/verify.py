@@ -1,4 +1,5 @@
-"""`verify`: accept a prefix of a draft and emit one token more, exactly by the target's law."""
+"""`verify`: accept a prefix of a draft and emit one token more, exactly by the target's law; or,
+if that is asked for, with a bias that is returned."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lenience import KINDS, check_lenience
 from ..records import RULES, Record, choose_record
-from ..types import Draft, RowLaw, Verified
+from ..types import Draft, Lenience, RowLaw, Verified
 from .checks import (
     INT64,
     check_increasing,
@@ -35,6 +37,7 @@ def verify(
     *,
     rule: str = "token",
     record: str | None = None,
+    lenience: Lenience | None = None,
     seed: Tensor | None = None,
     round: Tensor | None = None,
     position: Tensor | None = None,
@@ -56,6 +59,11 @@ def verify(
     absolute position and v alone; drafted tokens are accepted while they equal y. The text is,
     token for token, what K = 0 gives with the same seed, whatever was drafted.
 
+    Rule "lenient" (Yin et al. 2411.00841) accepts x iff u q(x) < p'(x), where `lenience` says how
+    p' exceeds p, and is the token rule in all else. It is biased, and returns by how much: at an
+    examined position the law of the emitted token is sum_v (min(q(v), p'(v)) - p(v))+ away from
+    the target's in total variation, which is what its rejections become fewer by.
+
     Args:
         target_logits: [B, K + 1, V] f32, bf16 or f16, any strides with contiguous rows; row i is
             the target's law of drafted token i, row K that of the bonus token. V < 2^19.
@@ -63,10 +71,12 @@ def verify(
         temperature, top_k, top_p, min_p: of the target's law, a number or a tensor [B]; see
             `row_law`. Temperature 0 accepts the longest prefix equal to the argmax; greedy and
             sampled sequences may be mixed.
-        rule: "token", "block", "coupled", or "greedy", which means temperature 0.
+        rule: "token", "block", "coupled", "lenient", or "greedy", which means temperature 0.
         record: which recorded q count: "running-max", "final", "one-hot" or "entangled"; None is
             the strongest that keeps the law, given how the draft came about. See
             docs/losslessness.md.
+        lenience: Lenience(kind, amount) for rule "lenient" alone, which needs it: "lenience",
+            "additive" or "ensemble", and a number or an f64 tensor [B]. Temperature 0 stays exact.
         seed, round: i64 [B]; a sequence's own seed and its count of verification rounds.
         position: i64 [B], absolute position of the first drafted token; in place of `round` under
             the coupled rule.
@@ -75,11 +85,12 @@ def verify(
         backend, out, workspace: as in `row_law`.
 
     Returns:
-        Verified(accepted i64 [B], emitted i64 [B, K + 1] padded with -1, status i32 [B]).
+        Verified(accepted i64 [B], emitted i64 [B, K + 1] padded with -1, status i32 [B],
+        bias f64 [B]): bias is summed over the examined positions; 0 under all rules but "lenient".
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or range, or a record that
-            would bias the output.
+        ValueError, TypeError: an argument of the wrong shape, dtype or range, a record that
+            would bias the output, or a lenience without its rule, or the rule without it.
         BackendError: a forced backend cannot run.
 
     Example:
@@ -96,6 +107,7 @@ def verify(
         raise ValueError("target_logits: expected [B, K + 1, V] with K >= 0, got no positions")
     draft = check_draft(draft, B, positions - 1, V, device)
     chosen = choose_record(draft, rule, record)
+    check_lenience(rule, lenience)
     if position is not None and rule != "coupled":
         raise ValueError(f"position: only the coupled rule takes one, got one under {rule!r}")
     if rule == "coupled":
@@ -114,6 +126,7 @@ def verify(
         draft.final_step or 0,
         RULES.index(rule),
         int(chosen),
+        *((-1, None) if lenience is None else as_inputs(lenience, B, device)),
         per_row("temperature", 0.0 if rule == "greedy" else temperature, B, device),
         per_row("top_k", top_k, B, device),
         per_row("top_p", top_p, B, device),
@@ -126,6 +139,15 @@ def verify(
         OP.into(*args, workspace, *out)
         return out
     return Verified(*OP.functional(*args))
+
+
+def as_inputs(lenience: Lenience, B: int, device: torch.device) -> tuple[int, Tensor]:
+    """The number of its kind, and its amounts f64 [B]."""
+    kind, amount = list(KINDS).index(lenience.kind), lenience.amount
+    if not isinstance(amount, Tensor):
+        return kind, torch.full((B,), amount, dtype=torch.float64, device=device)
+    check_tensor("lenience.amount", amount, (B,), (torch.float64,), device)
+    return kind, amount.contiguous()
 
 
 def check_draft(draft: Draft, B: int, K: int, V: int | None, device: torch.device) -> Draft:
@@ -161,7 +183,12 @@ def check_draft(draft: Draft, B: int, K: int, V: int | None, device: torch.devic
 
 def _outputs(target_logits: Tensor, *_: Any) -> Outputs:
     B, positions = target_logits.shape[:2]
-    return [([B], torch.int64), ([B, positions], torch.int64), ([B], torch.int32)]
+    return [
+        ([B], torch.int64),
+        ([B, positions], torch.int64),
+        ([B], torch.int32),
+        ([B], torch.float64),
+    ]
 
 
 def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out: Any) -> None:
@@ -169,7 +196,8 @@ def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out:
     laws = None if logits is None else RowLaw(*law)
     draft = Draft(args[0], args[1], args[2], logits, laws, args[9], args[10], final_step=args[11])
     rule, record = RULES[args[12]], Record(args[13])
-    function(target_logits, draft, rule, record, *args[14:], out=Verified(*out))
+    lenience = None if args[15] is None else Lenience(list(KINDS)[args[14]], args[15])
+    function(target_logits, draft, rule, record, lenience, *args[16:], out=Verified(*out))
 
 
 OP = define(
@@ -177,6 +205,7 @@ OP = define(
     "Tensor target_logits, Tensor tokens, Tensor tau, Tensor rows, Tensor? draft_logits, "
     "Tensor? max, Tensor? scale, Tensor? threshold, Tensor? total, Tensor? law_status, "
     "Tensor? draft_ids, Tensor? lengths, SymInt final_step, int rule, int record, "
+    "int lenience, Tensor? amount, "
     "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
     "Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
     Verified._fields,

@@ -1,4 +1,4 @@
-"""Verification of a draft: the token rule, the block rule and the coupled rule."""
+"""Verification of a draft: the token, block, coupled and lenient rules."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..lenience import KINDS
 from ..records import Record
-from ..types import LAW_DTYPES, Draft, Purpose, RowLaw, Status, Verified
+from ..types import LAW_DTYPES, Draft, Lenience, Purpose, RowLaw, Status, Verified
 from .numerics import ONE, draw, probability, race, race_words, random_word, unit, weights
 from .row_law import row_law
 
@@ -18,6 +19,7 @@ def verify(
     draft: Draft,
     rule: str,
     record: Record,
+    lenience: Lenience | None,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
@@ -34,17 +36,23 @@ def verify(
     K = positions - 1
     lengths = draft_lengths(draft, B, K)
     status = torch.where((lengths < 0) | (lengths > K), int(Status.TOKEN), 0).int()
+    if lenience is not None:
+        _, allows = KINDS[lenience.kind]
+        unfit = (status == Status.OK.value) & ~allows(torch.as_tensor(lenience.amount))
+        status = torch.where(unfit, int(Status.PARAMETER), status)
     laws = []
     for i in range(positions):
         laws.append(empty_law(B, target_logits.device))
         row_law(target_logits[:, i], temperature, top_k, top_p, min_p, out=laws[i])
     e_p = [weights(target_logits[:, i], laws[i]) for i in range(positions)]  # each [B, V]
     round_ = Round(draft, lengths, recorded_positions(draft, record), laws, e_p, status)
+    random, bias = Random(seed, round, words), torch.zeros_like(lengths, dtype=torch.float64)
     if rule == "coupled":
         accepted, token, status = coupled_rule(round_, seed, position, words)
+    elif rule == "block":
+        accepted, token, status = block_rule(round_, random)
     else:
-        random = Random(seed, round, words)
-        accepted, token, status = (block_rule if rule == "block" else token_rule)(round_, random)
+        accepted, token, status, bias = token_rule(round_, random, lenience)
 
     good = status == Status.OK.value
     column = torch.arange(positions, device=accepted.device)
@@ -54,10 +62,11 @@ def verify(
     out.accepted.copy_(torch.where(good, accepted, 0))
     out.emitted.copy_(torch.where(good[:, None], emitted, -1))
     out.status.copy_(status)
+    out.bias.copy_(torch.where(good, bias, 0.0))
 
 
 class Round(NamedTuple):
-    """What the three rules look at."""
+    """What the rules look at."""
 
     draft: Draft
     lengths: Tensor  # i64 [B]
@@ -88,32 +97,54 @@ class Random(NamedTuple):
         return random_word(self.seed, i, self.round, purpose)
 
 
-def token_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
+def token_rule(
+    r: Round, random: Random, lenience: Lenience | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Accept x iff u q(x) < p(x); on rejection emit from (p - q)+ (Leviathan et al. 2211.17192,
-    Algorithm 1), after the last drafted token from p. -> accepted, token behind, status [B]
+    Algorithm 1), after the last drafted token from p. Under a lenience accept x iff u q(x) < p'(x)
+    >= p(x), which has the bias sum_v (min(q, p') - p)+ (Yin et al. 2411.00841).
+    -> accepted, token behind, status, bias [B]
     """
+    bias = torch.zeros_like(r.lengths, dtype=torch.float64)
     status, accepted, token = r.status, torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
     running = status == Status.OK.value
     for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
         status = torch.where(running, law.status, status)
         drafted = running & (i < r.lengths)
-        accept, residual = torch.zeros_like(drafted), e_p
+        accept, residual, spent = torch.zeros_like(drafted), e_p, torch.zeros_like(bias)
         if i < r.draft.tokens.shape[1]:
             e_q, q_total, fault = draft_weights(r.draft, i, r.recorded[:, i], e_p.shape[1])
             status = torch.where(drafted & (status == Status.OK.value), fault, status)
             x = r.draft.tokens[:, i].clamp(0, e_p.shape[1] - 1)[:, None]
             p, q = probability(e_p, law.total[:, None]), probability(e_q, q_total[:, None])
-            accept = unit(random.accept(i)) * q.gather(1, x)[:, 0] < p.gather(1, x)[:, 0]
+            chance = p
+            if lenience is not None:
+                chance = raised(p, q, lenience)
+                spent = excess(torch.minimum(q, chance), p).sum(-1).double() * 2.0**-60
+            accept = unit(random.accept(i)) * q.gather(1, x)[:, 0] < chance.gather(1, x)[:, 0]
             without_x = e_p.scatter(1, x, 0)
             residual = torch.where(r.recorded[:, i, None], excess(p, q), without_x)
         running = running & (status == Status.OK.value)
         accept = accept & drafted
+        bias = torch.where(running & drafted, bias + spent, bias)
         last = torch.where(drafted[:, None], or_else(residual, e_p), e_p)
         drawn = draw(last, random.last(i, drafted))
         token = torch.where(running & ~accept, drawn, token)
         accepted = accepted + (running & accept)
         running = running & accept
-    return accepted, token, status
+    return accepted, token, status, bias
+
+
+def raised(p: Tensor, q: Tensor, lenience: Lenience) -> Tensor:
+    """p' >= p, by which a lenient rule accepts; 0 where p is. [B, V] -> f64 [B, V]"""
+    amount = torch.as_tensor(lenience.amount)[:, None]
+    if lenience.kind == "lenience":
+        more = p / amount
+    elif lenience.kind == "additive":
+        more = p + amount
+    else:
+        more = torch.maximum(p, (1.0 - amount) * q + amount * p)
+    return torch.where(p > 0, more, 0.0)
 
 
 def block_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ RECORDED = tl.constexpr(7)
 TARGET_CHANCE = tl.constexpr(8)  # p(x), q(x) of the block rule, f64
 DRAFT_CHANCE = tl.constexpr(9)
 PREFIX_CHANCE = tl.constexpr(10)  # P_i, f64
-EXCESS = tl.constexpr(11)  # 2^60 S_i
+EXCESS = tl.constexpr(11)  # 2^60 S_i, or 2^60 times the bias of the lenient rule
 # of denoise_step
 RAW_TOTAL = tl.constexpr(7)  # of the model's own law
 SPREAD = tl.constexpr(8)

@@ -11,6 +11,7 @@ import math
 import triton
 import triton.language as tl
 
+from ..lenience import KINDS
 from ..reference.numerics import ARTANH_TERMS, EXP_DEGREE, SQRT_HALF
 from ..types import Purpose
 
@@ -23,6 +24,8 @@ LAST_OF_ARTANH = tl.constexpr(len(ARTANH_TERMS) - 1)
 EXPONENTIAL = tl.constexpr(tuple(1.0 / math.factorial(n) for n in range(EXP_DEGREE, -1, -1)))
 LAST_OF_EXPONENTIAL = tl.constexpr(EXP_DEGREE)
 COUPLED = tl.constexpr(int(Purpose.COUPLED))
+LENIENCE = tl.constexpr(list(KINDS).index("lenience"))
+ADDITIVE = tl.constexpr(list(KINDS).index("additive"))
 
 
 @triton.jit
@@ -70,6 +73,35 @@ def unit(word):
 def excess(p, q):
     """int(max(p - q, 0) 2^60). f64 -> i64"""
     return (tl.maximum(p - q, 0.0) * 1152921504606846976.0).to(tl.int64)
+
+
+@triton.jit
+def valid_amount(amount, KIND: tl.constexpr):
+    """Whether a lenience of this kind may be so large."""
+    if KIND == LENIENCE:
+        return (amount > 0.0) & (amount <= 1.0)
+    elif KIND == ADDITIVE:
+        return amount >= 0.0
+    else:
+        return (amount >= 0.0) & (amount <= 1.0)
+
+
+@triton.jit
+def raised(p, q, amount, KIND: tl.constexpr):
+    """p' >= p, by which the lenient rule accepts; 0 where p is. f64"""
+    if KIND == LENIENCE:
+        more = p / amount
+    elif KIND == ADDITIVE:
+        more = p + amount
+    else:
+        more = tl.maximum(p, (1.0 - amount) * q + amount * p)
+    return tl.where(p > 0.0, more, 0.0)
+
+
+@triton.jit
+def bias_weight(p, q, amount, KIND: tl.constexpr):
+    """int(max(min(q, p') - p, 0) 2^60): what a token adds to its position's bias. -> i64"""
+    return excess(tl.minimum(q, raised(p, q, amount, KIND)), p)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..records import Record
 from ..types import Status
-from .numerics import ONE, excess, inverse, probability, weight
+from .numerics import ONE, bias_weight, excess, inverse, probability, weight
 from .row import OK, load_tile, read_law
 
 DRAFT_FAULT = tl.constexpr(int(Status.DRAFT))
@@ -85,10 +85,10 @@ def draft_chance(draft, sizes, at, recorded, V):
 
 
 @triton.jit
-def residual_weights(target, V, law, draft, sizes, at, recorded, a, tile, TILE: tl.constexpr):
-    """int(max(a p - q, 0) 2^60) of one tile, q the law of the drafted token at [b, k] = at."""
+def chances(target, V, law, draft, sizes, at, recorded, tile, TILE: tl.constexpr):
+    """p and q of one tile, q the law of the drafted token at [b, k] = at."""
     columns, l = load_tile(target, V, tile, TILE)
-    p = a * probability(weight(l, columns, law), inverse(law.total))
+    p = probability(weight(l, columns, law), inverse(law.total))
     e_q = tl.where(columns == tl.load(draft.tokens + at), ONE, 0)
     total = tl.full([], ONE, tl.int64)
     if draft.logits is not None:
@@ -96,7 +96,14 @@ def residual_weights(target, V, law, draft, sizes, at, recorded, a, tile, TILE: 
             row = tl.load(draft.rows + at)
             e_q = draft_weights(draft, sizes, row, columns, V)
             total = tl.load(draft.law.total + row)
-    return excess(p, probability(e_q, inverse(total)))
+    return p, probability(e_q, inverse(total))
+
+
+@triton.jit
+def residual_weights(target, V, law, draft, sizes, at, recorded, a, tile, TILE: tl.constexpr):
+    """int(max(a p - q, 0) 2^60) of one tile."""
+    p, q = chances(target, V, law, draft, sizes, at, recorded, tile, TILE)
+    return excess(a * p, q)
 
 
 @triton.jit
@@ -109,4 +116,17 @@ def residual_sum(target, V, law, draft, sizes, at, recorded, a, tile, TILE: tl.c
         total += tl.sum(
             residual_weights(target, V, law, draft, sizes, at, recorded, a, place, WIDTH)
         )
+    return total
+
+
+@triton.jit
+def bias_sum(target, V, law, draft, sizes, at, amount, tile, KIND: tl.constexpr,
+             TILE: tl.constexpr):  # fmt: skip
+    """The sum of one tile's bias weights, at a position that is recorded."""
+    WIDTH: tl.constexpr = min(TILE, RESIDUAL_WIDTH)
+    total = tl.full([], 0, tl.int64)
+    for slice in range(TILE // WIDTH):
+        place = tile * (TILE // WIDTH) + slice
+        p, q = chances(target, V, law, draft, sizes, at, True, place, WIDTH)
+        total += tl.sum(bias_weight(p, q, amount, KIND))
     return total

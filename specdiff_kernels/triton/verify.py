@@ -4,7 +4,8 @@
 2. `judge`: sums of weights of each tile; the last program of a row knows its law and judges the
    drafted token. Rows behind one that ended the round are left out if they come later.
    Under the coupled rule `race_rows` instead, which ends the round.
-3. `end_round`: residual weights of each tile; the last program of a sequence draws the last token.
+3. `end_round`: residual weights of each tile, under the lenient rule bias weights of all examined
+   rows; the last program of a sequence draws the last token.
 
 Rows go from the last to the first in launch 1 and from the first to the last in launch 2: what was
 read last is still in the cache, and what comes late may not be needed.
@@ -18,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..lenience import KINDS
 from ..records import Record
-from ..types import Draft, Purpose, Verified
+from ..types import Draft, Lenience, Purpose, Verified
 from .arguments import (
     ARRIVED,
     DRAFT_CHANCE,
@@ -41,10 +43,20 @@ from .arguments import (
     launch,
     scratch,
 )
-from .numerics import inverse, probability, random_word, unit, weight
+from .numerics import (
+    bias_weight,
+    inverse,
+    probability,
+    raised,
+    random_word,
+    unit,
+    valid_amount,
+    weight,
+)
 from .residual import (
     RESIDUAL_WIDTH,
     TOKEN_FAULT,
+    bias_sum,
     draft_chance,
     is_recorded,
     residual_sum,
@@ -52,6 +64,7 @@ from .residual import (
 )
 from .row import (
     OK,
+    PARAMETER,
     area_of,
     arrives_last,
     begin_law,
@@ -79,6 +92,7 @@ def verify(
     draft: Draft,
     rule: str,
     record: Record,
+    lenience: Lenience | None,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
@@ -106,11 +120,15 @@ def verify(
         launch(race_rows, B * rows * split.parts, device, target, arrays, parameters, random,
                workspace, B, rows - 1, split.parts, out, maxnreg=128, **constants)  # fmt: skip
         return
-    launch(judge, B * rows * split.parts, device, target, arrays, parameters, random, workspace,
-           *sizes, RECORD=int(record), BLOCK_RULE=block, maxnreg=split.maxnreg,
+    amounts, constants["KIND"] = None, -1
+    if lenience is not None:
+        amounts, constants["KIND"] = lenience.amount, list(KINDS).index(lenience.kind)
+    every_row = block or amounts is not None
+    launch(judge, B * rows * split.parts, device, target, arrays, parameters, random, amounts,
+           workspace, *sizes, RECORD=int(record), BLOCK_RULE=block, maxnreg=split.maxnreg,
            **constants)  # fmt: skip
-    launch(end_round, B * (rows if block else 1) * split.tiles, device, target, arrays, random,
-           workspace, *sizes, out, BLOCK_RULE=block, num_warps=4, maxnreg=128,
+    launch(end_round, B * (rows if every_row else 1) * split.tiles, device, target, arrays, random,
+           amounts, workspace, *sizes, out, BLOCK_RULE=block, num_warps=4, maxnreg=128,
            **constants)  # fmt: skip
 
 
@@ -177,8 +195,8 @@ def maxima(target, lengths, workspace, B, K, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def judge(
-    target, draft, parameters, random, workspace, B, K, parts, R, steps, final_step,
-    RECORD: tl.constexpr, BLOCK_RULE: tl.constexpr,
+    target, draft, parameters, random, amounts, workspace, B, K, parts, R, steps, final_step,
+    RECORD: tl.constexpr, BLOCK_RULE: tl.constexpr, KIND: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """The law of each target row, and whether its drafted token ends the round."""
@@ -201,8 +219,9 @@ def judge(
                 recorded = is_recorded(draft, sizes, b, i, RECORD, POSITIONS)
                 tl.store(area + RECORDED, recorded.to(tl.int64))
                 word = position_word(random, b, i, i, ACCEPT, K)
+                amount = None if amounts is None else tl.load(amounts + b)
                 if ends_round(area, row, target.V, law, draft, sizes, b * K + i, recorded,
-                              word, BLOCK_RULE):  # fmt: skip
+                              word, amount, BLOCK_RULE, KIND):  # fmt: skip
                     tl.atomic_min(head + STOP, i, sem="relaxed")
     if BLOCK_RULE:
         if arrives_last(head + SEQUENCE_ARRIVED, (K + 1) * parts):
@@ -210,7 +229,8 @@ def judge(
 
 
 @triton.jit
-def ends_round(area, row, V, law, draft, sizes, at, recorded, word, BLOCK_RULE: tl.constexpr):
+def ends_round(area, row, V, law, draft, sizes, at, recorded, word, amount,
+               BLOCK_RULE: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
     """Whether no later row can matter: the token at [b, k] = at is rejected, has no chance in the
     block rule, or something is wrong."""
     q, fault = draft_chance(draft, sizes, at, recorded, V)
@@ -226,7 +246,13 @@ def ends_round(area, row, V, law, draft, sizes, at, recorded, word, BLOCK_RULE: 
             tl.store(area + DRAFT_CHANCE, q.to(tl.int64, bitcast=True))
             ends = p == 0.0
         else:
-            ends = unit(word) * q >= p
+            chance = p
+            if amount is not None:
+                chance = raised(p, q, amount, KIND)
+                # where q is recorded, launch 3 sums over the row
+                spent = tl.where(recorded, 0, bias_weight(p, q, amount, KIND))
+                tl.store(area + EXCESS, spent)
+            ends = unit(word) * q >= chance
     return ends
 
 
@@ -262,28 +288,43 @@ def chain_chances(workspace, b, length, K, tiles):
 
 @triton.jit(do_not_specialize=SIZES)
 def end_round(
-    target, draft, random, workspace, B, K, parts, R, steps, final_step, out,
-    BLOCK_RULE: tl.constexpr,
+    target, draft, random, amounts, workspace, B, K, parts, R, steps, final_step, out,
+    BLOCK_RULE: tl.constexpr, KIND: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """The residual where one may be drawn from, and the token that ends each round."""
     sizes = Sizes(B, K, parts, R, steps, final_step)
     tiles = tl.cdiv(target.V, TILE)
     place, tile = tl.program_id(0).to(tl.int64) // tiles, tl.program_id(0) % tiles
-    b = place // (K + 1) if BLOCK_RULE else place
+    EVERY_ROW: tl.constexpr = BLOCK_RULE or (amounts is not None)
+    b = place // (K + 1) if EVERY_ROW else place
+    programs = tiles * (K + 1) if EVERY_ROW else tiles
     head = area_of(workspace, b * (K + 1), tiles)
     length = length_of(draft.lengths, b, K)
     if BLOCK_RULE:
         i = place % (K + 1)
         status = tl.where(length < 0, TOKEN_FAULT, tl.load(head + SEQUENCE_STATUS)).to(tl.int32)
         drawn_from = (i < length) & may_end_at(random, head, workspace, b, i, K, tiles)
-        programs = tiles * (K + 1)
     else:
-        i = tl.maximum(tl.minimum(tl.load(head + STOP), length), 0)
-        area = area_of(workspace, b * (K + 1) + i, tiles)
-        status = tl.where(length < 0, TOKEN_FAULT, tl.load(area + STATUS)).to(tl.int32)
-        drawn_from = (i < length) & (tl.load(area + RECORDED) != 0)
-        programs = tiles
+        end = tl.maximum(tl.minimum(tl.load(head + STOP), length), 0)
+        status = tl.load(area_of(workspace, b * (K + 1) + end, tiles) + STATUS)
+        i = end
+        if amounts is not None:
+            i = place % (K + 1)
+            amount = tl.load(amounts + b)
+            status = tl.where(valid_amount(amount, KIND), status, PARAMETER)
+        status = tl.where(length < 0, TOKEN_FAULT, status).to(tl.int32)
+        recorded = (i < length) & (i <= end)
+        if recorded:
+            recorded = tl.load(area_of(workspace, b * (K + 1) + i, tiles) + RECORDED) != 0
+        drawn_from = recorded & (i == end)
+        if amounts is not None:
+            if (status == OK) & recorded:
+                area = area_of(workspace, b * (K + 1) + i, tiles)
+                row = target.data + b * target.batch_stride + i * target.row_stride
+                spent = bias_sum(row, target.V, load_law(area), draft, sizes, b * K + i, amount,
+                                 tile, KIND, TILE)  # fmt: skip
+                tl.atomic_add(area + EXCESS, spent, sem="relaxed")
     area = area_of(workspace, b * (K + 1) + i, tiles)
     if (status == OK) & drawn_from:
         a = load_f64(area + PREFIX_CHANCE) if BLOCK_RULE else tl.full([], 1.0, tl.float64)
@@ -298,14 +339,31 @@ def end_round(
     if arrives_last(head + SEQUENCE_ARRIVED, programs):
         if BLOCK_RULE:
             i = longest_prefix(random, head, workspace, b, length, K, tiles, POSITIONS)
-            area = area_of(workspace, b * (K + 1) + i, tiles)
+        else:
+            i = end
+        area = area_of(workspace, b * (K + 1) + i, tiles)
+        if BLOCK_RULE:
             if (i == length) & (status == OK):
                 status = tl.load(area + STATUS).to(tl.int32)
         token = tl.full([], -1, tl.int64)
         if status == OK:
             token = last_token(target, draft, sizes, random, area, b, i, length, tiles, BLOCK_RULE,
                                TILE, TILES)  # fmt: skip
-        emit(out, draft, b, i, token, status, K, POSITIONS)
+        bias = tl.full([], 0.0, tl.float64)
+        if amounts is not None:
+            bias = bias_of_round(workspace, b, tl.minimum(i + 1, length), K, tiles)
+        emit(out, draft, b, i, token, status, bias, K, POSITIONS)
+
+
+@triton.jit
+def bias_of_round(workspace, b, examined, K, tiles):
+    """The biases of the examined positions, added from left to right. -> f64"""
+    bias = tl.full([], 0.0, tl.float64)
+    for i in range(K):
+        area = area_of(workspace, b * (K + 1) + i, tiles)
+        spent = tl.load(area + EXCESS, mask=i < examined, other=0, cache_modifier=".cg")
+        bias += spent.to(tl.float64) * 8.673617379884035e-19  # 2^-60
+    return bias
 
 
 @triton.jit
@@ -380,7 +438,7 @@ def last_token(
 
 
 @triton.jit
-def emit(out, draft, b, accepted, token, status, K, POSITIONS: tl.constexpr):
+def emit(out, draft, b, accepted, token, status, bias, K, POSITIONS: tl.constexpr):
     """Write a sequence's result: its accepted tokens, the last one, then -1."""
     j = tl.arange(0, POSITIONS)
     shown = tl.where(status == OK, accepted, -1)
@@ -389,6 +447,7 @@ def emit(out, draft, b, accepted, token, status, K, POSITIONS: tl.constexpr):
     tl.store(out.emitted + b * (K + 1) + j, emitted, mask=j <= K)
     tl.store(out.accepted + b, tl.maximum(shown, 0))
     tl.store(out.status + b, status)
+    tl.store(out.bias + b, tl.where(status == OK, bias, 0.0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -433,4 +492,4 @@ def race_rows(
         status = tl.load(area + STATUS, cache_modifier=".cg")
         status = tl.where(length < 0, TOKEN_FAULT, status).to(tl.int32)
         token = tl.load(area + TOKEN, cache_modifier=".cg")
-        emit(out, draft, b, i, token, status, K, POSITIONS)
+        emit(out, draft, b, i, token, status, tl.full([], 0.0, tl.float64), K, POSITIONS)

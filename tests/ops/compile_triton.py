@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from specdiff_kernels import (
     Draft,
+    Lenience,
     Pages,
     Reveal,
     backends,
@@ -33,6 +34,7 @@ from specdiff_kernels import (
     use_backend,
     verify,
 )
+from specdiff_kernels.lenience import KINDS
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 B, K, V = 2, 8, 50257
@@ -94,6 +96,10 @@ def options(truncated: bool) -> dict[str, Any]:
     return {"top_k": 50, "top_p": 0.9, "min_p": 0.01} if truncated else {}
 
 
+def leniences(rule: str) -> list[Lenience | None]:
+    return [Lenience(kind, 0.5) for kind in KINDS] if rule == "lenient" else [None]
+
+
 def keys(rule: str = "token", width: int = V, words: bool = False) -> dict[str, torch.Tensor]:
     zero = torch.zeros(B, dtype=torch.int64)
     if words:
@@ -133,7 +139,7 @@ def run_commit(b: int = B, k: int = K, positions: int = 64, columns: int = 16) -
 
 def run_verify() -> None:
     zero = torch.zeros(B, K, dtype=torch.int64)
-    for rule in ("token", "block", "coupled"):
+    for rule in ("token", "block", "coupled", "lenient"):
         for width, columns, truncated, words in (
             (ODD, None, False, False),
             (EVEN, SMALL, False, True),
@@ -144,8 +150,11 @@ def run_verify() -> None:
             ids = None if columns is None else torch.arange(columns)
             rows = torch.arange(B * K).view(B, K)
             draft = Draft(zero, zero.int(), rows, pool, row_law(pool), ids, zero[:, 0])
-            verify(target, draft, rule=rule, **options(truncated), **keys(rule, width, words))
-        verify(target, Draft(zero, zero.int(), rows), rule=rule, **keys(rule))
+            for lenience in leniences(rule):
+                verify(target, draft, rule=rule, lenience=lenience, **options(truncated),
+                       **keys(rule, width, words))  # fmt: skip
+        verify(target, Draft(zero, zero.int(), rows), rule=rule, lenience=leniences(rule)[-1],
+               **keys(rule))  # fmt: skip
 
 
 def run_denoise_step() -> None:
@@ -175,9 +184,10 @@ def run_again() -> None:
         tokens = torch.zeros(b, k, dtype=torch.int64)
         rows = torch.arange(b * k).view(b, k)
         draft = Draft(tokens, tokens.int(), rows, pool, row_law(pool), None, lengths)
-        for rule in ("token", "block", "coupled"):
+        for rule in ("token", "block", "coupled", "lenient"):
             key = "position" if rule == "coupled" else "round"
-            verify(target, draft, rule=rule, **{"seed": lengths, key: lengths})
+            verify(target, draft, rule=rule, lenience=leniences(rule)[-1],
+                   **{"seed": lengths, key: lengths})  # fmt: skip
         run_commit(b, k, positions=k + 1, columns=b)
     pool = torch.zeros(B * K, V, dtype=torch.bfloat16)
     key = {"seed": zero[:B], "round": zero[:B]}

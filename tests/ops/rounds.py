@@ -11,6 +11,7 @@ from specdiff_kernels import (
     RULES,
     Committed,
     Draft,
+    Lenience,
     Pages,
     Reveal,
     Verified,
@@ -37,12 +38,16 @@ def a_round(rule: str, V: int, seed: int = 0) -> tuple[torch.Tensor, Draft, dict
     draft = Draft(tokens.view(B, K), torch.zeros(B, K).int(), torch.arange(B * K).view(B, K), pool,
                   law)  # fmt: skip
     temperature = torch.full((B,), 0.0 if rule == "greedy" else 0.9)
+    temperature[1:] *= rule != "lenient"  # there the other rows are greedy
     key = {"seed": torch.arange(B), "position" if rule == "coupled" else "round": torch.arange(B)}
-    return target, draft, {"temperature": temperature, "rule": rule, **key}
+    lenience = Lenience("ensemble", torch.full((B,), 0.7).double()) if rule == "lenient" else None
+    how = {"rule": rule, "lenience": lenience}
+    return target, draft, {"temperature": temperature, **how, **key}
 
 
 def empty_result() -> Verified:
-    return Verified(i64(*[7] * B), torch.full((B, K + 1), 7), i64(*[7] * B).int())
+    sevens = torch.full((B,), 7)
+    return Verified(sevens, torch.full((B, K + 1), 7), sevens.int(), sevens.double())
 
 
 def every_op(V: int) -> Iterator[Callable[[], tuple]]:

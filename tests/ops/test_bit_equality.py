@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdiff_kernels import (
     Draft,
+    Lenience,
     Reveal,
     commit,
     denoise_step,
@@ -52,6 +53,7 @@ class Case:
     rule: str
     record: dict  # what the draft says of itself
     damage: Tensor | None  # tokens [B, K] in place of the sampled ones
+    lenience: Lenience | None = None
 
 
 def embed_in_frame(logits: Tensor) -> Tensor:
@@ -92,7 +94,13 @@ def cases(draw) -> Case:
         "min_p": pick(None, uniform() * 0.3, torch.ones(B)),
     }
     word = lambda *shape: torch.randint(-(2**63), 2**63 - 1, shape, generator=random)
-    rule = pick("token", "token", "block", "block", "greedy", "coupled")
+    rule = pick("token", "token", "block", "block", "greedy", "coupled", "lenient", "lenient")
+    lenience = None
+    if rule == "lenient":
+        amount = uniform().double() if pick(True, False) else uniform().round().double()
+        if pick(True, False, False, False):
+            amount[draw(st.integers(0, B - 1))] = pick(NAN, -0.5, 1.5, INF, 1e-310)
+        lenience = Lenience(pick("lenience", "additive", "ensemble"), amount)
     rows = torch.arange(B * K).view(B, K)
     rows = rows.masked_fill(torch.rand(rows.shape, generator=random) < 0.3, -1)
     return Case(
@@ -113,6 +121,7 @@ def cases(draw) -> Case:
             {"entangled": True},
         ),
         pick(None, None, torch.randint(-1, V + 1, (B, K), generator=random)),
+        lenience,
     )
 
 
@@ -162,7 +171,8 @@ def run(case: Case) -> list:
         random = {"words": case.words}
     elif case.rule == "coupled":
         random = {"seed": seed, "position": torch.arange(B) * K}
-    verified = verify(case.target, draft, **case.parameters, rule=case.rule, **random)
+    verified = verify(case.target, draft, **case.parameters, rule=case.rule,
+                      lenience=case.lenience, **random)  # fmt: skip
     committed = commit(
         torch.arange(B), verified.emitted, stop_tokens=torch.arange(0, V, 3),
         limit=torch.arange(B) + K,
@@ -206,7 +216,7 @@ def check_same_bits(implementation: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
-@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled", "lenient"])
 @pytest.mark.parametrize("V", [50257, 50258, 151936])
 def test_same_bits_at_full_size(implementation, V, rule):
     skip_if_interpreted(implementation)
@@ -221,6 +231,7 @@ def test_same_bits_at_full_size(implementation, V, rule):
         None if rule == "coupled" else words, words[:, :3].flatten(),
         torch.zeros(2, 3, dtype=torch.int32),
         torch.arange(6).view(2, 3), None, rule, {}, None,
+        Lenience("ensemble", torch.tensor([0.2, 0.9]).double()) if rule == "lenient" else None,
     )  # fmt: skip
     with use_backend("reference"):
         expected = run(case)

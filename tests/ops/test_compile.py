@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from specdiff_kernels import (
     Draft,
+    Lenience,
     Pages,
     Reveal,
     backends,
@@ -80,6 +81,8 @@ def every_call() -> Iterator[partial]:
                            lengths=reduced.lengths)  # fmt: skip
     yield partial(verify, target, drawn, **truncation(B), rule="coupled", seed=row, round=row,
                   position=row, **forced)  # fmt: skip
+    yield partial(verify, target, drawn, rule="lenient", seed=row, round=row,
+                  lenience=Lenience("ensemble", torch.full((B,), 0.5).double()))  # fmt: skip
 
     lengths, emitted = torch.ones(B).long(), torch.tensor([[7, 5, -1, -1], [7, 8, 9, 5]])
     path = torch.tensor([[0, 2, 3, 5]] * B)

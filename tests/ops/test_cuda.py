@@ -128,7 +128,7 @@ def launches(steering):
 
 
 @pytest.mark.parametrize("truncated", [False, True])
-@pytest.mark.parametrize("rule", ["token", "block", "greedy", "coupled"])
+@pytest.mark.parametrize("rule", ["token", "block", "greedy", "coupled", "lenient"])
 def test_blocks_may_run_in_any_order(rule, truncated, steering):
     """Neither the order of blocks and threads matters, nor how rows are divided, nor what the
     workspace held."""
@@ -164,7 +164,7 @@ def test_the_weight_of_every_logit_of_16_bits(dtype, steering):
                 assert_same(row_law(scaled, temperature), want)
 
 
-@pytest.mark.parametrize("rule", ["token", "block", "greedy"])
+@pytest.mark.parametrize("rule", ["token", "block", "greedy", "lenient"])
 def test_a_verification_is_one_launch_where_there_is_room(rule, launches, steering):
     target, draft, options = a_round(rule, V)
     verify(target, draft, **options)
@@ -246,7 +246,7 @@ def test_what_tables_hold_does_not_matter(steering):
     assert freed > 30
 
 
-@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled", "lenient"])
 def test_rows_behind_the_end_of_a_round_are_left_out(rule, steering):
     """Where blocks run one after another, so that later ones know; then their threads meet less."""
     emulator.use_device(3)

@@ -38,7 +38,7 @@ TABLE = {
 
 def strongest(kind: tuple, rule: str) -> str:
     token, block, *_ = TABLE[kind]
-    return {"token": token, "block": block}.get(rule, "one-hot")
+    return {"token": token, "block": block, "lenient": token}.get(rule, "one-hot")
 
 
 def reason(kind: tuple, rule: str, record: str) -> str | None:
@@ -57,7 +57,7 @@ def draft_of(*kind) -> Draft:
     return one_hot_draft(torch.zeros(0, 0, dtype=torch.int64), **fields(kind))
 
 
-CASES = list(itertools.product(TABLE, ("token", "block", "greedy"), RECORDS))
+CASES = list(itertools.product(TABLE, ("token", "block", "greedy", "lenient"), RECORDS))
 LEGAL = [case for case in CASES if reason(*case) is None]
 REFUSED = [case for case in CASES if reason(*case) is not None]
 
@@ -96,7 +96,11 @@ def test_the_coupled_rule_takes_no_record(kind, record):
 @pytest.mark.parametrize(
     ("rule", "record", "message"),
     [
-        ("tokens", None, "rule: expected one of token, block, greedy, coupled, got 'tokens'"),
+        (
+            "tokens",
+            None,
+            "rule: expected one of token, block, greedy, coupled, lenient, got 'tokens'",
+        ),
         ("token", "max", "record: expected one of one-hot, final, running-max, entangled, got"),
         ("coupled", "max", "record: expected one of"),
         ("greedy", "RUNNING_MAX", "record: expected one of"),

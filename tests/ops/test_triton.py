@@ -120,7 +120,7 @@ def launches(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("truncated", [False, True])
-@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled", "lenient"])
 def test_a_verification_is_three_launches_at_most(rule, truncated, launches):
     target, draft, options = a_round(rule, V)
     if truncated:
@@ -136,7 +136,7 @@ def test_a_verification_is_three_launches_at_most(rule, truncated, launches):
 
 @interpreted
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled", "lenient"])
 def test_a_workspace_is_all_that_is_allocated(rule, given, monkeypatch):
     """Beside the launches, which are left out here, a call runs no operator of PyTorch."""
     module = importlib.import_module("specdiff_kernels.triton.verify")
@@ -251,7 +251,7 @@ def test_programs_of_a_commit_may_run_in_any_order():
 
 
 @interpreted
-@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled", "lenient"])
 def test_rows_behind_the_end_of_a_round_are_not_read_again(rule, monkeypatch):
     """In launch 2, where an earlier row has said so by then; launch 1 reads what was drafted."""
     module = importlib.import_module("specdiff_kernels.triton.verify")

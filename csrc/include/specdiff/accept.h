@@ -30,4 +30,37 @@ SPECDIFF_HD int64_t residual_weight(double p, double q) {
   return int64_t(mantissa << 8 >> (1023 - (bits >> 52)));
 }
 
+enum Lenience : int32_t { kLenience, kAdditive, kEnsemble };
+
+SPECDIFF_HD bool valid_amount(int32_t lenience, double amount) {
+  if (lenience == kLenience) return amount > 0 && amount <= 1;
+  return amount >= 0 && (lenience == kAdditive || amount <= 1);
+}
+
+// p' = max(p, (q_share q + p_share p + more) / divisor) where p > 0, else 0: p / amount,
+// p + amount, or (1 - amount) q + amount p, since the operations that a kind does not need are
+// exact.
+struct Raise {
+  double q_share, p_share, more, divisor;
+};
+
+SPECDIFF_HD Raise raise_by(int32_t lenience, double amount) {
+  if (lenience == kLenience) return {0, 1, 0, amount};
+  if (lenience == kAdditive) return {0, 1, amount, 1};
+  return {1 - amount, amount, 0, 1};
+}
+
+SPECDIFF_HD double raised(double p, double q, const Raise& by) {
+  const double from_q = by.q_share * q, from_p = by.p_share * p;
+  const double sum = from_q + from_p;
+  const double more = (sum + by.more) / by.divisor;
+  return p > 0 ? (more > p ? more : p) : 0;
+}
+
+// int64(max(min(q, p') - p, 0) 2^60): what a token adds to the bias of its position.
+SPECDIFF_HD int64_t bias_weight(double p, double q, const Raise& by) {
+  const double chance = raised(p, q, by);
+  return residual_weight(q < chance ? q : chance, p);
+}
+
 }  // namespace specdiff

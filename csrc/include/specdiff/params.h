@@ -2,6 +2,7 @@
 // caller allocates, native code writes; nothing here knows of any framework.
 #pragma once
 
+#include "specdiff/accept.h"
 #include "specdiff/weights.h"
 
 namespace specdiff {
@@ -116,7 +117,7 @@ struct SampleParams {
   int32_t threads;
 };
 
-enum Rule : int32_t { kTokenRule, kBlockRule, kGreedyRule, kCoupledRule };
+enum Rule : int32_t { kTokenRule, kBlockRule, kGreedyRule, kCoupledRule, kLenientRule };
 enum Record : int32_t { kOneHot, kFinal, kRunningMax, kEntangled };
 
 // What the block rule keeps of a prefix of i drafted tokens.
@@ -137,12 +138,14 @@ struct VerifyParams {
   LawArrays draft_law;
   const int64_t* draft_ids;  // [draft.columns], increasing, or null
   const int64_t* lengths;    // [batch], or null
-  int32_t rule, record, final_step;
+  int32_t rule, record, final_step, lenience;
   Parameters parameters;  // [batch]
+  const double* amounts;  // [batch] for the lenient rule, else null
   Randomness random;      // words [batch, k + 1], coupled [batch, k + 1, columns]
   int64_t* accepted;
   int64_t* emitted;  // [batch, k + 1]
   int32_t* status;
+  double* bias;
   Prefix* prefixes;  // [batch, k + 1] for the block rule, else null
   int64_t* scratch;
   int32_t threads;

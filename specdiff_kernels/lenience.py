@@ -1,0 +1,57 @@
+"""Which lenience may be asked for: the one place that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from .types import Lenience
+
+# kind: (amounts allowed, test of a number or a tensor)
+KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "lenience": ("a number in (0, 1]", lambda x: (x > 0) & (x <= 1)),
+    "additive": ("a number >= 0", lambda x: x >= 0),
+    "ensemble": ("a number in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+}
+
+
+def check_lenience(rule: str, lenience: Lenience | None) -> None:
+    """Raise unless the rule is "lenient" and a lenience is given, or neither is so.
+
+    Args:
+        rule: one of RULES.
+        lenience: a tensor's entries are checked by the op, through each row's status.
+
+    Raises:
+        ValueError, TypeError: the message names both.
+
+    Example:
+        >>> check_lenience("lenient", Lenience("ensemble", 0.9))
+    """
+    if lenience is None:
+        if rule == "lenient":
+            raise ValueError(
+                "lenience: rule 'lenient' needs one, got None; pass lenience=Lenience(kind, "
+                "amount), or rule='token' for the target's own law"
+            )
+        return
+    if rule != "lenient":
+        raise ValueError(
+            f"lenience: only rule 'lenient' takes one, got {lenience!r} under rule {rule!r}; leave "
+            "it, or pass rule='lenient'"
+        )
+    if not isinstance(lenience, Lenience):
+        raise TypeError(f"lenience: expected a Lenience, got {type(lenience).__name__}")
+    if lenience.kind not in KINDS:
+        raise ValueError(
+            f"lenience.kind: expected one of {', '.join(KINDS)}, got {lenience.kind!r}"
+        )
+    allowed, test = KINDS[lenience.kind]
+    amount = lenience.amount
+    if not isinstance(amount, Tensor) and not (isinstance(amount, Real) and test(amount)):
+        raise ValueError(
+            f"lenience.amount: expected {allowed} for {lenience.kind!r}, got {amount!r}"
+        )
