@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from specdiff import Stats, Step, cpu
 from specdiff.cli import app, encode
-from specdiff.drafters import Autoregressive
+from specdiff.planner import PLAIN, Costs, Plan, measure
 from specdiff.report import LiveText, Run, TextStream, figures, median_run
 from tests.tiny import tiny_model
 
@@ -43,6 +44,20 @@ def save_llama(folder: Path, tokenizer, *, vocab: int | None = None, nan: bool =
 @pytest.fixture(scope="module")
 def target(tmp_path_factory, tiny_tokenizer) -> str:
     return save_llama(tmp_path_factory.mktemp("target"), tiny_tokenizer)
+
+
+def free_drafts(decoder, prompts, *, batch, sampling, ks, steps) -> Costs:
+    """In place of `measure`: rounds with and without drafts cost the same."""
+    taken = steps if hasattr(decoder.drafter, "steps") else (0,)
+    plans = [PLAIN, *(Plan(k, T) for k in ks or (1, 2, 4) for T in taken if k >= T)]
+    return Costs(batch, plans, [0.0] * len(plans), [1.0] * len(plans))
+
+
+@pytest.fixture(autouse=True)
+def costs(monkeypatch, tmp_path):
+    """Kept for this test alone, and no matter of time."""
+    monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("specdiff.plans.measure", free_drafts)
 
 
 @pytest.fixture
@@ -105,10 +120,83 @@ def test_models_are_accelerated_unless_told_otherwise(result, monkeypatch):
     assert calls
 
 
-def test_k_is_the_drafters_own_unless_given(result, target):
-    got = result(drafter=target)
-    assert len(got["acceptance"]) == Autoregressive.block
+def test_k_and_steps_are_chosen_unless_given(result, target, monkeypatch):
+    """Where drafts are free the longest is best."""
+    assert len(result(drafter=target)["acceptance"]) == 4
     assert len(result("--k", "2", drafter=target)["acceptance"]) == 2
+    asked = []
+
+    def dear(decoder, prompts, *, ks, **options):
+        asked.append(ks)
+        costs = free_drafts(decoder, prompts, ks=ks, **options)
+        return replace(costs, draft=[100.0 * plan.k for plan in costs.plans])
+
+    monkeypatch.setattr("specdiff.plans.measure", dear)
+    assert len(result("--threads", "1", drafter=target)["acceptance"]) == 0 and asked == [None]
+    assert len(result("--threads", "1", "--k", "3", drafter=target)["acceptance"]) == 3
+    assert asked == [None]  # nothing to choose, nothing to measure
+
+
+def test_costs_are_measured_once(result, target, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "specdiff.plans.measure", lambda *a, **o: calls.append(1) or free_drafts(*a, **o)
+    )
+    for count, args in ((1, []), (1, ["--seed", "3"]), (2, ["--temperature", "1"]), (2, [])):
+        result(*args, drafter=target)
+        assert len(calls) == count
+    result("--no-draft")
+    assert len(calls) == 2
+
+
+def plan(target: str, *args: str):
+    options = ["--target", target, "--drafter", target, "--tokens", "4", *args]
+    return CliRunner().invoke(app, ["plan", *options])
+
+
+def test_plan_predicts_and_measures(target, tmp_path):
+    got = json.loads(plan(target, "--json", "--check", "2").stdout)
+    assert [row["k"] for row in got["plans"]] == [4, 2, 1, 0]  # best first
+    assert [row["measured_speed_up"] is not None for row in got["plans"]] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert (
+        got["plans"][0]["speed_up"]
+        == got["plans"][0]["tokens"]
+        == 1 + 1 / 2 + 1 / 4 + 1 / 8 + 1 / 16
+    )
+    assert [need["speed_up"] for need in got["needs"]] == [2, 4, 8]
+    assert got["needs"][2] == {"speed_up": 8, "acceptance": None, "draft": None}
+    done = plan(target, "--check", "0", "--picture", str(tmp_path / "plans.svg"))
+    assert done.exit_code == 0, done.stderr
+    for text in ("predicted", "what a speed-up would need", "not even always", "1.94x"):
+        assert text in done.stdout
+    assert (tmp_path / "plans.svg").read_text().startswith("<?xml")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["plans.svg"]
+
+
+def test_plan_with_the_real_clock(target, monkeypatch):
+    monkeypatch.setattr("specdiff.plans.measure", measure)
+    got = json.loads(plan(target, "--json", "--check", "1", "--again").stdout)
+    assert {row["k"] for row in got["plans"]} == {0, 1, 2, 3, 4, 6, 8}
+    assert all(row["speed_up"] > 0 for row in got["plans"])
+    best = next(row for row in got["plans"] if row["k"])
+    assert best["measured_speed_up"] > 0 and best["tokens"] > 1.5  # it drafts for itself
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--drafter", "magic"], "unknown drafter 'magic'"),
+        (["--picture", "plan.xyz", "--check", "0"], "xyz"),
+    ],
+)
+def test_errors_of_plan_are_one_line(target, args, message):
+    expect_error(plan(target, *args), message)
 
 
 def test_identical_is_null_when_sampling(result):
@@ -167,10 +255,10 @@ def test_lenience_prints_its_budget_and_promises_nothing(run, target, rule):
     options = ["--prompt", PROMPT, "--compare", "--lenience", "additive=0.3", *rule]
     sampled = run(*options, "--temperature", "1", "--record", "one-hot", drafter=target).stdout
     assert "the text no longer follows" in sampled and "identical" not in sampled
-    assert re.search(r"total variation spent │ +[1-9]", sampled)
-    assert re.search(r"for each token │ +0\.\d", sampled)
+    assert re.search(r"total variation spent +│ +[1-9]", sampled)
+    assert re.search(r"for each token +│ +0\.\d", sampled)
     greedy = run(*options, drafter=target).stdout
-    assert re.search(r"total variation spent │ +0\.0000 ", greedy)
+    assert re.search(r"total variation spent +│ +0\.0000 ", greedy)
     assert "no longer" not in greedy and "identical" not in greedy
     assert "variation" not in run("--prompt", PROMPT, drafter=target).stdout
 
@@ -226,7 +314,9 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", ""], "--prompt is empty"),
         (["--prompt", " \n"], "--prompt is empty"),
         (["--batch-file", "/nowhere/prompts"], "No such file"),
-        (["--prompt", "a", "--k", "0"], "--k must be at least 1, got 0; .* use --no-draft"),
+        (["--prompt", "a", "--k", "0"], "--k must be auto or at least 1, got 0; .* use --no-draft"),
+        (["--prompt", "a", "--k", "many"], "--k must be auto or at least 1, got many"),
+        (["--prompt", "a", "--steps", "0"], "--steps must be auto or at least 1, got 0$"),
         (["--prompt", "a", "--k", "64"], "k must be below the target's context of 64 tokens"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["--prompt", "fox " * 70], "no room in the target's context of 64"),

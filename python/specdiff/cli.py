@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from rich.console import Console
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from specdiff_kernels import Lenience
 
     from .decoder import Decoder, Step
+    from .planner import Costs, Planner
+    from .sampling import Sampling
 
+AUTO = "auto"
 REPEATS = 3  # runs of each kind in a comparison
 SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False}
 
@@ -129,11 +132,12 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     k: Annotated[
-        int | None, typer.Option("--k", help="Most tokens drafted per round; default: its own.")
-    ] = None,
+        str,
+        typer.Option("--k", help="Tokens drafted per round; auto: as many as pay, or none."),
+    ] = AUTO,
     steps: Annotated[
-        int | None, typer.Option(help="Reverse steps of a diffusion drafter; default: its own.")
-    ] = None,
+        str, typer.Option(help="Reverse steps of a diffusion drafter; auto: as many as pay.")
+    ] = AUTO,
     rule: Annotated[
         Rule | None,
         typer.Option(
@@ -164,8 +168,7 @@ def generate(
 ) -> None:
     """Decode one prompt or a file of them, and show how fast it went."""
     prompts = read_prompts(prompt, batch_file)
-    if k is not None and k < 1:
-        raise ValueError(f"--k must be at least 1, got {k}; for plain decoding use --no-draft")
+    counts = parse_count("--k", k), parse_count("--steps", steps)
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}")
     if compare and no_draft:
@@ -186,8 +189,13 @@ def generate(
         lenient = None if lenience is None else parse_lenience(lenience)
         plain, tokenizer = load(target, rule.value, lenient, threads, not no_accelerate)
         laws = None if record is None else record.value
-        decoder = plain if no_draft else with_drafter(plain, drafter, k, steps, laws)
+        decoder = plain if no_draft else with_drafter(plain, drafter, counts[1], laws)
     ids = [encode(tokenizer, text, raw) for text in prompts]
+    if not no_draft:
+        names = {"target": target, "drafter": drafter, "accelerate": str(not no_accelerate)}
+        with progress.status("measuring what drafts cost here, once for this pair of models"):
+            pair = Pair(decoder, tokenizer, names, len(ids), sampling, raw)
+            decoder = with_plans(pair, *counts)
     options = {"max_new_tokens": max_new_tokens, "sampling": sampling, "seed": seed}
 
     console = Console()
@@ -213,6 +221,69 @@ def generate(
     if run.stats.accepted:
         live.legend()
     console.print(table(run, baseline, result, budget=lenient is not None))
+
+
+@app.command()
+@user_errors()
+def plan(
+    target: Annotated[
+        str, typer.Option(help="A known model or a Hugging Face folder.")
+    ] = "smollm2-135m",
+    drafter: Annotated[
+        str,
+        typer.Option(help="block-diffusion, parallel, prompt-lookup, or a drafter's folder."),
+    ] = "block-diffusion",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
+    check: Annotated[
+        int, typer.Option(help="How many of the best plans to decode with, to see; 0: none.")
+    ] = 5,
+    tokens: Annotated[int, typer.Option(help="Tokens of each of 4 prompts in such a check.")] = 32,
+    again: Annotated[bool, typer.Option("--again", help="Measure costs anew.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw predicted and measured speed-ups, .png or .svg.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
+    no_accelerate: Annotated[
+        bool, typer.Option("--no-accelerate", help="On a CPU: leave linear layers to torch.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
+) -> None:
+    """Predict the speed-up of every K and T from costs measured here, and see how true that is."""
+    if batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {batch}")
+    if target in MODELS:
+        fetch(target)
+    progress = Console(stderr=True)
+    with progress.status("loading"):
+        from .planner import PLAIN
+        from .plans import as_dict, draw, measured_speed_ups, needs, predictions
+        from .report import needs_table, plans_table
+        from .sampling import Sampling
+
+        sampling = Sampling(temperature)
+        plain, tokenizer = load(target, Rule.token.value, None, threads, not no_accelerate)
+        names = {"target": target, "drafter": drafter, "accelerate": str(not no_accelerate)}
+        decoder = with_drafter(plain, drafter, None, None)
+        pair = Pair(decoder, tokenizer, names, batch, sampling, raw)
+    with progress.status("measuring what drafts cost here"):
+        costs = pair.costs(again=again)
+    rows = predictions(costs)
+    best = [row.plan for row in rows if row.plan != PLAIN][:check]
+    with progress.status(f"decoding with the best {len(best)} plans"):
+        measured = measured_speed_ups(decoder, costs, best, pair.prompts()[:4], tokens, sampling)
+    if picture is not None:
+        draw(rows, measured, f"{drafter} for {target}", picture)
+    wanted = needs(costs)
+    if as_json:
+        typer.echo(json.dumps(as_dict(rows, measured, wanted)))
+        return
+    console = Console()
+    console.print(plans_table(rows, measured))
+    console.print(needs_table(wanted))
+    if picture is not None:
+        console.print(f"drawn: {picture}", soft_wrap=True)
 
 
 @app.command()
@@ -388,14 +459,74 @@ def load(
 
 
 def with_drafter(
-    plain: Decoder, name_or_path: str, k: int | None, steps: int | None, record: str | None
+    plain: Decoder, name_or_path: str, steps: int | None, record: str | None
 ) -> Decoder:
     """The same decoder with drafts."""
     from .decoder import Decoder
     from .drafters import load_drafter
 
     drafter = load_drafter(name_or_path, plain.target, steps=steps)
-    return Decoder(plain.target, drafter, k, plain.rule, lenience=plain.lenience, record=record)
+    return Decoder(plain.target, drafter, rule=plain.rule, lenience=plain.lenience, record=record)
+
+
+def parse_count(option: str, given: str) -> int | None:
+    """A number of at least 1; None: auto."""
+    if given == AUTO:
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        plain = "; for plain decoding use --no-draft" if option == "--k" else ""
+        raise ValueError(f"{option} must be {AUTO} or at least 1, got {given}{plain}")
+    return int(given)
+
+
+class Pair(NamedTuple):
+    """A decoder with a drafter, and what its costs are kept by."""
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    names: dict[str, str]
+    batch: int
+    sampling: Sampling
+    raw: bool
+
+    def costs(
+        self, k: int | None = None, steps: int | None = None, *, again: bool = False
+    ) -> Costs:
+        """Of all plans, or of those with so many tokens or steps."""
+        from .planner import STEPS
+        from .plans import kept_costs
+
+        return kept_costs(
+            self.decoder,
+            self.prompts(),
+            self.names,
+            batch=self.batch,
+            sampling=self.sampling,
+            ks=None if k is None else (k,),
+            steps=STEPS if steps is None else (steps,),
+            again=again,
+        )
+
+    def prompts(self) -> list[list[int]]:
+        from .plans import PROMPTS
+
+        return [encode(self.tokenizer, text, self.raw) for text in PROMPTS]
+
+
+def with_plans(pair: Pair, k: int | None, steps: int | None) -> Decoder:
+    """The decoder with K and T as given, or chosen in each round."""
+    from .decoder import Decoder
+    from .planner import Planner
+
+    old = pair.decoder
+    chooser: int | Planner
+    if k is not None and (steps is not None or not hasattr(old.drafter, "steps")):
+        chooser = k
+    else:
+        chooser = Planner(pair.costs(k, steps), ks=None if k is None else (k,))
+    return Decoder(
+        old.target, old.drafter, chooser, old.rule, lenience=old.lenience, record=old.record
+    )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> list[int]:

@@ -251,7 +251,8 @@ def measure(
     *,
     batch: int = 1,
     sampling: Sampling | None = None,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] | None = None,
+    steps: Sequence[int] = STEPS,
 ) -> Costs:
     """Decode with one plan after another, each several times, and note what rounds cost.
 
@@ -265,10 +266,11 @@ def measure(
             target's first token alone.
         batch: rows, as many as the planner will see.
         sampling: None is temperature 1.
-        ks: the K to measure, as far as the drafter can; T are powers of 2 up to 16 and up to K.
+        ks: the K to measure, as far as the drafter can; None: some up to 8 or the drafter's block.
+        steps: the T to measure up to each K, if the drafter takes steps.
 
     Raises:
-        ValueError: no drafter, or no K that it can draft.
+        ValueError: no drafter, or no K that it can draft in so many steps.
 
     Example:
         >>> costs = measure(Decoder(Target(model), PromptLookup()))
@@ -279,13 +281,16 @@ def measure(
     drafter = decoder.drafter
     if drafter is None:
         raise ValueError("decoder: expected one with a drafter, got plain decoding")
-    most = min(
-        getattr(drafter, "most", max(ks)), max(8, drafter.block), decoder.target.context_limit // 4
-    )
-    steps = STEPS if hasattr(drafter, "steps") else (0,)
-    plans = [Plan(k, T) for k in ks for T in steps if k <= most and k >= T]
+    most = min(getattr(drafter, "most", KS[-1]), decoder.target.context_limit // 4)
+    if ks is None:
+        ks = [k for k in KS if k <= max(8, drafter.block)]
+    taken = steps if hasattr(drafter, "steps") else (0,)
+    plans = [Plan(k, T) for k in ks for T in taken if T <= k <= most]
     if not plans:
-        raise ValueError(f"ks: expected lengths from 1 to {most}, got {list(ks)}")
+        raise ValueError(
+            f"nothing to measure: this drafter drafts 1 to {most} tokens, in no more steps; got "
+            f"ks={list(ks)}, steps={list(steps)}"
+        )
     before = getattr(drafter, "steps", None)
     probe = Probe(max(plan.k for plan in plans))
     own = Decoder(
@@ -294,6 +299,7 @@ def measure(
     if prompts is None:
         bos = decoder.target.model.config.bos_token_id
         prompts = [[min(bos or 0, decoder.target.vocab_size - 1)]]
+    prompts = [prompt[: decoder.target.context_limit // 2] for prompt in prompts]
     try:
         return probed(own, probe, [PLAIN, *plans], prompts, batch, sampling or Sampling(1.0))
     finally:

@@ -12,6 +12,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .decoder import Stats, Step, Tokenizer
+    from .planner import Plan
+    from .plans import Need, Prediction
 
 DRAFTED = "green"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character
@@ -93,6 +95,55 @@ def table(run: Run, baseline: Run | None, result: dict[str, Any], *, budget: boo
     if result["speedup"] is not None:
         shown.add_row("speed-up", f"{result['speedup']:.2f}x", "1.00x")
     return shown
+
+
+def plans_table(rows: Sequence[Prediction], measured: dict[Plan, float]) -> Table:
+    """Predicted and measured speed-up of every plan, best first, and a bar for each."""
+    shown = Table(title="speed-up over plain decoding, costs in plain rounds", title_style="bold")
+    for heading in ("K", "T", "draft", "rest", "tokens", "predicted", "measured"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("", no_wrap=True)
+    longest = max([row.speed_up for row in rows] + list(measured.values()))
+    for row in rows:
+        k, steps = row.plan
+        seen = measured.get(row.plan)
+        shown.add_row(
+            str(k) if k else "plain",
+            str(steps or "-"),
+            f"{row.draft:.2f}",
+            f"{row.verify:.2f}",
+            f"{row.tokens:.2f}",
+            f"{row.speed_up:.2f}x",
+            "" if seen is None else f"{seen:.2f}x",
+            bar(row.speed_up if seen is None else seen, longest),
+            style="bold" if k == 0 else None,
+        )
+    return shown
+
+
+def bar(value: float, longest: float, width: int = 14) -> str:
+    eighths = round(8 * width * value / longest)
+    return "\N{FULL BLOCK}" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def needs_table(wanted: Sequence[Need]) -> Table:
+    """What other acceptances, or another drafter's cost, each speed-up would ask for."""
+    shown = Table(title="what a speed-up would need", title_style="bold")
+    shown.add_column("speed-up", justify="right")
+    shown.add_column("each token accepted, at this drafter's cost")
+    shown.add_column("a draft's cost, accepted as now")
+    for need in wanted:
+        alpha, price = need.acceptance, need.draft_cost
+        shown.add_row(
+            f"{need.wanted:g}x",
+            "not even always" if alpha is None else f"{100 * alpha[0]:.0f} %, {named(alpha[1])}",
+            "not even none" if price is None else f"{price[0]:.2f} plain rounds, {named(price[1])}",
+        )
+    return shown
+
+
+def named(plan: Plan) -> str:
+    return f"K = {plan.k}" + (f", T = {plan.steps}" if plan.steps else "")
 
 
 class TextStream:

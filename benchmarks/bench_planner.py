@@ -1,0 +1,137 @@
+"""The planner beside every fixed K and T, and with a drafter that is of no use.
+
+    python benchmarks/bench_planner.py
+
+All settings decode the 16 prompts in turn, as in bench_end_to_end.py; a speed-up is the median over
+the prompts of tokens per second over plain decoding's. `of the best` is a planner's over that of
+the best fixed K and T of its drafter. The useless drafter has the parallel one's shape and random
+weights.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import typer
+from bench_end_to_end import PLAIN, PROMPTS, Setting, chat, measure, ours, speedup
+from machine import save
+from rich.console import Console
+from rich.table import Table
+
+from specdiff.cpu import accelerate
+from specdiff.decoder import Decoder
+from specdiff.drafters import ParallelDrafter, load_drafter, shipped_drafter
+from specdiff.drafters.network import DraftNetwork
+from specdiff.models import load_target
+from specdiff.planner import Costs, Plan, Planner
+from specdiff.planner import measure as measure_costs
+from specdiff.plans import PROMPTS as COST_PROMPTS
+from specdiff.sampling import Sampling
+from specdiff.target import Target
+
+PLANS = {  # fixed ones
+    "parallel": [Plan(k, 0) for k in (1, 2, 3, 4, 8)],
+    "block-diffusion": [Plan(1, 1), Plan(2, 1), Plan(2, 2), Plan(4, 1), Plan(4, 2), Plan(4, 4),
+                        Plan(8, 1), Plan(8, 4)],
+    "prompt-lookup": [Plan(k, 0) for k in (2, 4, 8)],
+}  # fmt: skip
+USELESS = "random weights"
+console = Console(width=110)
+
+
+def main(
+    target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 48,
+) -> None:
+    """Speed-ups over plain decoding, greedy and at temperature 1."""
+    model, tokenizer = load_target(target)
+    seen = Target(accelerate(model))
+    prompts = [chat(tokenizer, text) for text in PROMPTS.read_text().splitlines()]
+    known = [chat(tokenizer, text) for text in COST_PROMPTS]
+    cases: list[dict[str, Any]] = []
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(temperature)
+        settings = [Setting(PLAIN, ours(Decoder(seen), sampling))]
+        plans: dict[str, tuple[str, Plan | None]] = {}
+        for name, drafter in drafters(seen).items():
+            costs = measure_costs(Decoder(seen, drafter), known, sampling=sampling)
+            own: list[Plan | None] = [None, *PLANS.get(name, [])]
+            for plan in own:
+                setting = f"{name}, {label(plan)}"
+                plans[setting] = (name, plan)
+                settings.append(
+                    Setting(setting, ours(decoder(seen, drafter, costs, plan), sampling))
+                )
+        measure(settings, prompts, tokens, f"temperature {temperature:g}")
+        for setting in settings[1:]:
+            name, plan = plans[setting.name]
+            cases.append({
+                "temperature": temperature,
+                "drafter": name,
+                "k": None if plan is None else plan.k,
+                "steps": None if plan is None else plan.steps,
+                "tokens_per_forward": tokens_per_forward(setting),
+                "speedup": speedup(setting, settings[0]),
+            })  # fmt: skip
+    show(cases)
+    content = {
+        "command": f"python benchmarks/bench_planner.py --tokens {tokens}",
+        "target": target,
+        "prompts": len(prompts),
+        "new_tokens": tokens,
+        "cases": cases,
+    }
+    console.print(f"saved {save('planner', content)}", soft_wrap=True)
+
+
+def drafters(target: Target) -> dict[str, Any]:
+    found = {name: load_drafter(name, target) for name in PLANS}
+    shape = DraftNetwork.load(shipped_drafter("parallel"))
+    useless = DraftNetwork(shape.config, shape.draft_ids)
+    useless.initialise(target.model.get_input_embeddings().weight, torch.Generator().manual_seed(0))
+    with torch.no_grad():  # not even a guess at frequent tokens
+        useless.bias.copy_(torch.randn(useless.bias.shape) * 8)
+    found[USELESS] = ParallelDrafter(useless, target)
+    return found
+
+
+def decoder(target: Target, drafter: Any, costs: Costs, plan: Plan | None) -> Decoder:
+    if plan is None:
+        return Decoder(target, drafter, Planner(costs))
+    return Decoder(target, drafter, Planner(costs, ks=(plan.k,), steps=(plan.steps,)))
+
+
+def label(plan: Plan | None) -> str:
+    if plan is None:
+        return "planner"
+    return f"K = {plan.k}" + (f", T = {plan.steps}" if plan.steps else "")
+
+
+def tokens_per_forward(setting: Setting) -> float:
+    stats = [run.stats for run in setting.runs if run.stats is not None]
+    return sum(s.tokens for s in stats) / sum(s.row_forwards for s in stats)
+
+
+def show(cases: list[dict[str, Any]]) -> None:
+    for temperature in (0.0, 1.0):
+        table = Table(title=f"temperature {temperature:g}")
+        for heading in ("drafter", "K, T", "tokens/forward", "speed-up", "of the best"):
+            table.add_column(heading, justify="left" if heading == "drafter" else "right")
+        rows = [case for case in cases if case["temperature"] == temperature]
+        for case in rows:
+            fixed = [c["speedup"] for c in rows if c["drafter"] == case["drafter"] and c["k"]]
+            best = max([*fixed, 1.0])  # plain decoding is a plan, too
+            plan = None if case["k"] is None else Plan(case["k"], case["steps"])
+            table.add_row(
+                case["drafter"],
+                label(plan),
+                f"{case['tokens_per_forward']:.2f}",
+                f"{case['speedup']:.3f}x",
+                f"{case['speedup'] / best:.3f}" if plan is None else "",
+            )
+        console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,235 @@
+"""What a pair of models is good for on a machine: costs kept in files, predictions, a picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .models import home_folder
+from .planner import PLAIN, STEPS, Costs, Plan, Planner, measure
+from .theory import needed_acceptance, needed_draft_cost, speed_up, tokens_per_round
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+    from .sampling import Sampling
+
+PROMPTS = (  # that a pair is measured on
+    "Explain why leaves change their colour in autumn.",
+    "Write a short story about a lighthouse keeper and a storm.",
+    "List five things to check before buying a used bicycle.",
+    "How does a refrigerator work?",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "What are the main differences between cats and dogs as pets?",
+)
+
+
+def kept_costs(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    names: dict[str, str],
+    *,
+    batch: int = 1,
+    sampling: Sampling | None = None,
+    ks: Sequence[int] | None = None,
+    steps: Sequence[int] = STEPS,
+    again: bool = False,
+) -> Costs:
+    """`measure`, once for each pair, machine and way to decode: then from a file.
+
+    Plans follow from the costs, and under sampling the text from the plans, so that costs that stay
+    let the same seed give the same text.
+
+    Args:
+        decoder, prompts, batch, sampling, ks, steps: of `measure`.
+        names: of the models, folders or known ones, and whatever else sets the costs apart.
+        again: measure even so.
+    """
+    import torch
+
+    key = {
+        **{name: stamped(value) for name, value in names.items()},
+        "rule": decoder.rule,
+        "record": decoder.record,
+        "batch": batch,
+        "sampling": None if sampling is None else sampling.parameters,
+        "ks": None if ks is None else list(ks),
+        "steps": list(steps),
+        "device": str(decoder.target.device),
+        "dtype": str(decoder.target.dtype),
+        "threads": torch.get_num_threads(),
+        "machine": [platform.node(), platform.machine()],
+        "settings": {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith("SPECDIFF_") and k != "SPECDIFF_HOME"
+        },
+        "versions": [version("specdiff-kernels"), torch.__version__],
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = home_folder() / "plans" / f"{digest[:32]}.json"
+    if path.exists() and not again:
+        return Costs.load(path)
+    costs = measure(decoder, prompts, batch=batch, sampling=sampling, ks=ks, steps=steps)
+    costs.save(path)
+    return costs
+
+
+def stamped(name: str) -> list[Any]:
+    """A name, or a folder with the sizes and times of its files."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return [name]
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    stats = [(file.name, file.stat()) for file in files]
+    return [str(folder.resolve()), *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]
+
+
+class Prediction(NamedTuple):
+    """What to expect of a plan, costs in units of a plain round."""
+
+    plan: Plan
+    draft: float
+    verify: float
+    tokens: float  # in a round
+    speed_up: float
+
+
+def predictions(costs: Costs) -> list[Prediction]:
+    """By what was accepted when the costs were measured, best first; plain decoding is 1."""
+    plain = costs.verify[costs.plans.index(PLAIN)]
+    rows = []
+    for plan, draft, verify in zip(costs.plans, costs.draft, costs.verify, strict=True):
+        chances = [mean for mean, _ in costs.acceptances(plan.steps, plan.k)]
+        c, v = draft / plain, verify / plain
+        if plan == PLAIN:
+            c = 0.0
+        rows.append(Prediction(plan, c, v, tokens_per_round(chances), speed_up(chances, c, v)))
+    return sorted(rows, key=lambda row: -row.speed_up)
+
+
+class Need(NamedTuple):
+    """What a wanted speed-up asks for."""
+
+    wanted: float
+    acceptance: tuple[float, Plan] | None  # the least constant one; None: 1 is too low
+    draft_cost: tuple[float, Plan] | None  # the most, as accepted now; None: 0 is too much
+
+
+def needs(costs: Costs, wanted: Sequence[float] = (2.0, 4.0, 8.0)) -> list[Need]:
+    """What acceptance these costs, or what drafter's cost these acceptances, would need."""
+    rows = [row for row in predictions(costs) if row.plan != PLAIN]
+    result = []
+    for speed in wanted:
+        alphas = [
+            (alpha, row.plan)
+            for row in rows
+            if (alpha := needed_acceptance(speed, row.plan.k, row.draft, row.verify)) is not None
+        ]
+        prices = []
+        for row in rows:
+            chances = [mean for mean, _ in costs.acceptances(row.plan.steps, row.plan.k)]
+            price = needed_draft_cost(speed, chances, row.verify)
+            if price is not None:
+                prices.append((price, row.plan))
+        result.append(Need(speed, min(alphas, default=None), max(prices, default=None)))
+    return result
+
+
+def as_dict(
+    rows: Sequence[Prediction], measured: dict[Plan, float], wanted: Sequence[Need]
+) -> dict[str, Any]:
+    """What `specdiff plan --json` prints."""
+
+    def found(need: tuple[float, Plan] | None) -> dict[str, Any] | None:
+        return None if need is None else {"value": need[0], **need[1]._asdict()}
+
+    plans = [
+        {**row._asdict(), **row.plan._asdict(), "measured_speed_up": measured.get(row.plan)}
+        for row in rows
+    ]
+    for plan in plans:
+        del plan["plan"]
+    asked = [
+        {"speed_up": n.wanted, "acceptance": found(n.acceptance), "draft": found(n.draft_cost)}
+        for n in wanted
+    ]
+    return {"plans": plans, "needs": asked}
+
+
+def measured_speed_ups(
+    decoder: Decoder,
+    costs: Costs,
+    plans: Sequence[Plan],
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    sampling: Sampling | None = None,
+) -> dict[Plan, float]:
+    """Tokens per second of plans over plain decoding's: the median over prompts, taking turns."""
+    from .decoder import Decoder
+
+    decoders = {
+        plan: Decoder(
+            decoder.target,
+            decoder.drafter if plan.k else None,
+            Planner(costs, ks=(plan.k,), steps=(plan.steps,)),
+            decoder.rule,
+            lenience=decoder.lenience,
+            record=decoder.record,
+        )
+        for plan in (PLAIN, *plans)
+    }
+    rates: dict[Plan, list[float]] = {plan: [] for plan in decoders}
+    for number, prompt in enumerate(prompts):
+        ids = [list(prompt)] * costs.batch
+        for plan, one in decoders.items():
+            run = one.generate(ids, max_new_tokens=tokens, sampling=sampling, seed=number)
+            rates[plan].append(run.stats.tokens_per_second)
+    return {
+        plan: statistics.median(
+            rate / plain for rate, plain in zip(rates[plan], rates[PLAIN], strict=True)
+        )
+        for plan in plans
+    }
+
+
+def draw(rows: Sequence[Prediction], measured: dict[Plan, float], title: str, path: Path) -> None:
+    """Predicted against measured speed-up as a picture, in the format of the file's name.
+
+    Raises:
+        ValueError: matplotlib is not installed, or cannot write such a file.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "a picture needs matplotlib: pip install 'specdiff-kernels[plots]'"
+        ) from error
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for steps in sorted({row.plan.steps for row in rows if row.plan != PLAIN}):
+        own = sorted(row for row in rows if row.plan.steps == steps and row.plan != PLAIN)
+        label = f"predicted, T = {steps}" if steps else "predicted"
+        (line,) = axes.plot(
+            [row.plan.k for row in own], [row.speed_up for row in own], ".-", label=label
+        )
+        seen = [(row.plan.k, measured[row.plan]) for row in own if row.plan in measured]
+        if seen:
+            label = f"measured, T = {steps}" if steps else "measured"
+            axes.plot(*zip(*seen, strict=True), "o", mfc="none", color=line.get_color(), ms=9,
+                      label=label)  # fmt: skip
+    axes.axhline(1.0, color="grey", lw=1, label="plain decoding")
+    axes.set(xlabel="K, tokens drafted in a round", ylabel="speed-up", title=title)
+    axes.legend()
+    part = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        figure.savefig(part, dpi=150)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
