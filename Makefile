@@ -30,15 +30,18 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -W ignore benchmarks/bench_verify.py \
 	  --benchmark-only --benchmark-quiet --benchmark-disable-gc
 	$(BIN)/python benchmarks/bench_denoise_step.py
-	$(BIN)/python benchmarks/bench_skinny_linear.py
+	for threads in 1 2; do $(BIN)/python benchmarks/bench_skinny_linear.py --threads $$threads; done
 	$(BIN)/python benchmarks/bench_row_divergence.py
-	$(BIN)/python benchmarks/bench_forward.py
+	for threads in 1 2; do $(BIN)/python benchmarks/bench_forward.py --threads $$threads; done
 	$(BIN)/python benchmarks/bench_end_to_end.py
 	$(BIN)/python benchmarks/bench_compare.py
+	$(BIN)/python benchmarks/bench_planner.py
+	$(BIN)/python benchmarks/bench_lenience.py
 	$(BIN)/python benchmarks/bench_drafters.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_conformance.py
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/plot_pair.py
 
 # On a machine with a GPU: torch, triton and nvcc that are installed there are used as they are.
 gpu:

@@ -27,6 +27,7 @@ from specdiff.models import load_target
 from specdiff.planner import Costs, Plan, Planner
 from specdiff.planner import measure as measure_costs
 from specdiff.plans import PROMPTS as COST_PROMPTS
+from specdiff.plans import predictions
 from specdiff.sampling import Sampling
 from specdiff.target import Target
 
@@ -53,25 +54,27 @@ def main(
     for temperature in (0.0, 1.0):
         sampling = Sampling(temperature)
         settings = [Setting(PLAIN, ours(Decoder(seen), sampling))]
-        plans: dict[str, tuple[str, Plan | None]] = {}
+        plans: dict[str, tuple[str, Plan | None, float | None]] = {}
         for name, drafter in drafters(seen).items():
             costs = measure_costs(Decoder(seen, drafter), known, sampling=sampling)
+            predicted = {row.plan: row.speed_up for row in predictions(costs)}
             own: list[Plan | None] = [None, *PLANS.get(name, [])]
             for plan in own:
                 setting = f"{name}, {label(plan)}"
-                plans[setting] = (name, plan)
+                plans[setting] = (name, plan, None if plan is None else predicted[plan])
                 settings.append(
                     Setting(setting, ours(decoder(seen, drafter, costs, plan), sampling))
                 )
         measure(settings, prompts, tokens, f"temperature {temperature:g}")
         for setting in settings[1:]:
-            name, plan = plans[setting.name]
+            name, plan, expected = plans[setting.name]
             cases.append({
                 "temperature": temperature,
                 "drafter": name,
                 "k": None if plan is None else plan.k,
                 "steps": None if plan is None else plan.steps,
                 "tokens_per_forward": tokens_per_forward(setting),
+                "predicted": expected,
                 "speedup": speedup(setting, settings[0]),
             })  # fmt: skip
     show(cases)
@@ -116,7 +119,14 @@ def tokens_per_forward(setting: Setting) -> float:
 def show(cases: list[dict[str, Any]]) -> None:
     for temperature in (0.0, 1.0):
         table = Table(title=f"temperature {temperature:g}")
-        for heading in ("drafter", "K, T", "tokens/forward", "speed-up", "of the best"):
+        for heading in (
+            "drafter",
+            "K, T",
+            "tokens/forward",
+            "predicted",
+            "speed-up",
+            "of the best",
+        ):
             table.add_column(heading, justify="left" if heading == "drafter" else "right")
         rows = [case for case in cases if case["temperature"] == temperature]
         for case in rows:
@@ -127,6 +137,7 @@ def show(cases: list[dict[str, Any]]) -> None:
                 case["drafter"],
                 label(plan),
                 f"{case['tokens_per_forward']:.2f}",
+                "" if case["predicted"] is None else f"{case['predicted']:.2f}x",
                 f"{case['speedup']:.3f}x",
                 f"{case['speedup'] / best:.3f}" if plan is None else "",
             )

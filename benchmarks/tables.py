@@ -88,7 +88,7 @@ def forward() -> list[str]:
     ways = {(c["way"], c["tokens"]): c["ms"] for c in whole["cases"]}
     counts = sorted({rows for _, rows in paths})
     groups = (
-        ("", paths, ("skinny_linear", "torch F.linear")),
+        ("linear layers, ", paths, ("packed", "where they lie", "torch F.linear")),
         ("forward, ", ways, ("accelerated", "untouched")),
     )
     rows = []
@@ -149,9 +149,55 @@ def conformance() -> list[str]:
     return [*grid(["", "sampled tokens", *worlds, "u = 0"], rows), "", source(data)]
 
 
+def planner() -> list[str]:
+    """The planner beside the best fixed K and T, which is plain decoding where no draft pays."""
+    data = result("planner")
+    rows = []
+    for drafter in dict.fromkeys(c["drafter"] for c in data["cases"]):
+        row = [drafter]
+        for temperature in (0.0, 1.0):
+            own = [
+                c
+                for c in data["cases"]
+                if (c["drafter"], c["temperature"]) == (drafter, temperature)
+            ]
+            (planned,) = (c["speedup"] for c in own if c["k"] is None)
+            plain = {"speedup": 1.0, "k": 0, "steps": 0}
+            best = max([plain, *(c for c in own if c["k"])], key=lambda c: c["speedup"])
+            at = f"K = {best['k']}" + (f", T = {best['steps']}" if best["steps"] else "")
+            row += [times(planned), f"{times(best['speedup'])} ({at if best['k'] else 'plain'})",
+                    f"{planned / best['speedup']:.3f}"]  # fmt: skip
+        rows.append(row)
+    head = ["drafter"]
+    for name in ("greedy", "temperature 1"):
+        head += [f"{name}: planner", "best fixed", "planner / best"]
+    return [*grid(head, rows), "", source(data)]
+
+
+def lenience() -> list[str]:
+    data, rows = result("lenience"), []
+    for c in data["cases"]:
+        name = c["kind"] if c["amount"] is None else f"{c['kind']} {c['amount']:g}"
+        rows.append([name, f"{c['rejection']:.3f}", f"{c['bias']:.3f}",
+                     f"{c['bias_per_token']:.3f}", f"{c['tokens_per_forward']:.2f}",
+                     times(c["speedup"])])  # fmt: skip
+    head = ["rule", "rejected", "bias, an examined token", "bias, a token of the text",
+            "tokens/forward", "speed over exact"]  # fmt: skip
+    return [*grid(head, rows), "", source(data)]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     table.__name__: table
-    for table in (verify, denoise_step, forward, end_to_end, drafters, conformance)
+    for table in (
+        verify,
+        denoise_step,
+        forward,
+        end_to_end,
+        planner,
+        lenience,
+        drafters,
+        conformance,
+    )
 }
 
 

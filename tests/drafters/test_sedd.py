@@ -14,6 +14,7 @@ from specdiff.drafters import Draws, News, load_drafter
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import MDLM, SEDD
 from specdiff.noise import LogLinear, ancestral_rate, times
+from specdiff.planner import Costs, Plan, Planner
 from specdiff.schedule import ORDERS, schedule
 from specdiff_kernels import LawError, Order, row_law
 from tests.tiny import tiny_model
@@ -199,6 +200,35 @@ def test_sampled_text_follows_the_targets_law(kind, hot_start):
     law = text_law(small, V)
     chance = chisquare([counts[text] for text in law], [N * p for p in law.values()]).pvalue
     assert (chance > 1e-5) == (kind is SEDD), chance
+
+
+class Peeks(Planner):
+    """Withholds drafted zeros, and what is behind them."""
+
+    def withhold(self, draft):
+        wanted = (draft.tokens != 0).long().cumprod(1).sum(1)
+        return draft._replace(lengths=torch.minimum(draft.lengths, wanted))
+
+
+@pytest.mark.parametrize("kind", [Planner, Peeks])
+def test_sampled_text_under_a_planner_follows_the_targets_law(kind):
+    """The same test; K and T change from round to round."""
+    N, V = 8000, 3
+    small = Target(tiny_model("gpt2", vocab=V, seed=3, initializer_range=0.15))
+    copying = Copying(DDiTConfig(V, hidden_size=4, blocks=1, heads=1, cond_dim=4, length=LENGTH))
+    plans = [Plan(0, 0), Plan(1, 1), Plan(2, 1), Plan(3, 1), Plan(3, 3)]
+    # rounds without draft and with K = 1 look dear, so that longer drafts are made
+    costs = Costs(N, plans, [0, 0, 0, 0, 0.1], [9, 9, 1, 1, 1])
+    planner, used = kind(costs), []
+    want = planner.want
+    planner.want = lambda most: used.append(want(most)) or used[-1]
+    options = {"max_new_tokens": 4, "sampling": Sampling(temperature=1.0), "seed": range(N)}
+    got = Decoder(small, SEDD(copying), planner).generate([[1]] * N, **options).new_tokens
+    assert any(wanted.width > 1 for wanted in used)
+    counts = Counter(tuple(row[:3]) for row in got)
+    law = text_law(small, V)
+    chance = chisquare([counts[text] for text in law], [N * p for p in law.values()]).pvalue
+    assert (chance > 1e-5) == (kind is Planner), chance
 
 
 def text_law(target: Target, V: int) -> dict[tuple, float]:

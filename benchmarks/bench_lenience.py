@@ -1,0 +1,101 @@
+"""What the lenient rules of `verify` give and what they take, on a real pair.
+
+    python benchmarks/bench_lenience.py
+
+16 prompts at temperature 1 by each rule at several amounts: how often an examined token is
+rejected, the total variation spent on it, tokens per target forward, and speed over the exact
+rule's, all settings taking turns on each prompt. Theory says that bias and rejections add up to the
+TV of the two laws, for every rule and amount; texts differ, so here they do so on average only.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from bench_end_to_end import PROMPTS, Setting, chat, measure, ours, speedup
+from machine import save
+from rich.console import Console
+from rich.table import Table
+
+from specdiff.cpu import accelerate
+from specdiff.decoder import Decoder
+from specdiff.drafters import load_drafter
+from specdiff.models import load_target
+from specdiff.sampling import Sampling
+from specdiff.target import Target
+from specdiff_kernels import Lenience
+
+AMOUNTS = {
+    "lenience": (0.75, 0.5, 0.25),
+    "additive": (0.01, 0.05, 0.2),
+    "ensemble": (0.75, 0.5, 0.25),
+}
+EXACT = "exact"
+console = Console(width=110)
+
+
+def main(
+    target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
+    drafter: Annotated[str, typer.Option(help="as of specdiff generate")] = "parallel",
+    k: Annotated[int, typer.Option("--k", help="tokens in a draft")] = 3,
+    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 48,
+) -> None:
+    """Rejections, bias and speed of each rule."""
+    model, tokenizer = load_target(target)
+    seen = Target(accelerate(model))
+    drafts = load_drafter(drafter, seen)
+    prompts = [chat(tokenizer, text) for text in PROMPTS.read_text().splitlines()]
+    sampling = Sampling(1.0)
+    rules = [Lenience(kind, amount) for kind, amounts in AMOUNTS.items() for amount in amounts]
+    settings = [Setting(EXACT, ours(Decoder(seen, drafts, k), sampling))]
+    for rule in rules:
+        decoder = Decoder(seen, drafts, k, "lenient", lenience=rule)
+        settings.append(Setting(f"{rule.kind} {rule.amount}", ours(decoder, sampling)))
+    measure(settings, prompts, tokens, "measuring")
+    cases = []
+    for setting, rule in zip(settings, [None, *rules], strict=True):
+        stats = [run.stats for run in setting.runs if run.stats is not None]
+        examined, accepted = (
+            sum(sum(counts) for counts in (getattr(s, name) for s in stats))
+            for name in ("examined_at", "accepted_at")
+        )
+        cases.append({
+            "kind": EXACT if rule is None else rule.kind,
+            "amount": None if rule is None else rule.amount,
+            "examined": examined,
+            "rejection": 1 - accepted / examined,
+            "bias": sum(s.bias for s in stats) / examined,
+            "bias_per_token": sum(s.bias for s in stats) / sum(s.tokens for s in stats),
+            "tokens_per_forward": sum(s.tokens for s in stats) / sum(s.row_forwards for s in stats),
+            "speedup": speedup(setting, settings[0]),
+        })  # fmt: skip
+    console.print(table(cases))
+    content = {
+        "command": f"python benchmarks/bench_lenience.py --drafter {drafter} --k {k} "
+        f"--tokens {tokens}",
+        "target": target,
+        "prompts": len(prompts),
+        "cases": cases,
+    }
+    console.print(f"saved {save('lenience', content)}", soft_wrap=True)
+
+
+def table(cases: list[dict]) -> Table:
+    shown = Table(title="per examined token, and over the exact rule")
+    for heading in ("rule", "rejected", "bias", "sum", "tokens/forward", "speed"):
+        shown.add_column(heading, justify="left" if heading == "rule" else "right")
+    for case in cases:
+        shown.add_row(
+            case["kind"] if case["amount"] is None else f"{case['kind']} {case['amount']}",
+            f"{case['rejection']:.3f}",
+            f"{case['bias']:.3f}",
+            f"{case['rejection'] + case['bias']:.3f}",
+            f"{case['tokens_per_forward']:.2f}",
+            f"{case['speedup']:.2f}x",
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)
