@@ -1,6 +1,6 @@
 """The command line's own comparison on each of 16 fixed prompts: drafts against plain decoding.
 
-    python benchmarks/bench_compare.py --drafter parallel --k 3
+    python benchmarks/bench_compare.py
 
 Runs `specdiff generate --compare --json` once for each prompt, as a user would.
 """
@@ -25,12 +25,12 @@ console = Console()
 
 def main(
     drafter: Annotated[str, typer.Option(help="as of specdiff generate")] = "parallel",
-    k: Annotated[int, typer.Option("--k", help="tokens drafted per round")] = 3,
+    k: Annotated[str, typer.Option("--k", help="tokens drafted per round")] = "auto",
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 48,
 ) -> None:
     """Print the median speed-up, and how many texts were identical."""
-    options = ["--drafter", drafter, "--k", str(k), "--temperature", str(temperature)]
+    options = ["--drafter", drafter, "--k", k, "--temperature", str(temperature)]
     options += ["--max-new-tokens", str(tokens), "--compare", "--json"]
     runs = []
     for prompt in track(PROMPTS.read_text().splitlines(), console=console, transient=True):

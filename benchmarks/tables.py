@@ -149,6 +149,15 @@ def conformance() -> list[str]:
     return [*grid(["", "sampled tokens", *worlds, "u = 0"], rows), "", source(data)]
 
 
+def compare() -> list[str]:
+    data = result("compare")
+    speeds = data["speedups"]
+    row = [times(data["median_speedup"]), times(min(speeds)), times(max(speeds)),
+           f"{data['identical']} of {data['prompts']}"]  # fmt: skip
+    head = ["median speed-up", "lowest", "highest", "texts identical"]
+    return [*grid(head, [row]), "", source(data)]
+
+
 def planner() -> list[str]:
     """The planner beside the best fixed K and T, which is plain decoding where no draft pays."""
     data = result("planner")
@@ -193,6 +202,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         denoise_step,
         forward,
         end_to_end,
+        compare,
         planner,
         lenience,
         drafters,
