@@ -240,8 +240,8 @@ class CompiledReference(Ours):
     def __call__(self) -> Verified:
         case = self.case
         self.function(
-            case.target, case.draft, "token", Record.RUNNING_MAX, case.temperature, None, None,
-            None, case.seed, case.round, None, None, out=self.out,
+            case.target, case.draft, "token", Record.RUNNING_MAX, None, case.temperature, None,
+            None, None, case.seed, case.round, None, None, out=self.out,
         )  # fmt: skip
         return self.out
 

@@ -39,7 +39,7 @@ def there(x, device="cuda"):
     return x.to(device) if isinstance(x, torch.Tensor) else x
 
 
-@pytest.mark.parametrize("rule", ["token", "block", "coupled"])
+@pytest.mark.parametrize("rule", ["token", "block", "coupled", "lenient"])
 def test_a_graph_on_a_side_stream_draws_anew_at_each_replay(rule, backend):
     """Replays with another round give what plain calls with that round give; outputs poisoned."""
     target, draft, options = a_round(rule, V)
