@@ -110,4 +110,9 @@ def reason_against(record: Record, draft: Draft, rule: str) -> str | None:
                 "the block rule lets later tokens decide on earlier ones, which ties what is kept "
                 "to what was emitted"
             )
+        if rule == "lenient":
+            return (
+                "the lenient rule ties what is kept to what was emitted, and would say that it "
+                "spends less than it does"
+            )
     return None

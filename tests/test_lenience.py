@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Draft, Lenience, row_law, use_backend, verify
+from specdiff_kernels import Draft, Lenience, Reveal, row_law, use_backend, verify
 from specdiff_kernels.reference.numerics import weights
 from tests import worlds
 from tests.enumeration import WORDS, first_word, probabilities
-from tests.worlds import Way, World
+from tests.worlds import SCHEDULES, Way, World
 
 reference = importlib.import_module("specdiff_kernels.reference.verify")
 KINDS = [
@@ -146,6 +146,19 @@ def test_a_runs_bias_is_within_what_was_returned(schedule, lenience):
         world = World(2, schedule, seed)
         spent = world.expected_bias(way)
         assert 1e-3 < world.distance(way) <= spent + CLOSE
+
+
+def test_entangled_records_are_refused_as_their_bias_is_not_the_one_returned(monkeypatch):
+    """A later token follows its record only if what is emitted before it follows p."""
+    monkeypatch.setattr(worlds, "LENGTH", 2)
+    monkeypatch.setitem(SCHEDULES, "order", [Reveal.chunk(1, 2), Reveal.all()])
+    world = World(2, "order", seed=48)
+    way = Way(rule="lenient", lenience=Lenience("ensemble", 0.0), hot_start="entangled")
+    assert world.distance(way) <= world.expected_bias(way) + CLOSE
+    with pytest.raises(ValueError, match="would bias the output: the lenient rule ties"):
+        world.distance(way._replace(record="entangled"))
+    forced = way._replace(record="forced")
+    assert world.distance(forced) > world.expected_bias(forced) + 0.01
 
 
 def test_a_runs_bias_is_all_that_was_returned(monkeypatch):

@@ -20,9 +20,12 @@ STEP = "names no final_step"
 VALUES = "sampled values decided"
 KEPT = "tokens kept after a rejection"
 FORGOTTEN = "exact only if the drafter keeps"
-BLOCK = "the block rule lets later tokens decide on earlier ones"
+TIED = {  # rules under which kept tokens cannot be judged by their records
+    "block": "the block rule lets later tokens decide on earlier ones",
+    "lenient": "the lenient rule ties what is kept to what was emitted",
+}
 
-# value_dependent, final_step, entangled -> what the token and the block rule choose, and why
+# value_dependent, final_step, entangled -> what the token rule and those of TIED choose, and why
 # "final", "running-max" and "entangled" would bias the output; "one-hot" never does
 TABLE = {
     (False, None, False): ("running-max", "running-max", STEP, None, FORGOTTEN),
@@ -37,15 +40,15 @@ TABLE = {
 
 
 def strongest(kind: tuple, rule: str) -> str:
-    token, block, *_ = TABLE[kind]
-    return {"token": token, "block": block, "lenient": token}.get(rule, "one-hot")
+    token, tied, *_ = TABLE[kind]
+    return {"token": token, "block": tied, "lenient": tied}.get(rule, "one-hot")
 
 
 def reason(kind: tuple, rule: str, record: str) -> str | None:
     """A fragment of why a record is refused; None if it is legal."""
     _, _, final, running_max, entangled = TABLE[kind]
-    if rule == "block" and record == "entangled" and entangled is None:
-        return BLOCK
+    if rule in TIED and record == "entangled" and entangled is None:
+        return TIED[rule]
     return {"final": final, "running-max": running_max, "entangled": entangled}.get(record)
 
 
