@@ -33,10 +33,9 @@ from specdiff.target import Target
 
 PLANS = {  # fixed ones
     "parallel": [Plan(k, 0) for k in (1, 2, 3, 4, 8)],
-    "block-diffusion": [Plan(1, 1), Plan(2, 1), Plan(2, 2), Plan(4, 1), Plan(4, 2), Plan(4, 4),
-                        Plan(8, 1), Plan(8, 4)],
+    "block-diffusion": [Plan(1, 1), Plan(2, 1), Plan(2, 2), Plan(4, 1), Plan(4, 2), Plan(8, 1)],
     "prompt-lookup": [Plan(k, 0) for k in (2, 4, 8)],
-}  # fmt: skip
+}
 USELESS = "random weights"
 console = Console(width=110)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdiff.theory import LENIENT_RULES, outcome
 from specdiff_kernels import Draft, Lenience, Reveal, row_law, use_backend, verify
 from specdiff_kernels.reference.numerics import weights
 from tests import worlds
@@ -102,6 +103,23 @@ def test_the_bias_of_a_bare_guess(seed, lenience):
         left = distance(step.p, guess) - (1 - step.accept[x])
         assert abs(left - Fraction(step.bias[x])) < CLOSE
         assert step.p[x] > 0 or step.out[x][x] == 0
+
+
+@pytest.mark.parametrize("lenience", [k for k in KINDS if k.amount <= 1], ids=str)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_op_and_the_theory_agree(seed, lenience):
+    """`specdiff.theory` in fp64, the op by its random words: the same chances, rejections, bias."""
+    step = Step(seed, lenience)
+    p, q = (torch.tensor([float(x) for x in law], dtype=torch.float64) for law in (step.p, step.q))
+    rule, _, _ = LENIENT_RULES[lenience.kind]
+    accept = rule(p, q, lenience.amount)
+    chances = torch.tensor([float(x) for x in step.accept], dtype=torch.float64)
+    assert (chances - accept).abs().max() < CLOSE
+    expected = outcome(p, q, accept)
+    assert abs(expected.rejection.item() - float(step.rejected)) < CLOSE
+    assert abs(expected.bias.item() - step.bias[0]) < CLOSE
+    emitted = torch.tensor([float(x) for x in step.law_by(step.q)], dtype=torch.float64)
+    assert (emitted - expected.law).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("w", [0.0, 0.25, 0.7, 1.0])

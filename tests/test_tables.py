@@ -15,6 +15,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(BENCHMARKS)
+    import plot_pair
     import tables
 
 
@@ -73,3 +74,14 @@ def test_compare(tmp_path):
     assert "4 in one file only" in faster.stdout
     nothing = compare(tmp_path, old, {"cases": []})
     assert nothing.returncode == 2 and "no figure in common" in nothing.stderr
+
+
+def test_pictures_are_drawn_from_the_results(tmp_path):
+    """The same bytes each time, from the published figures."""
+    plot_pair.draw(tmp_path / "a")
+    plot_pair.draw(tmp_path / "b")
+    for name in ("predicted.png", "predicted.svg", "lenience_pair.png", "lenience_pair.svg"):
+        drawn = (tmp_path / "a" / name).read_bytes()
+        assert len(drawn) > 10_000 and drawn == (tmp_path / "b" / name).read_bytes()
+        assert f"figures/{name}" in (ROOT / "docs" / "theory.md").read_text()
+        assert (ROOT / "docs" / "figures" / name).is_file()

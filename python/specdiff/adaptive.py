@@ -40,8 +40,11 @@ class Chooser(Protocol):
     def want(self, most: int) -> Wanted:
         """What to draft in the coming round, K at most `most`."""
 
-    def update(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        """How many tokens of each row were drafted and accepted; the one behind them was not."""
+    def update(
+        self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
+    ) -> None:
+        """How many tokens of each row were wanted, as far as there was room, how many drafted and
+        accepted; the one behind those was not."""
 
     def withhold(self, draft: Draft) -> Draft:
         """The draft, or its beginning."""
@@ -108,7 +111,9 @@ class AdaptiveK:
             for a, e in zip(self.accepted, self.examined, strict=True)
         ]
 
-    def update(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+    def update(
+        self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
+    ) -> None:
         """Learn how many tokens of each row were accepted; the one behind them was not."""
         for b, (proposed, passed) in enumerate(zip(drafted, accepted, strict=True)):
             for i in range(min(passed + 1, proposed)):

@@ -13,13 +13,16 @@ import math
 import operator
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
 
 from specdiff_kernels import Draft
 
 from .adaptive import Wanted
+from .drafters.base import Draws, News
 from .files import write_atomically
 from .sampling import Sampling
 
@@ -56,10 +59,10 @@ class Costs:
         batch: rows decoded together.
         plans: what was measured: (0, 0), then K and T.
         draft: seconds of each plan's drafting.
-        verify: seconds of the rest of its round, which depend on K alone.
-        examined: by T, how many drafted tokens at position 1, 2, ... were examined, that is, those
-            before them accepted.
-        accepted: by T, how many of these were accepted.
+        verify: seconds of the rest of its round, with all K tokens drafted; they depend on K alone.
+        examined: by T, how often position 1, 2, ... was examined: all before it were accepted.
+        accepted: by T, how often its token was accepted; where none was drafted, it was not.
+        share: by T, how many tokens were drafted of those that were wanted.
     """
 
     batch: int
@@ -68,6 +71,7 @@ class Costs:
     verify: list[float]
     examined: dict[int, list[int]] = field(default_factory=dict)
     accepted: dict[int, list[int]] = field(default_factory=dict)
+    share: dict[int, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write a JSON file, the whole file or nothing."""
@@ -84,11 +88,16 @@ class Costs:
         try:
             fields = json.loads(path.read_text())
             fields["plans"] = [Plan(*plan) for plan in fields["plans"]]
-            for name in ("examined", "accepted"):
-                fields[name] = {int(steps): counts for steps, counts in fields[name].items()}
+            for name in ("examined", "accepted", "share"):
+                fields[name] = {int(steps): value for steps, value in fields[name].items()}
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no costs ({error}): remove it") from error
+
+    def rest(self, plan: Plan, share: float) -> float:
+        """Seconds of a plan's round without its drafting, if that share of K is drafted."""
+        plain = self.verify[self.plans.index(PLAIN)]
+        return plain + share * (self.verify[self.plans.index(plan)] - plain)
 
     def acceptances(self, steps: int, most: int) -> list[tuple[float, float]]:
         """Prior of positions 1 .. most under T steps: mean and how many tokens it counts for.
@@ -135,18 +144,14 @@ class Planner:
             for plan in costs.plans
         ]
         self.costs = costs
-        self.seconds = {
-            plan: costs.draft[i] + costs.verify[i]
-            for i, plan in enumerate(costs.plans)
-            if wanted[i]
-        }
-        if not self.seconds:
+        self.plans = [plan for plan, choose in zip(costs.plans, wanted, strict=True) if choose]
+        if not self.plans:
             measured = sorted({plan.k for plan in costs.plans})
             raise ValueError(
                 f"nothing to choose from with ks={ks} and steps={steps}: K of "
                 f"{', '.join(map(str, measured))} were measured"
             )
-        self.most = max(1, *(plan.k for plan in self.seconds))
+        self.most = max(1, *(plan.k for plan in self.plans))
         self.start(costs.batch)
 
     def start(self, batch: int) -> None:
@@ -160,10 +165,12 @@ class Planner:
                 f"the costs were measured with {self.costs.batch} rows and the session has {batch}:"
                 f" call measure(decoder, batch={batch})"
             )
-        tried = {plan.steps for plan in self.seconds}
+        tried = {plan.steps for plan in self.plans}
         self.prior = {steps: self.costs.acceptances(steps, self.most) for steps in tried}
         self.examined = {steps: [0.0] * self.most for steps in tried}
         self.accepted = {steps: [0.0] * self.most for steps in tried}
+        self.wanted = dict.fromkeys(tried, PRIOR)  # tokens, and how many of them were drafted
+        self.drafted = {steps: PRIOR * self.costs.share.get(steps, 1.0) for steps in tried}
         self.spent = self.lost = 0.0  # seconds, by the costs
         self.plan = PLAIN
 
@@ -180,6 +187,14 @@ class Planner:
             result.append((mean, math.sqrt(mean * (1 - mean) / (total + 1))))
         return result
 
+    def seconds(self, plan: Plan) -> float:
+        """What a round is expected to cost."""
+        if plan == PLAIN:
+            return self.costs.rest(plan, 0.0)
+        share = self.drafted[plan.steps] / self.wanted[plan.steps]
+        drafting = self.costs.draft[self.costs.plans.index(plan)]
+        return drafting + self.costs.rest(plan, share)
+
     def speeds(self, optimism: float = 0.0) -> dict[Plan, float]:
         """Expected tokens a second of each plan, acceptances so many standard deviations up."""
         expected = {}
@@ -187,39 +202,54 @@ class Planner:
             up = [min(1.0, mean + optimism * std) for mean, std in self.posterior(steps)]
             chances = itertools.accumulate(up, operator.mul)
             expected[steps] = list(itertools.accumulate(chances, initial=1.0))  # E(0), E(1), ...
-        return {plan: expected[plan.steps][plan.k] / s for plan, s in self.seconds.items()}
+        return {plan: expected[plan.steps][plan.k] / self.seconds(plan) for plan in self.plans}
 
     def want(self, most: int) -> Wanted:
         """The plan of the coming round."""
-        plans = [plan for plan in self.seconds if plan.k <= most]
+        plans = [plan for plan in self.plans if plan.k <= most]
         speeds, hopes = self.speeds(), self.speeds(OPTIMISM)
         best = max(plans, key=lambda plan: speeds[plan])
         hope = max(plans, key=lambda plan: hopes[plan])
-        loss = self.seconds[hope] * (1 - speeds[hope] / speeds[best])
+        loss = self.seconds(hope) * (1 - speeds[hope] / speeds[best])
         self.plan = best
         if hopes[hope] > speeds[best] and self.lost + loss <= CURIOSITY * self.spent:
             self.plan = hope
             self.lost += loss
-        self.spent += self.seconds[self.plan]
+        self.spent += self.seconds(self.plan)
         k, steps = self.plan
         return Wanted([k] * self.costs.batch, k, steps or None)
 
-    def update(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        """Learn from a round how many tokens of each row were accepted; the one behind was not."""
+    def update(
+        self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
+    ) -> None:
+        """Learn from a round; a token that was wanted and not drafted was not accepted."""
         if self.plan == PLAIN:
             return
-        examined_at, accepted_at = self.examined[self.plan.steps], self.accepted[self.plan.steps]
+        steps = self.plan.steps
+        examined_at, accepted_at = self.examined[steps], self.accepted[steps]
         for i in range(self.most):
             examined_at[i] *= MEMORY
             accepted_at[i] *= MEMORY
-        for proposed, passed in zip(drafted, accepted, strict=True):
-            for i in range(min(passed + 1, proposed)):
-                examined_at[i] += 1
-                accepted_at[i] += i < passed
+        count(wanted, accepted, examined_at, accepted_at)
+        self.wanted[steps] = MEMORY * self.wanted[steps] + sum(wanted)
+        self.drafted[steps] = MEMORY * self.drafted[steps] + sum(drafted)
 
     def withhold(self, draft: Draft) -> Draft:
         """The draft as it is."""
         return draft
+
+
+def count(
+    wanted: Sequence[int],
+    accepted: Sequence[int],
+    examined_at: list[Any],
+    accepted_at: list[Any],
+) -> None:
+    """Add a round, row by row: which positions were examined, and accepted."""
+    for most, passed in zip(wanted, accepted, strict=True):
+        for i in range(min(passed + 1, most)):
+            examined_at[i] += 1
+            accepted_at[i] += i < passed
 
 
 class Probe:
@@ -238,11 +268,31 @@ class Probe:
     def want(self, most: int) -> Wanted:
         return Wanted([self.plan.k] * self.batch, self.plan.k, self.plan.steps or None)
 
-    def update(self, drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        self.drafted, self.accepted = drafted, accepted
+    def update(
+        self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
+    ) -> None:
+        self.wanted, self.drafted, self.accepted = wanted, drafted, accepted
 
     def withhold(self, draft: Draft) -> Draft:
         return draft
+
+
+class Guesses:
+    """Drafts as many tokens as it may, whatever they are."""
+
+    needs_hidden = False
+    vocab_size: int | None = None
+    block = 1
+
+    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+        pass
+
+    def forget(self, rows: list[int]) -> None:
+        pass
+
+    def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
+        tokens = lengths.new_zeros(len(lengths), k)
+        return Draft(tokens, tokens.int(), tokens - 1, lengths=lengths)
 
 
 def measure(
@@ -294,17 +344,32 @@ def measure(
     before = getattr(drafter, "steps", None)
     probe = Probe(max(plan.k for plan in plans))
     own = Decoder(
-        decoder.target, drafter, probe, decoder.rule, record=decoder.record, backend=decoder.backend
+        decoder.target,
+        drafter,
+        probe,
+        decoder.rule,
+        lenience=decoder.lenience,
+        record=decoder.record,
+        backend=decoder.backend,
     )
     if prompts is None:
         bos = decoder.target.model.config.bos_token_id
         prompts = [[min(bos or 0, decoder.target.vocab_size - 1)]]
     prompts = [prompt[: decoder.target.context_limit // 2] for prompt in prompts]
+    sampling = sampling or Sampling(1.0)
     try:
-        return probed(own, probe, [PLAIN, *plans], prompts, batch, sampling or Sampling(1.0))
+        costs = probed(own, probe, [PLAIN, *plans], prompts, batch, sampling)
     finally:
         if before is not None:
             drafter.steps = before  # type: ignore[attr-defined]
+    if not all(map(math.isfinite, costs.verify)):
+        # it hardly ever drafts as much as it may: what rounds cost then is seen with guesses
+        guesses = Decoder(decoder.target, Guesses(), probe, backend=decoder.backend)
+        widths = [PLAIN, *(Plan(k, 0) for k in dict.fromkeys(plan.k for plan in plans))]
+        seen = probed(guesses, probe, widths, prompts, batch, sampling)
+        by_k = dict(zip((plan.k for plan in widths), seen.verify, strict=True))
+        costs = replace(costs, verify=[by_k[plan.k] for plan in costs.plans])
+    return costs
 
 
 def probed(
@@ -319,7 +384,8 @@ def probed(
     room = min(decoder.target.context_limit - max(map(len, prompts)), TOKENS)
     session = decoder.open(batch, max(map(len, prompts)) + room, sampling=sampling, stop_tokens=())
     draft: dict[Plan, list[float]] = {plan: [] for plan in plans}
-    rest: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    rest: dict[int, list[float]] = {plan.k: [] for plan in plans}
+    asked, drafted = (dict.fromkeys((plan.steps for plan in plans[1:]), 0) for _ in range(2))
     examined = {plan.steps: [0] * probe.most for plan in plans[1:]}
     accepted = {plan.steps: [0] * probe.most for plan in plans[1:]}
     texts = itertools.cycle(prompts)
@@ -339,17 +405,23 @@ def probed(
             if turn == 0:
                 continue
             draft[plan].append(seconds[0])
-            rest[plan].append(seconds[1])
-            for proposed, passed in zip(probe.drafted, probe.accepted, strict=True):
-                for i in range(min(passed + 1, proposed)):
-                    examined[plan.steps][i] += 1
-                    accepted[plan.steps][i] += i < passed
-    verify = {p: min(min(rest[q]) for q in plans if q.k >= p.k) for p in plans}
+            if max(probe.drafted) == plan.k:
+                rest[plan.k].append(seconds[1])
+            if plan != PLAIN:
+                count(probe.wanted, probe.accepted, examined[plan.steps], accepted[plan.steps])
+                asked[plan.steps] += sum(probe.wanted)
+                drafted[plan.steps] += sum(probe.drafted)
     drafting = {
         p: min(min(draft[q]) for q in plans if q.k >= p.k and q.steps >= p.steps) for p in plans
     }
     return Costs(
-        batch, plans, [drafting[p] for p in plans], [verify[p] for p in plans], examined, accepted
+        batch,
+        plans,
+        [drafting[p] for p in plans],
+        [min(min(rest[k], default=math.inf) for k in rest if k >= p.k) for p in plans],
+        examined,
+        accepted,
+        {steps: drafted[steps] / max(1, asked[steps]) for steps in asked},
     )
 
 

@@ -55,7 +55,7 @@ def kept_costs(
 
     key = {
         **{name: stamped(value) for name, value in names.items()},
-        "rule": decoder.rule,
+        "rule": [decoder.rule, str(decoder.lenience)],
         "record": decoder.record,
         "batch": batch,
         "sampling": None if sampling is None else sampling.parameters,
@@ -105,9 +105,9 @@ def predictions(costs: Costs) -> list[Prediction]:
     """By what was accepted when the costs were measured, best first; plain decoding is 1."""
     plain = costs.verify[costs.plans.index(PLAIN)]
     rows = []
-    for plan, draft, verify in zip(costs.plans, costs.draft, costs.verify, strict=True):
+    for plan, draft in zip(costs.plans, costs.draft, strict=True):
         chances = [mean for mean, _ in costs.acceptances(plan.steps, plan.k)]
-        c, v = draft / plain, verify / plain
+        c, v = draft / plain, costs.rest(plan, costs.share.get(plan.steps, 1.0)) / plain
         if plan == PLAIN:
             c = 0.0
         rows.append(Prediction(plan, c, v, tokens_per_round(chances), speed_up(chances, c, v)))

@@ -109,7 +109,8 @@ class Session:
         # of the rounds since the host last looked
         self.slot = zeros.new_zeros(1)
         self.emitted = zeros.new_empty(self.look_every, rows, self.k + 1)
-        self.counts = zeros.new_empty(self.look_every, 4, rows)  # kept, accepted, drafted, status
+        # kept, accepted, drafted, wanted, status
+        self.counts = zeros.new_empty(self.look_every, 5, rows)
         self.chances = torch.empty(self.emitted.shape, dtype=torch.float64, device=device)
         self.biases = torch.zeros(self.look_every, rows, dtype=torch.float64, device=device)
 
@@ -305,7 +306,7 @@ class Session:
         if decoder.lenience is not None:
             self._log(self.biases, verified.bias)
         self._log(self.emitted, emitted)
-        self._log(self.counts, torch.stack([kept, verified.accepted, drafted, status]))
+        self._log(self.counts, torch.stack([kept, verified.accepted, drafted, room, status]))
         self.slot.add_(1).remainder_(self.look_every)
 
     def _time(self, stage: str) -> AbstractContextManager[None]:
@@ -407,13 +408,13 @@ class Session:
         logprobs: list[list[float]] | None = None if chances is None else [[] for _ in tokens]
         stood, proposed = [0] * batch, [0] * batch
         faults = [0] * batch
-        for n, (kept, accepted, drafted, status) in enumerate(self.counts.tolist()):
+        for n, (kept, accepted, drafted, wanted, status) in enumerate(self.counts.tolist()):
             faults = [old or new for old, new in zip(faults, status, strict=True)]
             if not any(kept):
                 continue  # all rows had finished
             self.stats.count(drafted, accepted, kept)
             if self.decoder.adaptive is not None:
-                self.decoder.adaptive.update(drafted, accepted)
+                self.decoder.adaptive.update(wanted, drafted, accepted)
             for b in range(batch):
                 tokens[b] += emitted[n][b][: kept[b]]
                 if logprobs is not None and chances is not None:

@@ -63,7 +63,7 @@ def learnt(adaptive: AdaptiveK, outcomes: list[tuple[int, int]]) -> AdaptiveK:
     """After a run of one row, a pair (drafted, accepted) a round."""
     adaptive.start(1)
     for drafted, accepted in outcomes:
-        adaptive.update([drafted], [accepted])
+        adaptive.update([drafted], [drafted], [accepted])
     return adaptive
 
 
@@ -135,7 +135,8 @@ def test_rows_learn_independently():
     batch = AdaptiveK()
     batch.start(4)
     for outcomes in rounds:
-        batch.update(*zip(*outcomes, strict=True))
+        drafted, accepted = zip(*outcomes, strict=True)
+        batch.update(drafted, drafted, accepted)
     alone = [learnt(AdaptiveK(), [outcomes[b] for outcomes in rounds]) for b in range(4)]
     chosen = batch.choose(99)
     assert chosen == [one.choose(99)[0] for one in alone]

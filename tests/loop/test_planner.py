@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.drafters.base import News, joined
 from specdiff.planner import CURIOSITY, MEMORY, PLAIN, PRIOR, Costs, Plan, Planner, measure
 from specdiff.theory import tokens_per_round
+from specdiff_kernels import Lenience
 from tests.loop.test_adaptive import DRAFTERS, PROMPTS
 from tests.tiny import tiny_model
 
@@ -48,7 +50,7 @@ def simulate(planner: Planner, acceptance, rounds: int, seed: int = 0) -> list[P
         passed = 0
         while passed < k and flip.random() < acceptance(passed, steps):
             passed += 1
-        planner.update([k], [passed])
+        planner.update([k], [k], [passed])
         plans.append(planner.plan)
     return plans
 
@@ -58,17 +60,17 @@ def test_expected_speeds_are_those_of_the_theory():
     simulate(planner, lambda i, steps: 0.6, 50)
     for plan, speed in planner.speeds().items():
         means = [mean for mean, _ in planner.posterior(plan.steps)][: plan.k] if plan.k else []
-        assert speed == pytest.approx(tokens_per_round(means) / planner.seconds[plan], rel=1e-12)
+        assert speed == pytest.approx(tokens_per_round(means) / planner.seconds(plan), rel=1e-12)
 
 
 def rate(plans, planner, acceptance) -> float:
     """Expected tokens a second of these plans, by the true chances."""
     tokens = sum(tokens_per_round([acceptance(i, p.steps) for i in range(p.k)]) for p in plans)
-    return tokens / sum(planner.seconds[p] for p in plans)
+    return tokens / sum(map(planner.seconds, plans))
 
 
 def best_rate(planner, acceptance) -> float:
-    return max(rate([plan], planner, acceptance) for plan in planner.seconds)
+    return max(rate([plan], planner, acceptance) for plan in planner.plans)
 
 
 # --- alone ---
@@ -87,11 +89,11 @@ def test_the_prior_is_what_was_seen_and_counts_for_little():
 def test_the_posterior_counts_examined_positions_only():
     planner = Planner(costs(ks=(4,)), ks=(4,))
     planner.want(4)
-    planner.update([4], [1])
+    planner.update([4], [4], [1])
     after_one = planner.posterior(1)
     assert [mean for mean, _ in after_one] == [2 / 3, 1 / 3, 0.5, 0.5]
     assert after_one[0][1] == pytest.approx((2 / 9 / 4) ** 0.5)  # of Beta(2, 1)
-    planner.update([4], [4])
+    planner.update([4], [4], [4])
     weights = [2 + MEMORY + 1, 2 + MEMORY + 1, 3, 3]
     heads = [1 + MEMORY + 1, 1 + 1, 2, 2]
     assert [m for m, _ in planner.posterior(1)] == [
@@ -146,7 +148,7 @@ def test_without_curiosity_it_is_not(monkeypatch):
 
 def test_it_chooses_from_what_it_is_told():
     planner = Planner(costs(steps=(1, 2)), ks=(4,), steps=(2,))
-    assert set(planner.seconds) == {Plan(4, 2)} and planner.most == 4
+    assert planner.plans == [Plan(4, 2)] and planner.most == 4
     assert planner.want(8) == Wanted([4], 4, 2)
     assert Planner(costs(steps=(0,), draft=0.0), ks=(2,)).want(8) == Wanted([2], 2, None)
     assert all(plan.k <= 2 for plan in simulate(Planner(costs(ks=(0, 1, 2))), lambda i, T: 1, 50))
@@ -166,11 +168,29 @@ def test_bad_arguments_are_named(make, message):
 
 def test_costs_are_kept_in_a_file(tmp_path):
     before = costs(steps=(1, 2), examined={1: [3, 2], 2: [1]}, accepted={1: [2, 0], 2: [1]})
+    before = replace(before, share={1: 0.5, 2: 1.0})
     before.save(tmp_path / "folder" / "costs.json")
     assert Costs.load(tmp_path / "folder" / "costs.json") == before
     (tmp_path / "broken.json").write_text('{"batch": 1}')
     with pytest.raises(ValueError, match=r"broken.json holds no costs \(.*plans.*\): remove it"):
         Costs.load(tmp_path / "broken.json")
+
+
+def test_tokens_that_were_not_drafted_were_not_accepted_and_cost_nothing():
+    """As where prompt lookup finds no match."""
+    seen = costs(ks=(0, 4), steps=(0,), draft=0.0, token=0.25, examined={0: [8]}, accepted={0: [4]})
+    planner = Planner(replace(seen, share={0: 0.25}))
+    assert planner.seconds(Plan(4, 0)) == 1.25 and planner.seconds(PLAIN) == 1.0
+    planner.want(4)
+    planner.plan = Plan(4, 0)
+    planner.update([4], [0], [0])
+    planner.update([4], [2], [2])
+    (first, _), (second, _), (third, _) = planner.posterior(0)[:3]
+    assert first == pytest.approx((4 + 1) / (8 + MEMORY + 1))  # missed once, accepted once
+    assert second == pytest.approx((2 * 0.5 + 1) / (2 + 1))
+    assert third == pytest.approx(2 * 0.5 / (2 + 1))  # wanted, not drafted
+    share = ((PRIOR / 4 * MEMORY + 0) * MEMORY + 2) / ((PRIOR * MEMORY + 4) * MEMORY + 4)
+    assert planner.seconds(Plan(4, 0)) == pytest.approx(1 + share)
 
 
 # --- in the loop ---
@@ -193,7 +213,7 @@ class Turns:
         self.round += 1
         return Wanted([width] * self.batch, width)
 
-    def update(self, drafted, accepted):
+    def update(self, wanted, drafted, accepted):
         pass
 
     def withhold(self, draft):
@@ -304,6 +324,29 @@ def test_a_drafter_that_is_the_target_is_always_accepted(target):
     greedy = Sampling()
     found = measure(Decoder(target, Autoregressive(target.model)), ks=(3,), sampling=greedy)
     assert found.plans == [PLAIN, (3, 0)] and found.examined == found.accepted
+
+
+def test_leniency_is_measured_as_such(target):
+    """With everything accepted that the target allows at all."""
+    drafter = DRAFTERS["autoregressive"](target)
+    lenient = Decoder(target, drafter, rule="lenient", lenience=Lenience("ensemble", 0.0))
+    found = measure(lenient, ks=(2,))
+    assert found.examined == found.accepted and found.examined[0][1] > 0
+
+
+def test_a_drafter_that_never_finds_anything(target):
+    """Rounds of every width are measured all the same, with guesses; nothing was accepted."""
+
+    class Nothing(PromptLookup):
+        def draft(self, news, k, lengths, draws):
+            return super().draft(news, k, lengths, draws)._replace(lengths=lengths * 0)
+
+    found = measure(Decoder(target, Nothing()), ks=(1, 8))
+    assert found.share == {0: 0.0} and found.accepted == {0: [0] * 8}
+    assert found.examined[0][0] > 0 == sum(found.examined[0][1:])
+    assert all(0 < seconds < 60 for seconds in found.verify)
+    planner = Planner(found)
+    assert planner.speeds()[PLAIN] == 1 / found.verify[0]
 
 
 def test_there_has_to_be_something_to_measure(target):
