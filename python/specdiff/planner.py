@@ -36,6 +36,7 @@ ROUNDS = 4  # of each plan when costs are measured
 TOKENS = 64  # of each text that is decoded for it
 PATIENCE = 30.0  # seconds after which no plan is measured again
 PRIOR = 8.0  # most examined tokens that what was seen then counts for
+SURE = 2.0  # accepted tokens before other steps' acceptance says as much of a text
 MEMORY = 0.98  # weight of the past after one more round
 CURIOSITY = 0.01  # share of the time that may be lost to learn
 OPTIMISM = 2.0  # standard deviations by which acceptances might be higher
@@ -63,6 +64,7 @@ class Costs:
         examined: by T, how often position 1, 2, ... was examined: all before it were accepted.
         accepted: by T, how often its token was accepted; where none was drafted, it was not.
         share: by T, how many tokens were drafted of those that were wanted.
+        first: seconds of a first draft, in which the drafter reads the prompt.
     """
 
     batch: int
@@ -72,6 +74,7 @@ class Costs:
     examined: dict[int, list[int]] = field(default_factory=dict)
     accepted: dict[int, list[int]] = field(default_factory=dict)
     share: dict[int, float] = field(default_factory=dict)
+    first: float = 0.0
 
     def save(self, path: Path) -> None:
         """Write a JSON file, the whole file or nothing."""
@@ -119,8 +122,9 @@ class Planner:
     It looks at what was accepted in earlier rounds alone, so that the text still follows the
     target's law exactly. The chance that position i is accepted, given that it is examined, has a
     Beta posterior for each T. It begins anew with each session, at what was seen when the costs
-    were measured, and forgets slowly. A plan that might be better than the best one known is tried,
-    for at most a hundredth of the time. Give it to a `Decoder` as its k; it sets the drafter's
+    were measured, and forgets slowly; where other T are accepted less than they were then, so will
+    this one be. A plan that might be better than the best one known is tried, for at most a
+    hundredth of the time. Give it to a `Decoder` as its k; it sets the drafter's
     `steps`.
 
     Args:
@@ -172,6 +176,7 @@ class Planner:
         self.wanted = dict.fromkeys(tried, PRIOR)  # tokens, and how many of them were drafted
         self.drafted = {steps: PRIOR * self.costs.share.get(steps, 1.0) for steps in tried}
         self.spent = self.lost = 0.0  # seconds, by the costs
+        self.unread = self.costs.first  # seconds, until the drafter has read a prompt
         self.plan = PLAIN
 
     def forget(self, rows: Sequence[int]) -> None:
@@ -180,12 +185,21 @@ class Planner:
     def posterior(self, steps: int) -> list[tuple[float, float]]:
         """Mean and standard deviation of the acceptance at positions 1, 2, ... under T steps."""
         result = []
-        evidence = zip(self.examined[steps], self.accepted[steps], strict=True)
-        for (mean, weight), (n, a) in zip(self.prior[steps], evidence, strict=True):
-            total = weight + n
-            mean = (weight * mean + a) / total
+        for i, (mean, weight) in enumerate(self.prior[steps]):
+            mean = min(1.0, mean * self.others(steps, i))
+            total = weight + self.examined[steps][i]
+            mean = (weight * mean + self.accepted[steps][i]) / total
             result.append((mean, math.sqrt(mean * (1 - mean) / (total + 1))))
         return result
+
+    def others(self, steps: int, i: int) -> float:
+        """What was accepted at a position under other T, over what their priors foretold."""
+        seen = foretold = SURE
+        for T, prior in self.prior.items():
+            if steps != T:
+                seen += self.accepted[T][i]
+                foretold += self.examined[T][i] * prior[i][0]
+        return seen / foretold
 
     def seconds(self, plan: Plan) -> float:
         """What a round is expected to cost."""
@@ -211,11 +225,15 @@ class Planner:
         best = max(plans, key=lambda plan: speeds[plan])
         hope = max(plans, key=lambda plan: hopes[plan])
         loss = self.seconds(hope) * (1 - speeds[hope] / speeds[best])
+        if best == PLAIN:
+            loss += self.unread
         self.plan = best
         if hopes[hope] > speeds[best] and self.lost + loss <= CURIOSITY * self.spent:
             self.plan = hope
             self.lost += loss
         self.spent += self.seconds(self.plan)
+        if self.plan != PLAIN:
+            self.spent, self.unread = self.spent + self.unread, 0.0
         k, steps = self.plan
         return Wanted([k] * self.costs.batch, k, steps or None)
 
@@ -388,7 +406,7 @@ def probed(
     asked, drafted = (dict.fromkeys((plan.steps for plan in plans[1:]), 0) for _ in range(2))
     examined = {plan.steps: [0] * probe.most for plan in plans[1:]}
     accepted = {plan.steps: [0] * probe.most for plan in plans[1:]}
-    texts = itertools.cycle(prompts)
+    texts, first = itertools.cycle(prompts), math.inf
     start = time.monotonic()
     for turn in range(ROUNDS + 1):  # the first warms up
         if turn > 1 and time.monotonic() - start > PATIENCE:
@@ -399,7 +417,7 @@ def probed(
                     session.abort(place)
                     session.admit([list(next(texts))], first=place, max_new_tokens=room, seed=turn)
                 probe.plan = plans[-1]
-                session.step()  # in which the drafter reads the prompts
+                first = min(first, timed(session)[0])  # in which the drafter reads the prompts
             probe.plan = plan
             seconds = timed(session)
             if turn == 0:
@@ -422,6 +440,7 @@ def probed(
         examined,
         accepted,
         {steps: drafted[steps] / max(1, asked[steps]) for steps in asked},
+        first,
     )
 
 

@@ -146,6 +146,44 @@ def test_without_curiosity_it_is_not(monkeypatch):
     assert set(simulate(planner, lambda i, steps: 0.9, 1500)) == {PLAIN}
 
 
+def test_a_failure_under_one_t_counts_against_others():
+    seen = costs(steps=(1, 2), examined={1: [80], 2: [80]}, accepted={1: [64], 2: [68]})
+    planner = Planner(seen)
+    before = planner.posterior(2)[0][0]
+    for _ in range(200):
+        planner.plan = Plan(1, 1)
+        planner.update([1], [1], [0])
+    assert planner.posterior(2)[0][0] < 0.1 * before
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_short_texts_that_are_harder_than_foretold(shared, monkeypatch):
+    """24 rounds, 40 times. Were each T judged by itself, the mutant, one after another would be
+    tried for what was foretold of it."""
+    if not shared:
+        monkeypatch.setattr("specdiff.planner.SURE", 1e9)
+    examined = {T: [60, 30, 10] for T in (1, 2, 4)}
+    accepted = {1: [27, 9, 3], 2: [30, 10, 4], 4: [32, 12, 5]}
+    planner = Planner(costs(steps=(1, 2, 4), examined=examined, accepted=accepted))
+    chance = lambda i, steps: 0.3 if i == 0 else 0.1
+    best = best_rate(planner, chance)
+    runs = [simulate(planner, chance, 24, seed) for seed in range(40)]
+    reached = sum(rate(plans, planner, chance) for plans in runs) / len(runs) / best
+    assert (reached > 0.97) == shared
+
+
+def test_the_first_draft_costs_more():
+    """The drafter has to read the prompt, so plain decoding goes on until that is a small thing."""
+    doubtful = costs(draft=0.3, examined={1: [10]}, accepted={1: [1]})
+    tried = []
+    for first in (0.0, 5.0):
+        planner = Planner(replace(doubtful, first=first))
+        plans = simulate(planner, lambda i, steps: 0.0, 900)
+        tried.append(next(n for n, plan in enumerate(plans) if plan != PLAIN))
+        assert planner.lost <= CURIOSITY * planner.spent
+    assert tried[0] < 100 and 500 <= tried[1] < 600
+
+
 def test_it_chooses_from_what_it_is_told():
     planner = Planner(costs(steps=(1, 2)), ks=(4,), steps=(2,))
     assert planner.plans == [Plan(4, 2)] and planner.most == 4
