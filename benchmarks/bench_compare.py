@@ -37,7 +37,9 @@ def main(
         runs.append(compare(["--prompt", prompt, *options]))
     speedups = [run["speedup"] for run in runs]
     content: dict[str, Any] = {
-        "command": f"specdiff generate {' '.join(options)} --prompt ...",
+        "command": f"python benchmarks/bench_compare.py --drafter {drafter} --k {k} "
+        f"--temperature {temperature:g} --tokens {tokens}",
+        "runs": f"specdiff generate {' '.join(options)} --prompt ...",
         "prompts": len(runs),
         "speedups": speedups,
         "median_speedup": statistics.median(speedups),

@@ -62,7 +62,8 @@ def test_theory_examples():
 
 @pytest.mark.parametrize("name", DOCTESTED)
 def test_docstring_examples(name):
-    names = {**vars(specdiff_kernels), "torch": torch}
+    names = {name: getattr(specdiff_kernels, name) for name in specdiff_kernels.__all__}
+    names["torch"] = torch
     flags = doctest.ELLIPSIS
     result = doctest.testmod(importlib.import_module(name), extraglobs=names, optionflags=flags)
     assert result.attempted > 0

@@ -447,7 +447,7 @@ def decode(t: Tables, B: int, N: int, K: int) -> tuple[Seen, RejectionEstimate]:
         drafted = (N - length).clamp(max=K)
         draft = Draft(at[:, 1:] - 1, torch.arange(K).int().expand(B, K).contiguous(), at[:, :K],
                       t.draft, draft_law, lengths=drafted)  # fmt: skip
-        accepted, emitted, _ = verify(t.target[at], draft, seed=seed, round=round)
+        accepted, emitted, *_ = verify(t.target[at], draft, seed=seed, round=round)
         estimate.count(tv[at[:, :K]], accepted, drafted)
         judged = theory.examined(accepted, K, drafted)
         rejected = judged & (torch.arange(K) == accepted[:, None])

@@ -71,6 +71,19 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+TargetName = Annotated[str, typer.Option(help="A known model or a Hugging Face folder.")]
+DrafterName = Annotated[
+    str, typer.Option(help="block-diffusion, parallel, prompt-lookup, or a drafter's folder.")
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
+NoAccelerate = Annotated[
+    bool, typer.Option("--no-accelerate", help="On a CPU: leave linear layers to torch.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")]
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Report what the user can mend in one line, and exit with code 2."""
@@ -116,15 +129,10 @@ def generate(
     batch_file: Annotated[
         Path | None, typer.Option(help="A file with a prompt on each line, decoded as one batch.")
     ] = None,
-    target: Annotated[
-        str, typer.Option(help="A known model or a Hugging Face folder.")
-    ] = "smollm2-135m",
-    drafter: Annotated[
-        str,
-        typer.Option(help="block-diffusion, parallel, prompt-lookup, or a drafter's folder."),
-    ] = "block-diffusion",
+    target: TargetName = "smollm2-135m",
+    drafter: DrafterName = "block-diffusion",
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this share of probability.")] = None,
     min_p: Annotated[
@@ -156,15 +164,13 @@ def generate(
         Record | None, typer.Option(help="Which recorded draft laws count; default: all that may.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Per prompt.")] = 128,
-    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    raw: Raw = False,
     compare: Annotated[
         bool, typer.Option("--compare", help=f"Also decode plainly; medians of {REPEATS} runs.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
-    no_accelerate: Annotated[
-        bool, typer.Option("--no-accelerate", help="On a CPU: leave linear layers to torch.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
+    as_json: AsJson = False,
+    no_accelerate: NoAccelerate = False,
+    threads: Threads = None,
 ) -> None:
     """Decode one prompt or a file of them, and show how fast it went."""
     prompts = read_prompts(prompt, batch_file)
@@ -226,14 +232,9 @@ def generate(
 @app.command()
 @user_errors()
 def plan(
-    target: Annotated[
-        str, typer.Option(help="A known model or a Hugging Face folder.")
-    ] = "smollm2-135m",
-    drafter: Annotated[
-        str,
-        typer.Option(help="block-diffusion, parallel, prompt-lookup, or a drafter's folder."),
-    ] = "block-diffusion",
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    target: TargetName = "smollm2-135m",
+    drafter: DrafterName = "block-diffusion",
+    temperature: Temperature = 0.0,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     check: Annotated[
         int, typer.Option(help="How many of the best plans to decode with, to see; 0: none.")
@@ -243,12 +244,10 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option(help="Draw predicted and measured speed-ups, .png or .svg.")
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
-    no_accelerate: Annotated[
-        bool, typer.Option("--no-accelerate", help="On a CPU: leave linear layers to torch.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
+    raw: Raw = False,
+    as_json: AsJson = False,
+    no_accelerate: NoAccelerate = False,
+    threads: Threads = None,
 ) -> None:
     """Predict the speed-up of every K and T from costs measured here, and see how true that is."""
     if batch < 1:
@@ -294,7 +293,7 @@ def train(
     minutes: Annotated[
         float | None, typer.Option(help="Stop after so long; the same command goes on.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Train a drafter; also under `accelerate launch -m specdiff train ...` or `torchrun`."""
     import torch
