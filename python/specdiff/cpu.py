@@ -31,7 +31,7 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
     Args:
         model: any module.
         packed: False uses weights where they lie, without a copy and with the same bits, and takes
-            about a third longer for few rows. GPT-2's are transposed in place.
+            about half as long again for few rows. GPT-2's are transposed in place.
         bf16: round the copies to bf16, which halves them and the traffic, and changes the logits.
 
     Returns:
