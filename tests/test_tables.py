@@ -42,6 +42,19 @@ def test_a_changed_figure_is_noticed(monkeypatch):
     assert tables.rendered(page.read_text()) != page.read_text()
 
 
+def test_the_planner_is_as_good_as_the_pages_say():
+    """Within 5 % of the best fixed K and T, and of plain decoding by 3 % with random weights."""
+    cases = tables.result("planner")["cases"]
+    for planned in (case for case in cases if case["k"] is None):
+        own = ("drafter", "temperature")
+        fixed = [c["speedup"] for c in cases if c["k"] and all(c[x] == planned[x] for x in own)]
+        assert planned["speedup"] >= 0.95 * max([1.0, *fixed])
+        assert fixed or planned["speedup"] >= 0.97
+    assert sum(case["k"] is None for case in cases) == 8
+    foretold = [c["predicted"] / c["speedup"] for c in cases if c["predicted"]]
+    assert max(abs(ratio - 1) for ratio in foretold) < 0.13  # docs/theory.md
+
+
 def test_an_unknown_table_is_named():
     with pytest.raises(SystemExit, match="table 'speed': expected one of verify, "):
         tables.rendered("<!-- table speed -->\n<!-- end -->")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -32,10 +33,13 @@ if TYPE_CHECKING:
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # lengths of drafts that are tried
 STEPS = (1, 2, 4, 8, 16)
-ROUNDS = 4  # of each plan when costs are measured
+ROUNDS = 240  # when costs are measured, of all plans
+TURNS = 8  # at least so many of each plan
 TOKENS = 64  # of each text that is decoded for it
 PATIENCE = 30.0  # seconds after which no plan is measured again
-PRIOR = 8.0  # most examined tokens that what was seen then counts for
+ALIKE = 32.0  # examined tokens under one T that say as much of it as those under all T
+NEAR = 8.0  # examined tokens of a position that say as much of it as the position before does
+PRIOR = 24.0  # most examined tokens that what was seen then counts for
 SURE = 2.0  # accepted tokens before other steps' acceptance says as much of a text
 MEMORY = 0.98  # weight of the past after one more round
 CURIOSITY = 0.01  # share of the time that may be lost to learn
@@ -64,7 +68,7 @@ class Costs:
         examined: by T, how often position 1, 2, ... was examined: all before it were accepted.
         accepted: by T, how often its token was accepted; where none was drafted, it was not.
         share: by T, how many tokens were drafted of those that were wanted.
-        first: seconds of a first draft, in which the drafter reads the prompt.
+        first: seconds that a text's first draft takes more: in it the drafter reads the prompt.
     """
 
     batch: int
@@ -105,14 +109,20 @@ class Costs:
     def acceptances(self, steps: int, most: int) -> list[tuple[float, float]]:
         """Prior of positions 1 .. most under T steps: mean and how many tokens it counts for.
 
-        Positions that were hardly examined are thought to be like the one before them.
+        What was seen under T alone is drawn towards what was seen under all T: of many T with few
+        tokens each the best would else be the luckiest. Positions that were hardly examined are
+        thought to be like the one before them.
         """
-        examined, accepted = self.examined.get(steps, []), self.accepted.get(steps, [])
-        prior, mean = [], 0.5
+        prior, mean, weight = [], 0.5, 2.0
         for i in range(most):
-            n, a = (examined[i], accepted[i]) if i < len(examined) else (0, 0)
-            mean = (a + 2 * mean) / (n + 2)
-            prior.append((mean, min(n + 2.0, PRIOR)))
+            n, a = (
+                {T: seen[i] if i < len(seen) else 0 for T, seen in counts.items()}
+                for counts in (self.examined, self.accepted)
+            )
+            mean = (sum(a.values()) + weight * mean) / (sum(n.values()) + weight)
+            own = (a.get(steps, 0) + ALIKE * mean) / (n.get(steps, 0) + ALIKE)
+            prior.append((own, min(sum(n.values()) + 2.0, PRIOR)))
+            weight = NEAR
         return prior
 
 
@@ -325,8 +335,7 @@ def measure(
     """Decode with one plan after another, each several times, and note what rounds cost.
 
     It takes some seconds with a small model; after half a minute no plan is measured again. Of the
-    times of a plan the least counts, and no more than that of a longer draft or of more steps: what
-    else the machine does only adds to them.
+    times of a plan the median counts, and no more than that of a longer draft or of more steps.
 
     Args:
         decoder: with a drafter; its k does not matter.
@@ -406,9 +415,9 @@ def probed(
     asked, drafted = (dict.fromkeys((plan.steps for plan in plans[1:]), 0) for _ in range(2))
     examined = {plan.steps: [0] * probe.most for plan in plans[1:]}
     accepted = {plan.steps: [0] * probe.most for plan in plans[1:]}
-    texts, first = itertools.cycle(prompts), math.inf
+    texts, first, begun = itertools.cycle(prompts), plans[-1], [math.inf]
     start = time.monotonic()
-    for turn in range(ROUNDS + 1):  # the first warms up
+    for turn in range(1 + max(TURNS, ROUNDS // len(plans))):  # the first warms up
         if turn > 1 and time.monotonic() - start > PATIENCE:
             break
         for plan in plans:
@@ -416,8 +425,8 @@ def probed(
                 for place in range(batch):
                     session.abort(place)
                     session.admit([list(next(texts))], first=place, max_new_tokens=room, seed=turn)
-                probe.plan = plans[-1]
-                first = min(first, timed(session)[0])  # in which the drafter reads the prompts
+                probe.plan = first
+                begun.append(timed(session)[0])  # in which the drafter reads the prompts
             probe.plan = plan
             seconds = timed(session)
             if turn == 0:
@@ -430,17 +439,18 @@ def probed(
                 asked[plan.steps] += sum(probe.wanted)
                 drafted[plan.steps] += sum(probe.drafted)
     drafting = {
-        p: min(min(draft[q]) for q in plans if q.k >= p.k and q.steps >= p.steps) for p in plans
+        p: min(median(draft[q]) for q in plans if q.k >= p.k and q.steps >= p.steps) for p in plans
     }
+    round = {k: median(seconds) if seconds else math.inf for k, seconds in rest.items()}
     return Costs(
         batch,
         plans,
         [drafting[p] for p in plans],
-        [min(min(rest[k], default=math.inf) for k in rest if k >= p.k) for p in plans],
+        [min(round[k] for k in round if k >= p.k) for p in plans],
         examined,
         accepted,
         {steps: drafted[steps] / max(1, asked[steps]) for steps in asked},
-        first,
+        max(0.0, min(begun) - drafting[first]),
     )
 
 

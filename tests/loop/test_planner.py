@@ -13,7 +13,18 @@ from specdiff import Decoder, Sampling, Target
 from specdiff.adaptive import Wanted
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.drafters.base import News, joined
-from specdiff.planner import CURIOSITY, MEMORY, PLAIN, PRIOR, Costs, Plan, Planner, measure
+from specdiff.planner import (
+    ALIKE,
+    CURIOSITY,
+    MEMORY,
+    NEAR,
+    PLAIN,
+    PRIOR,
+    Costs,
+    Plan,
+    Planner,
+    measure,
+)
 from specdiff.theory import tokens_per_round
 from specdiff_kernels import Lenience
 from tests.loop.test_adaptive import DRAFTERS, PROMPTS
@@ -77,13 +88,31 @@ def best_rate(planner, acceptance) -> float:
 
 
 def test_the_prior_is_what_was_seen_and_counts_for_little():
-    seen = costs(examined={1: [40, 10, 0]}, accepted={1: [30, 1, 0]})
-    first = (30 + 1.0) / 42
-    second = (1 + 2 * first) / 12
+    seen = costs(examined={1: [40, 10, 0], 2: [8, 0, 0]}, accepted={1: [30, 1, 0], 2: [2, 0, 0]})
+    first = (32 + 1) / 50  # under all T
+    second = (1 + NEAR * first) / (10 + NEAR)
+    own = [(30 + ALIKE * first) / (40 + ALIKE), (1 + ALIKE * second) / (10 + ALIKE)]
     assert seen.acceptances(1, 4) == [
-        (first, PRIOR), (second, PRIOR), (pytest.approx(second), 2.0), (pytest.approx(second), 2.0)
+        (pytest.approx(own[0]), PRIOR), (pytest.approx(own[1]), 12.0),
+        (pytest.approx(second), 2.0), (pytest.approx(second), 2.0),
     ]  # fmt: skip
-    assert seen.acceptances(7, 1) == [(0.5, 2.0)]
+    assert seen.acceptances(7, 1) == [(pytest.approx(first), PRIOR)]  # nothing was seen under it
+    assert costs().acceptances(7, 2) == [(0.5, 2.0)] * 2
+
+
+def test_the_best_of_many_steps_is_not_the_luckiest():
+    """T does not matter here; tokens of many T, a few each, let some T look good."""
+    flip, fooled, naive = random.Random(7), 0, 0
+    for _ in range(200):
+        examined = {T: [n] for T, n in ((1, 90), (2, 75), (4, 45), (8, 15))}
+        accepted = {
+            T: [sum(flip.random() < 0.35 for _ in range(n))] for T, (n,) in examined.items()
+        }
+        seen = costs(ks=(1,), steps=tuple(examined), examined=examined, accepted=accepted)
+        highest = max(seen.acceptances(T, 1)[0][0] for T in examined)
+        fooled += highest > 0.45
+        naive += max(accepted[T][0] / examined[T][0] for T in examined) > 0.45
+    assert fooled < 10 and naive > 50
 
 
 def test_the_posterior_counts_examined_positions_only():
@@ -157,8 +186,8 @@ def test_a_failure_under_one_t_counts_against_others():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_short_texts_that_are_harder_than_foretold(shared, monkeypatch):
-    """24 rounds, 40 times. Were each T judged by itself, the mutant, one after another would be
+def test_texts_that_are_harder_than_foretold(shared, monkeypatch):
+    """120 rounds, 40 times. Were each T judged by itself, the mutant, one after another would be
     tried for what was foretold of it."""
     if not shared:
         monkeypatch.setattr("specdiff.planner.SURE", 1e9)
@@ -167,9 +196,9 @@ def test_short_texts_that_are_harder_than_foretold(shared, monkeypatch):
     planner = Planner(costs(steps=(1, 2, 4), examined=examined, accepted=accepted))
     chance = lambda i, steps: 0.3 if i == 0 else 0.1
     best = best_rate(planner, chance)
-    runs = [simulate(planner, chance, 24, seed) for seed in range(40)]
+    runs = [simulate(planner, chance, 120, seed) for seed in range(40)]
     reached = sum(rate(plans, planner, chance) for plans in runs) / len(runs) / best
-    assert (reached > 0.97) == shared
+    assert (reached > 0.955) == shared
 
 
 def test_the_first_draft_costs_more():
@@ -224,7 +253,9 @@ def test_tokens_that_were_not_drafted_were_not_accepted_and_cost_nothing():
     planner.update([4], [0], [0])
     planner.update([4], [2], [2])
     (first, _), (second, _), (third, _) = planner.posterior(0)[:3]
-    assert first == pytest.approx((4 + 1) / (8 + MEMORY + 1))  # missed once, accepted once
+    ((mean, weight),) = seen.acceptances(0, 1)
+    assert weight == 10  # then missed once, accepted once
+    assert first == pytest.approx((weight * mean + 1) / (weight + MEMORY + 1))
     assert second == pytest.approx((2 * 0.5 + 1) / (2 + 1))
     assert third == pytest.approx(2 * 0.5 / (2 + 1))  # wanted, not drafted
     share = ((PRIOR / 4 * MEMORY + 0) * MEMORY + 2) / ((PRIOR * MEMORY + 4) * MEMORY + 4)
