@@ -11,7 +11,6 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +18,8 @@ from machine import save
 from rich.console import Console
 from rich.progress import track
 
-PROMPTS = Path(__file__).with_name("prompts.txt")
+from specdiff.bench.tasks import CHAT
+
 console = Console()
 
 
@@ -33,7 +33,7 @@ def main(
     options = ["--drafter", drafter, "--k", k, "--temperature", str(temperature)]
     options += ["--max-new-tokens", str(tokens), "--compare", "--json"]
     runs = []
-    for prompt in track(PROMPTS.read_text().splitlines(), console=console, transient=True):
+    for prompt in track(CHAT.read_text().splitlines(), console=console, transient=True):
         runs.append(compare(["--prompt", prompt, *options]))
     speedups = [run["speedup"] for run in runs]
     content: dict[str, Any] = {

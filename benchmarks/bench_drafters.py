@@ -14,16 +14,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_end_to_end import PROMPTS, chat, pooled_acceptance
 from machine import save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from specdiff.bench.tasks import prompts as read_prompts
 from specdiff.cpu import accelerate
 from specdiff.decoder import Decoder, Generation
 from specdiff.drafters import load_drafter
-from specdiff.models import load_target
+from specdiff.models import encode, load_target
 from specdiff.sampling import Sampling
 from specdiff.target import Target
 from specdiff.training.corpora import read_texts
@@ -48,14 +48,15 @@ def main(
         model.to("cuda")
     shared = Target(accelerate(model))
     folders = {"block-diffusion": block_diffusion, "parallel": parallel}
-    texts = {"prompts": PROMPTS.read_text().splitlines()}
+    texts = {"prompts": read_prompts("chat", tokenizer, 16)}
     try:
-        texts["speeches"] = [CONTINUE.format(part) for part in passages()]
+        parts = [CONTINUE.format(part) for part in passages()]
+        texts["speeches"] = [encode(tokenizer, part) for part in parts]
     except ValueError as error:
         console.print(f"not measured: held-out speeches: {error}", style="dim")
     cases = []
-    for kind, lines in texts.items():
-        ids = [chat(tokenizer, line) for line in lines][: 4 if quick else None]
+    for kind, ids in texts.items():
+        ids = ids[: 4 if quick else None]
         for temperature in (0.0, 1.0):
             cases += measure(shared, folders, kind, ids, temperature, 8 if quick else tokens)
     console.print(table(cases))
@@ -106,7 +107,7 @@ def measure(
                 "T": T,
                 "temperature": temperature,
                 "tokens_per_forward": result.stats.tokens_per_forward,
-                "acceptance": pooled_acceptance([result.stats]),
+                "acceptance": result.stats.acceptance,
                 "identical": plain and sum(map(list.__eq__, result.new_tokens, plain)),
             }
         )

@@ -13,11 +13,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from bench_end_to_end import PROMPTS, Setting, chat, measure, ours, speedup
 from machine import save
 from rich.console import Console
 from rich.table import Table
 
+from specdiff.bench.harness import Setting, quantiles, speedups, take_turns
+from specdiff.bench.methods import ours
+from specdiff.bench.tasks import prompts as read_prompts
 from specdiff.cpu import accelerate
 from specdiff.decoder import Decoder
 from specdiff.drafters import load_drafter
@@ -45,17 +47,17 @@ def main(
     model, tokenizer = load_target(target)
     seen = Target(accelerate(model))
     drafts = load_drafter(drafter, seen)
-    prompts = [chat(tokenizer, text) for text in PROMPTS.read_text().splitlines()]
+    prompts = read_prompts("chat", tokenizer, 16)
     sampling = Sampling(1.0)
     rules = [Lenience(kind, amount) for kind, amounts in AMOUNTS.items() for amount in amounts]
     settings = [Setting(EXACT, ours(Decoder(seen, drafts, k), sampling))]
     for rule in rules:
         decoder = Decoder(seen, drafts, k, "lenient", lenience=rule)
         settings.append(Setting(f"{rule.kind} {rule.amount}", ours(decoder, sampling)))
-    measure(settings, prompts, tokens, "measuring")
+    take_turns(settings, [[prompt] for prompt in prompts], tokens)
     cases = []
     for setting, rule in zip(settings, [None, *rules], strict=True):
-        stats = [run.stats for run in setting.runs if run.stats is not None]
+        stats = [run.stats for run in setting.runs]
         examined, accepted = (
             sum(sum(counts) for counts in (getattr(s, name) for s in stats))
             for name in ("examined_at", "accepted_at")
@@ -68,7 +70,7 @@ def main(
             "bias": sum(s.bias for s in stats) / examined,
             "bias_per_token": sum(s.bias for s in stats) / sum(s.tokens for s in stats),
             "tokens_per_forward": sum(s.tokens for s in stats) / sum(s.row_forwards for s in stats),
-            "speedup": speedup(setting, settings[0]),
+            "speedup": quantiles(speedups(setting, settings[0]))["median"],
         })  # fmt: skip
     console.print(table(cases))
     content = {

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_planner.py
 
-All settings decode the 16 prompts in turn, as in bench_end_to_end.py; a speed-up is the median over
+All settings decode the 16 prompts in turn, as in `specdiff bench`; a speed-up is the median over
 the prompts of tokens per second over plain decoding's. `of the best` is a planner's over that of
 the best fixed K and T of its drafter. The useless drafter has the parallel one's shape and random
 weights.
@@ -14,16 +14,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_end_to_end import PLAIN, PROMPTS, Setting, chat, measure, ours, speedup
 from machine import save
 from rich.console import Console
 from rich.table import Table
 
+from specdiff.bench.harness import Setting, pooled, quantiles, speedups, take_turns
+from specdiff.bench.methods import PLAIN, ours
+from specdiff.bench.tasks import prompts as read_prompts
 from specdiff.cpu import accelerate
 from specdiff.decoder import Decoder
 from specdiff.drafters import ParallelDrafter, load_drafter, shipped_drafter
 from specdiff.drafters.network import DraftNetwork
-from specdiff.models import load_target
+from specdiff.models import encode, load_target
 from specdiff.planner import Costs, Plan, Planner
 from specdiff.planner import measure as measure_costs
 from specdiff.plans import PROMPTS as COST_PROMPTS
@@ -47,8 +49,8 @@ def main(
     """Speed-ups over plain decoding, greedy and at temperature 1."""
     model, tokenizer = load_target(target)
     seen = Target(accelerate(model))
-    prompts = [chat(tokenizer, text) for text in PROMPTS.read_text().splitlines()]
-    known = [chat(tokenizer, text) for text in COST_PROMPTS]
+    prompts = read_prompts("chat", tokenizer, 16)
+    known = [encode(tokenizer, text) for text in COST_PROMPTS]
     cases: list[dict[str, Any]] = []
     for temperature in (0.0, 1.0):
         sampling = Sampling(temperature)
@@ -64,7 +66,8 @@ def main(
                 settings.append(
                     Setting(setting, ours(decoder(seen, drafter, costs, plan), sampling))
                 )
-        measure(settings, prompts, tokens, f"temperature {temperature:g}")
+        batches = [[prompt] for prompt in prompts]
+        take_turns(settings, batches, tokens, title=f"temperature {temperature:g}")
         for setting in settings[1:]:
             name, plan, expected = plans[setting.name]
             cases.append({
@@ -72,9 +75,9 @@ def main(
                 "drafter": name,
                 "k": None if plan is None else plan.k,
                 "steps": None if plan is None else plan.steps,
-                "tokens_per_forward": tokens_per_forward(setting),
+                "tokens_per_forward": pooled(setting.runs).tokens_per_forward,
                 "predicted": expected,
-                "speedup": speedup(setting, settings[0]),
+                "speedup": quantiles(speedups(setting, settings[0]))["median"],
             })  # fmt: skip
     show(cases)
     content = {
@@ -108,11 +111,6 @@ def label(plan: Plan | None) -> str:
     if plan is None:
         return "planner"
     return f"K = {plan.k}" + (f", T = {plan.steps}" if plan.steps else "")
-
-
-def tokens_per_forward(setting: Setting) -> float:
-    stats = [run.stats for run in setting.runs if run.stats is not None]
-    return sum(s.tokens for s in stats) / sum(s.row_forwards for s in stats)
 
 
 def show(cases: list[dict[str, Any]]) -> None:

@@ -19,7 +19,8 @@ from rich.control import strip_control_codes
 from typer.testing import CliRunner
 
 from specdiff import Stats, Step, cpu
-from specdiff.cli import app, encode
+from specdiff.cli import app
+from specdiff.models import encode
 from specdiff.planner import PLAIN, Costs, Plan, measure
 from specdiff.report import LiveText, Run, TextStream, figures, median_run
 from tests.tiny import tiny_model

@@ -6,16 +6,27 @@ Results go to stdout, progress and errors to stderr; a user's error is one line 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
-from .models import MODELS, FetchError, fetch, is_fetched, model_folder
+from .bench.cli import app as bench
+from .models import MODELS, encode, fetch, is_fetched, model_folder
+from .options import (
+    SETTINGS,
+    Device,
+    Dtype,
+    NoAccelerate,
+    Threads,
+    placed,
+    quiet,
+    user_errors,
+)
 from .report import LiveText, Run, figures, median_run, table
 
 if TYPE_CHECKING:
@@ -29,7 +40,6 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 REPEATS = 3  # runs of each kind in a comparison
-SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False}
 
 app = typer.Typer(
     add_completion=False,
@@ -39,6 +49,7 @@ app = typer.Typer(
 )
 models = typer.Typer(help="Models that specdiff knows by name.", **SETTINGS)
 app.add_typer(models, name="models")
+app.add_typer(bench, name="bench")
 
 
 class Rule(str, Enum):
@@ -60,17 +71,6 @@ class Record(str, Enum):
     entangled = "entangled"
 
 
-class Device(str, Enum):
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 TargetName = Annotated[str, typer.Option(help="A known model or a Hugging Face folder.")]
 DrafterName = Annotated[
     str, typer.Option(help="block-diffusion, parallel, prompt-lookup, or a drafter's folder.")
@@ -78,30 +78,6 @@ DrafterName = Annotated[
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only.")]
-NoAccelerate = Annotated[
-    bool, typer.Option("--no-accelerate", help="On a CPU: leave linear layers to torch.")
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")]
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Report what the user can mend in one line, and exit with code 2."""
-    try:
-        yield
-    except (ValueError, OSError, FetchError, FloatingPointError) as error:
-        fail(error)
-    except RuntimeError as error:
-        from specdiff_kernels import BackendError
-
-        if not isinstance(error, BackendError):
-            raise
-        fail(error)
-
-
-def fail(error: Exception) -> NoReturn:
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-    raise typer.Exit(2) from error
 
 
 @models.command("fetch")
@@ -375,22 +351,15 @@ def parse_temperatures(given: list[str]) -> tuple[float, ...]:
 
 def load_on(name_or_path: str, device: Device | None, dtype: Dtype) -> tuple[Decoder, Any]:
     """A plain decoder of a target on a device, accelerated on a CPU, and the tokenizer."""
-    import torch
-    from transformers.utils import logging
-
     from .cpu import accelerate
     from .decoder import Decoder
     from .models import load_target
     from .target import Target
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    gpu = torch.cuda.is_available()
-    if device is Device.cuda and not gpu:
-        raise ValueError("--device cuda needs a GPU that torch can use, found none: use cpu")
-    where = device.value if device is not None else "cuda" if gpu else "cpu"
+    quiet(None)
+    where, kind = placed(device, dtype)
     model: Any
-    model, tokenizer = load_target(name_or_path, getattr(torch, dtype.value))
+    model, tokenizer = load_target(name_or_path, kind)
     return Decoder(Target(accelerate(model.to(where)))), tokenizer
 
 
@@ -440,18 +409,12 @@ def load(
     name_or_path: str, rule: str, lenience: Lenience | None, threads: int | None, fast: bool
 ) -> tuple[Decoder, Any]:
     """A plain decoder of a target, and the target's tokenizer."""
-    import torch
-    from transformers.utils import logging
-
     from .cpu import accelerate
     from .decoder import Decoder
     from .models import load_target
     from .target import Target
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    quiet(threads)
     model, tokenizer = load_target(name_or_path)
     made = Target(accelerate(model) if fast else model)
     return Decoder(made, rule=rule, lenience=lenience), tokenizer
@@ -526,17 +489,6 @@ def with_plans(pair: Pair, k: int | None, steps: int | None) -> Decoder:
     return Decoder(
         old.target, old.drafter, chooser, old.rule, lenience=old.lenience, record=old.record
     )
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool) -> list[int]:
-    """Token ids of a prompt, as a user's message if there is a chat template and raw is False."""
-    if raw or not tokenizer.chat_template:
-        return tokenizer(text)["input_ids"]
-    message = [{"role": "user", "content": text}]
-    encoded: Any = tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, return_dict=True
-    )
-    return encoded["input_ids"]
 
 
 def decode(

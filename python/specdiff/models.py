@@ -447,3 +447,18 @@ def save_configs(reader: Any, folder: Path, *, tied: bool) -> None:
     )
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool = False) -> list[int]:
+    """Token ids of a prompt, as a user's message if there is a chat template and raw is False.
+
+    Example:
+        >>> encode(tokenizer, "Why is the sky blue?")
+    """
+    if raw or not tokenizer.chat_template:
+        return tokenizer(text)["input_ids"]
+    message = [{"role": "user", "content": text}]
+    encoded: Any = tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_dict=True
+    )
+    return encoded["input_ids"]

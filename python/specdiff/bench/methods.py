@@ -1,0 +1,244 @@
+"""Methods: ways to decode the same prompts, ours and transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cpu import accelerate
+from ..decoder import Decoder
+from ..drafters import load_drafter
+from ..models import encode, load_target
+from ..planner import Planner, measure
+from ..plans import PROMPTS
+from ..sampling import Sampling
+from ..session import LOOK_EVERY
+from ..stats import Stats
+from ..target import Target
+
+AUTO = "auto"
+PLAIN = "plain"
+THEIRS = ("transformers", "assisted", "transformers-lookup")
+OWN = (PLAIN, "plain-compiled", "plain-captured")
+
+# new tokens of each row, and counts, for prompts, a number of new tokens and a seed
+Decode = Callable[..., tuple[list[list[int]], Stats]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to decode.
+
+    Attributes:
+        name: one of OWN or THEIRS, or a drafter as `specdiff.drafters.load_drafter` knows it.
+        k: tokens drafted in a round; "auto": chosen in each; None: none, or the drafter's block.
+        steps: reverse steps of a diffusion drafter, or "auto" with k; None: its own.
+        rule: of `specdiff_kernels.verify`; None: "token".
+        model: folder of the assistant of "assisted".
+
+    Example:
+        >>> parse("block-diffusion,k=4,steps=2")
+        Method(name='block-diffusion', k=4, steps=2, rule=None, model=None)
+    """
+
+    name: str
+    k: int | str | None = None
+    steps: int | str | None = None
+    rule: str | None = None
+    model: str | None = None
+
+    @property
+    def drafts(self) -> bool:
+        return self.name not in (*OWN, "transformers")
+
+    @property
+    def label(self) -> str:
+        return Path(self.name).name
+
+
+def parse(text: str) -> Method:
+    """NAME[,k=..][,steps=..][,rule=..][,model=..]
+
+    Raises:
+        ValueError: an option is unknown, out of its range, or belongs to another method.
+    """
+    name, *options = text.split(",")
+    given: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in ("k", "steps", "rule", "model") or not value:
+            raise ValueError(
+                f"--method {text!r}: options are k=, steps=, rule= and model=, got {option!r}"
+            )
+        if key in ("k", "steps") and value != AUTO:
+            if not value.isdecimal() or int(value) < 1:
+                raise ValueError(f"--method {text!r}: {key} must be auto or at least 1")
+            given[key] = int(value)
+        else:
+            given[key] = value
+    method = Method(name, **given)
+    if not name or (given and not method.drafts):
+        raise ValueError(f"--method {text!r}: plain decoding takes no options")
+    if (method.model is not None) != (name == "assisted"):
+        raise ValueError(f"--method {text!r}: 'assisted', and no other, needs model=FOLDER")
+    if name in THEIRS and (method.rule or method.steps or method.k == AUTO):
+        raise ValueError(f"--method {text!r}: transformers' methods take k as a number alone")
+    return method
+
+
+def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -> list[Method]:
+    """Every method that drafts and says no K or T of its own, with each of these."""
+    result: list[Method] = []
+    for method in methods:
+        own_k = method.k is not None or not ks or not method.drafts
+        taken = [method] if own_k else [replace(method, k=k) for k in ks]
+        for one in taken:
+            own_steps = one.steps is not None or not steps or not one.drafts
+            own_steps = own_steps or one.name in (*THEIRS, "prompt-lookup", "parallel")
+            result += [one] if own_steps else [replace(one, steps=T) for T in steps]
+    return list(dict.fromkeys(result))
+
+
+class Models:
+    """A target as ours and as transformers' alone, loaded when it is first asked for.
+
+    Args:
+        name: a known model or a folder.
+        dtype: of the weights; None: float32.
+        device: where it runs.
+        accelerated: whether ours has accelerated linear layers, on a CPU.
+    """
+
+    def __init__(
+        self, name: str, dtype: torch.dtype | None, device: torch.device, accelerated: bool = True
+    ) -> None:
+        self.name, self.dtype, self.device = name, dtype, device
+        model, self.tokenizer = load_target(name, dtype)
+        moved: Any = model.to(device)  # type: ignore[arg-type]
+        self.target = Target(accelerate(moved) if accelerated else moved)
+        self._untouched: Any = None
+
+    @property
+    def label(self) -> str:
+        return Path(self.name).name
+
+    @property
+    def untouched(self) -> Any:
+        """The model as transformers loads it: of its own, since `Target` sets attention."""
+        if self._untouched is None:
+            model: Any = load_target(self.name, self.dtype)[0]
+            self._untouched = model.to(self.device)
+        return self._untouched
+
+    def costs_prompts(self) -> list[list[int]]:
+        return [encode(self.tokenizer, text) for text in PROMPTS]
+
+
+def make(method: Method, models: Models, sampling: Sampling, batch: int) -> Decode:
+    """A way to decode, ready to run.
+
+    Raises:
+        ValueError: the method cannot be had here; says why.
+    """
+    if method.name in THEIRS:
+        return theirs(method, models, sampling)
+    if method.name in OWN:
+        return plain(method.name, models, sampling)
+    steps = method.steps if isinstance(method.steps, int) else None
+    drafter = load_drafter(method.name, models.target, steps=steps)
+    decoder = Decoder(models.target, drafter, rule=method.rule or "token")
+    k: Any = method.k
+    if k == AUTO:
+        found = measure(decoder, models.costs_prompts(), batch=batch, sampling=sampling)
+        k = Planner(found, steps=None if method.steps in (None, AUTO) else (steps or 1,))
+    return ours(Decoder(models.target, drafter, k, decoder.rule), sampling)
+
+
+def plain(name: str, models: Models, sampling: Sampling) -> Decode:
+    """Our loop without a drafter."""
+    if name == "plain-captured":
+        if models.device.type != "cuda":
+            raise ValueError("plain-captured replays CUDA graphs: it needs a GPU")
+        return ours(Decoder(models.target), sampling, capture=True, look_every=LOOK_EVERY)
+    if name == "plain-compiled":
+        if models.device.type != "cuda":
+            raise ValueError("plain-compiled is measured on a GPU alone")
+        return ours(Decoder(Target(models.target.model, compile=True)), sampling)
+    return ours(Decoder(models.target), sampling)
+
+
+def ours(decoder: Decoder, sampling: Sampling, **options: Any) -> Decode:
+    """Our loop; options of `Decoder.open`."""
+
+    def decode(
+        prompts: list[list[int]], tokens: int, seed: int, **more: Any
+    ) -> tuple[list[list[int]], Stats]:
+        run = decoder.generate(
+            prompts, max_new_tokens=tokens, sampling=sampling, seed=seed, **options, **more
+        )
+        return run.new_tokens, run.stats
+
+    return decode
+
+
+def theirs(method: Method, models: Models, sampling: Sampling) -> Decode:
+    """transformers' generate, its assisted generation, or its prompt lookup."""
+    model = models.untouched
+    how: dict[str, Any] = {"do_sample": False}
+    if not sampling.greedy:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    if method.name == "assisted":
+        assistant: Any = load_target(str(method.model), models.dtype)[0].to(models.device)  # type: ignore[arg-type]
+        if method.k is not None:
+            assistant.generation_config.num_assistant_tokens = method.k
+            assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        how["assistant_model"] = assistant
+    elif method.name == "transformers-lookup":
+        how["prompt_lookup_num_tokens"] = method.k or 10
+    ends = model.generation_config.eos_token_id
+
+    def decode(prompts: list[list[int]], tokens: int, seed: int) -> tuple[list[list[int]], Stats]:
+        longest = max(map(len, prompts))
+        if len(prompts) > 1 and method.name != "transformers":
+            raise ValueError(f"{method.name} decodes one sequence at a time")
+        torch.manual_seed(seed)
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=models.device)
+        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        pad = ends[0] if isinstance(ends, list) else ends
+        stats = Stats()
+        with counting(model, stats):
+            out = model.generate(
+                ids, attention_mask=seen.to(ids.device), max_new_tokens=tokens,
+                pad_token_id=0 if pad is None else pad, **how,
+            )  # fmt: skip
+        new = [until(row[longest:].tolist(), ends) for row in out]
+        stats.tokens, stats.row_forwards = sum(map(len, new)), stats.target_forwards * len(new)
+        return new, stats
+
+    return decode
+
+
+@contextmanager
+def counting(model: torch.nn.Module, stats: Stats) -> Iterator[None]:
+    """Count a model's forwards. The one that reads the prompt brings a token, too."""
+
+    def count(*_: Any) -> None:
+        stats.target_forwards += 1
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def until(tokens: list[int], ends: Any) -> list[int]:
+    """Tokens up to the first that ends a row, which is kept; what follows is padding."""
+    stops = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    at = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[: at + 1]

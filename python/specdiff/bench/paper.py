@@ -1,0 +1,242 @@
+"""What SpecDiff (arXiv 2408.05636) published, and the same rows and columns measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cpu import accelerate
+from ..decoder import Decoder
+from ..drafters import Autoregressive
+from ..drafters.sedd import SEDD
+from ..sampling import Sampling
+from ..target import Target
+from .controlled import Controlled, chance_for_share
+from .experiments import Grid, Show, run
+from .harness import Condition, compare, named
+from .kept import Kept
+from .methods import PLAIN, Decode, Method, Models, ours
+from .shapes import random_drafter, random_target
+
+
+class Published(NamedTuple):
+    """A row of Table 2, or of the appendix (LM1B)."""
+
+    task: str
+    target: str
+    method: str  # "standard": GPT-2 drafts, one token after another; "specdiff": SEDD does
+    k: int
+    alpha: float
+    speedup: float
+
+
+PUBLISHED = [
+    Published(task, target, *row)
+    for task, target, *rows in (
+        ("summarise", "gpt2-xl", ("standard", 5, 0.80, 2.95), ("specdiff", 40, 0.89, 7.59)),
+        ("summarise", "gpt-neo-2.7b", ("standard", 5, 0.81, 4.50), ("specdiff", 40, 0.91, 8.73)),
+        ("continue", "gpt2-xl", ("standard", 5, 0.76, 3.16), ("specdiff", 45, 0.89, 4.79)),
+        ("continue", "gpt-neo-2.7b", ("standard", 5, 0.77, 3.38), ("specdiff", 45, 0.92, 5.50)),
+        ("short", "gpt2-xl", ("standard", 5, 0.69, 1.70), ("specdiff", 30, 0.87, 2.35)),
+        ("short", "gpt-neo-2.7b", ("standard", 5, 0.81, 2.47), ("specdiff", 30, 0.86, 3.25)),
+    )
+    for row in rows
+]  # fmt: skip
+CORPORA = {"summarise": "CNN/DM", "continue": "OpenWebText", "short": "LM1B"}
+
+
+def table2(
+    models: Models,
+    drafter: str,
+    standard: str | None,
+    grid: Grid,
+    k: int | None,
+    steps: int | None = None,
+    *,
+    kept: Kept | None = None,
+    show: Show = lambda cases: None,
+) -> dict[str, Any]:
+    """Plain, standard and SpecDiff's decoding on the paper's tasks, at its K.
+
+    Args:
+        models: the target.
+        drafter: as `load_drafter` knows it.
+        standard: folder of an autoregressive drafter, GPT-2 in the paper; None: left out.
+        grid: tasks, corpus, sizes; its methods are set here.
+        k, steps: of SpecDiff, in place of the paper's K and of the drafter's own T.
+        kept, show: as of `run`.
+
+    Returns:
+        as of `run`, and what was published.
+
+    Raises:
+        ValueError: a task that the paper has not, or as of `run`.
+    """
+    if unknown := set(grid.tasks) - set(CORPORA):
+        raise ValueError(f"task must be one of {', '.join(CORPORA)}, got {', '.join(unknown)}")
+    cases: list[dict[str, Any]] = []
+    for task in grid.tasks:
+        (own,) = {row.k for row in PUBLISHED if row.task == task and row.method == "specdiff"}
+        methods = [Method(drafter, k or own, steps)]
+        if standard is not None:
+            methods.insert(0, Method(standard, 5))
+        part = replace(grid, methods=methods, tasks=[task])
+        cases += run(part, models, kept=kept, show=show)["cases"]
+    return {
+        "name": "table2",
+        "target": models.label,
+        "stand_in": stand_in(models.label, drafter, grid.corpus),
+        "repetitions": grid.repetitions,
+        "cases": cases,
+        "published": [row._asdict() for row in PUBLISHED if row.task in grid.tasks],
+    }
+
+
+def stand_in(target: str, drafter: str, corpus: str | None) -> str | None:
+    """What is not the paper's own, in one line."""
+    parts = []
+    if target.lower() not in {row.target for row in PUBLISHED}:
+        parts.append(f"{target} in place of the fine-tuned GPT-2 XL and GPT-Neo 2.7B")
+    if "sedd" not in Path(drafter).name.lower():
+        parts.append(f"the drafter {Path(drafter).name} in place of a fine-tuned SEDD-small")
+    if corpus is not None:
+        parts.append(f"texts of {Path(corpus).name} in place of the paper's")
+    return "; ".join(parts) or None
+
+
+def figure2(
+    models: Models,
+    drafter: str,
+    grid: Grid,
+    k: int,
+    *,
+    kept: Kept | None = None,
+    show: Show = lambda cases: None,
+) -> dict[str, Any]:
+    """Speed-up and alpha against T, the grid's steps; arguments as of `table2`."""
+    content = run(replace(grid, methods=[Method(drafter, k)]), models, kept=kept, show=show)
+    return {
+        **content, "name": "figure2", "stand_in": stand_in(models.label, drafter, grid.corpus)
+    }  # fmt: skip
+
+
+READINGS = {  # of the paper's alpha: the chance of a token, given that those before it stand
+    "share": chance_for_share,  # alpha K of K tokens are accepted, as the paper says
+    "each": lambda alpha, k: alpha,  # as in Leviathan et al. (2211.17192)
+}
+DRAFTERS = {"standard": "gpt2", "specdiff": "sedd-small"}
+SET = (
+    "random weights of the models' shapes; drafted tokens stand with a set probability. share: so "
+    "that alpha K of K are accepted; each: every token with chance alpha"
+)
+
+
+class Shape:
+    """A target of a published shape with random weights, in the place of `Models`.
+
+    Args:
+        name, dtype, device, layers: of `random_target`.
+    """
+
+    def __init__(
+        self, name: str, dtype: torch.dtype, device: torch.device, layers: int | None = None
+    ) -> None:
+        model: Any = random_target(name, dtype=dtype, device=device, layers=layers)
+        self.target = Target(accelerate(model))
+        self.name, self.device, self.layers = name, device, layers
+        self.label = name if layers is None else f"{name}, {layers} layers"
+
+
+def controlled(
+    shape: Shape,
+    tasks: Sequence[str],
+    steps: Sequence[int],
+    *,
+    context: int,
+    tokens: int,
+    count: int,
+    repetitions: int,
+    kept: Kept | None = None,
+    show: Show = lambda cases: None,
+) -> dict[str, Any]:
+    """The rows of Table 2 at the cost of its models and the acceptance that it reports.
+
+    SEDD-small drafts K tokens in T steps, GPT-2 five one after another; what they say is replaced
+    by tokens that the target accepts with a set probability, see `Controlled`. Greedy.
+
+    Args:
+        shape: the target.
+        tasks: whose K and alpha are taken; the prompts are random tokens.
+        steps: every T of SEDD.
+        context, tokens, count: of the prompts, of the new text, and how many of them.
+        kept, show: as of `run`.
+
+    Raises:
+        ValueError: a task that the paper has not, or texts that do not fit the target's context.
+    """
+    prompts = random_prompts(shape.target.vocab_size, count, context)
+    plain = Decoder(shape.target)
+    texts = {
+        tuple(prompt): plain.generate(prompt, max_new_tokens=tokens).sequences[0]
+        for prompt in prompts
+    }
+    drafters = {
+        name: random_drafter(name, shape.target, layers=shape.layers) for name in DRAFTERS.values()
+    }
+    cases: list[dict[str, Any]] = []
+    rows = [row for row in PUBLISHED if row.target == shape.name and row.task in tasks]
+    for task in dict.fromkeys(row.task for row in rows):
+        own = {DRAFTERS[row.method]: row for row in rows if row.task == task}
+        methods = [
+            Method(f"{drafter}, {reading}", row.k, T)
+            for drafter, row in own.items()
+            for reading in READINGS
+            for T in (steps if drafter == "sedd-small" else [None])
+        ]
+        condition = Condition(task, 0.0, 1, prompts, tokens)
+        found = kept.find(named(shape, condition, methods[0])) if kept is not None else []
+        if not found:
+            make = partial(make_controlled, own, drafters, texts)
+            found = compare(shape, condition, methods, repetitions=repetitions, make=make)
+            if kept is not None:
+                kept.add(found)
+        show(found)
+        cases += found
+    return {
+        "name": "controlled",
+        "target": shape.label,
+        "stand_in": SET,
+        "repetitions": repetitions,
+        "cases": cases,
+        "published": [row._asdict() for row in rows],
+    }
+
+
+def random_prompts(vocab: int, count: int, context: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab, (count, context), generator=generator).tolist()
+
+
+def make_controlled(
+    rows: dict[str, Published],
+    drafters: dict[str, SEDD | Autoregressive],
+    texts: dict[tuple[int, ...], list[int]],
+    method: Method,
+    shape: Shape,
+    sampling: Sampling,
+    batch: int,
+) -> Decode:
+    """Plain decoding, or a drafter whose acceptance is set."""
+    if method.name == PLAIN:
+        return ours(Decoder(shape.target), sampling)
+    name, _, reading = method.name.partition(", ")
+    row, drafter = rows[name], drafters[name]
+    if isinstance(drafter, SEDD) and isinstance(method.steps, int):
+        drafter = SEDD(drafter.network, steps=method.steps)  # one network for every T
+    chance = READINGS[reading](row.alpha, row.k)
+    return ours(Decoder(shape.target, Controlled(drafter, texts, chance), row.k), sampling)

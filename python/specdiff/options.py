@@ -1,0 +1,80 @@
+"""What the commands of `specdiff` share: options, and errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from .models import FetchError
+
+if TYPE_CHECKING:
+    import torch
+
+SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False}
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+NoAccelerate = Annotated[
+    bool, typer.Option("--no-accelerate", help="On a CPU: leave linear layers to torch.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Report what the user can mend in one line, and exit with code 2."""
+    try:
+        yield
+    except (ValueError, OSError, FetchError, FloatingPointError) as error:
+        fail(error)
+    except RuntimeError as error:
+        from specdiff_kernels import BackendError
+
+        if not isinstance(error, BackendError):
+            raise
+        fail(error)
+
+
+def fail(error: Exception) -> NoReturn:
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(2) from error
+
+
+def placed(device: Device | None, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
+    """Where models go and of what type they are.
+
+    Raises:
+        ValueError: a GPU was asked for and there is none.
+    """
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if device is Device.cuda and not gpu:
+        raise ValueError("--device cuda needs a GPU that torch can use, found none: use cpu")
+    where = device.value if device is not None else "cuda" if gpu else "cpu"
+    return torch.device(where), getattr(torch, dtype.value)
+
+
+def quiet(threads: int | None) -> None:
+    """No words of transformers' own, and so many CPU threads."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,155 @@
+"""Grids, the paper's tables, and results that outlive an interruption."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from specdiff.bench import experiments, paper
+from specdiff.bench.experiments import Grid, run
+from specdiff.bench.kept import CONDITION, Kept
+from specdiff.bench.methods import parse
+from specdiff.bench.paper import PUBLISHED, Shape, controlled, figure2, stand_in, table2
+from specdiff.drafters.ddit import DDiT, DDiTConfig
+
+
+@pytest.fixture(scope="module")
+def sedd(tmp_path_factory, tiny_tokenizer):
+    """Folder of a tiny SEDD."""
+    folder = tmp_path_factory.mktemp("drafters") / "tiny-sedd"
+    torch.manual_seed(0)
+    network = DDiT(DDiTConfig(len(tiny_tokenizer), 16, 1, 2, 8, length=64))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("varied", "kind"),
+    [
+        ({}, "methods"),
+        ({"ks": [2, 4]}, "lengths"),
+        ({"steps": [1, 2]}, "steps"),
+        ({"batches": [1, 2]}, "batch"),
+        ({"contexts": [16, 32]}, "context"),
+        ({"ks": [2, 4], "steps": [1, 2]}, "methods"),
+    ],
+)
+def test_kind(varied, kind):
+    assert Grid([parse("plain")], **varied).kind == kind
+
+
+def test_all_combinations(models, corpus):
+    grid = Grid(
+        [parse("prompt-lookup")], ["continue", "short"], [0.0, 1.0], ks=[1, 2], batches=[1, 2],
+        contexts=[8, 12], tokens=4, count=2, repetitions=1, corpus=str(corpus),
+    )  # fmt: skip
+    cases = run(grid, models)["cases"]
+    seen = [(c["task"], c["context"], c["temperature"], c["batch"], c["k"]) for c in cases]
+    assert len(seen) == len(set(seen)) == 2 * 2 * 2 * 2 * 3
+    assert all(case["refused"] is None and case["check"]["passed"] for case in cases)
+
+
+def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
+    """What was measured is not measured again, unless by another command."""
+    grid = Grid([parse("prompt-lookup,k=2")], temperatures=[0.0, 1.0], tokens=4, count=2,
+                repetitions=1)  # fmt: skip
+    own, calls = experiments.compare, []
+
+    def stopping(models, condition, *arguments, **options):
+        calls.append(condition.temperature)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(models, condition, *arguments, **options)
+
+    monkeypatch.setattr(experiments, "compare", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(grid, models, kept=Kept(tmp_path, "methods", "command"))
+    kept = Kept(tmp_path, "methods", "command")
+    content = run(grid, models, kept=kept)
+    assert calls == [0.0, 1.0, 1.0]
+    path = kept.finish(content)
+    assert json.loads(path.read_text())["cases"] == content["cases"] and not kept.part.exists()
+    assert {case["temperature"] for case in content["cases"]} == {0.0, 1.0}
+    assert set(CONDITION) <= set(content["cases"][0])
+
+    Kept(tmp_path, "methods", "command").add(content["cases"][:2])
+    assert Kept(tmp_path, "methods", "another command").cases == []
+    assert len(Kept(tmp_path, "methods", "command").cases) == 2
+
+
+def test_table2(models, corpus, sedd, folder):
+    grid = Grid([], ["summarise", "short"], [1.0], tokens=6, count=2, repetitions=1,
+                corpus=str(corpus))  # fmt: skip
+    content = table2(models, sedd, str(folder), grid, None, 2)
+    rows = [(c["task"], c["method"], c["k"], c["steps"]) for c in content["cases"]]
+    assert rows == [
+        (task, *row)
+        for task, k in (("summarise", 40), ("short", 30))
+        for row in (("plain", None, None), ("tiny-llama", 5, None), ("tiny-sedd", k, 2))
+    ]
+    refused = {c["method"]: c["refused"] for c in content["cases"] if c["refused"]}
+    assert refused == {}
+    assert [row["alpha"] for row in content["published"]][:2] == [0.80, 0.89]
+    assert {row["task"] for row in content["published"]} == {"summarise", "short"}
+    assert "tiny-llama in place of" in content["stand_in"] and "texts" in content["stand_in"]
+    with pytest.raises(ValueError, match="got chat"):
+        table2(models, sedd, None, Grid([], ["chat"]), None)
+
+
+def test_the_papers_own_models_are_no_stand_in():
+    assert stand_in("gpt2-xl", "drafters/sedd-small", None) is None
+    assert "sedd" not in str(stand_in("GPT2-XL", "sedd", "sotu"))
+
+
+def test_published():
+    """The paper's Table 2 has two rows for each pair of task and target."""
+    assert len(PUBLISHED) == 12 == len({row[:3] for row in PUBLISHED})
+    assert max(PUBLISHED, key=lambda row: row.speedup).speedup == 8.73
+
+
+def test_figure2(models, corpus, sedd):
+    grid = Grid([], ["continue"], [1.0], steps=[1, 2], tokens=6, count=2, repetitions=1,
+                corpus=str(corpus))  # fmt: skip
+    content = figure2(models, sedd, grid, 4)
+    assert content["name"] == "figure2"
+    assert [(c["method"], c["k"], c["steps"]) for c in content["cases"]] == [
+        ("plain", None, None), ("tiny-sedd", 4, 1), ("tiny-sedd", 4, 2)
+    ]  # fmt: skip
+
+
+def test_controlled(monkeypatch):
+    """Two layers of width 64 in place of GPT-2 XL's: alpha comes out as it was set."""
+    small = {"gpt2-xl": {"n_embd": 64, "n_head": 2}}
+    for shapes in (paper.random_target.__globals__["TARGETS"],):
+        config = shapes["gpt2-xl"].__class__(
+            vocab_size=300, n_positions=256, n_layer=2, eos_token_id=None, **small["gpt2-xl"]
+        )
+        monkeypatch.setitem(shapes, "gpt2-xl", config)
+    drafters = paper.random_drafter.__globals__["DRAFTERS"]
+    monkeypatch.setitem(
+        drafters, "gpt2", config.__class__(vocab_size=300, n_positions=256, n_embd=32, n_layer=1,
+                                           n_head=2, eos_token_id=None)
+    )  # fmt: skip
+    monkeypatch.setitem(drafters, "sedd-small", DDiTConfig(300, 16, 1, 2, 8, length=128))
+    shape = Shape("gpt2-xl", torch.float32, torch.device("cpu"))
+    content = controlled(
+        shape, ["summarise"], [1, 2], context=12, tokens=120, count=3, repetitions=1
+    )
+    cases = {(c["method"], c["steps"]): c for c in content["cases"]}
+    assert list(cases) == [
+        ("plain", None), ("gpt2, share", None), ("gpt2, each", None),
+        ("sedd-small, share", 1), ("sedd-small, share", 2),
+        ("sedd-small, each", 1), ("sedd-small, each", 2),
+    ]  # fmt: skip
+    assert all(c["refused"] is None and c["check"]["identical"] == 3 for c in cases.values())
+    # the same tokens are stumbled at, however many steps it took
+    assert cases["sedd-small, each", 1]["alpha"] == cases["sedd-small, each", 2]["alpha"]
+    each, share = cases["sedd-small, each", 1], cases["sedd-small, share", 1]
+    assert abs(sum(each["acceptance"][:1]) - 0.89) < 0.15
+    assert share["tokens_per_forward"] > 20 > each["tokens_per_forward"] > 4
+    assert [row["k"] for row in content["published"]] == [5, 40]
+    assert content["stand_in"].startswith("random weights")
