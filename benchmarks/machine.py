@@ -78,9 +78,17 @@ def driver() -> str | None:
     return next(iter(done.stdout.split()), None)
 
 
-def save(name: str, content: dict[str, Any]) -> Path:
-    """Keep a CPU's figures as results/<machine>/<name>.json."""
-    return write(RESULTS / slug() / f"{name}.json", content)
+def folder(device_name: str) -> Path:
+    """Where a GPU's figures are kept."""
+    return RESULTS / "-".join(re.findall("[a-z0-9]+", device_name.lower()))
+
+
+def save(name: str, content: dict[str, Any], device: torch.device | None = None) -> Path:
+    """Keep figures as results/<machine>/<name>.json, the machine being the GPU if it is one's."""
+    if device is None or device.type == "cpu":
+        return write(RESULTS / slug() / f"{name}.json", content)
+    hardware = gpu(device)
+    return write(folder(hardware["name"]) / f"{name}.json", {"gpu": hardware, **content})
 
 
 def write(path: Path, content: dict[str, Any]) -> Path:
