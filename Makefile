@@ -27,8 +27,9 @@ lint: $(VENV)/dev.stamp
 
 # The ops on one thread, so that figures of different machines can be compared; then whole decoding.
 bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -W ignore benchmarks/bench_verify.py \
-	  --benchmark-only --benchmark-quiet --benchmark-disable-gc
+	for file in verify ops; do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -W ignore \
+	  benchmarks/bench_$$file.py --benchmark-only --benchmark-quiet --benchmark-disable-gc \
+	  || exit 1; done
 	$(BIN)/python benchmarks/bench_denoise_step.py
 	for threads in 1 2; do $(BIN)/python benchmarks/bench_skinny_linear.py --threads $$threads; done
 	$(BIN)/python benchmarks/bench_row_divergence.py

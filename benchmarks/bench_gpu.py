@@ -32,7 +32,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from inputs import DRAWS, Shape, accepted_moments, make_logits, ratio
-from machine import RESULTS, gpu, write
+from machine import RESULTS
 from peers import Outcome, Unusable, find, settled
 from peers import Transformers as TransformersPeer
 from rich.console import Console
@@ -40,6 +40,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from specdiff.bench.machine import dashed, gpu, write
 from specdiff_kernels import (
     Draft,
     Record,
@@ -105,8 +106,7 @@ def parse_shapes(text: str) -> list[Shape]:
 
 
 def result_path(device_name: str, day: datetime.date) -> Path:
-    folder = "-".join(re.findall("[a-z0-9]+", device_name.lower()))
-    return RESULTS / folder / f"{day.isoformat()}.json"
+    return RESULTS / dashed(device_name) / f"{day.isoformat()}.json"
 
 
 def benchmark(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specdiff.bench.machine import description, driver, gpu, processor, slug, write
+import torch
 
-__all__ = ["RESULTS", "description", "driver", "gpu", "processor", "save", "slug", "write"]
+from specdiff.bench.machine import slug, write
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, content: dict[str, Any]) -> Path:
-    """Keep figures as results/<machine>/<name>.json."""
-    return write(RESULTS / slug() / f"{name}.json", content)
+def save(name: str, content: dict[str, Any], device: torch.device | None = None) -> Path:
+    """Keep figures as results/<machine>/<name>.json, the machine being the GPU if it is one's."""
+    return write(RESULTS / slug(device) / f"{name}.json", content)

@@ -81,6 +81,21 @@ def denoise_step() -> list[str]:
     return [*grid(head, rows), "", source(data)]
 
 
+def ops() -> list[str]:
+    """Every op: both backends of a CPU, and how near ours comes to reading the least bytes."""
+    data, rows = result("ops"), []
+    cases = {(c["op"], c["shape"], c["backend"]): c for c in data["cases"]}
+    for op, shape in dict.fromkeys((c["op"], c["shape"]) for c in data["cases"]):
+        cpp, reference = (cases[op, shape, backend] for backend in ("cpp", "reference"))
+        rows.append([f"`{op}`", shape, ms(cpp["ms"]), ms(reference["ms"]),
+                     f"{reference['ms'] / cpp['ms']:.1f}x", ms(cpp["least_mb"]),
+                     f"{cpp['floor_share']:.1%}"])  # fmt: skip
+    head = ["op", "shape", "cpp, ms", "reference, ms", "reference / cpp", "least MB",
+            "share of the floor"]  # fmt: skip
+    read = f"torch.sum reads {data['bandwidth']['sum_gb_per_s']:.1f} GB/s."
+    return [*grid(head, rows), "", f"{read} {source(data)}"]
+
+
 def forward() -> list[str]:
     """Rows through the linear layers, tokens through the whole model: to the best single one."""
     layers, whole = result("skinny_linear_1"), result("forward_1")
@@ -200,6 +215,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     for table in (
         verify,
         denoise_step,
+        ops,
         forward,
         end_to_end,
         compare,

@@ -19,6 +19,7 @@ import pytest
 import torch
 import typer
 
+from specdiff.bench import machine
 from specdiff_kernels import BackendError, row_law, sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,6 @@ CPU = torch.device("cpu")
 with pytest.MonkeyPatch.context() as patch:  # importing peers appends to the path as well
     patch.syspath_prepend(ROOT / "benchmarks")
     import bench_gpu
-    import machine
     from inputs import DRAWS, Shape
     from peers import Outcome, Unusable
 
@@ -518,7 +518,7 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert json.loads(Path(source).read_text())["figure"] == 2
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(machine.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         machine.write(path, {"figure": 2})
     assert path.read_text() == whole

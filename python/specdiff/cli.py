@@ -356,7 +356,6 @@ def load_on(name_or_path: str, device: Device | None, dtype: Dtype) -> tuple[Dec
     from .models import load_target
     from .target import Target
 
-    quiet(None)
     where, kind = placed(device, dtype)
     model: Any
     model, tokenizer = load_target(name_or_path, kind)

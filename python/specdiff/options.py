@@ -54,14 +54,17 @@ def fail(error: Exception) -> NoReturn:
     raise typer.Exit(2) from error
 
 
-def placed(device: Device | None, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
-    """Where models go and of what type they are.
+def placed(
+    device: Device | None, dtype: Dtype, threads: int | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Where models go and of what type they are; torch gets its threads, transformers is silenced.
 
     Raises:
         ValueError: a GPU was asked for and there is none.
     """
     import torch
 
+    quiet(threads)
     gpu = torch.cuda.is_available()
     if device is Device.cuda and not gpu:
         raise ValueError("--device cuda needs a GPU that torch can use, found none: use cpu")

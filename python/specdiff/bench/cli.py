@@ -17,11 +17,12 @@ from ..options import (
     NoAccelerate,
     Threads,
     placed,
-    quiet,
     user_errors,
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from .kept import Kept
     from .methods import Models
 
@@ -106,8 +107,9 @@ def run_grid(
         batch=batch, context=context, tokens=tokens, prompts=prompts, repetitions=repetitions,
         corpus=corpus, corpus_path=corpus_path,
     )  # fmt: skip
-    kept = Kept(results, name or grid.kind, command)
-    found = each(target, device, dtype, not no_accelerate, threads)
+    where, kind = placed(device, dtype, threads)
+    kept = Kept(results, name or grid.kind, command, where)
+    found = each(target, where, kind, not no_accelerate)
     finish(kept, [run(grid, models, kept=kept, show=show) for models in found])
 
 
@@ -151,8 +153,9 @@ def table2(
         temperature=temperature, k=k, steps=steps, tokens=tokens, context=context, prompts=prompts,
         repetitions=repetitions, corpus=corpus, corpus_path=corpus_path,
     )  # fmt: skip
-    kept = Kept(results, name or "table2", command)
-    found = each(target, device, dtype, not no_accelerate, threads)
+    where, kind = placed(device, dtype, threads)
+    kept = Kept(results, name or "table2", command, where)
+    found = each(target, where, kind, not no_accelerate)
     finish(
         kept, [measure(m, drafter, standard, grid, k, steps, kept=kept, show=show) for m in found]
     )
@@ -195,8 +198,9 @@ def figure2(
         temperature=temperature, tokens=tokens, context=context, prompts=prompts,
         repetitions=repetitions, corpus=corpus, corpus_path=corpus_path,
     )  # fmt: skip
-    kept = Kept(results, name or "figure2", command)
-    found = each(target, device, dtype, not no_accelerate, threads)
+    where, kind = placed(device, dtype, threads)
+    kept = Kept(results, name or "figure2", command, where)
+    found = each(target, where, kind, not no_accelerate)
     finish(kept, [measure(models, drafter, grid, k, kept=kept, show=show) for models in found])
 
 
@@ -229,9 +233,8 @@ def controlled(
         "controlled", target=target, task=task, steps=steps, context=context, tokens=tokens,
         prompts=prompts, repetitions=repetitions, layers=layers, dtype=dtype.value,
     )  # fmt: skip
-    kept = Kept(results, name or "controlled", command)
-    quiet(threads)
-    where, kind = placed(device, dtype)
+    where, kind = placed(device, dtype, threads)
+    kept = Kept(results, name or "controlled", command, where)
     contents = [
         measure(
             Shape(one, kind, where, layers), names(task), numbers("--steps", steps, int),
@@ -303,15 +306,13 @@ def given(command: str, **options: Any) -> str:
 
 
 def each(
-    targets: list[str], device: Device | None, dtype: Dtype, fast: bool, threads: int | None
+    targets: list[str], device: torch.device, dtype: torch.dtype, fast: bool
 ) -> Iterator[Models]:
     """The targets, one after another, so that one at a time is in memory."""
     from .methods import Models
 
-    quiet(threads)
-    where, kind = placed(device, dtype)
     for name in targets:
-        yield Models(name, kind, where, fast)
+        yield Models(name, dtype, device, fast)
 
 
 def show(cases: list[dict[str, Any]]) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .machine import slug, write
 
 CONDITION = ("target", "task", "temperature", "batch", "context", "prompts", "new_tokens")
@@ -18,6 +20,7 @@ class Kept:
         folder: of all results; the file lies in the machine's own folder there.
         name: of the file.
         command: what makes it. What another command began is begun anew.
+        device: that is measured.
 
     Example:
         >>> kept = Kept(Path("results"), "methods", "specdiff bench run")
@@ -25,8 +28,10 @@ class Kept:
         >>> kept.finish({"name": "methods", "cases": kept.cases})
     """
 
-    def __init__(self, folder: Path, name: str, command: str) -> None:
-        self.path = folder / slug() / f"{name}.json"
+    def __init__(
+        self, folder: Path, name: str, command: str, device: torch.device | None = None
+    ) -> None:
+        self.path = folder / slug(device) / f"{name}.json"
         self.part = self.path.with_name(f".{name}.begun.json")
         self.command = command
         self.cases: list[dict[str, Any]] = []

@@ -34,10 +34,10 @@ def processor() -> dict[str, str]:
     return {name: value for name, value in reversed(fields) if name in wanted}
 
 
-def slug() -> str:
-    """Short name of this machine: its GPU, or its processor as in "amd-epyc-7763-2-cores"."""
-    if torch.cuda.is_available():
-        return dashed(torch.cuda.get_device_name())
+def slug(device: torch.device | None = None) -> str:
+    """Short name of a GPU, or of this machine's processor, as in "amd-epyc-7763-2-cores"."""
+    if device is not None and device.type == "cuda":
+        return dashed(torch.cuda.get_device_name(device))
     name = re.sub(r"\(r\)|\(tm\)|processor|cpu|@.*|\d+-core", "", processor()["model name"].lower())
     return f"{dashed(name)}-{os.cpu_count()}-cores"
 

@@ -1,0 +1,437 @@
+"""The public ops as bench_ops.py calls them: their inputs, what is right, and the least bytes.
+
+Logits, weights and caches are fp32. Calls take turns over copies of them that fill COLD bytes, so
+that they come from memory, which is what the floor counts; what is small stays in the caches. The
+draws of several calls differ, since how much is read may depend on them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache, cached_property, partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from inputs import Shape, make_logits
+from torch import Tensor
+
+import specdiff_kernels as sk
+
+COLD = 1 << 29
+BACKENDS = tuple(sk.available_backends())
+PACKED = ("cpp",)  # backends that read a packed weight as it lies
+SEQUENCES = 8  # in all draws of a case
+ROUNDS = (Shape(1, 8, 49152), Shape(8, 8, 128256))
+BLOCK, POSITIONS = 16, 512  # of a paged cache: positions in a block, and most of a sequence
+HEADS, WIDTH = 3, 64  # of SmolLM2-135M's keys and values
+
+
+# --- the least bytes -----------------------------------------------------------------------------
+# Of rows of logits only the logits count; all else about a row is less than a thousandth of them.
+
+
+def row_law_bytes(logits: Tensor) -> int:
+    """A law's total has a term for every logit. [N, V]"""
+    return logits.nbytes
+
+
+def sample_bytes(logits: Tensor, tokens: Tensor) -> int:
+    """The law is given: weights are summed from the row's first to the token's. [N, V], [N]"""
+    return int((tokens + 1).sum()) * logits.element_size()
+
+
+def denoise_step_bytes(logits: Tensor, revealed: int) -> int:
+    """Each revealed position needs the law of its row, and so every logit. [R, V]"""
+    return revealed * logits.shape[1] * logits.element_size()
+
+
+def verify_bytes(target_logits: Tensor, accepted: Tensor) -> int:
+    """A token's probability needs its whole row: the target's rows of the accepted tokens, the one
+    behind them, and the draft's where it rejects, for the residual. [B, K + 1, V], [B]"""
+    _, positions, V = target_logits.shape
+    rows = accepted + 1 + (accepted < positions - 1)
+    return int(rows.sum()) * V * target_logits.element_size()
+
+
+def commit_bytes(
+    kept: Tensor, stops: int, dropped: int | None = None, moved: int = 0, entry: int = 0
+) -> int:
+    """Of a row: length, limit, finished read, length, kept, finished written; the kept tokens are
+    compared with the stop tokens. kept: i64 [B].
+
+    dropped: blocks that leave the pages (None: there are none): the table's entry and the count of
+    references are read and written, a free block is written; the number of these both.
+    moved: entries of a tree's path that lie elsewhere, `entry` bytes in all caches: read and
+    written; the path is read.
+    """
+    small = (8 + 8 + 1) + (8 + 8 + 1)
+    total = len(kept) * small + 8 * int(kept.sum()) + 8 * stops
+    if dropped is not None:
+        total += dropped * (2 * 4 + 2 * 4 + 4) + 2 * 4
+    if entry:
+        total += 8 * int(kept.sum()) + 2 * moved * entry
+    return total
+
+
+def row_divergence_bytes(target: Tensor, draft: Tensor, ids: Tensor | None) -> int:
+    """Both laws' totals have a term for every logit. [N, V], [N, D], [D]"""
+    return target.nbytes + draft.nbytes + (0 if ids is None else ids.nbytes)
+
+
+def skinny_linear_bytes(x: Tensor, weight: Tensor) -> int:
+    """Every weight meets every row; what is read and written once. [M, K], [N, K]"""
+    return x.nbytes + weight.nbytes + 4 * len(x) * len(weight)
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+class Case(ABC):
+    """An op on one shape. Calls are numbered: number n has draw n % draws."""
+
+    op: ClassVar[str]
+    shapes: ClassVar[tuple[Any, ...]]
+    draws: int = 1
+
+    @abstractmethod
+    def __init__(self, shape: Any, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        """What is timed. What `load` itself does is not."""
+
+    @abstractmethod
+    def least_bytes(self) -> float:
+        """That a call must move, as a mean over the draws."""
+
+    def result(self, number: int, backend: str) -> tuple[Tensor, ...]:
+        """All tensors that a call returns or changes."""
+        returned = self.load(number, backend)()
+        return (returned,) if isinstance(returned, Tensor) else tuple(returned)
+
+    @cached_property
+    def expected(self) -> list[tuple[Tensor, ...]]:
+        """The reference's results, one of each draw."""
+        return [self.result(number, "reference") for number in range(self.draws)]
+
+    def fault(self, backend: str) -> str | None:
+        """What is not the reference's, bit for bit; None: all is.
+
+        Raises:
+            BackendError: the backend cannot run this op.
+        """
+        for number, wanted in enumerate(self.expected):
+            have = self.result(number, backend)
+            if not all(torch.equal(x, y) for x, y in zip(have, wanted, strict=True)):
+                return f"{self.op}: draw {number} of {backend} is not the reference's"
+        return None
+
+
+class Rows(Case):
+    """B K rows of a drafter's logits, for SEQUENCES of B at a time."""
+
+    shapes = ROUNDS
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        B, K, _ = shape
+        self.draws = max(1, SEQUENCES // B)
+        self.shape = shape
+        self.target, self.pool = round_logits(shape, device)
+        self.law = sk.row_law(self.pool)
+        self.seed = torch.arange(B, device=device)
+        self.rounds = torch.arange(self.draws, device=device)[:, None]
+        self.slot = torch.arange(K, device=device).repeat(B)
+        self.ones = torch.ones(B, device=device)
+
+    @cached_property
+    def pools(self) -> list[tuple[Tensor]]:
+        return copies(self.pool)
+
+    def round(self, number: int, count: int) -> Tensor:
+        """The round that a draw belongs to. -> i64 [count]"""
+        return self.rounds[number % self.draws].expand(count).contiguous()
+
+
+class RowLaw(Rows):
+    op = "row_law"
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        super().__init__(shape, device)
+        self.draws = 1  # there is nothing to draw
+        self.temperature = torch.ones(len(self.pool), device=device)
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        (pool,) = self.pools[number % len(self.pools)]
+        return partial(sk.row_law, pool, self.temperature, backend=backend)
+
+    def least_bytes(self) -> float:
+        return row_law_bytes(self.pool)
+
+
+class Sample(Rows):
+    op = "sample"
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        (pool,) = self.pools[number % len(self.pools)]
+        seed = self.seed.repeat_interleave(self.shape.k)
+        key = {"seed": seed, "round": self.round(number, len(pool)), "slot": self.slot}
+        return partial(sk.sample, pool, self.law, **key, backend=backend)
+
+    def least_bytes(self) -> float:
+        return sum(sample_bytes(self.pool, *drawn) for drawn in self.expected) / self.draws
+
+
+class DenoiseStep(Rows):
+    """The only step of a draft made in one: all positions are masked, and all are revealed."""
+
+    op = "denoise_step"
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        B, K, _ = self.shape
+        (pool,) = self.pools[number % len(self.pools)]
+        draft, reveal = sk.Draft.masked(B, K, pool), sk.Reveal.all()
+        key = {"seed": self.seed, "round": self.round(number, B)}
+        return partial(sk.denoise_step, draft, reveal, 0, self.ones, **key, backend=backend)
+
+    def result(self, number: int, backend: str) -> tuple[Tensor, ...]:
+        draft = self.load(number, backend)()
+        return (draft.tokens, draft.tau, draft.rows, *draft.law)
+
+    def least_bytes(self) -> float:
+        return denoise_step_bytes(self.pool, self.shape.batch * self.shape.k)
+
+
+class Verify(Rows):
+    """The token rule on a draft made in one step, all of whose laws are recorded."""
+
+    op = "verify"
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        super().__init__(shape, device)
+        B, K, _ = shape
+        random = torch.Generator(device).manual_seed(1)
+        tokens = torch.multinomial(self.pool.softmax(-1), self.draws, True, generator=random)
+        self.tokens = tokens.T.reshape(self.draws, B, K).contiguous()
+        self.rows = torch.arange(B * K, device=device).view(B, K)
+        self.tau = torch.zeros_like(self.rows, dtype=torch.int32)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return copies(self.target, self.pool)
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        target, pool = self.pairs[number % len(self.pairs)]
+        draft = sk.Draft(self.tokens[number % self.draws], self.tau, self.rows, pool, self.law)
+        key = {"seed": self.seed, "round": self.round(number, len(target))}
+        return partial(sk.verify, target, draft, self.ones, **key, backend=backend)
+
+    def least_bytes(self) -> float:
+        return sum(verify_bytes(self.target, one[0]) for one in self.expected) / self.draws
+
+
+class Rollback(NamedTuple):
+    batch: int
+    tokens: int  # emitted at most, N
+    pages: bool = False
+    caches: int = 0  # in which a tree's path is moved; with pages alone
+
+    def __str__(self) -> str:
+        parts = [f"B={self.batch} N={self.tokens}"]
+        parts += ["pages"] if self.pages else []
+        parts += [f"a tree in {self.caches} caches"] if self.caches else []
+        return ", ".join(parts)
+
+
+class Commit(Case):
+    """Rows that keep 1 to N tokens of a round. In a tree the path is every other node of 2 N."""
+
+    op = "commit"
+    shapes = (Rollback(8, 9), Rollback(8, 9, pages=True), Rollback(8, 9, pages=True, caches=60))
+
+    def __init__(self, shape: Rollback, device: torch.device) -> None:
+        B, N, paged, count = shape
+        random = torch.Generator().manual_seed(0)
+        pick = lambda low, high, *size: torch.randint(low, high, size, generator=random).to(device)
+        column = torch.arange(N, device=device)
+        self.lengths = pick(1, POSITIONS - 2 * N + 1, B)
+        self.counts = pick(1, N + 1, B)
+        self.emitted = torch.where(column < self.counts[:, None], pick(10, 1000, B, N), -1)
+        self.stop_tokens = torch.tensor([2], device=device)  # none is emitted
+        self.limit = torch.full_like(self.lengths, 2 * POSITIONS)
+        self.finished = torch.zeros_like(self.lengths, dtype=torch.bool)
+        self.path = (2 * column).expand(B, N).contiguous() if count else None
+        blocks = B * POSITIONS // BLOCK
+        self.before: list[Tensor] = []  # what a call changes: pages, caches
+        if paged:
+            pages = sk.Pages.empty(B, POSITIONS // BLOCK, blocks, BLOCK, device)
+            pages.reserve(self.lengths + (2 * N if count else N))
+            self.before += pages[:4]
+        size = blocks, BLOCK, HEADS, WIDTH
+        self.before += [torch.randn(size, generator=random).to(device) for _ in range(count)]
+        self.after = [tensor.clone() for tensor in self.before]
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        for tensor, before in zip(self.after, self.before, strict=True):
+            tensor.copy_(before)
+        return partial(
+            sk.commit, self.lengths, self.emitted, stop_tokens=self.stop_tokens, limit=self.limit,
+            finished=self.finished, pages=sk.Pages(*self.after[:4], BLOCK) if self.after else None,
+            path=self.path, caches=self.after[4:], backend=backend,
+        )  # fmt: skip
+
+    def result(self, number: int, backend: str) -> tuple[Tensor, ...]:
+        return (*super().result(number, backend), *(tensor.clone() for tensor in self.after))
+
+    def least_bytes(self) -> float:
+        _, kept, _, *after = self.expected[0]
+        dropped = int((after[0] != self.before[0]).sum()) if after else None
+        if self.path is None:
+            return commit_bytes(kept, len(self.stop_tokens), dropped)
+        column = torch.arange(self.path.shape[1], device=kept.device)
+        moved = int(((column < kept[:, None]) & (self.path != column)).sum())
+        entry = sum(tensor[0, 0].nbytes for tensor in self.before[4:])
+        return commit_bytes(kept, len(self.stop_tokens), dropped, moved, entry)
+
+
+class Rounded(Case):
+    """An op whose backends agree within rounding: against fp64, its error is at most twice that of
+    the same formula in torch's fp32, but for an ulp of the result."""
+
+    @abstractmethod
+    def formula(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The result by plain torch."""
+
+    @cached_property
+    def bounds(self) -> list[tuple[Tensor, Tensor]]:
+        """The exact result, and the root mean square of the error that is allowed."""
+        pairs = zip(self.formula(torch.float64), self.formula(torch.float32), strict=True)
+        return [(exact, 2 * rms(own - exact) + 2.0**-23 * rms(exact)) for exact, own in pairs]
+
+    def fault(self, backend: str) -> str | None:
+        have = self.result(0, backend)
+        for number, (one, (exact, allowed)) in enumerate(zip(have, self.bounds, strict=True)):
+            if not (error := rms(one - exact)) <= allowed:  # a NaN is none
+                return (
+                    f"{self.op}: result {number} of {backend} is wrong by {error:.3g}, root mean "
+                    f"square; expected at most {allowed:.3g}"
+                )
+        return None
+
+
+class Pair(NamedTuple):
+    rows: int
+    vocab: int
+    drafted: int
+
+    def __str__(self) -> str:
+        return f"N={self.rows} V={self.vocab} D={self.drafted}"
+
+
+class RowDivergence(Rounded):
+    """Without a gradient."""
+
+    op = "row_divergence"
+    shapes = (Pair(64, 49152, 8192), Pair(16, 128256, 128256))
+
+    def __init__(self, shape: Pair, device: torch.device) -> None:
+        N, V, D = shape
+        random = torch.Generator(device).manual_seed(0)
+        draw = partial(torch.randn, generator=random, device=device)
+        self.target = 3 * draw(N, V)
+        self.ids = None
+        if D < V:
+            self.ids = torch.randperm(V, generator=random, device=device)[:D].sort().values
+        self.draft = (self.target if self.ids is None else self.target[:, self.ids]) + draw(N, D)
+        self.temperature = torch.ones(N, device=device)
+
+    @cached_property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return copies(self.target, self.draft)
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        pair = self.pairs[number % len(self.pairs)]
+        return partial(sk.row_divergence, *pair, self.ids, self.temperature, backend=backend)
+
+    def formula(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        all_p, log_q = (x.to(dtype).log_softmax(-1) for x in (self.target, self.draft))
+        log_p = all_p if self.ids is None else all_p[:, self.ids]
+        p, q = log_p.exp(), log_q.exp()
+        return sk.RowDivergence(
+            (q - p).clamp(min=0).sum(-1),
+            (p * (log_p - log_q)).sum(-1),
+            (q * (log_q - log_p)).sum(-1),
+            -(all_p.exp() * all_p).sum(-1),
+            -(q * log_q).sum(-1),
+        )
+
+    def least_bytes(self) -> float:
+        return row_divergence_bytes(self.target, self.draft, self.ids)
+
+
+class Product(NamedTuple):
+    rows: int
+    inputs: int
+    outputs: int
+
+    def __str__(self) -> str:
+        return f"{self.inputs} to {self.outputs}, {self.rows} row{'s' * (self.rows > 1)}"
+
+
+class SkinnyLinear(Rounded):
+    """The weight is packed for the backends that read packs, and lies as it is for the others."""
+
+    op = "skinny_linear"
+    shapes = tuple(
+        Product(rows, *size) for size in ((576, 1536), (1536, 49152)) for rows in (1, 5, 9)
+    )
+
+    def __init__(self, shape: Product, device: torch.device) -> None:
+        M, K, N = shape
+        random = torch.Generator(device).manual_seed(0)
+        self.x = torch.randn(M, K, generator=random, device=device)
+        self.weight = torch.randn(N, K, generator=random, device=device)
+
+    @cached_property
+    def weights(self) -> list[tuple[Tensor]]:
+        return copies(self.weight)
+
+    @cached_property
+    def packed(self) -> list[tuple[Tensor]]:
+        return copies(sk.pack_weight(self.weight).packs)
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        weights = self.packed if backend in PACKED else self.weights
+        (weight,) = weights[number % len(weights)]
+        given = sk.PackedWeight(weight, len(self.weight)) if backend in PACKED else weight
+        return partial(sk.skinny_linear, self.x, given, backend=backend)
+
+    def formula(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (F.linear(self.x.to(dtype), self.weight.to(dtype)),)
+
+    def least_bytes(self) -> float:
+        return skinny_linear_bytes(self.x, self.weight)
+
+
+KINDS: tuple[type[Case], ...] = (
+    RowLaw, Sample, DenoiseStep, Verify, Commit, RowDivergence, SkinnyLinear,
+)  # fmt: skip
+CASES = [(kind, shape) for kind in KINDS for shape in kind.shapes]
+
+
+@cache
+def round_logits(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The target's f32 [B, K + 1, V] and the draft's [B K, V]; inputs.py describes them."""
+    target, drafted = make_logits(shape, torch.Generator(device).manual_seed(0))
+    return target, drafted.flatten(0, 1)
+
+
+def copies(*tensors: Tensor) -> list[Any]:
+    """Tuples of the same tensors, as many as fit into COLD bytes, but at least one."""
+    count = max(1, COLD // sum(tensor.nbytes for tensor in tensors))
+    return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.double().square().mean().sqrt()

@@ -1,0 +1,231 @@
+"""The benchmark of the ops: it leaves none out, refuses wrong results, and counts bytes rightly."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import specdiff_kernels
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "benchmarks")
+    import machine
+    import op_cases
+    from inputs import Shape
+
+SMALL = {
+    "row_law": Shape(2, 3, 200),
+    "sample": Shape(2, 3, 200),
+    "denoise_step": Shape(2, 3, 200),
+    "verify": Shape(2, 3, 200),
+    "commit": op_cases.Rollback(3, 4, pages=True, caches=2),
+    "row_divergence": op_cases.Pair(4, 300, 40),
+    "skinny_linear": op_cases.Product(3, 40, 50),
+}
+EXPORTED = {
+    name
+    for name in specdiff_kernels.ops.__all__
+    if "backend" in inspect.signature(getattr(specdiff_kernels, name)).parameters
+}
+
+
+@pytest.fixture(params=op_cases.KINDS, ids=lambda kind: kind.op)
+def case(request, monkeypatch):
+    monkeypatch.setattr(op_cases, "COLD", 1 << 16)
+    return request.param(SMALL[request.param.op], CPU)
+
+
+# --- nothing is left out -------------------------------------------------------------------------
+
+
+def test_every_op_meets_every_backend():
+    """What pytest collects, so that no list of ours has to be believed."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "benchmarks/bench_ops.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = re.findall(r"::test_speed\[(\w+), (.*)-(\w+)\]$", done.stdout, re.M)
+    backends = specdiff_kernels.available_backends()
+    assert {(op, backend) for op, _, backend in found} == set(itertools.product(EXPORTED, backends))
+    assert len(found) == len(set(found)) == len(op_cases.CASES) * len(backends)
+    assert {"verify", "denoise_step", "sample", "row_law", "commit"} <= EXPORTED
+    assert "::test_bandwidth" in done.stdout
+
+
+@pytest.fixture
+def report():
+    """Complete: each case was measured by the backends of a CPU, and the others cannot be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+        import conftest  # that of the benchmarks, which are no package
+
+    made = conftest.OpsReport()
+    made.bandwidth["sum_gb_per_s"] = 10.0
+    for kind, shape in op_cases.CASES:
+        made.unusable |= {(name, kind.op): "no GPU" for name in ("triton", "cuda")}
+        for name, seconds in (("cpp", 0.002), ("reference", 0.1)):
+            record = conftest.Record(str(shape), kind.op, name, seconds, {"least_mb": 5.0})
+            made.records.append(record)
+    return made
+
+
+def test_a_report_is_complete_with_all_of_it(report):
+    assert report.complete()
+    record = report.records.pop(3)
+    assert not report.complete()
+    report.records.append(record)
+    reason = report.unusable.pop(("cuda", "commit"))
+    assert not report.complete()
+    report.unusable["cuda", "commit"] = reason
+    assert report.complete()
+    report.bandwidth.clear()
+    assert not report.complete()
+
+
+def test_floor_share(report):
+    """5 MB at 10 GB/s are read in half a millisecond."""
+    content = report.as_json()
+    shares = {case["backend"]: case["floor_share"] for case in content["cases"]}
+    assert shares == pytest.approx({"cpp": 0.25, "reference": 0.005})
+    assert len(content["cases"]) == 2 * len(op_cases.CASES)
+    assert {"op": "verify", "backend": "cuda", "reason": "no GPU"} in content["not_measured"]
+    assert len(report.not_measured()) == 2
+    assert report.table().row_count == len(op_cases.CASES)
+
+
+def test_results_are_kept_by_machine(report, monkeypatch, tmp_path):
+    """A CPU's under its name; a GPU's under the GPU's, which is described in them."""
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert report.save() == tmp_path / machine.slug() / "ops.json"
+    report.device = torch.device("cuda", 0)
+    path = report.save()
+    assert path == tmp_path / "nvidia-h200" / "ops.json"
+    kept = json.loads(path.read_text())
+    assert kept["machine"]["cores"]
+    assert kept["cases"] == report.as_json()["cases"]
+
+
+# --- the gate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_right_results_pass(case, backend):
+    assert case.fault(backend) is None
+    assert case.fault(backend) is None  # what a call has changed is as before
+
+
+def test_wrong_results_are_refused(case, monkeypatch):
+    """Each result in turn is wrong in one entry: by one, or by a ten thousandth of the largest."""
+    own = case.result
+    assert case.fault("cpp") is None
+    for wrong, result in enumerate(own(0, "cpp")):
+
+        def broken(number, backend, wrong=wrong):
+            have = own(number, backend)
+            entry = have[wrong].view(-1)[:1]
+            if isinstance(case, op_cases.Rounded):
+                entry += 1e-4 * have[wrong].abs().max()
+            else:
+                entry += 1 if entry.dtype != torch.bool else True
+            return have
+
+        if result.numel():
+            monkeypatch.setattr(case, "result", broken)
+            assert re.match(rf"{case.op}: (draw|result) \d+ of cpp is", case.fault("cpp"))
+
+
+def test_calls_take_turns_over_copies_and_draws(case):
+    """The bits of a call depend on its draw alone, not on the copy that it reads."""
+    calls = case.draws * 3
+    for number in range(calls):
+        have = case.result(number, "cpp")
+        wanted = case.result(number % case.draws, "cpp")
+        assert all(torch.equal(x, y) for x, y in zip(have, wanted, strict=True))
+
+
+def test_copies_fill_what_they_should(monkeypatch):
+    monkeypatch.setattr(op_cases, "COLD", 1000)
+    made = op_cases.copies(torch.zeros(20), torch.zeros(5))
+    assert len(made) == 10 and len({pair[0].data_ptr() for pair in made}) == 10
+    assert len(op_cases.copies(torch.zeros(2000))) == 1
+
+
+def test_a_backend_that_cannot_says_so(case):
+    with pytest.raises(specdiff_kernels.BackendError, match="it does not run on cpu tensors"):
+        case.fault("cuda")
+
+
+# --- the least bytes, counted by hand -------------------------------------------------------------
+
+
+def test_rows_of_logits():
+    logits = torch.zeros(2, 10)  # a row is 40 bytes
+    assert op_cases.row_law_bytes(logits) == 80
+    assert op_cases.row_law_bytes(logits.bfloat16()) == 40
+    assert op_cases.sample_bytes(logits, torch.tensor([0, 9])) == 4 + 40
+    assert op_cases.denoise_step_bytes(torch.zeros(6, 10), revealed=3) == 120
+
+
+def test_rows_that_a_verification_reads():
+    """K = 3. Rejected at once: the target's row and the draft's. All accepted: four rows."""
+    target = torch.zeros(3, 4, 10)
+    assert op_cases.verify_bytes(target, torch.tensor([0, 3, 2])) == 40 * (2 + 4 + 4)
+
+
+def test_what_a_commit_moves():
+    """Two rows that keep 3 and 1 tokens: 34 bytes each, 8 a kept token; one stop token."""
+    kept = torch.tensor([3, 1])
+    assert op_cases.commit_bytes(kept, stops=1) == 68 + 32 + 8
+    assert op_cases.commit_bytes(kept, stops=1, dropped=0) == 108 + 8
+    assert op_cases.commit_bytes(kept, stops=1, dropped=5) == 108 + 8 + 5 * 20
+    tree = op_cases.commit_bytes(kept, stops=1, dropped=5, moved=2, entry=100)
+    assert tree == 216 + 32 + 2 * 2 * 100
+
+
+def test_both_rows_of_a_divergence_and_a_product():
+    target, draft, ids = torch.zeros(2, 10), torch.zeros(2, 4), torch.arange(4)
+    assert op_cases.row_divergence_bytes(target, draft, ids) == 80 + 32 + 32
+    assert op_cases.row_divergence_bytes(target, target, None) == 160
+    x, weight = torch.zeros(2, 3), torch.zeros(5, 3)
+    assert op_cases.skinny_linear_bytes(x, weight) == 4 * (6 + 15 + 10)
+    assert op_cases.skinny_linear_bytes(x, weight.bfloat16()) == 4 * (6 + 10) + 2 * 15
+
+
+def test_least_bytes_of_a_case(case):
+    """Counted from what the reference answers, in words instead of tensors."""
+    row = 4 * 200
+    if case.op == "row_law" or case.op == "denoise_step":
+        wanted = 6 * row
+    elif case.op == "sample":
+        drawn = [token for (tokens,) in case.expected for token in tokens.tolist()]
+        wanted = sum(4 * (token + 1) for token in drawn) / 4
+    elif case.op == "verify":
+        counts = [n for accepted, *_ in case.expected for n in accepted.tolist()]
+        wanted = sum(row * (4 if n == 3 else n + 2) for n in counts) / 4
+    elif case.op == "commit":
+        wanted = bytes_of_a_commit(case)
+    elif case.op == "row_divergence":
+        wanted = 4 * 4 * (300 + 40) + 8 * 40
+    else:
+        wanted = 4 * (3 * 40 + 50 * 40 + 3 * 50)
+    assert case.least_bytes() == wanted
+
+
+def bytes_of_a_commit(case) -> int:
+    """Row by row: nodes 0, 2, 4, 6 of 8 were cached, so that of n kept tokens n - 1 move."""
+    total = 8 + 8  # the stop token; the number of free blocks
+    for length, kept in zip(case.lengths.tolist(), case.counts.tolist(), strict=True):
+        blocks, left = -(-(length + 8) // 16), -(-(length + kept) // 16)
+        entries = 2 * 3 * 64 * 4  # in two caches
+        total += 34 + 8 * kept + 20 * (blocks - left) + 8 * kept + 2 * entries * (kept - 1)
+    return total
