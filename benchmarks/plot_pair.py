@@ -13,8 +13,10 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from plot_theory import FIGURES, MARKS, STYLE, save
+from plot_theory import FIGURES, MARKS
 from tables import result
+
+from specdiff.bench.figures import STYLE, save
 
 DRAFTERS = {"parallel": "#0072b2", "block-diffusion": "#009e73", "prompt-lookup": "#e69f00"}
 TEMPERATURES = {0.0: ("o", "greedy"), 1.0: ("^", "temperature 1")}

@@ -9,7 +9,6 @@ The same version of matplotlib writes the same bytes.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from specdiff import theory
+from specdiff.bench.figures import STYLE, save
 from specdiff.theory import LENIENT_RULES, Pair
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -27,15 +27,6 @@ MARKS = {"lenience": ("#0072b2", "o"), "additive": ("#e69f00", "s"), "ensemble":
 STRICTNESS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)  # of the marked points
 NAMES = {"lenience": "min(1, p / (l q))", "additive": "min(1, (p + ε) / q)",
          "ensemble": "min(1, 1 - w + w p / q)"}  # fmt: skip
-STYLE = {
-    "svg.hashsalt": "specdiff",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
 
 
 def main() -> None:
@@ -50,14 +41,6 @@ def draw(folder: Path, chains: int = 16) -> None:
     with matplotlib.rc_context(STYLE):
         save(tokens_per_round(chains), folder / "tokens_per_round")
         save(lenient_rules(), folder / "lenient_rules")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """PNG and SVG, without dates."""
-    for kind, nothing in (("png", "Software"), ("svg", "Date")):
-        part = path.with_suffix(f".part.{kind}")
-        figure.savefig(part, dpi=150, metadata={nothing: None})
-        os.replace(part, path.with_suffix(f".{kind}"))
 
 
 # --- tokens per round -----------------------------------------------------------------------------

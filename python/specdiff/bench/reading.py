@@ -1,0 +1,114 @@
+"""What figures, page and terminal read alike of a content: a JSON file of `specdiff bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Content = dict[str, Any]
+Case = dict[str, Any]
+PLAIN = "plain"
+BESIDE = ("rule", "batch", "context", "prompts", "new_tokens")  # K and T, in tables
+SETTINGS = {"k": "K", "steps": "T", "rule": "rule", "batch": "batch", "context": "context"}
+
+
+def measured(content: Content) -> list[Case]:
+    """The cases that were not refused."""
+    return [case for case in content["cases"] if case["refused"] is None]
+
+
+def groups(cases: Iterable[Case], *names: str) -> dict[tuple[Any, ...], list[Case]]:
+    """Cases by their values of `names`, in the order in which these first appear."""
+    found: dict[tuple[Any, ...], list[Case]] = {}
+    for case in cases:
+        found.setdefault(tuple(case[name] for name in names), []).append(case)
+    return found
+
+
+def values(cases: Iterable[Case], name: str) -> list[Any]:
+    """What `name` is in these cases, once each, in order; None is nothing."""
+    return list(dict.fromkeys(case[name] for case in cases if case[name] is not None))
+
+
+def set_apart(cases: Iterable[Case], names: Sequence[str]) -> list[str]:
+    """The other settings in which cases of the same `names` differ."""
+    return [
+        setting
+        for setting in SETTINGS
+        if setting not in names
+        and any(len({case[setting] for case in own}) > 1 for own in groups(cases, *names).values())
+    ]
+
+
+def sections(content: Content) -> list[list[Case]]:
+    """The cases of each target, task and temperature."""
+    return list(groups(content["cases"], "target", "task", "temperature").values())
+
+
+def inner(content: Content) -> list[str]:
+    """The settings beside K and T that differ inside of a section."""
+    return [name for name in BESIDE if any(len(values(own, name)) > 1 for own in sections(content))]
+
+
+def heading(content: Content, own: Sequence[Case]) -> str:
+    """Of a section: task and temperature, and what else sets it apart from others."""
+    every = content["cases"]
+    parts = [own[0]["target"]] if len(values(every, "target")) > 1 else []
+    parts += [own[0]["task"], manner(own[0]["temperature"])]
+    for name in BESIDE:
+        if name not in inner(content) and len(values(every, name)) > 1 and values(own, name):
+            parts.append(f"{worded(name)} = {plain_number(values(own, name)[0])}")
+    return ", ".join(parts)
+
+
+def worded(name: str) -> str:
+    return SETTINGS.get(name, name.replace("_", " "))
+
+
+def manner(temperature: float) -> str:
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def said(case: Case, names: Iterable[str]) -> list[str]:
+    """Settings in words, those that the case has: "K = 4"."""
+    return [f"{SETTINGS[name]} = {plain_number(case[name])}" for name in names
+            if case[name] is not None]  # fmt: skip
+
+
+def plain_number(value: Any) -> str:
+    """Whole numbers for means of counts, words as they are, nothing for None."""
+    return "" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def times(spread: dict[str, float]) -> str:
+    """A speed-up with its 20th and 80th percentile, without them where there is no spread."""
+    if spread["p20"] == spread["p80"]:
+        return f"{spread['median']:.2f}x"
+    return f"{spread['median']:.2f}x ({spread['p20']:.2f}-{spread['p80']:.2f})"
+
+
+def failed(case: Case) -> bool:
+    return case["check"] is not None and not case["check"]["passed"]
+
+
+def check(case: Case) -> str:
+    """Whether the text was plain decoding's, or followed its law: "identical 16/16"."""
+    found = case["check"]
+    if found is None:
+        return ""
+    if found["kind"] == "identical":
+        text = f"identical {found['identical']}/{case['prompts']}"
+        return f"DIFFERS, {text}" if failed(case) else text
+    text = "law BROKEN" if failed(case) else "law"
+    return text if found["z"] is None else f"{text}, z = {found['z']:.1f}"
+
+
+def machine(content: Content) -> str:
+    """Where it was measured, in a line."""
+    known = content["machine"]
+    parts = [known["gpu"]["name"]] if known.get("gpu") else []
+    parts += [known["processor"]["model name"], f"{known['cores']} cores",
+              known["torch_cpu_capability"], f"threads: {known['threads']}",
+              f"Python {known['python']}"]  # fmt: skip
+    parts += [f"{name} {version}" for name, version in known["packages"].items()]
+    return ", ".join(parts)
