@@ -58,6 +58,7 @@ def test_what_a_sweep_varies_is_a_column():
 
 def test_names_are_no_markup():
     case = contents.case("[bold]drafter[/bold]", task="[red]")
-    text, rows, _ = printed(contents.content("methods", [case], stand_in="[dim]none[/dim]"))
+    cases = [case, contents.refused("[red]no[/red]", task="[red]")]
+    text, rows, _ = printed(contents.content("methods", cases, stand_in="[dim]none[/dim]"))
     assert rows[0][0] == "[red], greedy" and rows[1][0] == "[bold]drafter[/bold]"
-    assert "[dim]none[/dim]" in text
+    assert rows[2][-1] == "refused: [red]no[/red]" and "[dim]none[/dim]" in text

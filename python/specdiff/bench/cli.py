@@ -318,7 +318,10 @@ def each(
 def show(cases: list[dict[str, Any]]) -> None:
     from .terminal import table
 
-    Console().print(table({"name": "measured", "stand_in": None, "cases": cases}))
+    content = {"name": "measured", "stand_in": None, "cases": cases}
+    Console(width=max(110, Console().width)).print(table(content))
+        table({"name": "measured", "stand_in": None, "cases": cases})
+    )
 
 
 def finish(kept: Kept, contents: list[dict[str, Any]]) -> None:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "specdiff",
+    "text.parse_math": False,  # names are words, whatever is in them
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -249,7 +250,7 @@ def trace(
         seen = [case for case in line.cases if case[quantity] is not None]
         points = sorted((c for c in seen if is_number(c[setting])), key=lambda c: c[setting])
         if points:
-            aside = 4 / 72 * (number - (len(lines) - 1) / 2)  # inches
+            aside = min(4, 20 / len(lines)) / 72 * (number - (len(lines) - 1) / 2)  # inches
             moved = axes.transData + ScaledTranslation(aside, 0, axes.figure.dpi_scale_trans)
             middle, low, high = spreads(points, quantity)
             whiskers = (low, high) if any(low + high) else None

@@ -39,7 +39,7 @@ def table(content: Content) -> Table:
                   title_style="bold")  # fmt: skip
     shown.add_column("method", no_wrap=True)
     for name in ("K", "T", *more):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", no_wrap=True)
     for name in ("tokens/s", "speed-up", "tokens/\nforward", "alpha\nx K", "accepted,\n%"):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("check")
