@@ -320,8 +320,6 @@ def show(cases: list[dict[str, Any]]) -> None:
 
     content = {"name": "measured", "stand_in": None, "cases": cases}
     Console(width=max(110, Console().width)).print(table(content))
-        table({"name": "measured", "stand_in": None, "cases": cases})
-    )
 
 
 def finish(kept: Kept, contents: list[dict[str, Any]]) -> None:
