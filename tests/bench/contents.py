@@ -42,8 +42,8 @@ def case(method: str = "block-diffusion", speedup: float = 1.2, **more: Any) -> 
     plain = method == "plain"
     k, steps = more.pop("k", None if plain else 4), more.pop("steps", None)
     alpha, temperature = more.pop("alpha", None if plain else 0.25), more.get("temperature", 0.0)
-    law = {"kind": "law", "passed": True, "identical": None, "z": 0.7}
-    same = {"kind": "identical", "passed": True, "identical": 16, "z": None}
+    law = {"kind": "law", "passed": True, "texts": 16, "identical": None, "z": 0.7}
+    same = {"kind": "identical", "passed": True, "texts": 16, "identical": 16, "z": None}
     drafted = None if plain else k if isinstance(k, int) else 4
     return {
         "target": "smollm2-135m",
@@ -99,7 +99,7 @@ def methods() -> dict[str, Any]:
                 case("prompt-lookup", 1.0 + 2 * harder, k=8, alpha=0.08, **own),
             ]  # fmt: skip
     cases.append(refused("the drafter has <no> weights & no vocabulary", method="sedd", steps=4))
-    cases[-2]["check"] = {"kind": "law", "passed": False, "identical": None, "z": 5.1}
+    cases[-2]["check"] = {"kind": "law", "passed": False, "texts": 16, "identical": None, "z": 5.1}
     return content("methods", cases)
 
 
@@ -163,9 +163,9 @@ def table2() -> dict[str, Any]:
     here = {"task": "cnn-dailymail", "target": "some-xl", "temperature": 1.0}
     cases = [
         case("plain", 1.0, **here),
-        case("mdlm", 1.75, k=40, steps=10, alpha=0.31, **here),
-        refused("no checkpoint", method="autoregressive", k=10, **here),
-        case("block-diffusion", 1.17, k=4, steps=1, task="openwebtext"),
+        case("mdlm", 1.75, k=40, steps=10, alpha=0.31, role="specdiff", **here),
+        refused("no checkpoint", method="autoregressive", k=10, role="standard", **here),
+        case("block-diffusion", 1.17, k=4, steps=1, task="openwebtext", role="specdiff"),
     ]
     return content("table2", cases, published=published,
                    stand_in="smollm2-135m <stands> in for other-neo & its drafter")  # fmt: skip

@@ -94,6 +94,7 @@ def test_table2(models, corpus, sedd, folder):
     refused = {c["method"]: c["refused"] for c in content["cases"] if c["refused"]}
     assert refused == {}
     assert [row["alpha"] for row in content["published"]][:2] == [0.80, 0.89]
+    assert [case["role"] for case in content["cases"]] == [None, "standard", "specdiff"] * 2
     assert {row["task"] for row in content["published"]} == {"summarise", "short"}
     assert "tiny-llama in place of" in content["stand_in"] and "texts" in content["stand_in"]
     with pytest.raises(ValueError, match="got chat"):
@@ -103,6 +104,13 @@ def test_table2(models, corpus, sedd, folder):
 def test_the_papers_own_models_are_no_stand_in():
     assert stand_in("gpt2-xl", "drafters/sedd-small", None) is None
     assert "sedd" not in str(stand_in("GPT2-XL", "sedd", "sotu"))
+
+
+def test_a_target_is_called_as_its_folder_is():
+    row = PUBLISHED[2]
+    assert row.target == "gpt-neo-2.7b"
+    assert paper.called(row, "gpt-neo-2.7B")["target"] == "gpt-neo-2.7B"
+    assert paper.called(row, "gpt2-xl")["target"] == "gpt-neo-2.7b"
 
 
 def test_published():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specdiff import Decoder, Sampling, Stats
-from specdiff.bench.methods import Method, counting, make, parse, spread, until
+from specdiff.bench.methods import Method, counting, make, ours, parse, spread, until
 
 PROMPTS = [[5, 6, 7, 5, 6]]
 
@@ -96,3 +96,11 @@ def test_forwards_are_counted_while_asked_for(models):
         models.untouched(models.untouched.dummy_inputs["input_ids"])
     models.untouched(models.untouched.dummy_inputs["input_ids"])
     assert stats.target_forwards == 1
+
+
+def test_a_calls_options_outdo_the_methods_own(models):
+    """As where a method captures graphs, and stages are to be looked at one by one."""
+    decode = ours(Decoder(models.target), Sampling(), look_every=4)
+    assert decode(PROMPTS, 8, 0, look_every=1)[0] == decode(PROMPTS, 8, 0)[0]
+    assert decode(PROMPTS, 8, 0, look_every=1)[1].seconds["target"] > 0
+    assert decode(PROMPTS, 8, 0)[1].seconds["target"] == 0

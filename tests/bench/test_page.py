@@ -186,7 +186,7 @@ def test_all_refused(one):
 
 
 def test_a_text_that_differs(one):
-    check = {"kind": "identical", "passed": False, "identical": 15, "z": None}
+    check = {"kind": "identical", "passed": False, "texts": 16, "identical": 15, "z": None}
     read = one(contents.content("methods", [contents.case(check=check)]))
     assert "DIFFERS, identical 15/16" in read.cells("block-diffusion")[0]
 

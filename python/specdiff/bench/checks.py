@@ -30,6 +30,7 @@ class Check:
     Attributes:
         kind: "identical" or "law".
         passed: whether the figures count.
+        texts: how many were looked at.
         identical: texts that equal plain decoding's, if they must.
         z: standard deviations between the text and the law, if it was sampled.
         reason: why it did not pass.
@@ -37,6 +38,7 @@ class Check:
 
     kind: str
     passed: bool
+    texts: int
     identical: int | None = None
     z: float | None = None
     reason: str | None = None
@@ -66,7 +68,7 @@ def same_texts(
         at = next((i for i in range(shared) if text[i] != other[i]), None)
         if at is None:
             reason = f"text {number} has {len(text)} tokens, plain decoding's has {len(other)}"
-            return Check("identical", False, identical, reason=reason)
+            return Check("identical", False, len(texts), identical, reason=reason)
         logits = next_logits(target, [*prompt, *other[:at]], 1)[0]
         gap = abs(float(logits[text[at]] - logits[other[at]]))
         if gap > ROUNDING[target.dtype]:
@@ -74,8 +76,8 @@ def same_texts(
                 f"text {number} is not plain decoding's from token {at} on: the two logits are "
                 f"{gap:.2g} apart"
             )
-            return Check("identical", False, identical, reason=reason)
-    return Check("identical", True, identical)
+            return Check("identical", False, len(texts), identical, reason=reason)
+    return Check("identical", True, len(texts), identical)
 
 
 def follows_law(
@@ -101,9 +103,9 @@ def follows_law(
         total, variance = total + excess, variance + spread
     z = total / math.sqrt(variance) if variance > 0 else 0.0 if total == 0 else math.inf
     if abs(z) <= DEVIATIONS:
-        return Check("law", True, z=z)
+        return Check("law", True, len(texts), z=z)
     reason = f"the texts' log-probability is {z:.1f} standard deviations from the law's"
-    return Check("law", False, z=z, reason=reason)
+    return Check("law", False, len(texts), z=z, reason=reason)
 
 
 def surprise(logits: Tensor, tokens: Tensor) -> tuple[float, float]:

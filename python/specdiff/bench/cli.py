@@ -154,7 +154,8 @@ def table2(
         repetitions=repetitions, corpus=corpus, corpus_path=corpus_path,
     )  # fmt: skip
     where, kind = placed(device, dtype, threads)
-    kept = Kept(results, name or "table2", command, where)
+    own = "appendix" if grid.tasks == ["short"] else "table2"
+    kept = Kept(results, name or own, command, where)
     found = each(target, where, kind, not no_accelerate)
     finish(
         kept, [measure(m, drafter, standard, grid, k, steps, kept=kept, show=show) for m in found]
@@ -324,9 +325,13 @@ def show(cases: list[dict[str, Any]]) -> None:
 
 def finish(kept: Kept, contents: list[dict[str, Any]]) -> None:
     """One file of what was measured with each target."""
+    from .figures import FIGURES
+
     cases = [case for content in contents for case in content["cases"]]
     targets = ", ".join(content["target"] for content in contents)
     whole = {**contents[0], "target": targets, "cases": cases}
+    if kept.name in FIGURES:  # what is varied, unless told otherwise
+        whole["name"] = kept.name
     if "published" in whole:
         rows = [row for content in contents for row in content["published"]]
         whole["published"] = [row for n, row in enumerate(rows) if row not in rows[:n]]

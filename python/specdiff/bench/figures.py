@@ -396,6 +396,7 @@ FIGURES: dict[str, tuple[Draw, ...]] = {  # by a content's name; the first is th
     "batch": (batch,),
     "context": (context,),
     "table2": (methods,),
+    "appendix": (methods,),
     "figure2": (steps,),
     "controlled": (methods, stages),
 }

@@ -196,6 +196,7 @@ def compare(
     for method in methods:
         try:
             setting = Setting(method.label, make(method, models, sampling, condition.batch))
+            setting.run(condition.batches[0], WARM_UP, 0)  # weights come into memory
             with peak_memory(models.device) as peak:
                 setting.run(condition.batches[0], condition.new_tokens, 0)
         except ValueError as error:

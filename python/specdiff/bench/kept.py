@@ -33,7 +33,7 @@ class Kept:
     ) -> None:
         self.path = folder / slug(device) / f"{name}.json"
         self.part = self.path.with_name(f".{name}.begun.json")
-        self.command = command
+        self.name, self.command = name, command
         self.cases: list[dict[str, Any]] = []
         if self.part.exists():
             begun = json.loads(self.part.read_text())

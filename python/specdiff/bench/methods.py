@@ -173,13 +173,13 @@ def plain(name: str, models: Models, sampling: Sampling) -> Decode:
 
 
 def ours(decoder: Decoder, sampling: Sampling, **options: Any) -> Decode:
-    """Our loop; options of `Decoder.open`."""
+    """Our loop; options of `Decoder.open`, which those of a call outdo."""
 
     def decode(
         prompts: list[list[int]], tokens: int, seed: int, **more: Any
     ) -> tuple[list[list[int]], Stats]:
         run = decoder.generate(
-            prompts, max_new_tokens=tokens, sampling=sampling, seed=seed, **options, **more
+            prompts, max_new_tokens=tokens, sampling=sampling, seed=seed, **{**options, **more}
         )
         return run.new_tokens, run.stats
 

@@ -40,6 +40,7 @@ TITLES = {
     "batch": "Batch",
     "context": "Length of the prompt",
     "table2": "Table 2 of SpecDiff (arXiv 2408.05636)",
+    "appendix": "Appendix of SpecDiff (arXiv 2408.05636)",
     "figure2": "Figure 2 of SpecDiff (arXiv 2408.05636)",
     "controlled": "Controlled acceptance",
 }
@@ -270,8 +271,6 @@ def verdict(case: Case) -> str:
 
 # --- Table 2 --------------------------------------------------------------------------------------
 
-ROLES = {name: name for name in ("standard", "prompt-lookup")} | {"autoregressive": "standard"}
-
 
 def product(one: dict[str, Any]) -> str:
     """alpha x K: of a case as measured, of a published row as the paper prints it."""
@@ -285,8 +284,8 @@ def speed(one: dict[str, Any]) -> str:
 
 
 def role(one: dict[str, Any]) -> str:
-    """What the paper calls a method: an autoregressive drafter is its "standard" one."""
-    return ROLES.get(one["method"], "specdiff")
+    """Of a published row, or of the one whose place a case has: "standard" or "specdiff"."""
+    return one.get("role") or one["method"]
 
 
 COMPARED = {  # of a published row, or of a case

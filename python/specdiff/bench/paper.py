@@ -47,6 +47,7 @@ PUBLISHED = [
     )
     for row in rows
 ]  # fmt: skip
+ROLES = ("standard", "specdiff")  # of the drafters in a row of Table 2
 CORPORA = {"summarise": "CNN/DM", "continue": "OpenWebText", "short": "LM1B"}
 
 
@@ -72,7 +73,7 @@ def table2(
         kept, show: as of `run`.
 
     Returns:
-        as of `run`, and what was published.
+        as of `run`, and what was published; called "appendix" with the task "short" alone.
 
     Raises:
         ValueError: a task that the paper has not, or as of `run`.
@@ -86,15 +87,22 @@ def table2(
         if standard is not None:
             methods.insert(0, Method(standard, 5))
         part = replace(grid, methods=methods, tasks=[task])
-        cases += run(part, models, kept=kept, show=show)["cases"]
+        roles = dict(zip([method.label for method in methods], ROLES[-len(methods) :], strict=True))
+        found = run(part, models, kept=kept, show=show)["cases"]
+        cases += [{**case, "role": roles.get(case["method"])} for case in found]
     return {
-        "name": "table2",
+        "name": "appendix" if list(grid.tasks) == ["short"] else "table2",
         "target": models.label,
         "stand_in": stand_in(models.label, drafter, grid.corpus),
         "repetitions": grid.repetitions,
         "cases": cases,
-        "published": [row._asdict() for row in PUBLISHED if row.task in grid.tasks],
+        "published": [called(row, models.label) for row in PUBLISHED if row.task in grid.tasks],
     }
+
+
+def called(row: Published, target: str) -> dict[str, Any]:
+    """A published row, with the target's name as it is written here."""
+    return {**row._asdict(), "target": target if target.lower() == row.target else row.target}
 
 
 def stand_in(target: str, drafter: str, corpus: str | None) -> str | None:
@@ -206,7 +214,8 @@ def controlled(
             if kept is not None:
                 kept.add(found)
         show(found)
-        cases += found
+        roles = {drafter: row.method for drafter, row in own.items()}
+        cases += [{**c, "role": roles.get(c["method"].partition(", ")[0])} for c in found]
     return {
         "name": "controlled",
         "target": shape.label,

@@ -97,7 +97,7 @@ def check(case: Case) -> str:
     if found is None:
         return ""
     if found["kind"] == "identical":
-        text = f"identical {found['identical']}/{case['prompts']}"
+        text = f"identical {found['identical']}/{found['texts']}"
         return f"DIFFERS, {text}" if failed(case) else text
     text = "law BROKEN" if failed(case) else "law"
     return text if found["z"] is None else f"{text}, z = {found['z']:.1f}"

@@ -1,0 +1,103 @@
+"""`specdiff bench`, run on a tiny Llama: files, a page, pictures, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from specdiff.bench.cli import counts, given, numbers
+from specdiff.bench.machine import slug
+from specdiff.cli import app
+
+SMALL = ["--tokens", "5", "--prompts", "2", "--repetitions", "1"]
+
+
+def bench(*arguments, code=0):
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def content(results: Path, name: str) -> dict:
+    return json.loads((results / slug() / f"{name}.json").read_text())
+
+
+def test_run(folder, tmp_path):
+    options = ["--target", folder, "--method", "prompt-lookup", "--k", "1,2", *SMALL]
+    result = bench("run", *options, "--results", tmp_path)
+    assert "prompt-lookup" in result.stdout and "identical 2/2" in result.stdout
+    found = content(tmp_path, "lengths")
+    command = f"specdiff bench run --target {folder} --method prompt-lookup --task chat"
+    assert found["command"].startswith(command) and "--k 1,2" in found["command"]
+    assert [(c["k"], c["temperature"]) for c in found["cases"]] == [
+        (k, T) for T in (0.0, 1.0) for k in (None, 1, 2)
+    ]
+    assert found["machine"]["cores"] and found["date"]
+
+
+def test_two_targets_are_one_file(folder, tmp_path):
+    bench("run", "--target", folder, "--target", folder, "--method", "prompt-lookup,k=2",
+          "--temperature", 0, *SMALL, "--results", tmp_path, "--name", "both")  # fmt: skip
+    found = content(tmp_path, "both")
+    assert found["target"] == "tiny-llama, tiny-llama"
+    assert len(found["cases"]) == 4
+
+
+def test_table2_and_figure2(folder, tmp_path, corpus):
+    texts = ["--corpus", corpus, "--context", 30, *SMALL, "--results", tmp_path]
+    bench("table2", "--target", folder, "--drafter", "prompt-lookup", "--standard", folder,
+          "--task", "continue", *texts)  # fmt: skip
+    found = content(tmp_path, "table2")
+    assert [(c["method"], c["k"]) for c in found["cases"]] == [
+        ("plain", None), ("tiny-llama", 5), ("prompt-lookup", 45)
+    ]  # fmt: skip
+    assert len(found["published"]) == 4 and "in place of" in found["stand_in"]
+    bench("table2", "--target", folder, "--drafter", "prompt-lookup", "--task", "short",
+          "--corpus", corpus, *SMALL, "--results", tmp_path)  # fmt: skip
+    assert content(tmp_path, "appendix")["name"] == "appendix"
+    bench("figure2", "--target", folder, "--drafter", "prompt-lookup", "--steps", "1,2", *texts)
+    assert content(tmp_path, "figure2")["name"] == "figure2"
+
+
+def test_report(folder, tmp_path):
+    results, out, pictures = tmp_path / "r", tmp_path / "page.html", tmp_path / "pictures"
+    bench("report", tmp_path, code=2)
+    bench("run", "--target", folder, "--method", "prompt-lookup,k=2", "--temperature", 0, *SMALL,
+          "--results", results)  # fmt: skip
+    (results / "other.json").write_text('{"command": "python something"}')
+    result = bench("report", results, "--out", out, "--figures", pictures)
+    page = out.read_text()
+    assert "prompt-lookup" in page and "<svg" in page and "tiny-llama" in page
+    names = {path.name for path in pictures.iterdir()}
+    assert names == {f"methods{kind}.{end}" for kind in ("", "_stages") for end in ("png", "svg")}
+    assert all(name in result.stdout for name in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["run", "--method", "parallel,q=1"], "options are k=, steps=, rule= and model="),
+        (["run", "--temperature", "hot"], "--temperature must be numbers with commas between"),
+        (["run", "--task", "poem"], "task must be one of chat"),
+        (["run", "--batch", "3"], "batch must be at most the number of prompts, 2, got 3"),
+        (["table2", "--task", "chat"], "one of summarise, continue, short, got chat"),
+        (["controlled", "--target", "gpt5"], "target must be one of gpt2-xl"),
+        (["report", "nowhere"], "holds no results"),
+    ],
+)
+def test_errors_are_one_line(options, reason, folder, tmp_path):
+    if options[0] in ("run", "table2"):
+        options = [*options, "--target", folder, *SMALL, "--results", tmp_path]
+    result = bench(*options, code=2)
+    assert reason in result.output and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_options_that_vary():
+    assert counts("--k", "1, 4,auto") == [1, 4, "auto"]
+    assert numbers("--temperature", "0,0.7", float) == [0.0, 0.7]
+    assert given("run", target=["a", "b"], k=None, corpus_path=Path("c")) == (
+        "specdiff bench run --target a --target b --corpus-path c"
+    )
