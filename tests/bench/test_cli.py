@@ -82,7 +82,7 @@ def test_report(folder, tmp_path):
         (["run", "--method", "parallel,q=1"], "options are k=, steps=, rule= and model="),
         (["run", "--temperature", "hot"], "--temperature must be numbers with commas between"),
         (["run", "--task", "poem"], "task must be one of chat"),
-        (["run", "--batch", "3"], "batch must be at most the number of prompts, 2, got 3"),
+        (["run", "--batch", "3"], "at most the number of prompts, 2, got 3"),
         (["table2", "--task", "chat"], "one of summarise, continue, short, got chat"),
         (["controlled", "--target", "gpt5"], "target must be one of gpt2-xl"),
         (["report", "nowhere"], "holds no results"),

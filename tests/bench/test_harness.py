@@ -126,7 +126,7 @@ def test_a_method_that_is_not_exact_has_no_figures(models, temperature):
 
 
 def test_a_batch_without_prompts(models):
-    with pytest.raises(ValueError, match="batch must be at most the number of prompts, 4, got 5"):
+    with pytest.raises(ValueError, match="at most the number of prompts, 4, got 5"):
         compare(models, Condition("chat", 0.0, 5, PROMPTS, 4), [])
 
 

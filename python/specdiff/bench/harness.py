@@ -146,8 +146,13 @@ class Condition(NamedTuple):
 
     @property
     def batches(self) -> list[list[list[int]]]:
-        """Whole batches; a rest is left out."""
+        """Whole batches; a rest is left out. Raises ValueError if there is none."""
         B = self.batch
+        if not 1 <= B <= len(self.prompts):
+            raise ValueError(
+                f"batch must be at least 1 and at most the number of prompts, {len(self.prompts)}, "
+                f"got {B}"
+            )
         return [self.prompts[i : i + B] for i in range(0, len(self.prompts) - B + 1, B)]
 
 
@@ -183,11 +188,6 @@ def compare(
         >>> condition = Condition("chat", 0.0, 1, prompts("chat", models.tokenizer, 4), 32)
         >>> compare(models, condition, [parse("prompt-lookup,k=4")])
     """
-    if not condition.batches:
-        raise ValueError(
-            f"batch must be at most the number of prompts, {len(condition.prompts)}, got "
-            f"{condition.batch}"
-        )
     sampling = Sampling(condition.temperature)
     methods = [Method(PLAIN), *(method for method in methods if method != Method(PLAIN))]
     settings: dict[Method, Setting] = {}
