@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from specdiff.bench.reading import manner
+from specdiff.bench.reading import times as spread
+
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,17 +141,6 @@ def setting(case: Result) -> str:
     parts += [f"{name} = {case[key]}" for name, key in (("K", "k"), ("T", "steps"))
               if case[key] is not None]  # fmt: skip
     return ", ".join(parts)
-
-
-def spread(found: dict[str, float]) -> str:
-    """A median, with the 20th and 80th percentile."""
-    if found["p20"] == found["p80"]:
-        return times(found["median"])
-    return f"{times(found['median'])} ({found['p20']:.2f}-{found['p80']:.2f})"
-
-
-def manner(temperature: float) -> str:
-    return f"temperature {temperature:g}" if temperature else "greedy"
 
 
 def checks(data: Result) -> str:

@@ -38,6 +38,14 @@ def test_run(folder, tmp_path):
     assert found["machine"]["cores"] and found["date"]
 
 
+def test_what_figures_depend_on_is_in_the_command(folder, tmp_path):
+    """So that a run in another dtype does not go on from this one's cases."""
+    options = ["run", "--target", folder, "--method", "prompt-lookup,k=2", "--temperature", 0]
+    bench(*options, "--no-accelerate", "--dtype", "bfloat16", *SMALL, "--results", tmp_path)
+    command = content(tmp_path, "methods")["command"]
+    assert command.endswith("--dtype bfloat16 --no-accelerate") and "results" not in command
+
+
 def test_two_targets_are_one_file(folder, tmp_path):
     bench("run", "--target", folder, "--target", folder, "--method", "prompt-lookup,k=2",
           "--temperature", 0, *SMALL, "--results", tmp_path, "--name", "both")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .methods import Models
 
 AUTO = "auto"
+PLACES = ("results", "name")  # options that no figure depends on
 app = typer.Typer(
     help="Measure whole decoding. Results are JSON files; nothing counts whose text is not the "
     "target's.",
@@ -67,6 +69,7 @@ Type = Annotated[Dtype, typer.Option("--dtype", help="Of the target's weights.")
 @app.command("run")
 @user_errors()
 def run_grid(
+    invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
     method: Methods = ["transformers", "prompt-lookup", "block-diffusion", "parallel"],  # noqa: B006
     task: Tasks = "chat",
@@ -102,13 +105,8 @@ def run_grid(
         [None] if context is None else numbers("--context", context, int),
         tokens, prompts, repetitions, corpus, corpus_path,
     )  # fmt: skip
-    command = given(
-        "run", target=target, method=method, task=task, temperature=temperature, k=k, steps=steps,
-        batch=batch, context=context, tokens=tokens, prompts=prompts, repetitions=repetitions,
-        corpus=corpus, corpus_path=corpus_path,
-    )  # fmt: skip
     where, kind = placed(device, dtype, threads)
-    kept = Kept(results, name or grid.kind, command, where)
+    kept = Kept(results, name or grid.kind, typed(invoked), where)
     found = each(target, where, kind, not no_accelerate)
     finish(kept, [run(grid, models, kept=kept, show=show) for models in found])
 
@@ -116,6 +114,7 @@ def run_grid(
 @app.command()
 @user_errors()
 def table2(
+    invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
     drafter: Annotated[str, typer.Option(help="As of generate.")] = "block-diffusion",
     standard: Annotated[
@@ -148,14 +147,9 @@ def table2(
         contexts=[context], tokens=tokens, count=prompts, repetitions=repetitions, corpus=corpus,
         path=corpus_path,
     )  # fmt: skip
-    command = given(
-        "table2", target=target, drafter=drafter, standard=standard, task=task,
-        temperature=temperature, k=k, steps=steps, tokens=tokens, context=context, prompts=prompts,
-        repetitions=repetitions, corpus=corpus, corpus_path=corpus_path,
-    )  # fmt: skip
     where, kind = placed(device, dtype, threads)
     own = "appendix" if grid.tasks == ["short"] else "table2"
-    kept = Kept(results, name or own, command, where)
+    kept = Kept(results, name or own, typed(invoked), where)
     found = each(target, where, kind, not no_accelerate)
     finish(
         kept, [measure(m, drafter, standard, grid, k, steps, kept=kept, show=show) for m in found]
@@ -165,6 +159,7 @@ def table2(
 @app.command()
 @user_errors()
 def figure2(
+    invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
     drafter: Annotated[str, typer.Option(help="One with reverse steps.")] = "block-diffusion",
     k: Annotated[int, typer.Option("--k", help="The paper's: 40.")] = 40,
@@ -194,13 +189,8 @@ def figure2(
         steps=numbers("--steps", steps, int), contexts=[context], tokens=tokens, count=prompts,
         repetitions=repetitions, corpus=corpus, path=corpus_path,
     )  # fmt: skip
-    command = given(
-        "figure2", target=target, drafter=drafter, k=k, steps=steps, task=task,
-        temperature=temperature, tokens=tokens, context=context, prompts=prompts,
-        repetitions=repetitions, corpus=corpus, corpus_path=corpus_path,
-    )  # fmt: skip
     where, kind = placed(device, dtype, threads)
-    kept = Kept(results, name or "figure2", command, where)
+    kept = Kept(results, name or "figure2", typed(invoked), where)
     found = each(target, where, kind, not no_accelerate)
     finish(kept, [measure(models, drafter, grid, k, kept=kept, show=show) for models in found])
 
@@ -208,6 +198,7 @@ def figure2(
 @app.command()
 @user_errors()
 def controlled(
+    invoked: typer.Context,
     target: Annotated[list[str], typer.Option(help="gpt2-xl, gpt-neo-2.7b.")] = ["gpt2-xl"],  # noqa: B006
     task: Tasks = "summarise,continue,short",
     steps: Annotated[str, typer.Option(help="Every T of SEDD-small.")] = "1,2,4,8",
@@ -230,12 +221,8 @@ def controlled(
     from .paper import Shape
     from .paper import controlled as measure
 
-    command = given(
-        "controlled", target=target, task=task, steps=steps, context=context, tokens=tokens,
-        prompts=prompts, repetitions=repetitions, layers=layers, dtype=dtype.value,
-    )  # fmt: skip
     where, kind = placed(device, dtype, threads)
-    kept = Kept(results, name or "controlled", command, where)
+    kept = Kept(results, name or "controlled", typed(invoked), where)
     contents = [
         measure(
             Shape(one, kind, where, layers), names(task), numbers("--steps", steps, int),
@@ -262,7 +249,6 @@ def report(
 
     contents = read(results)
     if figures is not None:
-        figures.mkdir(parents=True, exist_ok=True)
         for content in contents:
             for path in draw(content, figures):
                 typer.echo(path)
@@ -296,13 +282,21 @@ def counts(option: str, text: str) -> list[int | str]:
     return [part if part == AUTO else numbers(option, part, int)[0] for part in names(text)]
 
 
+def typed(invoked: typer.Context) -> str:
+    """The command line again, with its defaults and without where results go."""
+    declared = [str(option.name) for option in invoked.command.params]  # params are as they came
+    options = {name: invoked.params.get(name) for name in declared if name not in PLACES}
+    return given(str(invoked.info_name), **options)
+
+
 def given(command: str, **options: Any) -> str:
-    """The command line again, as it would be typed."""
+    """A command line of these options."""
     words = ["specdiff bench", command]
     for option, value in options.items():
         for one in value if isinstance(value, list) else [value]:
-            if one is not None:
-                words.append(f"--{option.replace('_', '-')} {one}")
+            if one is not None and one is not False:
+                said = "" if one is True else f" {one.value if isinstance(one, Enum) else one}"
+                words.append(f"--{option.replace('_', '-')}{said}")
     return " ".join(words)
 
 

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .harness import Condition, compare, named
+from .harness import Condition, Measured, compare, named
 from .kept import Kept
 from .methods import Method, Models, spread
 from .tasks import TASKS, prompts
@@ -90,13 +90,7 @@ def run(
     methods = spread(grid.methods, grid.ks, grid.steps)
     cases: list[dict[str, Any]] = []
     for condition in grid.conditions(models):
-        found = kept.find(named(models, condition, methods[0])) if kept is not None else []
-        if not found:
-            found = compare(models, condition, methods, repetitions=grid.repetitions)
-            if kept is not None:
-                kept.add(found)
-        show(found)
-        cases += found
+        cases += once(kept, show, models, condition, methods, repetitions=grid.repetitions)
     return {
         "name": grid.kind,
         "target": models.label,
@@ -104,3 +98,21 @@ def run(
         "repetitions": grid.repetitions,
         "cases": cases,
     }
+
+
+def once(
+    kept: Kept | None,
+    show: Show,
+    models: Measured,
+    condition: Condition,
+    methods: Sequence[Method],
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """`compare`, unless `kept` holds its cases from before; they are kept and shown."""
+    found = kept.find(named(models, condition, methods[0])) if kept is not None else []
+    if not found:
+        found = compare(models, condition, methods, **options)
+        if kept is not None:
+            kept.add(found)
+    show(found)
+    return found

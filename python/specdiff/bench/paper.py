@@ -17,8 +17,8 @@ from ..drafters.sedd import SEDD
 from ..sampling import Sampling
 from ..target import Target
 from .controlled import Controlled, chance_for_share
-from .experiments import Grid, Show, run
-from .harness import Condition, compare, named
+from .experiments import Grid, Show, once, run
+from .harness import Condition
 from .kept import Kept
 from .methods import PLAIN, Decode, Method, Models, ours
 from .shapes import random_drafter, random_target
@@ -48,7 +48,7 @@ PUBLISHED = [
     for row in rows
 ]  # fmt: skip
 ROLES = ("standard", "specdiff")  # of the drafters in a row of Table 2
-CORPORA = {"summarise": "CNN/DM", "continue": "OpenWebText", "short": "LM1B"}
+TASKS = tuple(dict.fromkeys(row.task for row in PUBLISHED))
 
 
 def table2(
@@ -78,8 +78,8 @@ def table2(
     Raises:
         ValueError: a task that the paper has not, or as of `run`.
     """
-    if unknown := set(grid.tasks) - set(CORPORA):
-        raise ValueError(f"task must be one of {', '.join(CORPORA)}, got {', '.join(unknown)}")
+    if unknown := set(grid.tasks) - set(TASKS):
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {', '.join(unknown)}")
     cases: list[dict[str, Any]] = []
     for task in grid.tasks:
         (own,) = {row.k for row in PUBLISHED if row.task == task and row.method == "specdiff"}
@@ -207,13 +207,8 @@ def controlled(
             for T in (steps if drafter == "sedd-small" else [None])
         ]
         condition = Condition(task, 0.0, 1, prompts, tokens)
-        found = kept.find(named(shape, condition, methods[0])) if kept is not None else []
-        if not found:
-            make = partial(make_controlled, own, drafters, texts)
-            found = compare(shape, condition, methods, repetitions=repetitions, make=make)
-            if kept is not None:
-                kept.add(found)
-        show(found)
+        make = partial(make_controlled, own, drafters, texts)
+        found = once(kept, show, shape, condition, methods, repetitions=repetitions, make=make)
         roles = {drafter: row.method for drafter, row in own.items()}
         cases += [{**c, "role": roles.get(c["method"].partition(", ")[0])} for c in found]
     return {
