@@ -50,6 +50,8 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BENCH) table2 --task short --k 4 --steps 1 $(SPEECHES) $(SIZE)
 	$(BENCH) controlled --target gpt2-xl --task summarise --steps 1,2,4 --context 128 --tokens 64 \
 	  --prompts 1 --repetitions 2 --results benchmarks/results
+	$(BENCH) controlled --target gpt-neo-2.7b --task summarise --steps 1,2,4 --context 128 \
+	  --tokens 64 --prompts 1 --repetitions 2 --name controlled_gpt_neo --results benchmarks/results
 	$(BENCH) figure2 --context 256 --k 16 --steps 1,2,4,8,16 $(SPEECHES) $(SIZE)
 	$(BIN)/python benchmarks/bench_compare.py
 	$(BIN)/python benchmarks/bench_planner.py

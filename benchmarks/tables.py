@@ -203,13 +203,16 @@ def figure2() -> list[str]:
 
 
 def controlled() -> list[str]:
-    data = result("controlled")
+    data = [result("controlled"), result("controlled_gpt_neo")]
     rows = [
-        [setting(c), f"{c['alpha_k']:.1f}", spread(c["speedup"]), times(c["ceiling"]["speedup"])]
-        for c in data["cases"] if c["refused"] is None and c["alpha_k"] is not None
+        [c["target"], setting(c), f"{c['alpha_k']:.1f}", spread(c["speedup"]),
+         times(c["ceiling"]["speedup"])]
+        for content in data for c in content["cases"]
+        if c["refused"] is None and c["alpha_k"] is not None
     ]  # fmt: skip
-    head = ["drafter, alpha", "alpha x K", "speed-up", "ceiling"]
-    return [*grid(head, rows), "", f"{checks(data)} {source(data)}"]
+    head = ["target", "drafter, alpha", "alpha x K", "speed-up", "ceiling"]
+    found = {"cases": [case for content in data for case in content["cases"]]}
+    return [*grid(head, rows), "", f"{checks(found)} {source(*data)}"]
 
 
 def table2() -> list[str]:

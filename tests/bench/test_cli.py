@@ -76,11 +76,14 @@ def test_report(folder, tmp_path):
     bench("run", "--target", folder, "--method", "prompt-lookup,k=2", "--temperature", 0, *SMALL,
           "--results", results)  # fmt: skip
     (results / "other.json").write_text('{"command": "python something"}')
+    (found,) = results.rglob("methods.json")
+    (results / "again.json").write_text(found.read_text())  # `--name again`, of the same kind
     result = bench("report", results, "--out", out, "--figures", pictures)
     page = out.read_text()
     assert "prompt-lookup" in page and "<svg" in page and "tiny-llama" in page
     names = {path.name for path in pictures.iterdir()}
-    assert names == {f"methods{kind}.{end}" for kind in ("", "_stages") for end in ("png", "svg")}
+    stems = [name + kind for name in ("methods", "again") for kind in ("", "_stages")]
+    assert names == {f"{stem}.{end}" for stem in stems for end in ("png", "svg")}
     assert all(name in result.stdout for name in names)
 
 

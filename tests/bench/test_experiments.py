@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from specdiff.bench import experiments, paper
 from specdiff.bench.experiments import Grid, run
@@ -161,3 +162,21 @@ def test_controlled(monkeypatch):
     assert share["tokens_per_forward"] > 20 > each["tokens_per_forward"] > 4
     assert [row["k"] for row in content["published"]] == [5, 40]
     assert content["stand_in"].startswith("random weights")
+    assert "packed" not in content["stand_in"]
+
+
+def test_copies_of_a_target_that_would_not_fit_are_not_made(monkeypatch):
+    """And the results say so."""
+    monkeypatch.setitem(
+        paper.random_target.__globals__["TARGETS"], "gpt2-xl",
+        GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_head=2, n_layer=2),
+    )  # fmt: skip
+    size = Shape("gpt2-xl", torch.float32, torch.device("cpu")).target.model.get_memory_footprint()
+    for memory, packed in ((3 * size, True), (2 * size, False)):
+        monkeypatch.setattr(paper, "physical_memory", lambda memory=memory: memory)
+        shape = Shape("gpt2-xl", torch.float32, torch.device("cpu"))
+        assert shape.packed is packed
+        assert ("gpt2-xl without packed copies" in shape.stand_in) is not packed
+        copies = [part for module in shape.target.model.modules()
+                  for part in getattr(vars(module).get("forward"), "args", ())[1:]]  # fmt: skip
+        assert len(copies) > 8 and all((copy is not None) is packed for copy in copies)

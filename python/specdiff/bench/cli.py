@@ -249,18 +249,18 @@ def report(
 
     contents = read(results)
     if figures is not None:
-        for content in contents:
-            for path in draw(content, figures):
+        for name, content in contents:
+            for path in draw(content, figures, name):
                 typer.echo(path)
-    write(contents, out)
+    write([content for _, content in contents], out)
     typer.echo(out)
 
 
-def read(results: Path) -> list[dict[str, Any]]:
-    """What `specdiff bench` wrote; other files in the folder are passed over."""
+def read(results: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What `specdiff bench` wrote, and its file's name; other files there are passed over."""
     files = [results] if results.is_file() else sorted(results.rglob("*.json"))
-    contents = [json.loads(file.read_text()) for file in files]
-    contents = [c for c in contents if str(c.get("command")).startswith("specdiff bench")]
+    contents = [(file.stem, json.loads(file.read_text())) for file in files]
+    contents = [c for c in contents if str(c[1].get("command")).startswith("specdiff bench")]
     if not contents:
         raise ValueError(f"{results} holds no results: `specdiff bench run` makes some")
     return contents
@@ -323,7 +323,9 @@ def finish(kept: Kept, contents: list[dict[str, Any]]) -> None:
 
     cases = [case for content in contents for case in content["cases"]]
     targets = ", ".join(content["target"] for content in contents)
-    whole = {**contents[0], "target": targets, "cases": cases}
+    said = dict.fromkeys(part for c in contents for part in (c["stand_in"] or "").split("; "))
+    stand_in = "; ".join(filter(None, said)) or None
+    whole = {**contents[0], "target": targets, "stand_in": stand_in, "cases": cases}
     if kept.name in FIGURES:  # what is varied, unless told otherwise
         whole["name"] = kept.name
     if "published" in whole:

@@ -55,7 +55,7 @@ COLOURS = {  # after Okabe and Ito: told apart without red or green
     "parallel": "#0072b2",
     "block-diffusion": "#009e73",
     "prompt-lookup": "#e69f00",
-    "autoregressive": "#cc79a7",
+    "eagle": "#cc79a7",
     "sedd": "#d55e00",
     "mdlm": "#56b4e9",
 }
@@ -408,14 +408,13 @@ def drawn(content: Content) -> dict[str, Figure]:
     return {kind: figure for kind, figure in found.items() if figure is not None}
 
 
-def draw(content: Content, folder: Path) -> list[Path]:
+def draw(content: Content, folder: Path, name: str | None = None) -> list[Path]:
     """Write the figures of a content as PNG and SVG.
-
-    The main one is called by the content's name, others `<name>_<kind>`.
 
     Args:
         content: what `specdiff bench` writes.
         folder: made if it is missing.
+        name: of the main one, others are called `<name>_<kind>`; None: the content's own.
 
     Returns:
         The files, none if nothing is left to draw.
@@ -423,10 +422,10 @@ def draw(content: Content, folder: Path) -> list[Path]:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    paths = []
+    paths, name = [], name or content["name"]
     for kind, figure in drawn(content).items():
         main = kind == FIGURES[content["name"]][0].__name__
-        paths += save(figure, folder / (content["name"] if main else f"{content['name']}_{kind}"))
+        paths += save(figure, folder / (name if main else f"{name}_{kind}"))
     return paths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -138,6 +139,7 @@ READINGS = {  # of the paper's alpha: the chance of a token, given that those be
     "each": lambda alpha, k: alpha,  # as in Leviathan et al. (2211.17192)
 }
 DRAFTERS = {"standard": "gpt2", "specdiff": "sedd-small"}
+MEMORY_SHARE = 0.75  # of the machine's, for a target and its copies; the drafters need some, too
 SET = (
     "random weights of the models' shapes; drafted tokens stand with a set probability. share: so "
     "that alpha K of K are accepted; each: every token with chance alpha"
@@ -147,6 +149,8 @@ SET = (
 class Shape:
     """A target of a published shape with random weights, in the place of `Models`.
 
+    On a CPU its linear layers are accelerated, by packed copies if the memory has room for them.
+
     Args:
         name, dtype, device, layers: of `random_target`.
     """
@@ -155,9 +159,20 @@ class Shape:
         self, name: str, dtype: torch.dtype, device: torch.device, layers: int | None = None
     ) -> None:
         model: Any = random_target(name, dtype=dtype, device=device, layers=layers)
-        self.target = Target(accelerate(model))
+        room = MEMORY_SHARE * physical_memory()
+        self.packed = device.type != "cpu" or 2 * model.get_memory_footprint() < room
+        self.target = Target(accelerate(model, packed=self.packed))
         self.name, self.device, self.layers = name, device, layers
         self.label = name if layers is None else f"{name}, {layers} layers"
+
+    @property
+    def stand_in(self) -> str:
+        return SET if self.packed else f"{SET}; {self.label} without packed copies of its weights"
+
+
+def physical_memory() -> int:
+    """Of this machine, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def controlled(
@@ -214,7 +229,7 @@ def controlled(
     return {
         "name": "controlled",
         "target": shape.label,
-        "stand_in": SET,
+        "stand_in": shape.stand_in,
         "repetitions": repetitions,
         "cases": cases,
         "published": [row._asdict() for row in rows],
