@@ -56,6 +56,58 @@ def test_the_planner_is_as_good_as_the_pages_say():
     assert max(abs(ratio - 1) for ratio in foretold) < 0.13  # docs/theory.md
 
 
+def rounding(what: str, way: str) -> float:
+    """How far logits moved, with one thread or two."""
+    found = (tables.result(f"forward_{threads}")["differences"] for threads in (1, 2))
+    return max(differences[way][what] for differences in found)
+
+
+def memory(*parts: str) -> float:
+    """MB of rounds of 8 sequences at K = 4, the most of any drafter."""
+    cases = [c for c in tables.result("memory")["cases"] if (c["batch"], c["k"]) == (8, 4)]
+    return max(sum(case[part] for part in parts) for case in cases)
+
+
+PROSE = {  # what a page says in a sentence: page, sentence, the results' figures for it
+    "rounding": (
+        "README.md",
+        r"logits moved by up to (\S+), and by up to (\S+) without",
+        lambda: [rounding("alone_or_among_9", way) for way in ("accelerated", "untouched")],
+    ),
+    "bf16": (
+        "docs/design.md",
+        r"move by up to\n(\S+), its laws by a KL divergence of (\S+) on",
+        lambda: [rounding(what, "accelerated, bf16") for what in ("from_untouched", "kl")],
+    ),
+    "memory": (
+        "README.md",
+        r"at most (\S+) MB at a time, of .* pool are (\S+) MB",
+        lambda: [memory("rounds"), memory("logits", "pool")],
+    ),
+    "power": (
+        "docs/conformance.md",
+        r"all of them in (\d+) of 20 repetitions",
+        lambda: [20 * min(tables.result("conformance")["power"].values())],
+    ),
+    "parallel": (
+        "README.md",
+        r"the probabilities (\S+), (\S+), (\S+) and (\S+) at positions",
+        lambda: tables.result("evaluation_parallel")["K = 4"]["acceptance"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_sentences_agree_with_the_results(name):
+    """To the digits that a sentence gives."""
+    page, sentence, figures = PROSE[name]
+    said = re.search(sentence, (ROOT / page).read_text())
+    for text, value in zip(said.groups(), figures(), strict=True):
+        mantissa, _, exponent = text.partition("e")
+        digits = len(mantissa.partition(".")[2]) - int(exponent or 0)
+        assert float(text) == pytest.approx(value, abs=0.5 * 10.0**-digits), (text, value)
+
+
 def test_an_unknown_table_is_named():
     with pytest.raises(SystemExit, match="table 'speed': expected one of verify, "):
         tables.rendered("<!-- table speed -->\n<!-- end -->")
