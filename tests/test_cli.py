@@ -194,7 +194,9 @@ def test_plan_with_the_real_clock(target, monkeypatch):
     [
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--drafter", "magic"], "unknown drafter 'magic'"),
-        (["--picture", "plan.xyz", "--check", "0"], "xyz"),
+        (["--check", "-1"], "--check must be at least 0, got -1"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--picture", "plan.xyz"], "--picture must end in .png or .svg, got plan.xyz"),
     ],
 )
 def test_errors_of_plan_are_one_line(target, args, message):
@@ -320,7 +322,7 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "a", "--k", "many"], "--k must be auto or at least 1, got many"),
         (["--prompt", "a", "--steps", "0"], "--steps must be auto or at least 1, got 0$"),
         (["--prompt", "a", "--k", "64"], "k must be below the target's context of 64 tokens"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--prompt", "fox " * 70], "no room in the target's context of 64"),
         (["--prompt", "a", "--drafter", "magic"], "unknown drafter 'magic'; expected"),
         (["--prompt", "a", "--target", "magic"], "unknown target 'magic'; expected"),
@@ -330,7 +332,7 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "a", "--top-p", "2"], r"top_p must be in \(0, 1\]"),
         (["--prompt", "a", "--min-p", "-1"], r"min_p must be in \[0, 1\]"),
         (["--prompt", "a", "--threads", "0"], "--threads must be at least 1"),
-        (["--prompt", "a", "--compare", "--no-draft"], "leave out --no-draft"),
+        (["--prompt", "a", "--no-draft", "--compare"], "--compare is about drafts: leave it out"),
         (["--prompt", "a", "--record", "final"], "would bias the output: .* names no final_step"),
         (["--prompt", "a", "--record", "entangled"], "would bias the output: .* the drafter keeps"),
         (["--prompt", "a", "--rule", "coupled", "--record", "one-hot"], "uses no q, got 'one-hot'"),
@@ -339,7 +341,7 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
             ["--prompt", "a", "--rule", "token", "--lenience", "ensemble=1"],
             "--lenience implies --rule lenient, got --rule token",
         ),
-        (["--prompt", "a", "--lenience", "ensemble=1", "--no-draft"], "leave out --no-draft"),
+        (["--prompt", "a", "--lenience", "ensemble=1", "--no-draft"], "--lenience is about drafts"),
         (["--prompt", "a", "--lenience", "ensemble"], "must be KIND=AMOUNT, .* got 'ensemble'"),
         (["--prompt", "a", "--lenience", "more=1"], "lenience.kind: expected one of lenience, add"),
         (["--prompt", "a", "--lenience", "ensemble=2"], "lenience.amount: expected a number in"),

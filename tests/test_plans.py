@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 
@@ -52,6 +53,28 @@ def test_costs_are_kept_for_each_way_to_decode(decoder, tmp_path, monkeypatch):
     kept_costs(decoder, [[1]], names)
     assert len(calls) == len(ways) + 3
     assert len(list((tmp_path / "plans").iterdir())) == len(calls) - 1  # one was written again
+
+
+@pytest.mark.parametrize("content", ["", '{"plans": [], "examined": []}', "short"])
+def test_costs_that_cannot_be_read_are_measured_again(decoder, tmp_path, monkeypatch, content):
+    """They are no more than kept: nothing is lost but time."""
+    monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
+    monkeypatch.setattr("specdiff.plans.measure", lambda *args, **options: COSTS)
+    kept_costs(decoder, [[1]], {})
+    (file,) = (tmp_path / "plans").iterdir()
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"draft": [0.0]}) if content == "short" else content)
+    with pytest.warns(UserWarning, match="holds no costs .*; measured anew"):
+        assert kept_costs(decoder, [[1]], {}) == COSTS
+    assert json.loads(file.read_text()) == whole
+
+
+def test_costs_that_cannot_be_kept_are_used(decoder, tmp_path, monkeypatch):
+    (tmp_path / "plans").write_text("not a folder")
+    monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
+    monkeypatch.setattr("specdiff.plans.measure", lambda *args, **options: COSTS)
+    with pytest.warns(UserWarning, match="costs are not kept"):
+        assert kept_costs(decoder, [[1]], {}) == COSTS
 
 
 def test_a_folder_that_changes_is_another(tmp_path):

@@ -25,6 +25,7 @@ from .options import (
     Threads,
     placed,
     quiet,
+    set_threads,
     user_errors,
 )
 from .report import LiveText, Run, figures, median_run, table
@@ -73,7 +74,7 @@ class Record(str, Enum):
 
 TargetName = Annotated[str, typer.Option(help="A known model or a Hugging Face folder.")]
 DrafterName = Annotated[
-    str, typer.Option(help="block-diffusion, parallel, prompt-lookup, or a drafter's folder.")
+    str, typer.Option(help="block-diffusion, parallel, prompt-lookup, or a folder.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")]
@@ -107,7 +108,10 @@ def generate(
     ] = None,
     target: TargetName = "smollm2-135m",
     drafter: DrafterName = "block-diffusion",
-    no_draft: Annotated[bool, typer.Option("--no-draft", help="Plain decoding.")] = False,
+    no_draft: Annotated[
+        bool,
+        typer.Option("--no-draft", help="Plain decoding, whatever --drafter, --k, --steps say."),
+    ] = False,
     temperature: Temperature = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep this share of probability.")] = None,
@@ -151,14 +155,11 @@ def generate(
     """Decode one prompt or a file of them, and show how fast it went."""
     prompts = read_prompts(prompt, batch_file)
     counts = parse_count("--k", k), parse_count("--steps", steps)
-    if threads is not None and threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
-    if compare and no_draft:
-        raise ValueError("--compare sets drafts against plain decoding: leave out --no-draft")
-    if record is not None and no_draft:
-        raise ValueError("--record says which laws of drafts count: leave out --no-draft")
-    if lenience is not None and no_draft:
-        raise ValueError("--lenience says how drafts are judged: leave out --no-draft")
+    at_least(1, "--max-new-tokens", max_new_tokens)
+    if no_draft:
+        of_drafts = {"--compare": compare, "--record": record, "--lenience": lenience}
+        if given := [option for option, value in of_drafts.items() if value]:
+            raise ValueError(f"{given[0]} is about drafts: leave it out, or --no-draft")
     rule = rule_of(rule, lenience)
     if target in MODELS:
         fetch(target)  # before any other progress is shown
@@ -174,7 +175,7 @@ def generate(
         decoder = plain if no_draft else with_drafter(plain, drafter, counts[1], laws)
     ids = [encode(tokenizer, text, raw) for text in prompts]
     if not no_draft:
-        names = {"target": target, "drafter": drafter, "accelerate": str(not no_accelerate)}
+        names = named(target, drafter, raw, not no_accelerate)
         with progress.status("measuring what drafts cost here, once for this pair of models"):
             pair = Pair(decoder, tokenizer, names, len(ids), sampling, raw)
             decoder = with_plans(pair, *counts)
@@ -226,8 +227,10 @@ def plan(
     threads: Threads = None,
 ) -> None:
     """Predict the speed-up of every K and T from costs measured here, and see how true that is."""
-    if batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {batch}")
+    at_least(1, "--batch", batch)
+    at_least(0, "--check", check)
+    if picture is not None and picture.suffix not in (".png", ".svg"):
+        raise ValueError(f"--picture must end in .png or .svg, got {picture}")
     if target in MODELS:
         fetch(target)
     progress = Console(stderr=True)
@@ -239,7 +242,7 @@ def plan(
 
         sampling = Sampling(temperature)
         plain, tokenizer = load(target, Rule.token.value, None, threads, not no_accelerate)
-        names = {"target": target, "drafter": drafter, "accelerate": str(not no_accelerate)}
+        names = named(target, drafter, raw, not no_accelerate)
         decoder = with_drafter(plain, drafter, None, None)
         pair = Pair(decoder, tokenizer, names, batch, sampling, raw)
     with progress.status("measuring what drafts cost here"):
@@ -272,8 +275,6 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train a drafter; also under `accelerate launch -m specdiff train ...` or `torchrun`."""
-    import torch
-
     try:
         from .training.run import train as train_run
     except ImportError as error:
@@ -283,7 +284,7 @@ def train(
     from .training.config import load_run
 
     if threads is not None:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     if figures := train_run(load_run(config), out, minutes=minutes):
         typer.echo(json.dumps(figures))
 
@@ -430,6 +431,11 @@ def with_drafter(
     return Decoder(plain.target, drafter, rule=plain.rule, lenience=plain.lenience, record=record)
 
 
+def at_least(least: int, option: str, given: int) -> None:
+    if given < least:
+        raise ValueError(f"{option} must be at least {least}, got {given}")
+
+
 def parse_count(option: str, given: str) -> int | None:
     """A number of at least 1; None: auto."""
     if given == AUTO:
@@ -472,6 +478,14 @@ class Pair(NamedTuple):
         from .plans import PROMPTS
 
         return [encode(self.tokenizer, text, self.raw) for text in PROMPTS]
+
+
+def named(target: str, drafter: str, raw: bool, fast: bool) -> dict[str, str]:
+    """What sets the costs of a pair apart. A drafter that is shipped is known by its files."""
+    from .drafters import SHIPPED, shipped_drafter
+
+    weights = str(shipped_drafter(drafter)) if drafter in SHIPPED else drafter
+    return {"target": target, "drafter": weights, "raw": str(raw), "accelerate": str(fast)}
 
 
 def with_plans(pair: Pair, k: int | None, steps: int | None) -> Decoder:

@@ -40,12 +40,15 @@ class Generation:
         new_tokens: the new tokens of each row, a stop token included.
         texts: `new_tokens` decoded and cut before the first stop string; None without tokenizer.
         stats: counts and times.
+        logprobs: log-probabilities of `new_tokens` under the law that they were drawn from; None
+            unless the option `logprobs` asked for them.
     """
 
     sequences: list[list[int]]
     new_tokens: list[list[int]]
     texts: list[str] | None
     stats: Stats
+    logprobs: list[list[float]] | None = None
 
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
@@ -92,6 +95,8 @@ class Decoder:
     ) -> None:
         check_names(rule, record)
         check_lenience(rule, lenience)
+        if isinstance(target, PreTrainedModel):
+            raise ValueError("target is a model: pass specdiff.Target(model)")
         if isinstance(drafter, PreTrainedModel):
             raise ValueError("drafter is a model: pass specdiff.drafters.Autoregressive(model)")
         self.k = 0
@@ -119,7 +124,7 @@ class Decoder:
         sampling: Sampling | None = None,
         seed: int | Sequence[int] = 0,
         stop_tokens: Sequence[int] | None = None,
-        stop_strings: Sequence[str] = (),
+        stop_strings: str | Sequence[str] | None = None,
         **options: Any,
     ) -> Iterator[Step]:
         """Decode, yielding whenever the host looks: after every round, unless told otherwise. Rows
@@ -133,9 +138,9 @@ class Decoder:
             sampling: None is greedy.
             seed: one int, from which each row gets its own (see `row_seeds`), or one per row.
             stop_tokens: ids that end a row and are kept; None: the model's own end of sequence.
-            stop_strings: text that ends a row; it keeps its tokens up to the one completing it.
-                Special tokens are not part of the text: name them in stop_tokens.
-            options: of `open`.
+            stop_strings: text that ends a row, one or several; it keeps its tokens up to the one
+                completing it. Special tokens are not part of the text: name them in stop_tokens.
+            options: of `open`; `ends` not together with stop strings.
 
         Raises:
             ValueError: a prompt, limit, seed or stop string cannot be used.
@@ -143,15 +148,16 @@ class Decoder:
         """
         prompts = as_rows(prompts)
         check_prompts(self.target, prompts, max_new_tokens)
-        ends = None
-        if stop_strings:
+        if strings := listed(stop_strings):
             if self.tokenizer is None:
                 raise ValueError("stop_strings need a tokenizer: pass tokenizer=... to Decoder")
-            ends = partial(spells, self.tokenizer, stop_strings)
+            if options.get("ends") is not None:
+                raise ValueError("ends cannot be given beside stop_strings: let it look for them")
+            options["ends"] = partial(spells, self.tokenizer, strings)
         seeds = row_seeds(seed, len(prompts))
         longest = min(max(map(len, prompts)) + max_new_tokens, self.target.context_limit)
         session = self.open(
-            len(prompts), longest, sampling=sampling, stop_tokens=stop_tokens, ends=ends, **options
+            len(prompts), longest, sampling=sampling, stop_tokens=stop_tokens, **options
         )
         session.admit(prompts, max_new_tokens=max_new_tokens, seed=seeds)
         while not all(session.done):
@@ -202,15 +208,17 @@ class Decoder:
         """
         prompts = as_rows(prompts)
         new: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
         for step in self.stream(prompts, **options):
-            for row, more in zip(new, step.tokens, strict=True):
-                row += more
+            extend(new, step.tokens)
+            extend(logprobs, step.logprobs or [[] for _ in prompts])
         texts = None
         if self.tokenizer is not None:
             decoded = (self.tokenizer.decode(row, skip_special_tokens=True) for row in new)
-            texts = [cut(text, options.get("stop_strings", ())) for text in decoded]
+            texts = [cut(text, listed(options.get("stop_strings"))) for text in decoded]
         sequences = [row + more for row, more in zip(prompts, new, strict=True)]
-        return Generation(sequences, new, texts, step.stats)
+        chances = logprobs if options.get("logprobs") else None
+        return Generation(sequences, new, texts, step.stats, chances)
 
 
 def generate(
@@ -260,6 +268,20 @@ def as_rows(prompts: Prompts) -> list[list[int]]:
     if len(rows) and isinstance(rows[0], Integral):
         rows = [rows]
     return [[int(token) for token in row] for row in rows]
+
+
+def extend(rows: list[list[Any]], more: list[list[Any]]) -> None:
+    """Each row by its own part."""
+    for row, part in zip(rows, more, strict=True):
+        row += part
+
+
+def listed(strings: str | Sequence[str] | None) -> list[str]:
+    """Stop strings, of which there may be one or none."""
+    found = [strings] if isinstance(strings, str) else list(strings or ())
+    if not all(isinstance(string, str) and string for string in found):
+        raise ValueError(f"stop_strings must be strings that are not empty, got {strings!r}")
+    return found
 
 
 def spells(tokenizer: Tokenizer, strings: Sequence[str], row: int, tokens: list[int]) -> bool:

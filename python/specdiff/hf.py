@@ -10,10 +10,10 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,9 +28,11 @@ from transformers.utils import ModelOutput
 from specdiff_kernels import Lenience
 
 from .adaptive import Chooser
+from .cpu import is_accelerated
 from .decoder import Decoder, as_rows
 from .drafters import load_drafter
 from .drafters.base import Drafter
+from .plans import stamped
 from .sampling import Sampling
 from .session import Session, check_prompts
 from .stats import Stats
@@ -95,6 +97,22 @@ class GenerateOutput(ModelOutput):
     stats: Stats | None = None
 
 
+def in_own_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Modules that were training, which a target is not, do so again afterwards."""
+
+    @wraps(function)
+    def call(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            return function(model, *args, **options)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    return call
+
+
+@in_own_mode
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -174,7 +192,7 @@ def generate(
         others.append(stop_string_criterion(stop_strings, call.get("tokenizer")))
     session = decoder.open(
         len(prompts), min(longest, target.context_limit), sampling=sampling, stop_tokens=stops,
-        process=Processing(first, padded, prompts) if first else None,
+        process=Processing(first, padded, prompts, stops) if first else None,
         ends=partial(any_criterion, others, padded, input_ids.device) if others else None,
         logprobs=bool(config.return_dict_in_generate and config.output_scores),
     )  # fmt: skip
@@ -262,15 +280,21 @@ def longest_of(config: GenerationConfig, listed: Sequence[Any]) -> int:
     return min([config.max_length, *lengths])
 
 
-_loaded: WeakKeyDictionary[Any, dict[str, Drafter]] = WeakKeyDictionary()
+_loaded: WeakKeyDictionary[Any, dict[str, tuple[Any, Drafter]]] = WeakKeyDictionary()
 
 
 def named_drafter(name: str, target: Target) -> Drafter:
-    """A drafter whose weights are read once for each model, and whose state is the caller's own."""
+    """A drafter whose weights are read once for each state of a model, and whose own state is the
+    caller's."""
+    embedding = target.model.get_input_embeddings().weight
+    state = (
+        target.device, target.dtype, is_accelerated(target.model), embedding.data_ptr(),
+        stamped(name),
+    )  # fmt: skip
     known = _loaded.setdefault(target.model, {})
-    if name not in known:
-        known[name] = load_drafter(name, target)
-    return copy(known[name])
+    if name not in known or known[name][0] != state:
+        known[name] = state, load_drafter(name, target)
+    return copy(known[name][1])
 
 
 def split(listed: Sequence[Any], samples: bool) -> tuple[Sampling, list[Any]]:
@@ -309,13 +333,19 @@ class Processing:
         listed: the processors.
         padded: i64 rows as they came to `generate`: processors see the padding too.
         prompts: the same without padding.
+        stops: ids that end a text, behind which no processor looks.
     """
 
     def __init__(
-        self, listed: Sequence[Any], padded: list[list[int]], prompts: list[list[int]]
+        self,
+        listed: Sequence[Any],
+        padded: list[list[int]],
+        prompts: list[list[int]],
+        stops: Sequence[int] = (),
     ) -> None:
         self.listed = listed
         self.padded = padded
+        self.stops = frozenset(stops)
         self.padding = [len(p) - len(q) for p, q in zip(padded, prompts, strict=True)]
 
     def __call__(self, texts: list[list[int]], drafted: Tensor, logits: Tensor) -> Tensor:
@@ -345,8 +375,10 @@ class Processing:
         rows: list[Tensor] = []
         for i, row in enumerate(scores[:, None]):
             rows.append(processor(seen[:, : start + i], row.clone()))
-            if i < len(drafted) and rows[i][0, drafted[i]] == -torch.inf:
-                break  # it is rejected, and no text has it for its history
+            if i < len(drafted) and (
+                rows[i][0, drafted[i]] == -torch.inf or int(drafted[i]) in self.stops
+            ):
+                break  # it is rejected or ends the text, and no text has it for its history
         return torch.cat([*rows, scores[len(rows) :]])
 
 

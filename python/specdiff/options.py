@@ -72,12 +72,20 @@ def placed(
     return torch.device(where), getattr(torch, dtype.value)
 
 
+def set_threads(threads: int) -> None:
+    """Torch's, on a CPU. Raises ValueError below 1."""
+    import torch
+
+    if threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
 def quiet(threads: int | None) -> None:
     """No words of transformers' own, and so many CPU threads."""
-    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if threads is not None:
-        torch.set_num_threads(threads)
+        set_threads(threads)

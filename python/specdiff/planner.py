@@ -97,9 +97,20 @@ class Costs:
             fields["plans"] = [Plan(*plan) for plan in fields["plans"]]
             for name in ("examined", "accepted", "share"):
                 fields[name] = {int(steps): value for steps, value in fields[name].items()}
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
+            costs = cls(**fields)
+            costs.check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no costs ({error}): remove it") from error
+        return costs
+
+    def check(self) -> None:
+        """Raise ValueError unless every plan, and plain decoding among them, has finite costs."""
+        if PLAIN not in self.plans:
+            raise ValueError("plans: expected plain decoding, (0, 0), among them")
+        for name in ("draft", "verify"):
+            costs = getattr(self, name)
+            if len(costs) != len(self.plans) or not all(map(math.isfinite, costs)):
+                raise ValueError(f"{name}: expected {len(self.plans)} finite numbers, got {costs}")
 
     def rest(self, plan: Plan, share: float) -> float:
         """Seconds of a plan's round without its drafting, if that share of K is drafted."""
@@ -379,6 +390,8 @@ def measure(
         record=decoder.record,
         backend=decoder.backend,
     )
+    if prompts is not None and not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none; None: the first token")
     if prompts is None:
         bos = decoder.target.model.config.bos_token_id
         prompts = [[min(bos or 0, decoder.target.vocab_size - 1)]]
@@ -408,8 +421,10 @@ def probed(
     sampling: Sampling,
 ) -> Costs:
     """Costs of plans, in rounds that take turns, and what was accepted under each T."""
-    room = min(decoder.target.context_limit - max(map(len, prompts)), TOKENS)
-    session = decoder.open(batch, max(map(len, prompts)) + room, sampling=sampling, stop_tokens=())
+    longest = max(map(len, prompts))
+    # the first round brings a token, and a draft is of one less than may still come
+    room = min(decoder.target.context_limit - longest, max(TOKENS, 2 * probe.most + 2))
+    session = decoder.open(batch, longest + room, sampling=sampling, stop_tokens=())
     draft: dict[Plan, list[float]] = {plan: [] for plan in plans}
     rest: dict[int, list[float]] = {plan.k: [] for plan in plans}
     asked, drafted = (dict.fromkeys((plan.steps for plan in plans[1:]), 0) for _ in range(2))

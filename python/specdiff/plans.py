@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -75,9 +76,15 @@ def kept_costs(
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = home_folder() / "plans" / f"{digest[:32]}.json"
     if path.exists() and not again:
-        return Costs.load(path)
+        try:
+            return Costs.load(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; measured anew", stacklevel=2)
     costs = measure(decoder, prompts, batch=batch, sampling=sampling, ks=ks, steps=steps)
-    costs.save(path)
+    try:
+        costs.save(path)
+    except OSError as error:
+        warnings.warn(f"costs are not kept, {path.parent}: {error.strerror}", stacklevel=2)
     return costs
 
 

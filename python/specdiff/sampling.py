@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so all rows of a batch get different keys
 WORD = 1 << 64
@@ -72,8 +73,8 @@ def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
         >>> row_seeds(7, 2)
         [7, -7046029254386353124]
     """
-    if isinstance(seed, int):
-        seeds = [seed + b * SEED_STRIDE for b in range(batch)]
+    if isinstance(seed, (int, Integral)):
+        seeds = [int(seed) + b * SEED_STRIDE for b in range(batch)]
     elif len(seed) == batch:
         seeds = [int(s) for s in seed]
     else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from specdiff_kernels import Committed, Draft, check_status, commit, row_law, verify
 
 from .cache import PagedRowCache
-from .drafters.base import Drafter, Draws, News, joined
+from .drafters.base import Drafter, Draws, News, draft_status, joined
 from .replay import Replay
 from .sampling import Sampling, row_seeds
 from .stats import Stats, Step
@@ -106,6 +106,7 @@ class Session:
         self.news = self.fresh  # what a round brought, or a copy with prompts beside it
         self.missed: list[News] = []  # of rounds in which the drafter was not called
         self.width = self.k  # K of the coming round
+        self.undrafted: Tensor | None = None  # status of the round's draft, where the host looks
         # of the rounds since the host last looked
         self.slot = zeros.new_zeros(1)
         self.emitted = zeros.new_empty(self.look_every, rows, self.k + 1)
@@ -321,6 +322,8 @@ class Session:
             news, self.missed = joined([*self.missed, news]), []
         # never narrower for want of room: a row's draft does not depend on that of its batch mates
         draft = drafter.draft(news, self.width, room, draws)
+        if looks:
+            self.undrafted = draft_status(draft)
         adaptive = self.decoder.adaptive
         if adaptive is not None:
             if draft.entangled:
@@ -425,6 +428,9 @@ class Session:
         for text, more in zip(self.texts, tokens, strict=True):
             text += more
         self.done = self.finished.tolist()
+        if self.undrafted is not None:
+            undrafted, self.undrafted = self.undrafted, None
+            check_status(undrafted, "the drafter's logits: sequence")
         check_status(torch.tensor(faults), "sequence")
         return Step(tokens, stood, proposed, self.done, self.stats, logprobs)
 

@@ -1,5 +1,4 @@
-"""BlockDiffusion and ParallelDrafter with random weights: what they record, their cache, steps and
-files."""
+"""Drafters with a DraftNetwork of random weights: what they record, cache, steps and files."""
 
 from __future__ import annotations
 
@@ -11,7 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from specdiff import Decoder, Sampling, Target
-from specdiff.drafters import BlockDiffusion, Draws, News, ParallelDrafter, load_drafter
+from specdiff.drafters import (
+    BlockDiffusion,
+    Drafter,
+    Draws,
+    Eagle,
+    News,
+    ParallelDrafter,
+    load_drafter,
+)
 from specdiff.drafters.network import DraftNetwork
 from specdiff.schedule import chunk
 from specdiff.training.groups import Groups, forward_groups
@@ -21,9 +28,9 @@ from tests.tiny import tiny_model, tiny_network
 
 VOCAB, SIZE, K = 50, 32, 4
 DRAFT_IDS = torch.arange(1, VOCAB, 2)
-KINDS = ("block-diffusion", "parallel")
+KINDS = {"block-diffusion": BlockDiffusion, "parallel": ParallelDrafter, "eagle": Eagle}
 STEPS = [("block-diffusion", 1), ("block-diffusion", 2), ("block-diffusion", 3)]
-STEPS += [("block-diffusion", K), ("parallel", 1)]
+STEPS += [("block-diffusion", K), ("parallel", 1), ("eagle", K)]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +38,10 @@ def target() -> Target:
     return Target(tiny_model("llama", vocab=VOCAB))
 
 
-def make(kind: str, target: Target, steps: int | None = None) -> BlockDiffusion | ParallelDrafter:
+def make(kind: str, target: Target, steps: int | None = None) -> Drafter:
     network = tiny_network(kind, DRAFT_IDS, layers=2, block=K)
-    if kind == "parallel":
-        return ParallelDrafter(network, target)
-    return BlockDiffusion(network, target, steps=steps)
+    options = {"steps": steps} if kind == "block-diffusion" else {}
+    return KINDS[kind](network, target, **options)
 
 
 def recomputed(network, target, tokens, before, revealed, k) -> torch.Tensor:
@@ -48,9 +54,9 @@ def recomputed(network, target, tokens, before, revealed, k) -> torch.Tensor:
     embedded = F.embedding(tokens[None], target.model.get_input_embeddings().weight)
     groups = Groups(anchor, torch.tensor([[revealed]]))
     with torch.no_grad():
-        text, masks = forward_groups(network, embedded, states[None], groups, k)
-        out = masks[0, 0]
-        if network.config.kind == "parallel":
+        text, behind = forward_groups(network, embedded, states[None], groups, k)
+        out = behind[0, 0]
+        if network.config.kind != "block-diffusion":
             out = torch.cat((text[0, anchor[0]], out))
         output = target.model.get_output_embeddings().weight[network.draft_ids]
         return F.linear(network.embed_out(out), output, network.bias)
@@ -109,13 +115,14 @@ def test_greedy_text_is_plain_decodings(target, kind, steps):
     assert Decoder(target, drafter, K).generate(prompts, max_new_tokens=20).new_tokens == want
 
 
-def test_parallel_drafts_know_nothing_of_a_draft_s_length(target):
-    """Causal masks: the first tokens of a long draft are those of a short one."""
+@pytest.mark.parametrize("kind", ["parallel", "eagle"])
+def test_causal_drafts_know_nothing_of_a_draft_s_length(target, kind):
+    """The first tokens of a long draft are those of a short one."""
     one, news = torch.ones(1, dtype=torch.int64), torch.tensor([[3, 4, 5]])
     hidden = torch.randn(1, 3, SIZE, generator=torch.Generator().manual_seed(0))
     drafts = []
     for k in (1, 2, K):
-        drafter = make("parallel", target)
+        drafter = make(kind, target)
         drafter.start(1, 20, Sampling(1.0))
         draft = drafter.draft(News(news, 3 * one, hidden), k, k * one, Draws(one, one))
         drafts.append(draft.logits)
@@ -164,7 +171,7 @@ def test_steps_belong_to_block_diffusion(target, tmp_path):
     tiny_network("block-diffusion", DRAFT_IDS).save(tmp_path / "block")
     assert load_drafter(tmp_path / "block", target, steps=2).steps == 2
     tiny_network("parallel", DRAFT_IDS).save(tmp_path / "parallel")
-    with pytest.raises(ValueError, match="a parallel drafter has none"):
+    with pytest.raises(ValueError, match="a drafter of kind 'parallel' has none"):
         load_drafter(tmp_path / "parallel", target, steps=2)
 
 
@@ -186,7 +193,7 @@ def test_damaged_files_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_draft_has_k_tokens_unless_told_otherwise(target, kind):
     network = tiny_network(kind, DRAFT_IDS)
-    drafter = BlockDiffusion if kind == "block-diffusion" else ParallelDrafter
+    drafter = KINDS[kind]
     assert Decoder(target, drafter(network, target)).k == K
     network.config = dataclasses.replace(network.config, k=2)
     assert Decoder(target, drafter(network, target)).k == 2
@@ -225,6 +232,11 @@ def test_a_longer_block_adopts_a_shorter_ones_weights():
     parallel = DraftNetwork(dataclasses.replace(long.config, kind="parallel"), DRAFT_IDS)
     parallel.adopt(long)
     assert torch.equal(parallel.offset, long.offset[1:])  # the first token needs no mask
+    eagle = DraftNetwork(dataclasses.replace(long.config, kind="eagle"), DRAFT_IDS)
+    eagle.adopt(parallel)
+    assert torch.equal(eagle.hidden_in.weight, short.hidden_in.weight)
+    with pytest.raises(ValueError, match=r"initial network's mask must be \[16\], got None"):
+        parallel.adopt(eagle)
     wide = tiny_network("parallel", DRAFT_IDS, layers=2)
     with pytest.raises(ValueError, match=r"initial network's layers.1"):
         wide.adopt(tiny_network("parallel", DRAFT_IDS))

@@ -10,7 +10,7 @@ import torch
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.adaptive import MEMORY, AdaptiveK, reach
-from specdiff.drafters import Autoregressive, BlockDiffusion, ParallelDrafter, PromptLookup
+from specdiff.drafters import Autoregressive, BlockDiffusion, Eagle, ParallelDrafter, PromptLookup
 from specdiff_kernels import Draft
 from tests.tiny import tiny_model, tiny_network
 
@@ -27,12 +27,17 @@ def parallel(target: Target) -> ParallelDrafter:
     return ParallelDrafter(tiny_network("parallel", torch.arange(0, 50, 2)), target)
 
 
+def eagle(target: Target) -> Eagle:
+    return Eagle(tiny_network("eagle", torch.arange(0, 50, 2)), target)
+
+
 DRAFTERS = {
     "prompt-lookup": lambda target: PromptLookup(),
     "autoregressive": lambda target: Autoregressive(tiny_model("gpt2", seed=5)),
     "itself": lambda target: Autoregressive(target.model),
     "block-diffusion": block_diffusion,
     "parallel": parallel,
+    "eagle": eagle,
 }
 
 

@@ -249,6 +249,29 @@ def test_the_models_end_of_sequence_is_the_default_stop():
     assert got == [free]
 
 
+def test_one_stop_string_is_not_its_letters(target):
+    decoder = Decoder(target, tokenizer=Letters())
+    text = decoder.generate([1, 2, 3], max_new_tokens=20).texts[0]
+    got = decoder.generate([1, 2, 3], max_new_tokens=20, stop_strings=text[9:12])
+    assert got.texts == [text.split(text[9:12])[0]]
+    assert decoder.generate([1, 2, 3], max_new_tokens=20, stop_strings=None).texts == [text]
+    for strings in ("", [""], [5]):
+        with pytest.raises(ValueError, match="stop_strings must be strings that are not empty"):
+            decoder.generate([1, 2, 3], stop_strings=strings)
+    with pytest.raises(ValueError, match="ends cannot be given beside stop_strings"):
+        decoder.generate([1, 2, 3], stop_strings="x", ends=lambda row, tokens: False)
+
+
+def test_options_of_a_session(target, plain):
+    """`ends` ends a row, and log-probabilities are handed on."""
+    decoder = Decoder(target, PromptLookup(), 3)
+    ends = lambda row, tokens: len(tokens) == 5 + row
+    got = decoder.generate([[1, 2], [3]], max_new_tokens=9, ends=ends, logprobs=True)
+    assert [len(row) for row in got.new_tokens] == [5, 6] == [len(row) for row in got.logprobs]
+    assert all(p <= 0 for row in got.logprobs for p in row)
+    assert decoder.generate([1, 2], max_new_tokens=9).logprobs is None
+
+
 @pytest.mark.parametrize("drafter", DRAFTERS, indirect=True)
 def test_stop_strings_cut_the_text(target, plain, drafter):
     decoder = Decoder(target, drafter, 6, tokenizer=Letters())
@@ -543,6 +566,8 @@ def test_bad_prompts(target, prompts, message):
 
 
 def test_bad_options(target):
+    with pytest.raises(ValueError, match=r"target is a model: pass specdiff.Target\(model\)"):
+        Decoder(target.model)
     decoder = Decoder(target)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         decoder.generate([1], max_new_tokens=0)

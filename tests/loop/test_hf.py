@@ -370,6 +370,39 @@ def test_constraints_are_not_asked_about_texts_that_cannot_be(model):
     assert got[0, PROMPT.shape[1] :].tolist() == list(range(7, 19))
 
 
+def test_constraints_are_not_asked_about_what_comes_behind_an_end(model):
+    """A trie ends where a text does, and a prompt may hold ends that are drafted."""
+
+    def allowed(b, ids):
+        new = ids[6:].tolist()
+        assert 2 not in new, "behind the end"
+        return [[7], [9], [4], [2]][len(new)]
+
+    ids = torch.tensor([[5, 7, 9, 4, 2, 5]])
+    got = same(model, ids, drafter="lookup", prefix_allowed_tokens_fn=allowed, eos_token_id=2)
+    assert got[0, 6:].tolist() == [7, 9, 4, 2]
+
+
+def test_a_model_goes_on_training(model):
+    model.train()
+    model.get_input_embeddings().eval()
+    same_named(model)
+    assert model.training and not model.get_input_embeddings().training
+    model.eval()
+
+
+def test_a_drafter_by_name_follows_its_model():
+    model = tiny_model("llama")
+    target = Target(model)
+    first = specdiff.hf.named_drafter("prompt-lookup", target)
+    known = lambda: specdiff.hf._loaded[model]["prompt-lookup"][1]
+    before = known()
+    specdiff.hf.named_drafter("prompt-lookup", target)
+    assert known() is before and first is not before
+    specdiff.hf.named_drafter("prompt-lookup", Target(model.to(torch.bfloat16)))
+    assert known() is not before
+
+
 def test_the_context_ends_a_text_with_a_warning():
     model = tiny_model("llama", context=16)
     with pytest.warns(UserWarning, match="texts end at the model's 16 positions"):

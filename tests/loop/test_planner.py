@@ -418,6 +418,18 @@ def test_a_drafter_that_never_finds_anything(target):
     assert planner.speeds()[PLAIN] == 1 / found.verify[0]
 
 
+def test_drafts_longer_than_a_measured_text():
+    """A text is as long as the longest draft needs, and a round of it costs something finite."""
+    target = Target(tiny_model("llama", context=512))
+    decoder = Decoder(target, PromptLookup())
+    costs = measure(decoder, [[1, 2, 3]], ks=(64,))
+    costs.check()
+    text = Decoder(target, PromptLookup(), Planner(costs)).generate([1, 2], max_new_tokens=5)
+    assert text.new_tokens == Decoder(target).generate([1, 2], max_new_tokens=5).new_tokens
+    with pytest.raises(ValueError, match=r"^prompts must hold at least one"):
+        measure(decoder, [])
+
+
 def test_there_has_to_be_something_to_measure(target):
     with pytest.raises(ValueError, match=r"^decoder: expected one with a drafter"):
         measure(Decoder(target))

@@ -22,7 +22,7 @@ from specdiff.replay import Replay
 from specdiff_kernels import LawError
 from tests.tiny import tiny_model
 
-from .test_adaptive import block_diffusion, parallel
+from .test_adaptive import block_diffusion, eagle, parallel
 from .test_cache import flash_by_hand
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95)
@@ -44,10 +44,11 @@ DRAFTERS = {
     "autoregressive": lambda target: Autoregressive(tiny_model("gpt2", seed=5)),
     "block-diffusion": block_diffusion,
     "parallel": parallel,
+    "eagle": eagle,
     "entangled": lambda target: SEDD(denoiser(), steps=3, hot_start="entangled"),
     "recycled": lambda target: SEDD(denoiser(), steps=3, hot_start="recycled"),
 }
-RESIDENT = ("none", "autoregressive", "block-diffusion", "parallel")
+RESIDENT = ("none", "autoregressive", "block-diffusion", "parallel", "eagle")
 
 
 def requests(count: int, longest: int = 12, new: int = 20, seed: int = 0):
@@ -283,6 +284,33 @@ def test_a_sick_row_is_named_and_the_others_go_on_without_it(look_every):
     while not session.done[0]:
         session.step()
     assert session.texts[0] == want
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "parallel", "block-diffusion", "eagle"])
+def test_a_row_without_a_draft_is_named_and_the_others_go_on(target, name):
+    """The drafter has read what was committed, and is not told it again."""
+    alone, drafter = DRAFTERS[name](target), DRAFTERS[name](target)
+    want = Decoder(target, alone, 3).generate([1, 2], max_new_tokens=30, stop_tokens=())
+    head = drafter.model.head if name == "autoregressive" else drafter.head
+    calls = []
+
+    def sick(module, given, logits):
+        calls.append(1)
+        if len(calls) == 4:
+            logits[1] = float("nan")
+
+    handle = head.register_forward_hook(sick)
+    session = Decoder(target, drafter, 3).open(2, 40, stop_tokens=())
+    session.admit([[1, 2], [7, 8]], max_new_tokens=30)
+    with pytest.raises(LawError, match=r"the drafter's logits: sequence 1 .*NaN"):
+        while not all(session.done):
+            session.step()
+    session.abort(1)
+    handle.remove()
+    while not session.done[0]:
+        session.step()
+    assert session.texts[0] == want.sequences[0]
+    assert drafter.cache.lengths[0] == alone.cache.lengths[0]
 
 
 def test_what_ends_a_row_is_not_asked_about_what_was_cut_off(target):

@@ -26,7 +26,7 @@ from tests.tiny import tiny_network
 
 from .conftest import BLOCK, SIZE, TEXTS, VOCAB
 
-KINDS = ("block-diffusion", "parallel")
+KINDS = ("block-diffusion", "parallel", "eagle")
 RECIPE = Recipe(steps=60, batch=8, learning_rate=1e-2, ema=0.9)
 
 
@@ -48,6 +48,8 @@ def inputs(kind):
 def alone(network, embedded, before, anchor, revealed):
     """States of one group, in a forward over its own text, cut off at its anchor, and itself."""
     config = network.config
+    if config.kind == "eagle":
+        return one_by_one(network, embedded, before[: anchor + 1], anchor)
     M = config.masks(BLOCK)
     text = network.embed_prefix(embedded[: anchor + 1], before[: anchor + 1])
     masks = network.embed_masks(text[-1], M)
@@ -61,6 +63,17 @@ def alone(network, embedded, before, anchor, revealed):
     return network(x, torch.arange(columns)[None], mask[None, None])[0, anchor + 1 :]
 
 
+def one_by_one(network, embedded, states, anchor):
+    """A forward over everything for each token, which its predecessor's prediction goes with."""
+    out, embedded = [], torch.cat((embedded, embedded[-1:].expand(BLOCK, -1)))
+    for end in range(anchor + 1, anchor + BLOCK + 1):
+        x = network.embed_prefix(embedded[:end], states)
+        mask = torch.ones(end, end, dtype=torch.bool).tril()[None, None]
+        out.append(network(x[None], torch.arange(end)[None], mask)[0, -1])
+        states = torch.cat((states, network.embed_out(out[-1])[None]))
+    return torch.stack(out[1:])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("flex", [False, True])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -69,7 +82,7 @@ def test_a_group_equals_running_its_position_alone(kind, flex, monkeypatch):
     monkeypatch.setattr(network_module, "compiled_flex_attention", lambda: flex_attention)
     network, embedded, before, groups = inputs(kind)
     with torch.no_grad():
-        states = forward_groups(network, embedded, before, groups, BLOCK, flex=flex).masks
+        states = forward_groups(network, embedded, before, groups, BLOCK, flex=flex).groups
     for b in range(2):
         for a in range(3):
             anchor, revealed = int(groups.anchor[b, a]), int(groups.revealed[b, a])
@@ -83,11 +96,13 @@ def test_what_a_group_may_not_see_changes_nothing(kind):
 
     def states(embedded, before):
         with torch.no_grad():
-            return forward_groups(network, embedded, before, groups, BLOCK).masks[0]
+            return forward_groups(network, embedded, before, groups, BLOCK).groups[0]
 
     base = states(embedded, before)
     for a in range(3):
         anchor, known = int(groups.anchor[0, a]), int(groups.revealed[0, a])
+        if kind == "eagle":
+            known = BLOCK - 1  # tokens, not states
         later, unknown = embedded.clone(), before.clone()
         later[:, anchor + 1 + known :] = 7
         unknown[:, anchor + 1 :] = 7  # the state at the anchor itself is not known either
@@ -96,7 +111,7 @@ def test_what_a_group_may_not_see_changes_nothing(kind):
             inputs_ = [embedded.clone(), before.clone()]
             inputs_[changed.index(1)][:, anchor] += 1
             assert not torch.allclose(states(*inputs_)[a], base[a], atol=1e-3)
-    if kind == "block-diffusion":
+    if kind != "parallel":
         given = embedded.clone()
         given[:, 6] += 1  # a revealed token of the group behind column 5
         assert not torch.allclose(states(given, before)[1], base[1], atol=1e-3)
@@ -126,13 +141,13 @@ def test_loss_by_its_definition(kind, divergence, teacher, new_network):
                 known = int(batch.groups.revealed[b, a])
                 for i in range(K):
                     column = int(batch.groups.anchor[b, a]) + i
-                    if column > last or i < known or (kind == "parallel" and i == 0):
+                    if column > last or i < known or (kind != "block-diffusion" and i == 0):
                         continue
                     p, q = law(batch.states[b, column]), draw(drafts.states[b, a, i])
                     reached = sum(k > i for k in (1, 2, 4)) / 3
                     weight = 0.7 ** (i - known) / reached / 6
                     want += weight * value(divergence, p, q, 0.25)
-            if kind == "parallel":  # the first position, everywhere in the answer
+            if kind != "block-diffusion":  # the first position, everywhere in the answer
                 for column in range(first, last + 1):
                     p, q = law(batch.states[b, column]), draw(drafts.text[b, column])
                     want += value(divergence, p, q, 0.25) / (last + 1 - first)

@@ -104,7 +104,7 @@ def losses(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["parallel", "block-diffusion"])
+@pytest.mark.parametrize("kind", ["parallel", "block-diffusion", "eagle"])
 def test_the_command_makes_a_drafter(folder, model, tmp_path, kind):
     config = write(folder, f"{kind}.toml", PARALLEL.replace('"parallel"', f'"{kind}"'))
     result = train(config, "--out", tmp_path)
@@ -263,10 +263,10 @@ def test_shipped_files_can_be_read(config):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", ["parallel", "block-diffusion", "sedd", "mdlm"])
+@pytest.mark.parametrize("kind", ["parallel", "block-diffusion", "eagle", "sedd", "mdlm"])
 def test_training_on_a_gpu(folder, model, tmp_path, kind):
     """In bf16, with FlexAttention's block masks, from the start and from a checkpoint."""
-    text = PARALLEL if kind in ("parallel", "block-diffusion") else SEDD
+    text = SEDD if kind in ("sedd", "mdlm") else PARALLEL
     text = text.replace('"parallel"', f'"{kind}"').replace('"sedd"', f'"{kind}"')
     config = write(folder, f"gpu-{kind}.toml", f'{text}precision = "bf16"\n')
     command = [sys.executable, "-m", "specdiff", "train", str(config), "--out", str(tmp_path)]

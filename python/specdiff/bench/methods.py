@@ -99,7 +99,7 @@ def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -
         taken = [method] if own_k else [replace(method, k=k) for k in ks]
         for one in taken:
             own_steps = one.steps is not None or not steps or not one.drafts
-            own_steps = own_steps or one.name in (*THEIRS, "prompt-lookup", "parallel")
+            own_steps = own_steps or one.name in (*THEIRS, "prompt-lookup", "parallel", "eagle")
             result += [one] if own_steps else [replace(one, steps=T) for T in steps]
     return list(dict.fromkeys(result))
 

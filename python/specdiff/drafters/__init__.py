@@ -16,6 +16,7 @@ from ..target import Target
 from .autoregressive import Autoregressive
 from .base import Drafter, Draws, News
 from .block_diffusion import BlockDiffusion
+from .eagle import Eagle
 from .network import KINDS
 from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookup
@@ -31,6 +32,7 @@ __all__ = [
     "BlockDiffusion",
     "Drafter",
     "Draws",
+    "Eagle",
     "News",
     "ParallelDrafter",
     "PromptLookup",
@@ -51,9 +53,10 @@ def load_drafter(
     Reads local files only.
 
     Args:
-        name_or_path: "block-diffusion" or "parallel", which are shipped for SmolLM2-135M-Instruct,
-            "prompt-lookup", or a folder that holds a trained drafter of either kind, a SEDD or MDLM
-            checkpoint, or any causal language model with the target's vocabulary.
+        name_or_path: "block-diffusion", "parallel" or "eagle", which are shipped for
+            SmolLM2-135M-Instruct, "prompt-lookup", or a folder that holds a trained drafter of
+            these kinds, a SEDD or MDLM checkpoint, or any causal language model with the target's
+            vocabulary.
         steps: reverse steps of a diffusion drafter; None is its own default.
         backend: of the ops; None chooses.
 
@@ -75,9 +78,10 @@ def load_drafter(
     kind = KINDS.get(fields.get("model_type"))
     if kind == "block-diffusion":
         return BlockDiffusion.load(folder, target, steps=steps, backend=backend)
-    if kind == "parallel":
-        refuse_steps(steps, "a parallel drafter")
-        return ParallelDrafter.load(folder, target, backend=backend)
+    if kind is not None:
+        refuse_steps(steps, f"a drafter of kind {kind!r}")
+        causal: type[ParallelDrafter | Eagle] = Eagle if kind == "eagle" else ParallelDrafter
+        return causal.load(folder, target, backend=backend)
     if "graph" in fields and "noise" in fields:  # as the configurations of SEDD have
         return load_ddit(folder, target, steps, backend)
     refuse_steps(steps, "an autoregressive drafter")

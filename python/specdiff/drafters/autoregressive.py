@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdiff_kernels import Draft, Purpose, RowLaw, check_status, row_law, sample
+from specdiff_kernels import Draft, Purpose, RowLaw, row_law, sample
 
 from ..sampling import Sampling
 from ..target import Target
@@ -52,8 +52,7 @@ class Autoregressive:
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         B = len(lengths)
-        looks = news.longest is None
-        if looks:
+        if news.longest is None:
             k = max(1, int(lengths.max()))  # a forward each: no more than wanted
         logits = self._read(news)  # [B, V]
         pool = logits.new_empty(B, k, logits.shape[-1])
@@ -80,9 +79,6 @@ class Autoregressive:
                 self.cache.set_lengths(committed + i + 1, longest + i + 1, exact=exact)
         self.cache.set_lengths(committed, longest, exact=exact)
         law = RowLaw(*(torch.stack(field, 1) for field in zip(*laws, strict=True)))  # [B, k]
-        drafted = torch.arange(k, device=lengths.device) < lengths[:, None]
-        if looks:
-            check_status((law.status * drafted).amax(1), "the drafter's logits: sequence")
         return Draft(
             tokens=tokens,
             tau=torch.arange(k, dtype=torch.int32, device=lengths.device).expand(B, k),

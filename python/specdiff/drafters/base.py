@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Draft, check_status
+from specdiff_kernels import Draft
 
 from ..sampling import Sampling
 
@@ -97,11 +97,16 @@ class Drafter(Protocol):
         """
 
 
-def check_draft_laws(draft: Draft) -> None:
-    """Raise LawError if a row that the draft was drawn from, row b K + i, has no law.
+def draft_status(draft: Draft) -> Tensor:
+    """Why a draft lacks tokens that it was to have: the status of its laws. i32 [B]
 
-    It waits for the device. Where nobody looks, `verify` reports such a row by its token, -1.
+    Position i of row b was drawn from row b K + i of the pool, as `denoise_step` has it; a draft
+    made otherwise is thought to be sound. `verify` reports such a token, -1, without the reason.
     """
-    if draft.law is not None and draft.law.status.numel():
-        B, K = draft.tokens.shape
-        check_status(draft.law.status.view(B, K).amax(1), "the drafter's logits: sequence")
+    B, K = draft.tokens.shape
+    if draft.law is None or draft.law.status.numel() != B * K or K == 0:
+        return draft.tokens.new_zeros(B, dtype=torch.int32)
+    missing = draft.tokens < 0
+    if draft.lengths is not None:
+        missing &= torch.arange(K, device=missing.device) < draft.lengths[:, None]
+    return (draft.law.status.view(B, K) * missing).amax(1)

@@ -17,7 +17,7 @@ from specdiff_kernels import Draft, Reveal, denoise_step
 
 from ..schedule import chunk
 from ..target import Target
-from .base import Draws, News, check_draft_laws
+from .base import Draws, News
 from .network import DraftNetwork
 from .prefix import PrefixDrafter
 
@@ -95,8 +95,6 @@ class BlockDiffusion(PrefixDrafter):
                 **draws._asdict(),
                 backend=self.backend,
             )
-        if news.longest is None:
-            check_draft_laws(draft)
         return draft
 
     def embed_block(self, tokens: Tensor, revealed: int) -> Tensor:

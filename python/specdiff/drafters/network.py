@@ -2,7 +2,8 @@
 
 It reads the target's own embeddings and its last hidden state, so a few million parameters do.
 Committed tokens attend to what came before them and keep their keys and values; masks see the
-committed tokens and each other as their drafter says: `BlockDiffusion` or `ParallelDrafter`.
+committed tokens and each other as their drafter says: `BlockDiffusion` or `ParallelDrafter`. In an
+`Eagle` no masks follow, but the drafted tokens themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from ..files import write_atomically
 KINDS = {  # model_type in config.json -> name
     "specdiff_block_diffusion": "block-diffusion",
     "specdiff_parallel": "parallel",
+    "specdiff_eagle": "eagle",
 }
 Mask = Tensor | BlockMask  # bool [B, 1, Q, S], True where a query sees a key
 
@@ -35,7 +37,7 @@ class DraftConfig:
     """Shape of a drafter; what config.json holds.
 
     Args:
-        kind: "block-diffusion" or "parallel", the drafter that it is for.
+        kind: "block-diffusion", "parallel" or "eagle", the drafter that it is for.
         target_vocab_size: rows of the target's embedding.
         target_hidden_size: its columns.
         draft_vocab_size: how many target tokens can be drafted.
@@ -82,9 +84,22 @@ class DraftConfig:
                 f"got {self.draft_vocab_size}"
             )
 
+    @property
+    def causal(self) -> bool:
+        """Whether the last committed token's own column says what comes next."""
+        return self.kind != "block-diffusion"
+
     def masks(self, k: int) -> int:
-        """Masks in a draft of k tokens. `ParallelDrafter` drafts the first one without."""
-        return k - (self.kind == "parallel")
+        """Masks in a draft of k tokens. `ParallelDrafter` drafts the first one without, `Eagle`
+        all."""
+        return {"block-diffusion": k, "parallel": k - 1, "eagle": 0}[self.kind]
+
+
+class Cache(Protocol):
+    """Where keys and values go and come from."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take those of new columns [B, H, Q, D]; return those that they may see, [B, H, S, D]."""
 
 
 class PrefixCache:
@@ -132,7 +147,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(f, d, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: PrefixCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
     ) -> Tensor:
         B, Q, d = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, Q, 3, self.heads, -1)
@@ -189,8 +204,9 @@ class DraftNetwork(nn.Module):
         self.config = config
         self.embed_in = nn.Linear(target, d, bias=False)
         self.hidden_in = nn.Linear(target, d, bias=False)
-        self.mask = nn.Parameter(torch.zeros(d))
-        self.offset = nn.Parameter(torch.zeros(config.masks(config.block), d))
+        if config.kind != "eagle":
+            self.mask = nn.Parameter(torch.zeros(d))
+            self.offset = nn.Parameter(torch.zeros(config.masks(config.block), d))
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.embed_out = nn.Linear(d, target, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.draft_vocab_size))
@@ -221,7 +237,10 @@ class DraftNetwork(nn.Module):
         self.embed_out.weight.zero_()[:, : axes.shape[1]] = axes / rows.norm(dim=1).mean()
 
     def embed_prefix(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """Committed tokens [..., target_d], and the lm head input before each -> [..., d]"""
+        """Tokens [..., target_d], and the lm head input before each -> [..., d]
+
+        Behind the committed tokens, `Eagle` has `embed_out` of its own states for that input.
+        """
         return self.embed_in(self.scaled(embedded)) + self.hidden_in(self.scaled(hidden))
 
     def scaled(self, x: Tensor) -> Tensor:
@@ -244,7 +263,7 @@ class DraftNetwork(nn.Module):
         return self.embed_in(self.scaled(embedded)) + self.offset[: embedded.shape[-2]]
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask: Mask, cache: PrefixCache | None = None
+        self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None = None
     ) -> Tensor:
         """Embedded columns -> final states.
 
@@ -269,16 +288,17 @@ class DraftNetwork(nn.Module):
     def adopt(self, other: DraftNetwork) -> None:
         """Take over the weights of another network of the same width and vocabulary.
 
-        Its drafts may be shorter, whose last mask then stands for the further ones, and of the
-        other kind: mask i of a parallel draft is what mask i + 1 of a block is.
+        Its drafts may be shorter, whose last mask then stands for the further ones, and of another
+        kind: mask i of a parallel draft is what mask i + 1 of a block is. An eagle has no masks.
 
         Raises:
             ValueError: a weight has another shape.
         """
         weights = {**dict(other.named_parameters()), "draft_ids": other.draft_ids}
-        shift = other.config.masks(0) - self.config.masks(0)
-        at = torch.arange(len(self.offset)) + shift
-        weights["offset"] = other.offset[at.clamp(0, len(other.offset) - 1)]
+        if "offset" in weights and self.config.kind != "eagle":
+            shift = other.config.masks(0) - self.config.masks(0)
+            at = torch.arange(len(self.offset)) + shift
+            weights["offset"] = other.offset[at.clamp(0, len(other.offset) - 1)]
         for name, mine in [*self.named_parameters(), ("draft_ids", self.draft_ids)]:
             theirs = weights.get(name)
             if theirs is None or theirs.shape != mine.shape:

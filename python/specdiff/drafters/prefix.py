@@ -1,4 +1,4 @@
-"""What `BlockDiffusion` and `ParallelDrafter` share: a DraftNetwork beside its target."""
+"""What drafters with a DraftNetwork share: it stands beside its target."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Columns(NamedTuple):
 
 
 class PrefixDrafter:
-    """A drafter that reads committed tokens once and puts masks behind them.
+    """A drafter that reads committed tokens once and puts masks or drafted tokens behind them.
 
     Args:
         network: of the class's own `kind`. It is moved to the target's device and dtype, and
@@ -111,9 +111,9 @@ class PrefixDrafter:
         cache.longest = int(cache.lengths.max()) if news.longest is None else news.longest
         return Columns(prefix, at, slots, at)
 
-    def behind(self, x: Tensor, *, causal: bool) -> Columns:
-        """Embedded masks and drafted tokens [B, Q, d], behind what is committed."""
-        at = self.cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
+    def behind(self, x: Tensor, *, causal: bool, first: int = 0) -> Columns:
+        """Embedded masks and drafted tokens [B, Q, d], `first` columns behind what is committed."""
+        at = self.cache.lengths[:, None] + first + torch.arange(x.shape[1], device=x.device)
         return Columns(x, at, at, at if causal else at[:, -1:].expand_as(at))
 
     def read(self, *columns: Columns) -> Tensor:

@@ -8,7 +8,7 @@
     [data]                         # Answers or Texts, by kind
     conversations = "../data/smollm2_samples.npz"
 
-    [objective]                    # Objective; of "block-diffusion" and "parallel" alone
+    [objective]                    # Objective; not of "sedd" and "mdlm"
     divergence = "mix"
 
     [training]                     # Recipe
@@ -41,7 +41,7 @@ class PrefixShape:
     """A drafter that reads the target's states; see `DraftConfig`.
 
     Args:
-        kind: "block-diffusion" or "parallel".
+        kind: "block-diffusion", "parallel" or "eagle".
         initial: folder of a drafter whose weights it starts from, of the same sizes but for
             `block`; None: the best linear prediction.
         k: tokens in a draft unless told otherwise; None: `block`.
@@ -125,6 +125,7 @@ class Run:
 SHAPES: dict[str, tuple[type[Any], type[Any]]] = {
     "block-diffusion": (PrefixShape, Answers),
     "parallel": (PrefixShape, Answers),
+    "eagle": (PrefixShape, Answers),
     "sedd": (DenoiserShape, Texts),
     "mdlm": (DenoiserShape, Texts),
 }

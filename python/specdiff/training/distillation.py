@@ -1,9 +1,10 @@
-"""Distillation: a BlockDiffusion or ParallelDrafter learns the target's laws on the target's text.
+"""Distillation: a drafter with a DraftNetwork learns the target's laws on the target's text.
 
 The law that a drafter should have at position i of a draft, knowing only what comes before the
 draft, is the target's averaged over the tokens between. Text that the target wrote has those tokens
 at the right frequencies, so a divergence from the target's law at each position, averaged over the
-text, is least there (DistillSpec, 2310.08461; ParallelSpec, 2410.05589).
+text, is least there (DistillSpec, 2310.08461; ParallelSpec, 2410.05589). An eagle knows the tokens
+between, and its law should be the target's own.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Distillation(nn.Module):
         weight = self.weights(network.config, batch) * drafts.inside
         asked = weight > 0
         states, target, weight = drafts.states[asked], drafts.target[asked], weight[asked]
-        if network.config.kind == "parallel":  # the first position is asked everywhere in the text
+        if network.config.causal:  # the first position is asked everywhere in the text
             column = torch.arange(batch.tokens.shape[1], device=batch.first.device)
             answer = (column >= batch.first[:, None]) & (column < batch.length[:, None] - 1)
             share = (answer / answer.sum(1, keepdim=True))[answer]
@@ -126,7 +127,7 @@ class Distillation(nn.Module):
         K, device = batch.block, batch.first.device
         A = batch.groups.anchor.shape[1]
         offset = torch.arange(K, device=device) - batch.groups.revealed[..., None]
-        first = 1 if config.kind == "parallel" else 0
+        first = 1 if config.causal else 0
         decay = self.objective.position_decay ** offset.clamp(min=0).float()
         lengths = draft_lengths(config)
         reached = [sum(k > i for k in lengths) / len(lengths) for i in range(K)]
@@ -144,7 +145,7 @@ class Distillation(nn.Module):
 
 
 def make_drafts(network: DraftNetwork, teacher: Teacher, batch: Batch) -> Drafts:
-    """One forward of the network over texts and groups."""
+    """What the network says of texts and groups, and the target."""
     K, S = batch.block, batch.tokens.shape[1]
     embedded = F.embedding(batch.tokens, teacher.embedding).float()
     flex = embedded.is_cuda and network.config.hidden_size // network.config.heads >= FLEX_LEAST
@@ -152,7 +153,7 @@ def make_drafts(network: DraftNetwork, teacher: Teacher, batch: Batch) -> Drafts
         network, embedded, shifted(batch.states), batch.groups, K, flex=flex
     )
     anchor = batch.groups.anchor
-    if network.config.kind == "parallel":
+    if network.config.causal:
         states = torch.cat((take(text, anchor)[:, :, None], states), 2)
     before = anchor[..., None] + torch.arange(K, device=anchor.device)  # [B, A, K]
     target = take(batch.states, before.clamp(max=S - 1).flatten(1))

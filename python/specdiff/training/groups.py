@@ -3,7 +3,9 @@
 A group stands behind the token at its anchor and sees the text up to there, and itself. In
 `ParallelDrafter` (ParallelSpec, 2410.05589, group-wise training) a mask sees the masks before it in
 its group; in `BlockDiffusion` it sees the whole group, whose left part may be revealed, as in the
-later steps of a draft. One forward serves the text and all of its groups.
+later steps of a draft. One forward serves the text and all of its groups. A group of `Eagle` is the
+text's own tokens with the network's predictions in place of the target's states (HASS, 2408.15766),
+one more forward for each.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ class Groups(NamedTuple):
 
 
 class States(NamedTuple):
-    """Final states of one forward over texts and groups."""
+    """Final states of texts and groups."""
 
     text: Tensor  # [B, S, d]
-    masks: Tensor  # [B, A, M, d]
+    groups: Tensor  # [B, A, M, d]; of an eagle M = K - 1
 
 
 def sample_groups(
@@ -103,19 +105,21 @@ def forward_groups(
     *,
     flex: bool = False,
 ) -> States:
-    """One forward over texts and their groups.
+    """Texts and their groups, as the drafter will see them.
 
     Args:
-        network: whose `config.kind` says how a group attends.
+        network: whose `config.kind` says what a group is and how it attends.
         embedded: [B, S, target_d], the target's embeddings of the texts.
         before: [B, S, target_d], its lm head input before each token; zeros before the first.
         groups: see there.
         block: K, tokens in a draft.
         flex: use FlexAttention instead of a dense mask.
     """
+    text = network.embed_prefix(embedded, before)
+    if network.config.kind == "eagle":
+        return forward_tokens(network, text, embedded, groups.anchor, block, flex=flex)
     B, S, width = embedded.shape
     M = network.config.masks(block)
-    text = network.embed_prefix(embedded, before)
     anchor = take(text, groups.anchor)
     masks = network.embed_masks(anchor, M)  # [B, A, M, d]
     offset = torch.arange(M, device=embedded.device)
@@ -126,10 +130,52 @@ def forward_groups(
         masks = network.embed_revealed(given).where(known[..., None], masks)
     x = torch.cat((text, masks.flatten(1, 2)), 1)
     column = torch.arange(S, device=embedded.device).expand(B, S)
-    causal = network.config.kind == "parallel"
-    mask = group_mask(groups.anchor, S, M, causal=causal, flex=flex)
+    mask = group_mask(groups.anchor, S, M, causal=network.config.causal, flex=flex)
     states = network(x, torch.cat((column, positions.flatten(1)), 1), mask)
     return States(states[:, :S], states[:, S:].view(masks.shape))
+
+
+class Grown:
+    """Keys and values of every layer, to which each forward adds its own."""
+
+    def __init__(self) -> None:
+        self.store: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, H, Q, D]; return all there are."""
+        if layer in self.store:
+            keys, values = self.store[layer]
+            k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+        self.store[layer] = k, v
+        return k, v
+
+
+def forward_tokens(
+    network: DraftNetwork,
+    text: Tensor,
+    embedded: Tensor,
+    anchor: Tensor,
+    block: int,
+    *,
+    flex: bool,
+) -> States:
+    """Texts [B, S, d], then token after token of all groups of an eagle."""
+    (B, S, _), A = text.shape, anchor.shape[1]
+    column, group = torch.arange(S, device=text.device), torch.arange(A, device=text.device)
+    cache = Grown()
+    mask = group_mask(anchor, S, 0, causal=True, flex=flex)
+    states = network(text, column.expand(B, S), mask, cache)
+    of_text = column <= anchor[..., None]  # [B, A, S]
+    of_group = (group == group[:, None]).expand(B, A, A)
+    groups, state = [], take(states, anchor)  # [B, A, d]
+    for i in range(1, block):
+        token = take(embedded, (anchor + i).clamp(max=S - 1))
+        x = network.embed_prefix(token, network.embed_out(state))
+        mask = torch.cat((of_text, of_group.repeat(1, 1, i)), 2)[:, None]
+        state = network(x, anchor + i, mask, cache)
+        groups.append(state)
+    empty = states.new_empty(B, A, 0, states.shape[-1])
+    return States(states, torch.stack(groups, 2) if groups else empty)
 
 
 def take(x: Tensor, columns: Tensor) -> Tensor:

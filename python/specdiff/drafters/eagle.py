@@ -1,0 +1,60 @@
+"""Eagle: one token after another, by a small network that reads the target's states.
+
+EAGLE (2401.15077): autoregressive drafting on the target's states. Where these end, the network's
+own prediction of the next one takes their place; it learns on such predictions, too, as in HASS
+(2408.15766). The network is that of `ParallelDrafter` and `BlockDiffusion`, without masks: what
+they save in forwards and lose in acceptance can be read off beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specdiff_kernels import Draft, Reveal, denoise_step
+
+from .base import Draws, News
+from .prefix import PrefixDrafter
+
+
+class Eagle(PrefixDrafter):
+    """Drafts k tokens in k forwards; arguments as of `PrefixDrafter`.
+
+    Example:
+        >>> decoder = Decoder(target, Eagle.load(folder, target))
+    """
+
+    kind = "eagle"
+
+    @torch.no_grad()
+    def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
+        self.check(news, k)
+        if news.longest is None:
+            k = max(1, int(lengths.max()))  # a forward each: no more than wanted
+        B = len(lengths)
+        pool = self.head.weight.new_empty(B * k, self.head.out_features)
+        ids = self.network.draft_ids
+        draft = Draft.masked(B, k, pool, draft_ids=ids, lengths=lengths)
+        states = self.read(self.commit(news))
+        state = states[torch.arange(B, device=states.device), self.newest]  # [B, d]
+        for i in range(k):
+            pool.view(B, k, -1)[:, i] = self.head(state)
+            draft = denoise_step(
+                draft,
+                Reveal.chunk(i, i + 1),
+                i,
+                *self.sampling.parameters,
+                entropies=i == 0,
+                **draws._asdict(),
+                backend=self.backend,
+            )
+            if i + 1 < k:
+                x = self.embed_next(draft.tokens[:, i], state)
+                state = self.read(self.behind(x, causal=True, first=i))[:, 0]
+        return draft
+
+    def embed_next(self, tokens: Tensor, state: Tensor) -> Tensor:
+        """Drafted tokens i64 [B], each drawn from its state [B, d] -> [B, 1, d]"""
+        embedded = F.embedding(tokens.clamp(min=0), self.embedding)
+        return self.network.embed_prefix(embedded, self.network.embed_out(state))[:, None]
