@@ -39,7 +39,8 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/bench_row_divergence.py
 	for threads in 1 2; do $(BIN)/python benchmarks/bench_forward.py --threads $$threads; done
 	$(BENCH) run --method transformers --method transformers-lookup,k=4 --method prompt-lookup \
-	  --method block-diffusion,steps=1 --method parallel --k 2,4,auto --name methods $(SIZE)
+	  --method block-diffusion,steps=1 --method parallel --method eagle --k 2,4,auto \
+	  --name methods $(SIZE)
 	$(BENCH) run --method block-diffusion,k=8 --steps 1,2,4,8 --prompts 8 $(SIZE)
 	$(BENCH) run --method block-diffusion,steps=1 --method parallel --k 1,2,3,4,6,8,16 \
 	  --prompts 8 $(SIZE)
@@ -87,11 +88,13 @@ train-gpu:
 	  --conversations 24576 --batch 512 --max-length 512 --temperature 1,1,0.7,0
 	$(TRAIN) configs/smollm2-135m-block-diffusion-gpu.toml --out train/block-diffusion
 	$(TRAIN) configs/smollm2-135m-parallel-gpu.toml --out train/parallel
+	$(TRAIN) configs/smollm2-135m-eagle-gpu.toml --out train/eagle
 	$(PYTHON) benchmarks/bench_drafters.py --block-diffusion train/block-diffusion \
-	  --parallel train/parallel
+	  --parallel train/parallel --eagle train/eagle
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info specdiff_kernels/*.so
+	rm -f $(VENV)/run.stamp $(VENV)/dev.stamp
 
 # Holds the installed torch, as a constraint for what is installed after it.
 $(VENV)/torch.txt: constraints.txt

@@ -30,6 +30,7 @@ from specdiff.training.corpora import read_texts
 
 SETTINGS = [("block-diffusion", K, T) for K in (4, 8, 16) for T in (1, 2, 4)]
 SETTINGS += [("parallel", K, 1) for K in (4, 8, 16)]
+SETTINGS += [("eagle", K, K) for K in (1, 2, 4, 8)]
 CONTINUE = "Continue this text:\n\n{}"
 CHARACTERS = 500  # of a speech, from two places in it
 console = Console()
@@ -39,6 +40,7 @@ def main(
     target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
     block_diffusion: Annotated[str, typer.Option(help="a drafter")] = "block-diffusion",
     parallel: Annotated[str, typer.Option(help="a drafter")] = "parallel",
+    eagle: Annotated[str, typer.Option(help="a drafter")] = "eagle",
     tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 32,
     quick: Annotated[bool, typer.Option(help="8 tokens of 4 prompts; not saved")] = False,
 ) -> None:
@@ -47,7 +49,7 @@ def main(
     if torch.cuda.is_available():
         model.to("cuda")
     shared = Target(accelerate(model))
-    folders = {"block-diffusion": block_diffusion, "parallel": parallel}
+    folders = {"block-diffusion": block_diffusion, "parallel": parallel, "eagle": eagle}
     texts = {"prompts": read_prompts("chat", tokenizer, 16)}
     try:
         parts = [CONTINUE.format(part) for part in passages()]
@@ -61,13 +63,17 @@ def main(
             cases += measure(shared, folders, kind, ids, temperature, 8 if quick else tokens)
     console.print(table(cases))
     if not quick:
+        own = {"--target": (target, "smollm2-135m"),
+               **{f"--{name}": (folder, name) for name, folder in folders.items()}}  # fmt: skip
+        other = [f"{name} {value}" for name, (value, usual) in own.items() if value != usual]
+        given = " ".join([f"--tokens {tokens}", *other])
         content = {
-            "command": f"python benchmarks/bench_drafters.py --tokens {tokens}",
+            "command": f"python benchmarks/bench_drafters.py {given}",
             "target": target,
             "new_tokens": tokens,
             "cases": cases,
         }
-        console.print(f"saved {save('drafters', content)}", soft_wrap=True)
+        console.print(f"saved {save('drafters', content, model.device)}", soft_wrap=True)
 
 
 def passages() -> list[str]:

@@ -36,6 +36,7 @@ from specdiff.target import Target
 PLANS = {  # fixed ones
     "parallel": [Plan(k, 0) for k in (1, 2, 3, 4, 8)],
     "block-diffusion": [Plan(1, 1), Plan(2, 1), Plan(2, 2), Plan(4, 1), Plan(4, 2), Plan(8, 1)],
+    "eagle": [Plan(k, 0) for k in (1, 2, 3, 4)],
     "prompt-lookup": [Plan(k, 0) for k in (2, 4, 8)],
 }
 USELESS = "random weights"

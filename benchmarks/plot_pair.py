@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from plot_theory import FIGURES, MARKS
 from tables import result
 
-from specdiff.bench.figures import STYLE, save
+from specdiff.bench.figures import COLOURS, STYLE, save
 
-DRAFTERS = {"parallel": "#0072b2", "block-diffusion": "#009e73", "prompt-lookup": "#e69f00"}
+DRAFTERS = {
+    name: COLOURS[name] for name in ("parallel", "block-diffusion", "eagle", "prompt-lookup")
+}
 TEMPERATURES = {0.0: ("o", "greedy"), 1.0: ("^", "temperature 1")}
 
 

@@ -149,7 +149,7 @@ def checks(data: Result) -> str:
     parts = []
     same = [(check["identical"], check["texts"]) for check in found if check["kind"] == "identical"]
     if same:
-        least, of = min(same)
+        least, of = min(same, key=lambda pair: pair[0] / pair[1])
         parts.append(f"at least {least} of {of} greedy texts of each setting are plain's")
     if z := [abs(check["z"]) for check in found if check["kind"] == "law"]:
         parts.append(f"sampled texts lie within {max(z):.1f} standard deviations of their law")
@@ -241,7 +241,8 @@ def table2() -> list[str]:
                                  str(case["k"]), f"{case['alpha']:.2f}",
                                  f"{case['alpha_k']:.2f}", spread(case["speedup"])])  # fmt: skip
     head = ["texts", "target", "method", "K", "alpha", "alpha x K", "speed-up"]
-    return [*grid(head, rows), "", f"{checks(data[0])} {source(*data)}"]
+    found = {"cases": [case for content in data for case in content["cases"]]}
+    return [*grid(head, rows), "", f"{checks(found)} {source(*data)}"]
 
 
 def drafters() -> list[str]:

@@ -5,8 +5,18 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from specdiff import files
+
+
+def test_models_that_differ_in_one_layer_are_told_apart():
+    first, second = (torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in "ab")) for _ in "ab")
+    second.load_state_dict(first.state_dict())
+    assert files.model_digest(first) == files.model_digest(second)
+    with torch.no_grad():
+        second[0].weight[0, 0] += 1
+    assert files.model_digest(first) != files.model_digest(second)
 
 
 def test_two_writers_do_not_meet(tmp_path, monkeypatch):

@@ -94,6 +94,11 @@ PROSE = {  # what a page says in a sentence: page, sentence, the results' figure
         r"the probabilities (\S+), (\S+), (\S+) and (\S+) at positions",
         lambda: tables.result("evaluation_parallel")["K = 4"]["acceptance"],
     ),
+    "eagle": (
+        "README.md",
+        r"is accepted with (\S+), (\S+), (\S+) and (\S+): the difference",
+        lambda: tables.result("evaluation_eagle")["K = 8"]["acceptance"][:4],
+    ),
 }
 
 

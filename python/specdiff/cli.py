@@ -74,7 +74,7 @@ class Record(str, Enum):
 
 TargetName = Annotated[str, typer.Option(help="A known model or a Hugging Face folder.")]
 DrafterName = Annotated[
-    str, typer.Option(help="block-diffusion, parallel, prompt-lookup, or a folder.")
+    str, typer.Option(help="block-diffusion, parallel, eagle, prompt-lookup, or a folder.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -17,6 +21,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def model_digest(model: nn.Module) -> str:
+    """Tells models apart by the names, shapes, dtypes and first numbers of all parameters."""
+    said = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        said.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        said.update(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return said.hexdigest()
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:

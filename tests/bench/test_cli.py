@@ -78,6 +78,8 @@ def test_report(folder, tmp_path):
     (results / "other.json").write_text('{"command": "python something"}')
     (found,) = results.rglob("methods.json")
     (results / "again.json").write_text(found.read_text())  # `--name again`, of the same kind
+    (found.parent / ".methods.begun.json").write_text(found.read_text())
+    (results / "list.json").write_text("[1]")
     result = bench("report", results, "--out", out, "--figures", pictures)
     page = out.read_text()
     assert "prompt-lookup" in page and "<svg" in page and "tiny-llama" in page
@@ -96,6 +98,8 @@ def test_report(folder, tmp_path):
         (["run", "--batch", "3"], "at most the number of prompts, 2, got 3"),
         (["table2", "--task", "chat"], "one of summarise, continue, short, got chat"),
         (["controlled", "--target", "gpt5"], "target must be one of gpt2-xl"),
+        (["controlled", "--task", "sumarise"], "one of summarise, continue, short, got sumarise"),
+        (["run", "--target", "a/x", "--target", "b/x"], "a/x and b/x would both be called 'x'"),
         (["report", "nowhere"], "holds no results"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config
 
 from specdiff.bench import experiments, paper
+from specdiff.bench import kept as kept_module
 from specdiff.bench.experiments import Grid, run
 from specdiff.bench.kept import CONDITION, Kept
 from specdiff.bench.methods import parse
@@ -80,6 +81,8 @@ def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
     Kept(tmp_path, "methods", "command").add(content["cases"][:2])
     assert Kept(tmp_path, "methods", "another command").cases == []
     assert len(Kept(tmp_path, "methods", "command").cases) == 2
+    monkeypatch.setattr(kept_module, "description", lambda: {"cores": 999})
+    assert Kept(tmp_path, "methods", "command").cases == []
 
 
 def test_table2(models, corpus, sedd, folder):

@@ -36,6 +36,14 @@ def test_names_that_are_refused(text, reason):
         parse(text)
 
 
+def test_methods_that_results_could_not_tell_apart_are_refused():
+    with pytest.raises(ValueError, match="a/draft and b/draft would both be called 'draft'"):
+        spread([parse("a/draft"), parse("b/draft")], [2], [])
+    with pytest.raises(ValueError, match="steps=auto of 'sedd' needs k=auto"):
+        spread([parse("sedd")], [4, "auto"], ["auto"])
+    assert spread([parse("sedd")], ["auto"], ["auto"])[0].steps == "auto"
+
+
 def test_spread():
     """Each K and T for those that say none; each method once."""
     given = [parse(text) for text in ("plain", "parallel", "sedd", "sedd,k=3", "transformers")]

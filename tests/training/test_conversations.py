@@ -116,17 +116,27 @@ def test_frequent_ids_out_of_range(data):
         frequent_ids(data, 2, 9, [])
 
 
+def answers(prompts: list[int]) -> Conversations:
+    """A conversation for each prompt of one token, with answers that differ."""
+    count = len(prompts)
+    tokens = torch.stack((torch.tensor(prompts), torch.arange(count)), 1)
+    return Conversations(tokens, torch.ones(count).long(), torch.full((count,), 2))
+
+
 @pytest.mark.parametrize(("share", "held"), [(0.0, 1), (0.1, 2), (0.99, 19)])
 def test_split(share, held):
-    train, out = split(20, share, seed=3)
-    assert len(out) == held
-    assert sorted([*train.tolist(), *out.tolist()]) == list(range(20))
-    assert torch.equal(split(20, share, seed=3)[1], out)
-    assert train.tolist() != sorted(train.tolist()) or held == 19
+    """No prompt is on both sides, and others beside it do not move it."""
+    data = answers([i % 20 for i in range(60)])
+    train, out = split(data, share)
+    assert len(out) == 3 * held
+    assert sorted([*train.tolist(), *out.tolist()]) == list(range(60))
+    assert not {i % 20 for i in train.tolist()} & {i % 20 for i in out.tolist()}
+    alone = answers(list(range(20)))
+    assert {i % 20 for i in out.tolist()} == set(split(alone, share)[1].tolist())
 
 
 def test_split_out_of_range():
-    with pytest.raises(ValueError, match="count must be at least 2"):
-        split(1, 0.1, seed=0)
+    with pytest.raises(ValueError, match=r"at least 2 different prompts, .* got 1"):
+        split(answers([7, 7, 7]), 0.1)
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got 1"):
-        split(5, 1, seed=0)
+        split(answers([1, 2]), 1)

@@ -84,6 +84,24 @@ def test_a_batch_follows_from_the_step(conversations):
     assert not torch.equal(choose(rows, lengths, recipe, per_epoch), epoch[0])
 
 
+def test_no_text_is_left_out_for_its_length():
+    """What fills no batch is left out by chance, also where one pool holds all."""
+    rows, recipe = torch.arange(20), Recipe(batch=16, seed=1)
+    chosen = torch.cat([choose(rows, torch.arange(20), recipe, epoch) for epoch in range(30)])
+    assert len(chosen.unique()) == 20
+
+
+def test_a_gradient_that_is_not_finite_is_an_error(new_trainer):
+    """With a finite loss: no weight may see it."""
+    trainer = new_trainer()
+    weight = trainer.task.network.embed_out.weight
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match="the gradient's length of step 0 is"):
+        trainer.train_step()
+    assert torch.equal(weight, before)
+
+
 def test_averaged_weights(new_trainer):
     """The decay rises from 1/10 towards its value, so that the beginning is soon forgotten."""
     trainer = new_trainer(dataclasses.replace(RECIPE, ema=0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -71,7 +72,13 @@ Type = Annotated[Dtype, typer.Option("--dtype", help="Of the target's weights.")
 def run_grid(
     invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
-    method: Methods = ["transformers", "prompt-lookup", "block-diffusion", "parallel"],  # noqa: B006
+    method: Methods = [  # noqa: B006
+        "transformers",
+        "prompt-lookup",
+        "block-diffusion",
+        "parallel",
+        "eagle",
+    ],
     task: Tasks = "chat",
     temperature: Temperatures = "0,1",
     k: Ks = None,
@@ -218,9 +225,10 @@ def controlled(
     """Table 2's models with random weights at the acceptance it reports: cost is real, drafts are
     not."""
     from .kept import Kept
-    from .paper import Shape
+    from .paper import Shape, check_tasks
     from .paper import controlled as measure
 
+    check_tasks(names(task))
     where, kind = placed(device, dtype, threads)
     kept = Kept(results, name or "controlled", typed(invoked), where)
     contents = [
@@ -258,9 +266,17 @@ def report(
 
 def read(results: Path) -> list[tuple[str, dict[str, Any]]]:
     """What `specdiff bench` wrote, and its file's name; other files there are passed over."""
-    files = [results] if results.is_file() else sorted(results.rglob("*.json"))
-    contents = [(file.stem, json.loads(file.read_text())) for file in files]
-    contents = [c for c in contents if str(c[1].get("command")).startswith("specdiff bench")]
+    files = [results] if results.is_file() else sorted(results.rglob("[!.]*.json"))
+    found = [(file, json.loads(file.read_text())) for file in files]
+    found = [
+        (file, c) for file, c in found
+        if isinstance(c, dict) and str(c.get("command")).startswith("specdiff bench")
+    ]  # fmt: skip
+    stems = Counter(file.stem for file, _ in found)
+    contents = [
+        (file.stem if stems[file.stem] == 1 else f"{file.parent.name}_{file.stem}", content)
+        for file, content in found
+    ]
     if not contents:
         raise ValueError(f"{results} holds no results: `specdiff bench run` makes some")
     return contents
@@ -304,8 +320,9 @@ def each(
     targets: list[str], device: torch.device, dtype: torch.dtype, fast: bool
 ) -> Iterator[Models]:
     """The targets, one after another, so that one at a time is in memory."""
-    from .methods import Models
+    from .methods import Models, check_labels
 
+    check_labels(targets)
     for name in targets:
         yield Models(name, dtype, device, fast)
 

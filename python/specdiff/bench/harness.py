@@ -221,6 +221,9 @@ def compare(
         cases.append({**case, **dict.fromkeys(FIGURES)} if method in refused else case)
         cases[-1].setdefault("check", None)
         cases[-1]["refused"] = refused.get(method)
+    if (why := refused.get(methods[0])) is not None:  # then nothing is a speed-up over it
+        for case in cases[1:]:
+            case |= {**dict.fromkeys(FIGURES), "refused": case["refused"] or f"plain: {why}"}
     for case in cases:
         if case["ms_per_forward"] and cases[0]["ms_per_forward"]:
             case["ceiling"] = ceiling(case, cases[0])

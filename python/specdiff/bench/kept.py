@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .machine import slug, write
+from .machine import description, slug, write
 
 CONDITION = ("target", "task", "temperature", "batch", "context", "prompts", "new_tokens")
 
@@ -19,7 +19,7 @@ class Kept:
     Args:
         folder: of all results; the file lies in the machine's own folder there.
         name: of the file.
-        command: what makes it. What another command began is begun anew.
+        command: what makes it. What another command, or another machine, began is begun anew.
         device: that is measured.
 
     Example:
@@ -37,7 +37,7 @@ class Kept:
         self.cases: list[dict[str, Any]] = []
         if self.part.exists():
             begun = json.loads(self.part.read_text())
-            if begun["command"] == command:
+            if begun["command"] == command and begun.get("machine") == description():
                 self.cases = begun["cases"]
 
     def find(self, condition: dict[str, Any]) -> list[dict[str, Any]]:

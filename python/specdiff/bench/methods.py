@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,6 +91,18 @@ def parse(text: str) -> Method:
     return method
 
 
+def check_labels(names: Iterable[str]) -> None:
+    """Raise ValueError if two folders would have one name in the results."""
+    known: dict[str, str] = {}
+    for name in names:
+        label = Path(name).name
+        if known.setdefault(label, name) != name:
+            raise ValueError(
+                f"{known[label]} and {name} would both be called {label!r} in the results: give "
+                "one of the folders another name"
+            )
+
+
 def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -> list[Method]:
     """Every method that drafts and says no K or T of its own, with each of these."""
     result: list[Method] = []
@@ -101,6 +113,13 @@ def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -
             own_steps = one.steps is not None or not steps or not one.drafts
             own_steps = own_steps or one.name in (*THEIRS, "prompt-lookup", "parallel", "eagle")
             result += [one] if own_steps else [replace(one, steps=T) for T in steps]
+    check_labels(method.name for method in result)
+    for method in result:
+        if method.steps == AUTO and method.k != AUTO:
+            raise ValueError(
+                f"steps=auto of {method.label!r} needs k=auto: the planner chooses both, got "
+                f"k={method.k}"
+            )
     return list(dict.fromkeys(result))
 
 

@@ -79,8 +79,7 @@ def table2(
     Raises:
         ValueError: a task that the paper has not, or as of `run`.
     """
-    if unknown := set(grid.tasks) - set(TASKS):
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {', '.join(unknown)}")
+    check_tasks(grid.tasks)
     cases: list[dict[str, Any]] = []
     for task in grid.tasks:
         (own,) = {row.k for row in PUBLISHED if row.task == task and row.method == "specdiff"}
@@ -99,6 +98,12 @@ def table2(
         "cases": cases,
         "published": [called(row, models.label) for row in PUBLISHED if row.task in grid.tasks],
     }
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise ValueError for a task that the paper has not."""
+    if unknown := set(tasks) - set(TASKS):
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {', '.join(unknown)}")
 
 
 def called(row: Published, target: str) -> dict[str, Any]:
@@ -202,6 +207,7 @@ def controlled(
     Raises:
         ValueError: a task that the paper has not, or texts that do not fit the target's context.
     """
+    check_tasks(tasks)
     prompts = random_prompts(shape.target.vocab_size, count, context)
     plain = Decoder(shape.target)
     texts = {

@@ -24,6 +24,7 @@ from .prompt_lookup import PromptLookup
 SHIPPED = {  # name -> folder of weights that come with specdiff
     "block-diffusion": "smollm2-135m-block-diffusion",
     "parallel": "smollm2-135m-parallel",
+    "eagle": "smollm2-135m-eagle",
 }
 CHOICES = f"{', '.join(map(repr, SHIPPED))}, 'prompt-lookup', or a folder with a drafter"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,28 +125,37 @@ def frequent_ids(data: Conversations, count: int, vocab_size: int, always: list[
     return counts.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-def split(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Conversations to train on, and those held out: at least one, and never all.
+def split(data: Conversations, share: float) -> tuple[Tensor, Tensor]:
+    """Conversations to train on, and those held out: no prompt is on both sides.
+
+    Which prompts are held out follows from a hash of their tokens, and from nothing else.
 
     Args:
-        count: how many there are, at least 2.
-        share: held out, in [0, 1).
-        seed: the same seed gives the same split.
+        data: with at least 2 different prompts.
+        share: of the prompts, held out, in [0, 1): at least one, and never all.
 
     Returns:
-        two disjoint i64 tensors of indices, which together are [0, count), in random order.
+        two disjoint i64 tensors of indices, which together are all; held out in order of the hash.
 
     Raises:
-        ValueError: count or share is out of range.
+        ValueError: too few prompts, or share is out of range.
 
     Example:
-        >>> [len(rows) for rows in split(100, 0.05, seed=0)]
-        [95, 5]
+        >>> rows, held_out = split(load_conversations("answers"), 0.05)
     """
-    if count < 2:
-        raise ValueError(f"count must be at least 2, to train on one and hold out one, got {count}")
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), got {share}")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = min(max(1, round(count * share)), count - 1)
-    return order[held:], order[:held]
+    known: dict[bytes, list[int]] = {}
+    for row, (tokens, length) in enumerate(zip(data.tokens, data.prompt_length, strict=True)):
+        prompt = tokens[:length].long().numpy().tobytes()
+        known.setdefault(hashlib.blake2b(prompt, digest_size=8).digest(), []).append(row)
+    if len(known) < 2:
+        raise ValueError(
+            "conversations must have at least 2 different prompts, to train on one and hold out "
+            f"one, got {len(known)}"
+        )
+    prompts = sorted(known)
+    held = min(max(1, round(len(prompts) * share)), len(prompts) - 1)
+    parts = (prompts[held:], prompts[:held])
+    train, out = ([row for prompt in part for row in known[prompt]] for part in parts)
+    return torch.tensor(sorted(train)), torch.tensor(out)

@@ -18,7 +18,7 @@ from ..decoder import Decoder
 from ..drafters.ddit import DDiT, DDiTConfig
 from ..drafters.network import DraftConfig, DraftNetwork
 from ..drafters.sedd import MDLM, SEDD
-from ..files import keep_settings, write_atomically
+from ..files import keep_settings, model_digest, write_atomically
 from ..models import load_target
 from ..sampling import Sampling
 from ..target import Target, stop_tokens
@@ -161,13 +161,12 @@ def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -
 
 def settings(run: Run, model: Any) -> dict[str, Any]:
     """What a folder's run is made of, beside the recipe: all but where things lie."""
-    head = model.get_output_embeddings().weight[:64].detach().float().cpu()
     parts = {"drafter": run.drafter, "data": run.data, "objective": run.objective}
     said = {
         name: {k: v for k, v in asdict(part).items() if k not in PATHS}
         for name, part in parts.items()
     }
-    return {**said, "target": digest(head.numpy().tobytes())}
+    return {**said, "target": model_digest(model)}
 
 
 def digest(*parts: bytes) -> str:
@@ -181,7 +180,7 @@ def distillation(
     written = digest(*(part.numpy().tobytes() for part in conversations))
     keep_settings(out, {**settings(run, model), "conversations": written})
     seed = run.training.seed
-    rows, held_out = split(len(conversations.length), data.held_out, seed)
+    rows, held_out = split(conversations, data.held_out)
     vocab_size, width = model.get_input_embeddings().weight.shape
     sizes = {k: v for k, v in asdict(shape).items() if k != "initial"}
     if shape.initial is not None:

@@ -29,10 +29,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..decoder import Decoder
-from ..files import keep_settings, write_atomically
+from ..files import keep_settings, model_digest, write_atomically
 from ..sampling import Sampling
 from ..session import Session
-from ..target import Target
 from .corpora import NAMES, progress_bar, read_text, read_texts, tokenizer_digest
 
 WAVES = 16  # batches in a part, or
@@ -278,9 +277,10 @@ class Sampler:
         """What the bits of a part depend on."""
         plan = self.plan
         return {
-            "target": target_digest(self.decoder.target),
+            "target": model_digest(self.decoder.target.model),
             "tokenizer": tokenizer_digest(self.tokenizer),
             "prompts": plan.prompts,
+            "prompt_file": file_digest(Path(plan.prompts)) if self.is_file() else None,
             "max_length": plan.max_length,
             "temperatures": list(plan.temperatures),
             "seed": plan.seed,
@@ -489,12 +489,8 @@ def endless(source: str) -> Iterator[str]:
     return chain(texts, chain.from_iterable(read_texts(source, "train") for _ in repeat(None)))
 
 
-def target_digest(target: Target) -> str:
-    """Tells targets apart by the first rows of the head, and their dtype."""
-    rows: Tensor = target.head.weight[:64].detach().float().cpu().contiguous()
-    said = hashlib.blake2b(rows.numpy().tobytes(), digest_size=16)
-    said.update(f"{tuple(target.head.weight.shape)} {target.dtype}".encode())
-    return said.hexdigest()
+def file_digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def conversations_in(file: Path) -> int:

@@ -6,6 +6,7 @@ on from its last checkpoint with the very same losses, and one process or many s
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -48,14 +49,22 @@ class Task(Protocol):
 
 
 def choose(rows: Tensor, lengths: Tensor, recipe: Recipe, step: int) -> Tensor:
-    """Texts of a step: every epoch is shuffled, then neighbours of like length meet. i64 [batch]"""
-    per_epoch = len(rows) // recipe.batch
-    epoch, place = divmod(step, per_epoch)
+    """Texts of a step. i64 [batch]"""
+    epoch, place = divmod(step, len(rows) // recipe.batch)
+    return rows[batches_of(lengths, recipe, epoch)[place]]
+
+
+@functools.lru_cache(maxsize=1)  # of the epoch that is under way
+def batches_of(lengths: Tensor, recipe: Recipe, epoch: int) -> Tensor:
+    """An epoch is shuffled, what fills no batch is left out, and neighbours of like length meet.
+
+    i64 [batches, batch], places in `lengths`
+    """
+    count = len(lengths) // recipe.batch
     shuffle = np.random.default_rng([recipe.seed, epoch])
-    order = torch.from_numpy(shuffle.permutation(len(rows)))
+    order = torch.from_numpy(shuffle.permutation(len(lengths)))[: count * recipe.batch]
     pools = [pool[lengths[pool].argsort(stable=True)] for pool in order.split(POOL * recipe.batch)]
-    number = int(shuffle.permutation(per_epoch)[place])
-    return rows[torch.cat(pools).split(recipe.batch)[number]]
+    return torch.cat(pools).view(count, recipe.batch)[shuffle.permutation(count)]
 
 
 class Trainer:
@@ -108,7 +117,8 @@ class Trainer:
         """One optimiser step. Returns its loss, the mean over the whole batch.
 
         Raises:
-            FloatingPointError: the loss is not finite; the weights are those before the step.
+            FloatingPointError: the loss or its gradient is not finite; the weights are those before
+                the step.
         """
         recipe, accelerator = self.recipe, self.accelerator
         for group in self.optimizer.param_groups:
@@ -118,8 +128,9 @@ class Trainer:
         with accelerator.no_sync(self.module):  # gradients meet once
             loss = sum(map(self.backward, parts), torch.zeros((), device=accelerator.device))
         loss = accelerator.reduce(loss + self.backward(last), "mean").item()
-        self.check(loss)
-        accelerator.clip_grad_norm_(self.module.parameters(), recipe.clip)
+        self.check("loss", loss)
+        length = accelerator.clip_grad_norm_(self.module.parameters(), recipe.clip)
+        self.check("gradient's length", float(length))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update_parameters(self.task.network)
@@ -139,10 +150,10 @@ class Trainer:
         flag = torch.tensor(float(wanted), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def check(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def check(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"the loss of step {self.step} is {loss}: lower learning_rate = "
+                f"the {what} of step {self.step} is {value}: lower learning_rate = "
                 f"{self.recipe.learning_rate}, or clip = {self.recipe.clip}; the last checkpoint "
                 "is from before it"
             )
