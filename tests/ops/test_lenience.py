@@ -174,6 +174,19 @@ def test_a_faulty_row_spends_nothing():
     )  # the weights' relative error is 1.7e-7
 
 
+def test_ids_that_the_target_does_not_have_spend_nothing():
+    """Compiled code does not look at them beforehand. q is 1/2 at both ids, p 1/4 at all tokens."""
+    pool = torch.zeros(1, 2)
+    draft = recorded_draft(i64(0)[None], pool, row_law(pool), draft_ids=i64(0, 10**10))
+    torch._dynamo.reset()
+    result = torch.compile(verify, backend="eager", fullgraph=True)(
+        torch.zeros(1, 2, 4), draft, rule="lenient", lenience=Lenience("additive", 0.1),
+        words=i64(0, 0)[None],
+    )  # fmt: skip
+    assert (result.status.item(), result.accepted.item()) == (Status.OK, 1)
+    assert result.bias.item() == pytest.approx(0.1, abs=1e-15)
+
+
 def test_rows_behind_the_first_rejection_spend_nothing():
     """They are not even read."""
     target = torch.tensor([[[0.0, -INF], [NAN, NAN]]])
