@@ -138,6 +138,14 @@ def check_random(
         check_tensor(name, tensor, (N,), INT64, device)
 
 
+def check_constant(name: str, value: float | Tensor | None, way_out: str) -> None:
+    """Raise if a gradient is asked of what has none."""
+    if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor without gradient, got one that requires it; {way_out}"
+        )
+
+
 def check_purpose(purpose: int) -> int:
     if purpose not in set(Purpose):
         raise ValueError(f"purpose: expected one of {[p.name for p in Purpose]}, got {purpose!r}")

@@ -57,6 +57,7 @@ def define(
     call: Callable[..., None],
     *,
     workspace: bool = False,
+    differentiable: bool = False,
 ) -> Op:
     """Register `specdiff::name` and `specdiff::name.out`.
 
@@ -67,6 +68,8 @@ def define(
         specs: inputs -> shape and dtype of each output.
         call: (backend function, inputs, outputs) -> None, fills the outputs.
         workspace: whether the `out` form takes one, behind the backend's name.
+        differentiable: whether autograd is to know of the functional form. Otherwise its outputs
+            require no gradient, as those of the `out` form.
 
     Returns:
         Both forms; they go through PyTorch's dispatcher where something watches it.
@@ -116,6 +119,9 @@ def define(
         # or autograd would find a derivative in the reference, which is written in PyTorch
         LIBRARY.impl(name, torch.no_grad()(functional), device)
         LIBRARY.impl(f"{name}.out", torch.no_grad()(into), device)
+    # without it torch gives outputs a grad_fn that only warns, and keeps the inputs alive
+    for form in (f"{name}.out",) if differentiable else (name, f"{name}.out"):
+        LIBRARY.impl(form, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"specdiff::{name}", fake, lib=LIBRARY)
     torch.library.register_fake(f"specdiff::{name}.out", lambda *args: None, lib=LIBRARY)
 

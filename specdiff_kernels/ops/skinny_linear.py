@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..types import PackedWeight
-from .checks import check_tensor, concrete, contiguous, device_of
+from .checks import check_constant, check_tensor, concrete, contiguous, device_of
 from .registry import Outputs, define, watched
 
 FLOAT = (torch.float32,)
@@ -76,7 +76,8 @@ def skinny_linear(
         f32 [M, N].
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape or dtype.
+        ValueError, TypeError: an argument of the wrong shape or dtype, or one that requires a
+            gradient where they are enabled: there is no derivative.
         BackendError: a forced backend cannot run.
 
     Example:
@@ -97,6 +98,8 @@ def skinny_linear(
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if bias is not None:
         check_tensor("bias", bias, (N,), FLOAT, device)
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        check_constant(name, value, "use torch.nn.functional.linear, or torch.no_grad()")
     x = x if x.stride(1) == 1 else x.contiguous()
     args = (x, weight, N, *contiguous(bias), backend)
     if out is not None:

@@ -179,6 +179,27 @@ def test_no_op_is_differentiated_behind_autograd(name):
     torch.library.opcheck(overload(name), args, test_utils="test_autograd_registration")
 
 
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_outputs_require_no_gradient(name):
+    """But the divergences and their slopes, of which torch knows."""
+    args, schema = deepcopy(recorded()[name][-1]), overload(name)._schema.arguments
+    written = [
+        x for x, a in zip(args, schema, strict=True) if a.alias_info and a.alias_info.is_write
+    ]
+    for x in args:
+        if isinstance(x, Tensor) and x.is_floating_point() and not any(x is y for y in written):
+            x.requires_grad_()
+    outputs = tree_leaves((overload(name)(*args), written))
+    learns = any(isinstance(x, Tensor) and x.requires_grad for x in outputs)
+    known = ("row_divergence.default", "row_divergence_backward.default")
+    assert learns == (name in known)
+
+
+def test_laws_of_logits_that_require_a_gradient_can_be_looked_at():
+    logits = torch.randn(2, 9, requires_grad=True)
+    assert row_law(logits).max.numpy().tolist() == logits.max(-1).values.tolist()
+
+
 # --- torch.compile ---
 
 
