@@ -306,6 +306,25 @@ def test_a_target_that_is_trained_is_refused_by_the_compiler_too():
         compiled(torch.zeros(2, 5, requires_grad=True), torch.zeros(2, 5))
 
 
+def test_numbers_may_be_symbols():
+    torch._dynamo.reset()
+    compiled = torch.compile(row_law, fullgraph=True, dynamic=True, backend="eager")
+    logits = torch.randn(3, 40)
+    for i, (top_k, heat) in enumerate([(5, 0.5), (7, 0.25), (9, 2.0)]):
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            have = compiled(logits, heat, top_k)
+        assert torch.equal(have.total, row_law(logits, heat, top_k).total)
+
+
+def test_a_cache_listed_twice_is_moved_once_by_compiled_code_too():
+    torch._dynamo.reset()
+    cache, path = torch.randn(1, 2, 9, 4), torch.tensor([[0, 2, 4]])
+    before = cache.clone()
+    compiled = torch.compile(commit, fullgraph=True, backend="aot_eager")
+    compiled(torch.tensor([1]), torch.ones(1, 3).long(), path=path, caches=[cache, cache])
+    assert torch.equal(cache[0, :, 1:4], before[0, :, [1, 3, 5]])
+
+
 # --- fake tensors ---
 
 
