@@ -63,6 +63,20 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and concrete(tensor)
 
 
+def memory(tensor: Tensor | None) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last one; none that can be looked at: 0, 0."""
+    if tensor is None or not concrete(tensor) or tensor.numel() == 0:
+        return 0, 0
+    furthest = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * (furthest + 1)
+
+
+def overlap(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors share memory, as far as it can be looked at."""
+    (first, last), (start, end) = memory(a), memory(b)
+    return start < last and first < end
+
+
 def check_logits(
     name: str, logits: Tensor, shape: tuple[int | None, ...], device: torch.device
 ) -> Tensor:

@@ -17,6 +17,7 @@ from .checks import (
     check_workspace,
     contiguous,
     device_of,
+    overlap,
     per_row,
     readable,
 )
@@ -64,8 +65,8 @@ def denoise_step(
         pool_rows: i64 [B, K], row of the pool that holds each position's logits, all different;
             None: b K + i.
         entropies: also measure the entropy of the model's law at each row read, into
-            `draft.entropy`. Asked of the first step alone it is taken before any sampling, and may
-            decide how much is drafted.
+            `draft.entropy`, which keeps what it holds otherwise. Asked of the first step alone it
+            is taken before any sampling, and may decide how much is drafted.
         seed, round: i64 [B], as in `verify`; position i draws with slot i.
         position: i64 [B], absolute position of the draft's first token, for coupled draws; see
             `verify` and `sample`. Reveal decisions still take `round`.
@@ -124,7 +125,10 @@ def denoise_step(
     else:
         if out.law is None or out.entropy is None:
             raise ValueError("out: expected a Draft with law and entropy, got None")
-        results = (out.tokens, out.tau, out.rows, *out.law, out.entropy)
+        entropy = out.entropy
+        if not entropies and (entropy is draft.entropy or overlap(entropy, draft.entropy)):
+            entropy = torch.empty_like(entropy)  # written in its place
+        results = (out.tokens, out.tau, out.rows, *out.law, entropy)
         OP.into(*args, workspace, *results)
     return draft._replace(
         tokens=results[0],

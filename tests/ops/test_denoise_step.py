@@ -295,6 +295,25 @@ def test_in_place_and_other_pool_rows():
     assert torch.equal(done.entropy.isnan(), ~read)
 
 
+@pytest.mark.parametrize("alias", ["draft", "entropy", "view"])
+@pytest.mark.parametrize("reveal", [Reveal.chunk(2, 4), Reveal.lowest_entropy(1)], ids=repr)
+def test_a_step_in_place_keeps_what_an_earlier_one_measured(reveal, alias):
+    first = denoise_step(fresh(), Reveal.chunk(0, 2), 0, entropies=True, **KEY)
+    measured = first.entropy.clone()
+    want = denoise_step(first, reveal, 1, **KEY)
+    out = first
+    if alias != "draft":
+        out = fresh(seed=1)._replace(entropy=first.entropy if alias == "entropy" else None)
+    if alias == "view":
+        out = out._replace(entropy=first.entropy.view_as(first.entropy))
+    done = denoise_step(first, reveal, 1, out=out, **KEY)
+    for entropy in (done.entropy, out.entropy, want.entropy):
+        assert torch.equal(entropy.nan_to_num(), measured.nan_to_num())
+    assert measured.isfinite().any() and torch.equal(done.tokens, want.tokens)
+    again = denoise_step(done, Reveal.all(), 2, entropies=True, out=out, **KEY)
+    assert not torch.equal(again.entropy.nan_to_num(), measured.nan_to_num())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
