@@ -204,4 +204,5 @@ OP = define(
     ["new_lengths", "kept", "new_finished"],
     _outputs,
     _call,
+    shown=[f"out.{field}" for field in Committed._fields],
 )

@@ -201,5 +201,9 @@ OP = define(
     ("tokens", "tau", "rows", *RowLaw._fields, "entropy"),
     _outputs,
     _call,
+    shown=(
+        "out.tokens", "out.tau", "out.rows", *(f"out.law.{name}" for name in RowLaw._fields),
+        "out.entropy",
+    ),
     workspace=True,
-)
+)  # fmt: skip

@@ -147,4 +147,5 @@ OP = define(
     ["out"],
     _outputs,
     _call,
+    shown=["out"],
 )

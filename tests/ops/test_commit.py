@@ -64,6 +64,12 @@ def test_no_tokens_have_no_stop_token():
 
 
 def test_bad_shapes_are_named():
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    out = Committed(i64(0), i64(0), torch.tensor([False]))
+    with pytest.raises(ValueError, match=r"^out.lengths: expected shape \[1\], got \[2\]"):
+        commit(i64(1), tokens, out=out._replace(lengths=i64(1, 2)))
+    with pytest.raises(TypeError, match=r"^out.finished: expected dtype bool, got int64"):
+        commit(i64(1), tokens, out=out._replace(finished=i64(1)))
     with pytest.raises(ValueError, match=r"^lengths: expected shape \[1\], got \[2\]"):
         commit(i64(1, 2), torch.zeros(1, 1, dtype=torch.int64))
 

@@ -161,7 +161,9 @@ def test_there_is_no_derivative(name, packed):
         assert torch.equal(skinny_linear(**arguments), want)
 
 
-def test_out_may_not_overlap_an_input():
+def test_a_bad_out_is_named():
     x, weight, _ = inputs(3, 8, 8)
     with pytest.raises(ValueError, match="out: expected memory of its own, got some of x's"):
         skinny_linear(x, weight, out=x)
+    with pytest.raises(ValueError, match=r"^out: expected shape \[3, 8\], got \[3, 9\]"):
+        skinny_linear(x, weight, out=torch.zeros(3, 9))
