@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .checks import (
     device_of,
     overlap,
     per_row,
+    plain_number,
     readable,
 )
 from .registry import Outputs, define
@@ -102,7 +104,7 @@ def denoise_step(
         raise ValueError("draft.logits: expected the pool of the model's logits, got None")
     R, V = checked.logits.shape
     pool_rows = check_pool_rows(pool_rows, B, K, R, device)
-    order = check_reveal(reveal, step, checked.tau)
+    order, step = check_reveal(reveal, step, checked.tau), plain_number(step, int)
     if position is not None:
         check_tensor("position", position, (B,), INT64, device)
     per_position = 2 if position is None else 1 + V
@@ -146,7 +148,7 @@ def check_reveal(reveal: Reveal, step: int, tau: Tensor) -> Order:
     """The order of a reveal, which a step later than all of tau [B, K] is to make."""
     if not isinstance(reveal, Reveal):
         raise TypeError(f"reveal: expected a Reveal such as Reveal.all(), got {reveal!r}")
-    if not isinstance(step, int) or not 0 <= step < 2**31:
+    if not isinstance(step, Integral) or not 0 <= step < 2**31:
         raise ValueError(f"step: expected an integer in [0, 2^31), got {step!r}")
     if tau.numel() and readable(tau) and step <= (latest := int(tau.max())):
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -314,6 +315,12 @@ def test_a_step_in_place_keeps_what_an_earlier_one_measured(reveal, alias):
     assert not torch.equal(again.entropy.nan_to_num(), measured.nan_to_num())
 
 
+def test_a_step_may_be_numbered_by_numpy():
+    done, want = (denoise_step(fresh(), Reveal.all(), n, **KEY) for n in (np.int64(3), 3))
+    assert torch.equal(done.tau, want.tau) and torch.equal(done.tokens, want.tokens)
+    assert type(done.final_step) is int
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -328,12 +335,21 @@ def test_a_step_in_place_keeps_what_an_earlier_one_measured(reveal, alias):
         ({"seed": None}, r"seed: expected a tensor \[2\] int64, got None"),
         ({"words": torch.zeros(2, 4, dtype=torch.int64)}, "words: expected shape"),
         ({"reveal": Reveal.mdlm(torch.ones(3).double())}, r"rate: expected shape \[2\]"),
+        ({"words": torch.zeros(2, 4, 2).long(), "seed": [3, 4]}, "seed: expected a tensor, got li"),
         ({"out": fresh()}, "out: expected a Draft with law and entropy, got None"),
+        (
+            {
+                "out": (out := fresh()._replace(entropy=torch.zeros(2, 4).double()))._replace(
+                    law=out.law._replace(max=torch.zeros(3))
+                )
+            },
+            r"^out\.law\.max: expected shape \[8\], got \[3\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     arguments = {"draft": fresh(), "reveal": Reveal.all(), "step": 0, **KEY} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         denoise_step(**arguments)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -159,6 +161,15 @@ def test_rows_have_amounts_of_their_own():
         other = verify(target, draft, rule="lenient", lenience=alone, **options)
         for field, want in zip(result, other, strict=True):
             assert torch.equal(field[b], want[b])
+
+
+def test_an_amount_may_be_a_fraction():
+    target, draft, options = a_round(4, 2, 9)
+    have, want = (
+        verify(target, draft, rule="lenient", lenience=Lenience("additive", amount), **options)
+        for amount in (Fraction(1, 8), 0.125)
+    )
+    assert_same(have, want)
 
 
 def test_a_faulty_row_spends_nothing():
