@@ -70,14 +70,17 @@ def interprets_triton() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def available_backends(device: str = "cpu") -> dict[str, str | None]:
+def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     """Every backend of this version with None if it can run on `device`, else why not.
 
     Example:
         >>> available_backends()["reference"] is None
         True
     """
-    return {name: reason_against(name, device) for name in NAMES}
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        return dict.fromkeys(NAMES, "torch finds no CUDA device")
+    return {name: reason_against(name, kind) for name in NAMES}
 
 
 @contextlib.contextmanager
@@ -130,7 +133,9 @@ def find(op: str, device: str, forced: str | None) -> Callable[..., Any]:
     raise BackendError(f"no backend runs on {device} tensors: {skipped}")
 
 
-def workspace_size(rows: int, V: int, *, device: str = "cuda", backend: str | None = None) -> int:
+def workspace_size(
+    rows: int, V: int, *, device: str | torch.device = "cuda", backend: str | None = None
+) -> int:
     """int64 words of scratch for an op over `rows` rows of V logits; 0: none is taken.
 
     `row_law` and `sample` work on N rows, `denoise_step` on B K, `verify` on B (K + 1). A workspace
@@ -144,7 +149,7 @@ def workspace_size(rows: int, V: int, *, device: str = "cuda", backend: str | No
         >>> workspace_size(9, 50257, device="cpu", backend="reference")
         0
     """
-    return find("workspace_size", device, requested(backend))(rows, V)
+    return find("workspace_size", torch.device(device).type, requested(backend))(rows, V)
 
 
 def implementation(op: str, device: torch.device, name: str | None) -> Callable[..., Any]:

@@ -168,16 +168,58 @@ def test_samplers():
 @pytest.mark.parametrize(
     ("outcome", "message"),
     [
-        (lambda n: (torch.zeros(n), torch.full((n,), 3)), r"^token: expected numbers in 0 .. 2"),
-        (lambda n: (torch.full((n,), 3), torch.zeros(n)), r"^accepted: expected numbers in 0 .. 2"),
-        (lambda n: (torch.zeros(n), torch.zeros(n, 1)), r"^token: expected shape \[100\]"),
+        (lambda zeros: (zeros, zeros + 3), r"^token: expected numbers in 0 .. 2, got 3 .. 3"),
+        (lambda zeros: (zeros - 1, zeros), r"^accepted: expected numbers in 0 .. 2, got -1 .. -1"),
+        (lambda zeros: (zeros, zeros[:, None]), r"^token: expected shape \[100\], got \[100, 1\]"),
+        (lambda zeros: (zeros.float(), zeros), r"^accepted: expected integers, got float32; conv"),
+        (lambda zeros: (zeros, zeros.bool()), r"^token: expected integers, got bool; convert with"),
     ],
 )
 def test_outcomes_that_are_none_are_named(outcome, message):
-    with pytest.raises(ValueError, match=message):
-        check_verifier(lambda draft: Outcome(*outcome(len(draft.tokens))), draws=100)
+    with pytest.raises((ValueError, TypeError), match=message):
+        check_verifier(lambda draft: Outcome(*outcome(draft.tokens[:, 0] * 0)), draws=100)
     with pytest.raises(ValueError, match=r"^rule: expected 'token' or None, got 'block'"):
         check_verifier(token_rule, rule="block")
+
+
+def test_tokens_that_are_no_integers_are_named():
+    with pytest.raises(TypeError, match=r"^token: expected integers, got float32; convert with"):
+        check_sampler(lambda logits: logits.argmax(-1).float(), draws=10)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, None])
+def test_counts_below_one_are_named(count):
+    message = f"expected an integer >= 1, got {count}"
+    if count is not None:
+        with pytest.raises(ValueError, match=f"^batch: {message}"):
+            check_verifier(token_rule, batch=count)
+    for check in (
+        lambda: check_verifier(token_rule, draws=count),
+        lambda: check_sampler(lambda logits: logits.argmax(-1), draws=count),
+        lambda: power({}, draws=count),
+    ):
+        with pytest.raises(ValueError, match=f"^draws: {message}"):
+            check()
+    with pytest.raises(ValueError, match=f"^repetitions: {message}"):
+        power({"right": token_rule}, draws=10, repetitions=count)
+
+
+class Elsewhere(torch.Tensor):
+    """As if on a GPU: nothing can be done with it here but to bring it back."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function is torch.Tensor.cpu, function
+        return args[0].as_subclass(torch.Tensor)
+
+
+def test_outcomes_may_lie_on_another_device():
+    def there(*tensors):
+        with torch._C.DisableTorchFunctionSubclass():
+            return [x.as_subclass(Elsewhere) for x in tensors]
+
+    assert check_verifier(lambda draft: Outcome(*there(*token_rule(draft))), draws=500).passed
+    assert check_sampler(lambda x: there(x.softmax(-1).multinomial(1)[:, 0])[0], draws=500).passed
 
 
 def test_rare_outcomes_share_a_cell():

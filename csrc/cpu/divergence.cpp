@@ -159,8 +159,9 @@ inline void gradients_of(const Tokens<U>& at, const Slope& slope, Floats (&out)[
     const Floats p = at.w_p[u] * slope.inverse_p, q = at.w_q[u] * slope.inverse_q;
     Floats inner = where(at.gap[u] > 0.0f, slope.tv - Floats{}) + slope.constant;
     if (kLogs) {
-      inner = inner - where(reversed, at.x[u]) * slope.reverse;
-      inner = inner - (at.d_q[u] - slope.log_sum) * slope.entropy;
+      const float inverse = slope.pair.q.inverse;
+      inner = inner - where(reversed, at.x[u]) * inverse * slope.reverse;
+      inner = inner - (at.d_q[u] - slope.log_sum) * inverse * slope.entropy;
     }
     const Floats all = where(at.w_q[u] > 0.0f, q * inner) - p * slope.kl;
     out[u] = where(at.d_q[u] > -kInfinity, all);

@@ -37,7 +37,8 @@ struct Overlap {
   double reverse = 0;     // sum of w_q x
 };
 
-// gradient = q (tv [q > p] + constant - reverse x - entropy (d_q - log_sum)) - kl p
+// gradient = q (tv [q > p] + constant - reverse x / T - entropy (d_q - log_sum) / T) - kl p, where
+// T is the temperature. All five factors have one 1 / T; two would leave what fp32 can hold.
 struct Slope {
   Pair pair;
   float inverse_p, inverse_q;  // 1 / Z

@@ -1,6 +1,7 @@
 #include "residual.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace specdiff::cpu {
 namespace {
@@ -19,6 +20,18 @@ void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e) {
        ++id) {
     const int64_t column = id - draft.ids;
     if (*id >= first) e[*id - first] = weight(draft.row.at(column), column, draft.law);
+  }
+}
+
+// The target's logits at n ids; p is 0 at one that it does not have.
+void target_logits(const Row& target, const int64_t* ids, int n, float* out) {
+  const uint64_t columns = uint64_t(target.columns);
+  bool inside = true;
+  for (int i = 0; i < n; ++i) inside &= uint64_t(ids[i]) < columns;
+  if (inside) return target.gather(ids, n, out);
+  for (int i = 0; i < n; ++i) {
+    out[i] =
+        uint64_t(ids[i]) < columns ? target.at(ids[i]) : -std::numeric_limits<float>::infinity();
   }
 }
 
@@ -84,7 +97,7 @@ int64_t bias(const Row& target, const RowLaw& law, const DraftRow& draft, const 
     const int n = draft.row.tile_size(tile);
     const float *l_p = p, *l_q = draft.row.tile(tile * kTile, n, q);
     if (draft.ids) {
-      target.gather(draft.ids + tile * kTile, n, p);
+      target_logits(target, draft.ids + tile * kTile, n, p);
     } else {
       l_p = target.tile(tile * kTile, n, p);
     }

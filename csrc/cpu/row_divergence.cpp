@@ -129,8 +129,8 @@ Slope make_slope(const RowStatistics& s, const Upstream& up, double temperature)
   slope.log_sum = float(temperature * log(s.draft_sum));
   slope.tv = float(up.tv / temperature);
   slope.kl = float(up.kl / temperature);
-  slope.reverse = float(up.reverse_kl / temperature / temperature);
-  slope.entropy = float(up.draft_entropy / temperature / temperature);
+  slope.reverse = float(up.reverse_kl / temperature);
+  slope.entropy = float(up.draft_entropy / temperature);
   slope.constant = float((up.kl * s.drafted - up.tv * s.excess -
                           times(up.reverse_kl, s.reverse_kl) - up.draft_entropy * s.draft_entropy) /
                          temperature);

@@ -63,6 +63,20 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and concrete(tensor)
 
 
+def memory(tensor: Tensor | None) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last one; none that can be looked at: 0, 0."""
+    if tensor is None or not concrete(tensor) or tensor.numel() == 0:
+        return 0, 0
+    furthest = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * (furthest + 1)
+
+
+def overlap(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors share memory, as far as it can be looked at."""
+    (first, last), (start, end) = memory(a), memory(b)
+    return start < last and first < end
+
+
 def check_logits(
     name: str, logits: Tensor, shape: tuple[int | None, ...], device: torch.device
 ) -> Tensor:
@@ -97,8 +111,9 @@ def check_law(name: str, law: RowLaw, N: int, device: torch.device) -> RowLaw:
 PARAMETERS = {
     "temperature": (torch.float32, "0 or a number in [2^-95, 2^95]",
                     lambda x: x == 0 or 2.0**-95 <= x <= 2.0**95),
-    "top_k": (torch.int64, "an integer >= 0 (0: off)", lambda x: x >= 0 and x == int(x)),
-    "top_p": (torch.float32, "a number in (0, 1]", lambda x: 0 < x <= 1),
+    "top_k": (torch.int64, "an integer in [0, 2^63) (0: off)",
+              lambda x: 0 <= x < 2**63 and x == int(x)),
+    "top_p": (torch.float32, "a number in [2^-149, 1]", lambda x: 2.0**-149 <= x <= 1),
     "min_p": (torch.float32, "a number in [0, 1]", lambda x: 0 <= x <= 1),
     "rate": (torch.float64, "a number >= 0", lambda x: x >= 0),
 }  # fmt: skip
@@ -115,7 +130,13 @@ def per_row(name: str, value: float | Tensor | None, N: int, device: torch.devic
         return value.contiguous()
     if not isinstance(value, Real) or not test(value):
         raise ValueError(f"{name}: expected {allowed}, got {value!r}")
+    value = plain_number(value, int if dtype == torch.int64 else float)
     return torch.full((N,), value, dtype=dtype, device=device)
+
+
+def plain_number(value: Any, kind: type) -> Any:
+    """NumPy's numbers and the like as Python's, which are left alone: a compiler's are symbols."""
+    return value if type(value) in (int, float) else kind(value)
 
 
 def check_random(
@@ -128,14 +149,22 @@ def check_random(
     """Raise unless the draws come either from `words` or from all tensors [N] of their key."""
     if words is not None:
         check_tensor("words", words, words_shape, INT64, device)
-        return
     for name, tensor in key.items():
-        if tensor is None:
+        if tensor is not None:
+            check_tensor(name, tensor, (N,), INT64, device)
+        elif words is None:
             raise ValueError(
                 f"{name}: expected a tensor [{N}] int64, got None; pass {' and '.join(key)}, or "
                 "words"
             )
-        check_tensor(name, tensor, (N,), INT64, device)
+
+
+def check_constant(name: str, value: float | Tensor | None, way_out: str) -> None:
+    """Raise if a gradient is asked of what has none."""
+    if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor without gradient, got one that requires it; {way_out}"
+        )
 
 
 def check_purpose(purpose: int) -> int:

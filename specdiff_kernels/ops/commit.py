@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..pages import Pages
 from ..types import Committed
-from .checks import INT64, check_tensor, contiguous, device_of, readable
+from .checks import INT64, check_tensor, concrete, contiguous, device_of, readable
 from .registry import Outputs, define
 
 MAX_GEOMETRIES = 4
@@ -26,7 +26,7 @@ def commit(
     pages: Pages | None = None,
     release: bool = False,
     path: Tensor | None = None,
-    caches: Sequence[Tensor] = (),
+    caches: Iterable[Tensor] = (),
     backend: str | None = None,
     out: Committed | None = None,
 ) -> Committed:
@@ -62,7 +62,7 @@ def commit(
             [B, H, S, D], or with pages [N, block_size, H, D], without a spare block that a pool
             may have for padding (`pool[:N]`). Other layouts are views of these:
             `keys.transpose(1, 2)` of [B, S, H, D], `kv[:, 0]` and `kv[:, 1]` of interleaved
-            [N, 2, block_size, H, D].
+            [N, 2, block_size, H, D]. Layers may share one: listed twice, it is moved once.
         backend, out: as in `row_law`; `out` may alias the inputs.
 
     Returns:
@@ -86,7 +86,7 @@ def commit(
         >>> pages.free[: int(pages.available)].tolist()
         [2, 3]
     """
-    device = device_of("emitted", emitted)
+    device, caches = device_of("emitted", emitted), list(caches)
     check_tensor("emitted", emitted, (None, None), INT64, device)
     B = emitted.shape[0]
     check_tensor("lengths", lengths, (B,), INT64, device)
@@ -111,7 +111,7 @@ def commit(
         *(pages or (None, None, None, None, 1)),
         release,
         *contiguous(path),
-        list(caches),
+        each_once(caches),
         backend,
     )
     if out is not None:
@@ -175,6 +175,13 @@ def check_caches(
         )
 
 
+def each_once(caches: list[Tensor]) -> list[Tensor]:
+    """Without repeats: of memory, or of the object where memory cannot be looked at."""
+    if not all(map(concrete, caches)):
+        return list(dict.fromkeys(caches))
+    return list({(x.data_ptr(), x.shape, x.stride()): x for x in caches}.values())
+
+
 def _outputs(lengths: Tensor, *_: Any) -> Outputs:
     return [([lengths.shape[0]], dtype) for dtype in (torch.int64, torch.int64, torch.bool)]
 
@@ -197,4 +204,5 @@ OP = define(
     ["new_lengths", "kept", "new_finished"],
     _outputs,
     _call,
+    shown=[f"out.{field}" for field in Committed._fields],
 )

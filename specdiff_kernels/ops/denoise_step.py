@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from .checks import (
     check_workspace,
     contiguous,
     device_of,
+    overlap,
     per_row,
+    plain_number,
     readable,
 )
 from .registry import Outputs, define
@@ -64,8 +67,8 @@ def denoise_step(
         pool_rows: i64 [B, K], row of the pool that holds each position's logits, all different;
             None: b K + i.
         entropies: also measure the entropy of the model's law at each row read, into
-            `draft.entropy`. Asked of the first step alone it is taken before any sampling, and may
-            decide how much is drafted.
+            `draft.entropy`, which keeps what it holds otherwise. Asked of the first step alone it
+            is taken before any sampling, and may decide how much is drafted.
         seed, round: i64 [B], as in `verify`; position i draws with slot i.
         position: i64 [B], absolute position of the draft's first token, for coupled draws; see
             `verify` and `sample`. Reveal decisions still take `round`.
@@ -101,7 +104,7 @@ def denoise_step(
         raise ValueError("draft.logits: expected the pool of the model's logits, got None")
     R, V = checked.logits.shape
     pool_rows = check_pool_rows(pool_rows, B, K, R, device)
-    order = check_reveal(reveal, step, checked.tau)
+    order, step = check_reveal(reveal, step, checked.tau), plain_number(step, int)
     if position is not None:
         check_tensor("position", position, (B,), INT64, device)
     per_position = 2 if position is None else 1 + V
@@ -124,7 +127,10 @@ def denoise_step(
     else:
         if out.law is None or out.entropy is None:
             raise ValueError("out: expected a Draft with law and entropy, got None")
-        results = (out.tokens, out.tau, out.rows, *out.law, out.entropy)
+        entropy = out.entropy
+        if not entropies and (entropy is draft.entropy or overlap(entropy, draft.entropy)):
+            entropy = torch.empty_like(entropy)  # written in its place
+        results = (out.tokens, out.tau, out.rows, *out.law, entropy)
         OP.into(*args, workspace, *results)
     return draft._replace(
         tokens=results[0],
@@ -142,7 +148,7 @@ def check_reveal(reveal: Reveal, step: int, tau: Tensor) -> Order:
     """The order of a reveal, which a step later than all of tau [B, K] is to make."""
     if not isinstance(reveal, Reveal):
         raise TypeError(f"reveal: expected a Reveal such as Reveal.all(), got {reveal!r}")
-    if not isinstance(step, int) or not 0 <= step < 2**31:
+    if not isinstance(step, Integral) or not 0 <= step < 2**31:
         raise ValueError(f"step: expected an integer in [0, 2^31), got {step!r}")
     if tau.numel() and readable(tau) and step <= (latest := int(tau.max())):
         raise ValueError(
@@ -197,5 +203,9 @@ OP = define(
     ("tokens", "tau", "rows", *RowLaw._fields, "entropy"),
     _outputs,
     _call,
+    shown=(
+        "out.tokens", "out.tau", "out.rows", *(f"out.law.{name}" for name in RowLaw._fields),
+        "out.entropy",
+    ),
     workspace=True,
-)
+)  # fmt: skip

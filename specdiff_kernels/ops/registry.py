@@ -56,17 +56,22 @@ def define(
     specs: Callable[..., Outputs],
     call: Callable[..., None],
     *,
+    shown: Sequence[str] | None = None,
     workspace: bool = False,
+    differentiable: bool = False,
 ) -> Op:
     """Register `specdiff::name` and `specdiff::name.out`.
 
     Args:
         inputs: the schema of the inputs, without the backend's name. Sizes and counts are SymInt,
             or `torch.compile` makes a graph for each value.
-        outputs: names of the output tensors.
+        outputs: names of the output tensors, different from those of the inputs.
         specs: inputs -> shape and dtype of each output.
         call: (backend function, inputs, outputs) -> None, fills the outputs.
+        shown: what the user calls the output tensors; None: out.<name>.
         workspace: whether the `out` form takes one, behind the backend's name.
+        differentiable: whether autograd is to know of the functional form. Otherwise its outputs
+            require no gradient, as those of the `out` form.
 
     Returns:
         Both forms; they go through PyTorch's dispatcher where something watches it.
@@ -75,6 +80,7 @@ def define(
     aliases = string.ascii_lowercase[: len(outputs)]
     mutable = ", ".join(f"Tensor({a}!) {o}" for a, o in zip(aliases, outputs, strict=True))
     results = ", ".join(["Tensor"] * len(outputs))
+    shown = [f"out.{field}" for field in outputs] if shown is None else shown
     LIBRARY.define(f"{name}({inputs}) -> ({results})")
     scratch = ", Tensor(z!)? workspace" if workspace else ""
     LIBRARY.define(f"{name}.out({inputs}{scratch}, {mutable}) -> ()")
@@ -102,10 +108,10 @@ def define(
         given = None
         if workspace:
             inputs, given = inputs[:-1], inputs[-1]
-        for field, tensor, (shape, dtype) in zip(outputs, out, specs(*inputs[:-1]), strict=True):
-            check_tensor(f"out.{field}", tensor, tuple(shape), (dtype,), args[0].device)
+        for field, tensor, (shape, dtype) in zip(shown, out, specs(*inputs[:-1]), strict=True):
+            check_tensor(field, tensor, tuple(shape), (dtype,), args[0].device)
             if not tensor.is_contiguous():
-                raise ValueError(f"out.{field}: expected contiguous memory, got a strided view")
+                raise ValueError(f"{field}: expected contiguous memory, got a strided view")
         run(inputs, out, given)
 
     def fake(*args: Any) -> Any:
@@ -116,6 +122,9 @@ def define(
         # or autograd would find a derivative in the reference, which is written in PyTorch
         LIBRARY.impl(name, torch.no_grad()(functional), device)
         LIBRARY.impl(f"{name}.out", torch.no_grad()(into), device)
+    # without it torch gives outputs a grad_fn that only warns, and keeps the inputs alive
+    for form in (f"{name}.out",) if differentiable else (name, f"{name}.out"):
+        LIBRARY.impl(form, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"specdiff::{name}", fake, lib=LIBRARY)
     torch.library.register_fake(f"specdiff::{name}.out", lambda *args: None, lib=LIBRARY)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..types import RowDivergence, RowStatistics
 from .checks import (
     INT64,
+    check_constant,
     check_increasing,
     check_logits,
     check_tensor,
@@ -89,9 +90,8 @@ def row_divergence(
         check_increasing("draft_ids", draft_ids, V)
     D = V if draft_ids is None else draft_ids.shape[0]
     draft_logits = check_logits("draft_logits", draft_logits, (N, D), device)
-    if torch.is_grad_enabled():
-        check_constant("target_logits", target_logits)
-        check_constant("temperature", temperature)
+    for name, value in (("target_logits", target_logits), ("temperature", temperature)):
+        check_constant(name, value, f"only the draft is trained: pass {name}.detach()")
     args = (
         target_logits,
         draft_logits,
@@ -106,15 +106,6 @@ def row_divergence(
     statistics = target_logits.new_empty(N, len(RowStatistics._fields), dtype=torch.float64)
     OP.into(*args, *out, statistics)
     return out
-
-
-def check_constant(name: str, value: float | Tensor) -> None:
-    """Raise if a gradient is asked of what has none."""
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(
-            f"{name}: expected a tensor without gradient, got one that requires it; only the "
-            f"draft is trained: pass {name}.detach()"
-        )
 
 
 def check_temperature(value: float | Tensor, N: int, device: torch.device) -> Tensor | None:
@@ -141,6 +132,7 @@ OP = define(
     (*RowDivergence._fields, "statistics"),
     _outputs,
     _call,
+    differentiable=True,
 )
 
 
@@ -159,6 +151,7 @@ BACKWARD = define(
     ["out"],
     _gradient,
     _call_backward,
+    differentiable=True,  # twice is not written: torch warns of that
 )
 
 

@@ -34,7 +34,7 @@ def row_law(
         temperature: a number or f32 [N]. 0 makes a row greedy: all weight on the lowest-index
             largest logit, whatever the truncation.
         top_k: an integer or i64 [N]; 0 is off.
-        top_p: a number or f32 [N] in (0, 1], read as a multiple of 2^-31.
+        top_p: a number or f32 [N] in [2^-149, 1], read as a multiple of 2^-31.
         min_p: a number or f32 [N] in [0, 1], relative to the largest probability.
         backend: force one; see `available_backends`.
         out: a RowLaw to write into.

@@ -113,5 +113,6 @@ OP = define(
     ["tokens"],
     _outputs,
     _call,
+    shown=["out"],
     workspace=True,
 )

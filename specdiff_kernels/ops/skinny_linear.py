@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import implementation
 from ..types import PackedWeight
-from .checks import check_tensor, concrete, contiguous, device_of
+from .checks import check_constant, check_tensor, contiguous, device_of, overlap
 from .registry import Outputs, define, watched
 
 FLOAT = (torch.float32,)
@@ -76,7 +76,8 @@ def skinny_linear(
         f32 [M, N].
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape or dtype.
+        ValueError, TypeError: an argument of the wrong shape or dtype, or one that requires a
+            gradient where they are enabled: there is no derivative.
         BackendError: a forced backend cannot run.
 
     Example:
@@ -97,6 +98,8 @@ def skinny_linear(
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if bias is not None:
         check_tensor("bias", bias, (N,), FLOAT, device)
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        check_constant(name, value, "use torch.nn.functional.linear, or torch.no_grad()")
     x = x if x.stride(1) == 1 else x.contiguous()
     args = (x, weight, N, *contiguous(bias), backend)
     if out is not None:
@@ -125,18 +128,9 @@ def unchecked(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> 
 
 def check_apart(out: Tensor, **inputs: Tensor | None) -> None:
     """Raise if `out` shares memory with an input, which is read while `out` is written."""
-    first, last = memory(out)
     for name, tensor in inputs.items():
-        if tensor is not None and memory(tensor)[0] < last and first < memory(tensor)[1]:
+        if overlap(out, tensor):
             raise ValueError(f"out: expected memory of its own, got some of {name}'s")
-
-
-def memory(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and behind the last one; none: 0, 0."""
-    if not concrete(tensor) or tensor.numel() == 0:
-        return 0, 0
-    furthest = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * (furthest + 1)
 
 
 def _outputs(x: Tensor, weight: Tensor, N: int, bias: Tensor | None) -> Outputs:
@@ -153,4 +147,5 @@ OP = define(
     ["out"],
     _outputs,
     _call,
+    shown=["out"],
 )

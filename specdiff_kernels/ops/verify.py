@@ -23,6 +23,7 @@ from .checks import (
     contiguous,
     device_of,
     per_row,
+    plain_number,
 )
 from .registry import Outputs, define
 
@@ -145,6 +146,7 @@ def as_inputs(lenience: Lenience, B: int, device: torch.device) -> tuple[int, Te
     """The number of its kind, and its amounts f64 [B]."""
     kind, amount = list(KINDS).index(lenience.kind), lenience.amount
     if not isinstance(amount, Tensor):
+        amount = plain_number(amount, float)
         return kind, torch.full((B,), amount, dtype=torch.float64, device=device)
     check_tensor("lenience.amount", amount, (B,), (torch.float64,), device)
     return kind, amount.contiguous()

@@ -34,7 +34,7 @@ def commit(
         kept = torch.minimum(kept, (limit - lengths).clamp(min=0))
     if stop_tokens is not None:
         stops = (emitted[:, :, None] == stop_tokens).any(-1) & (column < kept[:, None])
-        first = torch.where(stops, column, N).amin(-1)
+        first = (~stops).long().cumprod(-1).sum(-1)  # tokens before a stop token, N without one
         kept = torch.minimum(kept, first + 1)
         done = done | (first < N)
     if limit is not None:
@@ -84,7 +84,7 @@ def move(
         origin = torch.arange(slots + 1, device=path.device)
         target = torch.where(moves, target, slots)
         origin = origin.scatter(0, target.flatten(), source.flatten())[:slots]
-        entries = cache.view(torch.uint8)
+        entries = cache[..., None].view(torch.uint8)  # [outer, positions, H, D, bytes]
         entries.copy_(entries.flatten(0, 1)[origin].view_as(entries))
 
 

@@ -256,8 +256,9 @@ def draft_weights(draft: Draft, i: int, recorded: Tensor, V: int) -> tuple[Tenso
     row = draft.rows[:, i].clamp(0, R - 1)
     law = RowLaw(*(field[row] for field in draft.law))
     ids = torch.arange(V, device=x.device) if draft.draft_ids is None else draft.draft_ids
-    e = torch.zeros_like(one_hot)
-    e[:, ids] = weights(draft.logits[row], law)  # [B, Vd] -> [B, V]
+    e = one_hot.new_zeros(len(x), V + 1)  # a column too many, for ids that the target does not have
+    e[:, torch.where((ids >= 0) & (ids < V), ids, V)] = weights(draft.logits[row], law)
+    e = e[:, :V]
     weightless = e.gather(1, x.clamp(0, V - 1)[:, None])[:, 0] == 0
     contradiction = recorded & weightless & (fault == Status.OK.value)
     fault = torch.where(contradiction, int(Status.DRAFT), fault)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 from unittest import mock
 
@@ -82,8 +83,8 @@ def check_verifier(
         a verifier with a generator of its own that does not look at `Drafted.zero`.
 
     Raises:
-        ValueError: an outcome that is none: a count outside 0 .. K, a token outside 0 .. V - 1; a
-            rule that is not known.
+        ValueError, TypeError: an outcome that is none: a count outside 0 .. K, a token outside
+            0 .. V - 1, numbers that are no integers; a rule that is not known; no draws.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -92,6 +93,9 @@ def check_verifier(
     """
     if rule not in ("token", None):
         raise ValueError(f"rule: expected 'token' or None, got {rule!r}")
+    _require_some("draws", draws)
+    if batch is not None:
+        _require_some("batch", batch)
     findings = []
     for case in cases:
         draft, outcome = _outcomes(case, verify, sample, draws, batch)
@@ -121,13 +125,14 @@ def check_sampler(sample: Sampler, *, draws: int = 100_000, alarm: float = 1e-6)
         and of a single token.
 
     Raises:
-        ValueError: a token outside 0 .. V - 1.
+        ValueError, TypeError: a token outside 0 .. V - 1 or that is no integer; no draws.
 
     Example:
         >>> _ = torch.manual_seed(0)
         >>> check_sampler(lambda logits: logits.argmax(-1)).passed
         False
     """
+    _require_some("draws", draws)
     noise = torch.Generator().manual_seed(5)
     rows = {
         "random": torch.randn(7, generator=noise),
@@ -139,7 +144,7 @@ def check_sampler(sample: Sampler, *, draws: int = 100_000, alarm: float = 1e-6)
     findings = []
     for name, row in rows.items():
         tokens = sample(row.expand(draws, -1).contiguous())
-        _require(tokens, "token", draws, len(row) - 1)
+        tokens = _integers(tokens, "token", draws, len(row) - 1)
         law: Law = {(v,): p for v, p in enumerate(row.double().softmax(-1).tolist())}
         findings.append(compare(name, "token", [(t,) for t in tokens.tolist()], law))
     return Report(tuple(findings), draws, alarm)
@@ -162,11 +167,16 @@ def power(
     Returns:
         For each name the share of repetitions that failed.
 
+    Raises:
+        ValueError: no draws or repetitions.
+
     Example:
         >>> _ = torch.manual_seed(0)
         >>> power({"u = 0": MUTANTS["u = 0"]}, draws=2000, repetitions=3)
         {'u = 0': 1.0}
     """
+    _require_some("draws", draws)
+    _require_some("repetitions", repetitions)
     return {
         name: sum(
             not check_verifier(verify, draws=draws, alarm=alarm).passed for _ in range(repetitions)
@@ -213,18 +223,28 @@ def _outcomes(
 
 
 def _result(verify: Verifier, draft: Drafted) -> Outcome:
-    accepted, token = (torch.as_tensor(field).long() for field in verify(draft))
-    _require(accepted, "accepted", len(draft.tokens), K)
-    _require(token, "token", len(draft.tokens), V - 1)
-    return Outcome(accepted, token)
+    accepted, token = verify(draft)
+    N = len(draft.tokens)
+    return Outcome(_integers(accepted, "accepted", N, K), _integers(token, "token", N, V - 1))
 
 
-def _require(values: Tensor, name: str, count: int, most: int) -> None:
+def _require_some(name: str, count: int) -> None:
+    if not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
+
+
+def _integers(values: Tensor, name: str, count: int, most: int) -> Tensor:
+    """As i64 [count] on the CPU, or an error unless they are integers in 0 .. most."""
+    values = torch.as_tensor(values).cpu()
+    if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+        found = str(values.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected integers, got {found}; convert with .long()")
     if values.shape != (count,):
         raise ValueError(f"{name}: expected shape [{count}], got {list(values.shape)}")
     if values.min() < 0 or values.max() > most:
         found = f"{values.min().item()} .. {values.max().item()}"
         raise ValueError(f"{name}: expected numbers in 0 .. {most}, got {found}")
+    return values.long()
 
 
 def _completed(case: Case, draft: Drafted, outcome: Outcome) -> list[Text]:

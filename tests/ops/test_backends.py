@@ -20,6 +20,7 @@ from specdiff_kernels import (
     row_law,
     skinny_linear,
     use_backend,
+    workspace_size,
 )
 from specdiff_kernels.__main__ import report
 from specdiff_kernels.arguments import row_law_arguments
@@ -140,6 +141,21 @@ def test_a_forced_backend_never_falls_back():
         row_law(LOGITS, backend="cpp")
     assert "undefined symbol" in available_backends()["cpp"]
     assert "undefined symbol" in report()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda"), torch.device("cuda:1")])
+def test_a_device_may_have_a_number(device, monkeypatch):
+    """A workspace for a GPU has a size where there is none."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert workspace_size(9, 50257, device=device) == workspace_size(9, 50257) > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert available_backends(device) == available_backends("cuda")
+    assert available_backends(device)["cpp"] == "it does not run on cuda tensors"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert set(available_backends(device).values()) == {"torch finds no CUDA device"}
+    cpu = torch.device("cpu", 0)
+    assert available_backends(cpu)["cpp"] is None and workspace_size(9, 100, device=cpu) == 0
 
 
 def test_report():

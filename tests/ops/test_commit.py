@@ -57,7 +57,19 @@ def test_out_may_alias_the_inputs():
     assert [field.tolist() for field in out] == [[4, 5], [0, 1], [True, True]]
 
 
+def test_no_tokens_have_no_stop_token():
+    emitted, finished = torch.zeros(2, 0, dtype=torch.int64), torch.tensor([True, False])
+    result = committed(i64(4, 7), emitted, stop_tokens=i64(2), finished=finished)
+    assert result == [[4, 7], [0, 0], [True, False]]
+
+
 def test_bad_shapes_are_named():
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    out = Committed(i64(0), i64(0), torch.tensor([False]))
+    with pytest.raises(ValueError, match=r"^out.lengths: expected shape \[1\], got \[2\]"):
+        commit(i64(1), tokens, out=out._replace(lengths=i64(1, 2)))
+    with pytest.raises(TypeError, match=r"^out.finished: expected dtype bool, got int64"):
+        commit(i64(1), tokens, out=out._replace(finished=i64(1)))
     with pytest.raises(ValueError, match=r"^lengths: expected shape \[1\], got \[2\]"):
         commit(i64(1, 2), torch.zeros(1, 1, dtype=torch.int64))
 
@@ -342,6 +354,25 @@ def test_a_path_through_blocks(layout, dtype):
         assert torch.equal(bits(cache), bits(want))
     assert pages.free[: int(pages.available)].tolist() == [5, 0, 6, 11]
     check_consistent(pages)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_stride_of_a_single_dimension_does_not_matter(dtype):
+    cache = stored(1, 1, 9, 5, dtype=dtype)[..., :1].as_strided((1, 1, 9, 1), (45, 45, 5, 3))
+    before = cache.clone()
+    commit(i64(2), torch.tensor([[7, 7, 7]]), path=torch.tensor([[0, 2, 5]]), caches=[cache])
+    assert torch.equal(bits(cache[0, 0, 2:5]), bits(before[0, 0, [2, 4, 7]]))
+
+
+@pytest.mark.parametrize("form", [list, iter])
+def test_a_cache_listed_twice_is_moved_once(form):
+    """The same tensor, another of the same memory; layers may share keys and values."""
+    cache, other = stored(1, 2, 9, 4), stored(1, 2, 9, 4)
+    before = cache.clone(), other.clone()
+    caches = form([cache, other, cache, cache.view_as(cache)])
+    commit(i64(1), torch.tensor([[7, 7, 7]]), path=torch.tensor([[0, 2, 4]]), caches=caches)
+    for have, old in zip((cache, other), before, strict=True):
+        assert torch.equal(bits(have[0, :, 1:4]), bits(old[0, :, [1, 3, 5]]))
 
 
 def test_only_what_stands_is_moved():

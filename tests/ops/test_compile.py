@@ -179,6 +179,27 @@ def test_no_op_is_differentiated_behind_autograd(name):
     torch.library.opcheck(overload(name), args, test_utils="test_autograd_registration")
 
 
+@pytest.mark.parametrize("name", OVERLOADS)
+def test_outputs_require_no_gradient(name):
+    """But the divergences and their slopes, of which torch knows."""
+    args, schema = deepcopy(recorded()[name][-1]), overload(name)._schema.arguments
+    written = [
+        x for x, a in zip(args, schema, strict=True) if a.alias_info and a.alias_info.is_write
+    ]
+    for x in args:
+        if isinstance(x, Tensor) and x.is_floating_point() and not any(x is y for y in written):
+            x.requires_grad_()
+    outputs = tree_leaves((overload(name)(*args), written))
+    learns = any(isinstance(x, Tensor) and x.requires_grad for x in outputs)
+    known = ("row_divergence.default", "row_divergence_backward.default")
+    assert learns == (name in known)
+
+
+def test_laws_of_logits_that_require_a_gradient_can_be_looked_at():
+    logits = torch.randn(2, 9, requires_grad=True)
+    assert row_law(logits).max.numpy().tolist() == logits.max(-1).values.tolist()
+
+
 # --- torch.compile ---
 
 
@@ -283,6 +304,25 @@ def test_a_target_that_is_trained_is_refused_by_the_compiler_too():
     compiled = torch.compile(row_divergence, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="target_logits: expected a tensor without gradient"):
         compiled(torch.zeros(2, 5, requires_grad=True), torch.zeros(2, 5))
+
+
+def test_numbers_may_be_symbols():
+    torch._dynamo.reset()
+    compiled = torch.compile(row_law, fullgraph=True, dynamic=True, backend="eager")
+    logits = torch.randn(3, 40)
+    for i, (top_k, heat) in enumerate([(5, 0.5), (7, 0.25), (9, 2.0)]):
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            have = compiled(logits, heat, top_k)
+        assert torch.equal(have.total, row_law(logits, heat, top_k).total)
+
+
+def test_a_cache_listed_twice_is_moved_once_by_compiled_code_too():
+    torch._dynamo.reset()
+    cache, path = torch.randn(1, 2, 9, 4), torch.tensor([[0, 2, 4]])
+    before = cache.clone()
+    compiled = torch.compile(commit, fullgraph=True, backend="aot_eager")
+    compiled(torch.tensor([1]), torch.ones(1, 3).long(), path=path, caches=[cache, cache])
+    assert torch.equal(cache[0, :, 1:4], before[0, :, [1, 3, 5]])
 
 
 # --- fake tensors ---

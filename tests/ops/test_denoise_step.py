@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -295,6 +296,31 @@ def test_in_place_and_other_pool_rows():
     assert torch.equal(done.entropy.isnan(), ~read)
 
 
+@pytest.mark.parametrize("alias", ["draft", "entropy", "view"])
+@pytest.mark.parametrize("reveal", [Reveal.chunk(2, 4), Reveal.lowest_entropy(1)], ids=repr)
+def test_a_step_in_place_keeps_what_an_earlier_one_measured(reveal, alias):
+    first = denoise_step(fresh(), Reveal.chunk(0, 2), 0, entropies=True, **KEY)
+    measured = first.entropy.clone()
+    want = denoise_step(first, reveal, 1, **KEY)
+    out = first
+    if alias != "draft":
+        out = fresh(seed=1)._replace(entropy=first.entropy if alias == "entropy" else None)
+    if alias == "view":
+        out = out._replace(entropy=first.entropy.view_as(first.entropy))
+    done = denoise_step(first, reveal, 1, out=out, **KEY)
+    for entropy in (done.entropy, out.entropy, want.entropy):
+        assert torch.equal(entropy.nan_to_num(), measured.nan_to_num())
+    assert measured.isfinite().any() and torch.equal(done.tokens, want.tokens)
+    again = denoise_step(done, Reveal.all(), 2, entropies=True, out=out, **KEY)
+    assert not torch.equal(again.entropy.nan_to_num(), measured.nan_to_num())
+
+
+def test_a_step_may_be_numbered_by_numpy():
+    done, want = (denoise_step(fresh(), Reveal.all(), n, **KEY) for n in (np.int64(3), 3))
+    assert torch.equal(done.tau, want.tau) and torch.equal(done.tokens, want.tokens)
+    assert type(done.final_step) is int
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -309,12 +335,21 @@ def test_in_place_and_other_pool_rows():
         ({"seed": None}, r"seed: expected a tensor \[2\] int64, got None"),
         ({"words": torch.zeros(2, 4, dtype=torch.int64)}, "words: expected shape"),
         ({"reveal": Reveal.mdlm(torch.ones(3).double())}, r"rate: expected shape \[2\]"),
+        ({"words": torch.zeros(2, 4, 2).long(), "seed": [3, 4]}, "seed: expected a tensor, got li"),
         ({"out": fresh()}, "out: expected a Draft with law and entropy, got None"),
+        (
+            {
+                "out": (out := fresh()._replace(entropy=torch.zeros(2, 4).double()))._replace(
+                    law=out.law._replace(max=torch.zeros(3))
+                )
+            },
+            r"^out\.law\.max: expected shape \[8\], got \[3\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     arguments = {"draft": fresh(), "reveal": Reveal.all(), "step": 0, **KEY} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         denoise_step(**arguments)
 
 

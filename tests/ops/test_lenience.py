@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -161,6 +163,15 @@ def test_rows_have_amounts_of_their_own():
             assert torch.equal(field[b], want[b])
 
 
+def test_an_amount_may_be_a_fraction():
+    target, draft, options = a_round(4, 2, 9)
+    have, want = (
+        verify(target, draft, rule="lenient", lenience=Lenience("additive", amount), **options)
+        for amount in (Fraction(1, 8), 0.125)
+    )
+    assert_same(have, want)
+
+
 def test_a_faulty_row_spends_nothing():
     """The fault lies behind a position that has spent."""
     target = torch.tensor([[[0.0, 1.0], [NAN, 0.0]]])
@@ -172,6 +183,19 @@ def test_a_faulty_row_spends_nothing():
     assert verify(target, draft, **options).bias.item() == pytest.approx(
         1 - target[0, 0].double().softmax(0)[0].item(), abs=2e-7
     )  # the weights' relative error is 1.7e-7
+
+
+def test_ids_that_the_target_does_not_have_spend_nothing():
+    """Compiled code does not look at them beforehand. q is 1/2 at both ids, p 1/4 at all tokens."""
+    pool = torch.zeros(1, 2)
+    draft = recorded_draft(i64(0)[None], pool, row_law(pool), draft_ids=i64(0, 10**10))
+    torch._dynamo.reset()
+    result = torch.compile(verify, backend="eager", fullgraph=True)(
+        torch.zeros(1, 2, 4), draft, rule="lenient", lenience=Lenience("additive", 0.1),
+        words=i64(0, 0)[None],
+    )  # fmt: skip
+    assert (result.status.item(), result.accepted.item()) == (Status.OK, 1)
+    assert result.bias.item() == pytest.approx(0.1, abs=1e-15)
 
 
 def test_rows_behind_the_first_rejection_spend_nothing():

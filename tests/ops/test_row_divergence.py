@@ -160,6 +160,18 @@ def test_gradient_is_as_exact_as_that_of_torch(V, D, dtype, name):
     assert rms(have - exact) <= 2 * rms(plainly - exact) + ulp * rms(exact) + smallest
 
 
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("temperature", [2.0**-95, 2.0**-80, 2.0**-66, 2.0**80, 2.0**95])
+def test_gradients_at_extreme_temperatures(temperature, name):
+    """Logits and temperature times a power of two: the same laws, and a gradient over it."""
+    target, draft, ids = inputs(1030, 300)
+    scaled = (target * temperature, draft * temperature, ids, temperature)
+    have = gradient(row_divergence, *scaled, **{name: 1.5}).double() * temperature
+    plainly = gradient(plain, target, draft, ids, 1.0, **{name: 1.5})
+    exact = gradient(plain, target.double(), draft.double(), ids, 1.0, **{name: 1.5})
+    assert_as_exact_as_torch(have, plainly, exact)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_gradient_is_the_slope_of_the_value(data):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from specdiff_kernels import LawError, RowLaw, Status, check_status, row_law
 from specdiff_kernels.reference.numerics import weights
+
+from .helpers import assert_same
 
 NAN, INF = float("nan"), float("inf")
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -117,12 +122,29 @@ def test_bad_entries_of_parameter_tensors(parameters):
     assert row_law(torch.zeros(1, 4), **parameters).status.item() == Status.PARAMETER
 
 
+def test_numbers_of_other_types_are_numbers():
+    torch.manual_seed(4)
+    logits = torch.randn(2, 50)
+    for have, want in (
+        ({"temperature": Fraction(3, 4), "top_p": Fraction(7, 8), "min_p": Fraction(1, 64)},
+         {"temperature": 0.75, "top_p": 0.875, "min_p": 1 / 64}),
+        ({"top_k": Fraction(6, 2), "min_p": np.float32(0.5)}, {"top_k": 3, "min_p": 0.5}),
+        ({"top_k": np.int64(3), "temperature": True}, {"top_k": 3.0, "temperature": 1}),
+        ({"top_k": 2**63 - 1, "top_p": 2.0**-149}, {"top_k": 0, "top_p": 2.0**-148}),
+    ):  # fmt: skip
+        assert_same(row_law(logits, **have), row_law(logits, **want))
+
+
 @pytest.mark.parametrize(
     ("parameters", "name"),
     [
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": 2.5}, "top_k"),
+        ({"top_k": 2**63}, "top_k"),
+        ({"top_k": 2**70}, "top_k"),
+        ({"top_k": INF}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1e-50}, "top_p"),
         ({"min_p": 2.0}, "min_p"),
         ({"top_p": torch.tensor([0.5, 0.5])}, "top_p"),
     ],

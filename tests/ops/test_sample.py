@@ -71,3 +71,11 @@ def test_needs_randomness():
         sample(logits, row_law(logits))
     with pytest.raises(ValueError, match=r"^words: expected shape \[2\], got \[3\]"):
         sample(logits, row_law(logits), words=i64(1, 2, 3))
+    with pytest.raises(TypeError, match=r"^seed: expected a tensor, got list"):
+        sample(logits, row_law(logits), words=i64(1, 2), seed=[1, 2])
+
+
+def test_a_bad_out_is_named():
+    logits = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"^out: expected shape \[2\], got \[3\]"):
+        sample(logits, row_law(logits), words=i64(0, 0), out=i64(0, 0, 0))

@@ -145,7 +145,25 @@ def test_what_cannot_be_packed_is_named(arguments, error, message):
         pack_weight(*arguments)
 
 
-def test_out_may_not_overlap_an_input():
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_there_is_no_derivative(name, packed):
+    arguments = dict(zip(("x", "weight", "bias"), inputs(2, 5, 8), strict=True))
+    want = skinny_linear(**arguments)
+    arguments[name].requires_grad_()
+    if packed:
+        packs, rows = pack_weight(arguments["weight"])
+        arguments["weight"] = PackedWeight(packs.requires_grad_(name == "weight"), rows)
+    message = f"^{name}: .* without gradient, got .*; use torch.nn.functional.linear, or torch.no_"
+    with pytest.raises(ValueError, match=message):
+        skinny_linear(**arguments)
+    with torch.no_grad():
+        assert torch.equal(skinny_linear(**arguments), want)
+
+
+def test_a_bad_out_is_named():
     x, weight, _ = inputs(3, 8, 8)
     with pytest.raises(ValueError, match="out: expected memory of its own, got some of x's"):
         skinny_linear(x, weight, out=x)
+    with pytest.raises(ValueError, match=r"^out: expected shape \[3, 8\], got \[3, 9\]"):
+        skinny_linear(x, weight, out=torch.zeros(3, 9))
