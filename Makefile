@@ -54,9 +54,9 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BENCH) controlled --target gpt-neo-2.7b --task summarise --steps 1,2,4 --context 128 \
 	  --tokens 64 --prompts 1 --repetitions 2 --name controlled_gpt_neo --results benchmarks/results
 	$(BENCH) figure2 --context 256 --k 16 --steps 1,2,4,8,16 $(SPEECHES) $(SIZE)
-	$(BIN)/python benchmarks/bench_compare.py
-	$(BIN)/python benchmarks/bench_planner.py
-	$(BIN)/python benchmarks/bench_lenience.py
+	$(BIN)/python benchmarks/bench_compare.py --tokens 32
+	$(BIN)/python benchmarks/bench_planner.py --tokens 32
+	$(BIN)/python benchmarks/bench_lenience.py --tokens 32
 	$(BIN)/python benchmarks/bench_drafters.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_conformance.py

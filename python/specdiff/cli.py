@@ -129,7 +129,7 @@ def generate(
     rule: Annotated[
         Rule | None,
         typer.Option(
-            help="How drafts are judged, default: token; coupled: the text is that of --no-draft."
+            help="How drafts are judged, default: token; coupled: text as with --no-draft, too."
         ),
     ] = None,
     lenience: Annotated[
@@ -236,10 +236,12 @@ def plan(
     progress = Console(stderr=True)
     with progress.status("loading"):
         from .planner import PLAIN
-        from .plans import as_dict, draw, measured_speed_ups, needs, predictions
+        from .plans import as_dict, draw, figure_class, measured_speed_ups, needs, predictions
         from .report import needs_table, plans_table
         from .sampling import Sampling
 
+        if picture is not None:
+            figure_class()  # rather now than after all has been measured
         sampling = Sampling(temperature)
         plain, tokenizer = load(target, Rule.token.value, None, threads, not no_accelerate)
         names = named(target, drafter, raw, not no_accelerate)

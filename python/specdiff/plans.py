@@ -206,19 +206,24 @@ def measured_speed_ups(
     }
 
 
-def draw(rows: Sequence[Prediction], measured: dict[Plan, float], title: str, path: Path) -> None:
-    """Predicted against measured speed-up as a picture, in the format of the file's name.
-
-    Raises:
-        ValueError: matplotlib is not installed, or cannot write such a file.
-    """
+def figure_class() -> Any:
+    """Matplotlib's. Raises ValueError where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
             "a picture needs matplotlib: pip install 'specdiff-kernels[plots]'"
         ) from error
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    return Figure
+
+
+def draw(rows: Sequence[Prediction], measured: dict[Plan, float], title: str, path: Path) -> None:
+    """Predicted against measured speed-up as a picture, in the format of the file's name.
+
+    Raises:
+        ValueError: matplotlib is not installed, or cannot write such a file.
+    """
+    figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for steps in sorted({row.plan.steps for row in rows if row.plan != PLAIN}):
         own = sorted(row for row in rows if row.plan.steps == steps and row.plan != PLAIN)
