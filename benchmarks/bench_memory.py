@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import gc
 import resource
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from machine import save
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdiff import Decoder, Session, Target
+from specdiff.bench.machine import peak_memory
 from specdiff.cpu import accelerate
 from specdiff.drafters import PromptLookup, load_drafter
 from specdiff.models import load_target
@@ -32,18 +32,6 @@ PROMPT, NEW, WATCHED = 100, 64, 6  # tokens, and rounds
 ROUNDS = 10_000
 MB = 1e-6
 console = Console(width=100)
-
-
-def peak(function: Any) -> int:
-    """The most bytes that PyTorch held on the CPU at once, beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        function()
-    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
-    return highest
 
 
 def size_of(*tensors: torch.Tensor) -> int:
@@ -57,17 +45,20 @@ def measure(decoder: Decoder, batch: int) -> dict[str, float]:
     session.admit(prompts, max_new_tokens=NEW)
     session.step()
     cache = size_of(*(x for layer in session.cache.layers for x in (layer.keys, layer.values)))
-    rounds = peak(lambda: [session.step() for _ in range(WATCHED)])
+    with peak_memory(torch.device("cpu")) as peak:
+        for _ in range(WATCHED):
+            session.step()
+    rounds = peak.megabytes or 0.0
     target, k = decoder.target, decoder.k
-    logits = batch * (k + 1) * target.vocab_size * target.dtype.itemsize
+    logits = MB * batch * (k + 1) * target.vocab_size * target.dtype.itemsize
     drafts = getattr(decoder.drafter, "head", None)
-    pool = 0 if drafts is None else batch * k * drafts.out_features * target.dtype.itemsize
+    pool = 0.0 if drafts is None else MB * batch * k * drafts.out_features * target.dtype.itemsize
     return {
         "cache": MB * cache,
-        "logits": MB * logits,
-        "pool": MB * pool,
-        "rounds": MB * rounds,
-        "rest": MB * (rounds - logits - pool),
+        "logits": logits,
+        "pool": pool,
+        "rounds": rounds,
+        "rest": rounds - logits - pool,
     }
 
 

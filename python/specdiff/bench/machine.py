@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import platform
@@ -11,10 +12,12 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ..files import write_atomically
 
@@ -104,12 +107,15 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Of a GPU as torch allocates it; on Linux' CPUs the resident memory; elsewhere nothing.
+    """What torch's allocator of a CUDA device or of the CPU gave out; elsewhere nothing.
+
+    On a CPU torch's profiler watches, which takes time of its own.
 
     Example:
         >>> with peak_memory(torch.device("cpu")) as peak:
         ...     x = torch.ones(1 << 22)
         >>> peak.megabytes
+        16.777216
     """
     peak = Peak()
     if device.type == "cuda":
@@ -118,19 +124,18 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.megabytes = (torch.cuda.max_memory_allocated(device) - before) / 1e6
         return
-    held = resident(reset=True)
-    yield peak
-    most = resident()
-    if held is not None and most is not None:
-        peak.megabytes = max(0.0, most["VmHWM"] - held["VmRSS"])
+    if device.type != "cpu":
+        yield peak
+        return
+    gc.collect()  # or what others left would be freed inside
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        yield peak
+    peak.megabytes = most_held(watched) / 1e6
 
 
-def resident(*, reset: bool = False) -> dict[str, float] | None:
-    """This process's memory in MB by Linux' names; `reset` makes its peak what it is now."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return {name: int(kb) / 1e3 for name, kb in re.findall(r"^(Vm\w+):\s+(\d+) kB$", status, re.M)}
+def most_held(watched: profile) -> int:
+    """The most bytes at once, of what was allocated and freed on the CPU while watched."""
+    events: Any = watched.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
