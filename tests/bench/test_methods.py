@@ -12,9 +12,10 @@ PROMPTS = [[5, 6, 7, 5, 6]]
 
 def test_names():
     assert parse("plain") == Method("plain")
-    assert parse("block-diffusion,k=4,steps=auto,rule=block") == Method(
-        "block-diffusion", 4, "auto", "block"
+    assert parse("block-diffusion,k=auto,steps=auto,rule=block") == Method(
+        "block-diffusion", "auto", "auto", "block"
     )
+    assert parse("sedd,steps=auto").k is None  # which --k may fill
     assert parse("assisted,model=a/b,k=5") == Method("assisted", 5, model="a/b")
     assert parse("models/sedd-small").label == "sedd-small"
 
@@ -28,6 +29,7 @@ def test_names():
         ("assisted,k=2", "needs model=FOLDER"),
         ("parallel,model=x", "'assisted', and no other"),
         ("transformers-lookup,k=auto", "k as a number alone"),
+        ("sedd,k=4,steps=auto", "steps=auto of 'sedd' needs k=auto: .* got k=4; give a number"),
         ("", "plain decoding takes no options"),
     ],
 )
@@ -39,8 +41,16 @@ def test_names_that_are_refused(text, reason):
 def test_methods_that_results_could_not_tell_apart_are_refused():
     with pytest.raises(ValueError, match="a/draft and b/draft would both be called 'draft'"):
         spread([parse("a/draft"), parse("b/draft")], [2], [])
+    with pytest.raises(ValueError, match="a/x and b/y would both be called 'assisted'"):
+        spread([parse("assisted,model=a/x"), parse("assisted,model=b/y")], [2], [])
+    assert len(spread([parse("a/draft"), parse("./a/draft/,k=3")], [2], [])) == 2
+
+
+def test_a_planner_chooses_k_and_steps():
     with pytest.raises(ValueError, match="steps=auto of 'sedd' needs k=auto"):
         spread([parse("sedd")], [4, "auto"], ["auto"])
+    with pytest.raises(ValueError, match="got k=None"):
+        spread([parse("sedd,steps=auto")], [], [])
     assert spread([parse("sedd")], ["auto"], ["auto"])[0].steps == "auto"
 
 

@@ -265,7 +265,10 @@ def report(
 
 
 def read(results: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What `specdiff bench` wrote, and its file's name; other files there are passed over."""
+    """What `specdiff bench` wrote, and a name for it; other files there are passed over.
+
+    The name is the file's, behind its folder's where several folders have a file of that name.
+    """
     files = [results] if results.is_file() else sorted(results.rglob("[!.]*.json"))
     found = [(file, json.loads(file.read_text())) for file in files]
     found = [
@@ -322,7 +325,7 @@ def each(
     """The targets, one after another, so that one at a time is in memory."""
     from .methods import Models, check_labels
 
-    check_labels(targets)
+    check_labels((Path(name).name, name) for name in targets)
     for name in targets:
         yield Models(name, dtype, device, fast)
 

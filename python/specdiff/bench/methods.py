@@ -88,23 +88,41 @@ def parse(text: str) -> Method:
         raise ValueError(f"--method {text!r}: 'assisted', and no other, needs model=FOLDER")
     if name in THEIRS and (method.rule or method.steps or method.k == AUTO):
         raise ValueError(f"--method {text!r}: transformers' methods take k as a number alone")
-    return method
+    return method if method.k is None else planned(method)
 
 
-def check_labels(names: Iterable[str]) -> None:
-    """Raise ValueError if two folders would have one name in the results."""
+def check_labels(named: Iterable[tuple[str, str]]) -> None:
+    """Raise ValueError if two folders, given with their labels, have one label in the results."""
     known: dict[str, str] = {}
-    for name in names:
-        label = Path(name).name
-        if known.setdefault(label, name) != name:
+    for label, folder in named:
+        other = known.setdefault(label, folder)
+        if Path(other) != Path(folder):
             raise ValueError(
-                f"{known[label]} and {name} would both be called {label!r} in the results: give "
-                "one of the folders another name"
+                f"{other} and {folder} would both be called {label!r} in the results: rename a "
+                "folder or use a link of another name, or measure each with a --name of its own"
             )
 
 
+def planned(method: Method) -> Method:
+    """The method, unless it wants T, but not K, of the planner, which chooses both.
+
+    Raises:
+        ValueError: it does.
+    """
+    if method.steps == AUTO and method.k != AUTO:
+        raise ValueError(
+            f"steps=auto of {method.label!r} needs k=auto: the planner chooses both, got "
+            f"k={method.k}; give a number of steps, or k=auto, too"
+        )
+    return method
+
+
 def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -> list[Method]:
-    """Every method that drafts and says no K or T of its own, with each of these."""
+    """Every method that drafts and says no K or T of its own, with each of these.
+
+    Raises:
+        ValueError: results could not tell two of them apart, or one has steps=auto without k=auto.
+    """
     result: list[Method] = []
     for method in methods:
         own_k = method.k is not None or not ks or not method.drafts
@@ -113,14 +131,8 @@ def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -
             own_steps = one.steps is not None or not steps or not one.drafts
             own_steps = own_steps or one.name in (*THEIRS, "prompt-lookup", "parallel", "eagle")
             result += [one] if own_steps else [replace(one, steps=T) for T in steps]
-    check_labels(method.name for method in result)
-    for method in result:
-        if method.steps == AUTO and method.k != AUTO:
-            raise ValueError(
-                f"steps=auto of {method.label!r} needs k=auto: the planner chooses both, got "
-                f"k={method.k}"
-            )
-    return list(dict.fromkeys(result))
+    check_labels((method.label, method.model or method.name) for method in result)
+    return [planned(method) for method in dict.fromkeys(result)]
 
 
 class Models:
