@@ -127,6 +127,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     if device.type != "cpu":
         yield peak
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to stderr
     gc.collect()  # or what others left would be freed inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         yield peak
