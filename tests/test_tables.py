@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import tiny_model
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(BENCHMARKS)
+    import bench_drafters
     import compare as comparison
     import plot_pair
     import tables
@@ -41,6 +44,46 @@ def test_a_changed_figure_is_noticed(monkeypatch):
     own = tables.result
     monkeypatch.setattr(tables, "result", lambda name: changed if name == "verify" else own(name))
     assert tables.rendered(page.read_text()) != page.read_text()
+
+
+def test_checks_tell_the_least_share():
+    """Of texts that were compared, and not of however few there were."""
+    found = [{"kind": "identical", "identical": n, "texts": of} for n, of in ((2, 2), (31, 32))]
+    cases = [{"refused": None, "check": check} for check in found]
+    assert tables.checks({"cases": cases}).startswith("At least 31 of 32 greedy texts")
+
+
+def test_table2_tells_the_checks_of_both_its_files(monkeypatch):
+    own = tables.result
+
+    def changed(name):
+        content = own(name)
+        if name == "appendix":
+            content["cases"][-1]["check"]["z"] = -4.4
+        return content
+
+    monkeypatch.setattr(tables, "result", changed)
+    assert "within 4.4 standard deviations" in tables.table2()[-1]
+
+
+def test_the_drafters_results_tell_what_was_invoked(monkeypatch):
+    """And lie in the folder of the device that they were measured on."""
+    model, saved = tiny_model("llama"), []
+    stubs = {
+        "load_target": lambda target: (model, None),
+        "read_prompts": lambda *arguments: [[1, 2]],
+        "passages": list,
+        "measure": lambda *arguments: [],
+        "table": str,
+        "save": lambda *arguments: saved.append(arguments),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(bench_drafters, name, stub)
+    bench_drafters.main("t", block_diffusion="block-diffusion", parallel="p", eagle="e", tokens=3)
+    bench_drafters.main()
+    commands = [content["command"].partition(".py ")[2] for _, content, _ in saved]
+    assert commands == ["--tokens 3 --target t --parallel p --eagle e", "--tokens 32"]
+    assert [device for *_, device in saved] == [model.device] * 2
 
 
 def test_the_planner_is_as_good_as_the_pages_say():

@@ -80,11 +80,14 @@ def test_report(folder, tmp_path):
     (results / "again.json").write_text(found.read_text())  # `--name again`, of the same kind
     (found.parent / ".methods.begun.json").write_text(found.read_text())
     (results / "list.json").write_text("[1]")
+    (results / "other-cpu").mkdir()
+    (results / "other-cpu" / "methods.json").write_text(found.read_text())
     result = bench("report", results, "--out", out, "--figures", pictures)
     page = out.read_text()
     assert "prompt-lookup" in page and "<svg" in page and "tiny-llama" in page
     names = {path.name for path in pictures.iterdir()}
-    stems = [name + kind for name in ("methods", "again") for kind in ("", "_stages")]
+    files = (f"{slug()}_methods", "other-cpu_methods", "again")
+    stems = [name + kind for name in files for kind in ("", "_stages")]
     assert names == {f"{stem}.{end}" for stem in stems for end in ("png", "svg")}
     assert all(name in result.stdout for name in names)
 

@@ -125,6 +125,20 @@ def test_a_method_that_is_not_exact_has_no_figures(models, temperature):
     assert all(cases[1][name] is None for name in FIGURES)
 
 
+def test_nothing_is_a_speedup_over_plain_decoding_that_is_not_exact(models):
+    """Here it is greedy in place of sampled; the others are right."""
+
+    def wrong(method, models, sampling, batch):
+        return make(method, models, Sampling() if method.name == "plain" else sampling, batch)
+
+    condition = Condition("chat", 1.0, 1, PROMPTS, 24)
+    methods = [parse("prompt-lookup,k=2"), parse("nonsense")]
+    plain, lookup, nonsense = compare(models, condition, methods, repetitions=3, make=wrong)
+    assert lookup["check"]["passed"] and lookup["refused"] == f"plain: {plain['refused']}"
+    assert "unknown drafter 'nonsense'" in nonsense["refused"]
+    assert all(case[name] is None for case in (plain, lookup) for name in FIGURES)
+
+
 def test_a_batch_without_prompts(models):
     with pytest.raises(ValueError, match="at most the number of prompts, 4, got 5"):
         compare(models, Condition("chat", 0.0, 5, PROMPTS, 4), [])
