@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Record, Report
+from conftest import GROUPS, Record, Report
 from inputs import DRAWS, SHAPES, Inputs, accepted_moments, make_inputs
 from peers import CONTENDERS, Contender, Cpp, Reference, Unusable
 
 SECONDS = 2.0  # for each timing, unless one call takes longer
 GATE_DEVIATIONS = 4.5  # false alarm 7e-6
 GATE_BATCH = 4  # sequences that are compared with the reference
-GROUPS = ("verify", "draft + verify")
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)

@@ -20,6 +20,7 @@ from peers import CONTENDERS
 from rich.console import Console
 from rich.table import Table
 
+GROUPS = ("verify", "draft + verify")  # of bench_verify.py
 OURS = "specdiff cpp"
 OWN = (OURS, "specdiff reference")
 
@@ -79,8 +80,11 @@ class VerifyReport(Report):
     file = "verify"
 
     def complete(self) -> bool:
-        measured = {(record.name, record.shape) for record in self.records}
-        return len(measured) + len(self.unusable) == len(SHAPES) * len(CONTENDERS)
+        measured = {(record.name, record.shape, record.group) for record in self.records}
+        return all(
+            (kind.name, shape, group) in measured or (kind.name, shape) in self.unusable
+            for kind, shape, group in product(CONTENDERS, SHAPES, GROUPS)
+        )
 
     def table(self) -> Table:
         names = list(dict.fromkeys(record.name for record in self.records))

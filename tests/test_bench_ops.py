@@ -64,18 +64,23 @@ def test_every_op_meets_every_backend():
 
 
 @pytest.fixture
-def report():
-    """Complete: each case was measured by the backends of a CPU, and the others cannot be."""
+def reports():
+    """The conftest of the benchmarks, which are no package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-        import conftest  # that of the benchmarks, which are no package
+        import conftest
+    return conftest
 
-    made = conftest.OpsReport()
+
+@pytest.fixture
+def report(reports):
+    """Complete: each case was measured by the backends of a CPU, and the others cannot be."""
+    made = reports.OpsReport()
     made.bandwidth["sum_gb_per_s"] = 10.0
     for kind, shape in op_cases.CASES:
         made.unusable |= {(name, kind.op): "no GPU" for name in ("triton", "cuda")}
         for name, seconds in (("cpp", 0.002), ("reference", 0.1)):
-            record = conftest.Record(str(shape), kind.op, name, seconds, {"least_mb": 5.0})
+            record = reports.Record(str(shape), kind.op, name, seconds, {"least_mb": 5.0})
             made.records.append(record)
     return made
 
@@ -91,6 +96,19 @@ def test_a_report_is_complete_with_all_of_it(report):
     assert report.complete()
     report.bandwidth.clear()
     assert not report.complete()
+
+
+def test_verification_is_complete_with_both_its_groups(reports):
+    """A run of one of them, `-k`, must not take the place of the whole."""
+    made, absent = reports.VerifyReport(), reports.CONTENDERS[-1]
+    for kind, shape in itertools.product(reports.CONTENDERS, reports.SHAPES):
+        if kind is absent:
+            made.unusable[kind.name, shape] = "not installed"
+            continue
+        made.records += [reports.Record(shape, group, kind.name, 0.1) for group in reports.GROUPS]
+    assert made.complete()
+    made.records = [record for record in made.records if record.group == "verify"]
+    assert not made.complete()
 
 
 def test_floor_share(report):
