@@ -214,6 +214,15 @@ def test_cuda_sources_become_a_module_that_loads_without_a_driver(tree: Path) ->
     assert loaded.stdout.strip() == "42", loaded.stderr
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_what_clean_removes_is_built_again() -> None:
+    """`make test` builds where there is no stamp."""
+    command = ["make", "-n", "clean", "VENV=some"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "specdiff_kernels/*.so" in done.stdout
+    assert {"some/run.stamp", "some/dev.stamp"} <= set(done.stdout.split())
+
+
 def test_both_packages_and_the_shipped_drafters_are_packaged(tmp_path: Path) -> None:
     result = build(ROOT, "build_py", "--build-lib", str(tmp_path), SPECDIFF_CUDA="0")
     assert result.returncode == 0, result.stderr
