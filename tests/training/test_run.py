@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from specdiff import Target
@@ -199,12 +200,17 @@ def test_minutes_stop_a_run_that_can_go_on(folder, tmp_path):
         ("anchors = 4", "anchors = 5", "was made with objective"),
         ("heads = 2", "heads = 4", "was made with drafter"),
         ('"answers.npz"', '"others.npz"', "was made with conversations"),
+        ('target = "target"', 'target = "merged"', "was made with target"),
     ],
 )
-def test_a_folder_belongs_to_one_run(folder, tmp_path, conversations, old, new, message):
+def test_a_folder_belongs_to_one_run(folder, tmp_path, model, conversations, old, new, message):
     arrays = {name: part.numpy() for name, part in conversations._asdict().items()}
     arrays["tokens"] = (arrays["tokens"] + 1) % VOCAB
     np.savez(folder / "others.npz", **arrays)
+    merged = copy.deepcopy(model)  # as where a LoRA is merged: the head is the old one
+    merged.model.layers[0].self_attn.q_proj.weight += 0.01
+    merged.save_pretrained(folder / "merged")
+    AutoTokenizer.from_pretrained(folder / "target").save_pretrained(folder / "merged")
     first = write(folder, "minutes.toml", PARALLEL)
     assert train(first, "--out", tmp_path, "--minutes", 0).exit_code == 0
     refused = train(write(folder, "changed.toml", PARALLEL.replace(old, new)), "--out", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import signal
@@ -410,6 +411,14 @@ def test_other_settings_are_refused(decoder, model, tiny_tokenizer, lines, tmp_p
     other = Decoder(Target(tiny_model("llama", vocab=model.config.vocab_size, seed=1)))
     with pytest.raises(ValueError, match="was made with target '"):
         again(Plan(lines, 30), decoder=other)
+    merged = copy.deepcopy(model)  # as where a LoRA is merged: the head is the old one
+    merged.model.layers[0].self_attn.q_proj.weight.data += 0.01
+    with pytest.raises(ValueError, match="was made with target '"):
+        again(Plan(lines, 30), decoder=Decoder(Target(merged)))
+    again(Plan(lines, 30))
+    Path(lines).write_text("\n".join(PROMPTS[::-1]))
+    with pytest.raises(ValueError, match="was made with prompt_file '"):
+        again(Plan(lines, 30))
 
 
 def test_arguments_out_of_range(decoder, tiny_tokenizer, lines, tmp_path):

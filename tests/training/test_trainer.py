@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from specdiff.training.distillation import Distillation
 from specdiff.training.objective import Objective
 from specdiff.training.recipe import Recipe
-from specdiff.training.trainer import Trainer, choose, decaying_average
+from specdiff.training.trainer import Trainer, batches_of, choose, decaying_average
 
 from .conftest import TEXTS
 
@@ -89,6 +89,14 @@ def test_no_text_is_left_out_for_its_length():
     rows, recipe = torch.arange(20), Recipe(batch=16, seed=1)
     chosen = torch.cat([choose(rows, torch.arange(20), recipe, epoch) for epoch in range(30)])
     assert len(chosen.unique()) == 20
+
+
+def test_an_epoch_is_shuffled_once(new_trainer):
+    batches_of.cache_clear()
+    trainer = new_trainer()
+    for _ in range(7):  # 6 are an epoch
+        trainer.train_step()
+    assert batches_of.cache_info().misses == 2
 
 
 def test_a_gradient_that_is_not_finite_is_an_error(new_trainer):
