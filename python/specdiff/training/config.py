@@ -84,7 +84,7 @@ class Answers:
 
     Args:
         conversations: see `load_conversations`.
-        held_out: share of conversations that is never trained on.
+        held_out: share of prompts whose conversations are never trained on.
         cache_states: keep the target's states of all of them on disk instead of computing them
             again in every step.
     """
