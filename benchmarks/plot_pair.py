@@ -18,9 +18,6 @@ from tables import result
 
 from specdiff.bench.figures import COLOURS, STYLE, save
 
-DRAFTERS = {
-    name: COLOURS[name] for name in ("parallel", "block-diffusion", "eagle", "prompt-lookup")
-}
 TEMPERATURES = {0.0: ("o", "greedy"), 1.0: ("^", "temperature 1")}
 
 
@@ -41,6 +38,7 @@ def draw(folder: Path) -> None:
 def predicted() -> Figure:
     """Speed-up that costs and acceptance foretell against what decoding took."""
     cases = [case for case in result("planner")["cases"] if case["predicted"] is not None]
+    drafters = {name: COLOURS[name] for name in dict.fromkeys(case["drafter"] for case in cases)}
     figure = Figure(figsize=(6.4, 5), layout="constrained")
     axes = figure.add_subplot()
     values = [case[name] for case in cases for name in ("predicted", "speedup")]
@@ -48,7 +46,7 @@ def predicted() -> Figure:
     axes.plot(ends, ends, color="grey", linewidth=1, label="as predicted")
     for temperature, (mark, name) in TEMPERATURES.items():
         axes.plot([], [], mark, color="grey", label=name)
-        for drafter, colour in DRAFTERS.items():
+        for drafter, colour in drafters.items():
             own = [c for c in cases if (c["drafter"], c["temperature"]) == (drafter, temperature)]
             axes.plot([c["predicted"] for c in own], [c["speedup"] for c in own], mark,
                       color=colour)  # fmt: skip
@@ -56,7 +54,7 @@ def predicted() -> Figure:
                 text = f"{c['k']}" + (f"·{c['steps']}" if c["steps"] else "")
                 axes.annotate(text, (c["predicted"], c["speedup"]), xytext=(4, 3), fontsize=8,
                               textcoords="offset points", color=colour)  # fmt: skip
-    for drafter, colour in DRAFTERS.items():
+    for drafter, colour in drafters.items():
         axes.plot([], [], "s", color=colour, label=drafter)
     axes.set(xlim=ends, ylim=ends, xlabel="predicted speed-up over plain decoding",
              ylabel="measured speed-up")  # fmt: skip
