@@ -119,3 +119,8 @@ def test_options_that_vary():
     assert given("run", target=["a", "b"], k=None, corpus_path=Path("c")) == (
         "specdiff bench run --target a --target b --corpus-path c"
     )
+
+
+def test_an_unknown_task_is_refused_before_a_model_is_made(monkeypatch):
+    monkeypatch.setattr("specdiff.bench.paper.Shape", None)
+    assert "got sumarise" in bench("controlled", "--task", "sumarise", code=2).output
