@@ -143,9 +143,10 @@ def setting(case: Result) -> str:
     return ", ".join(parts)
 
 
-def checks(data: Result) -> str:
+def checks(*results: Result) -> str:
     """How far the texts were found to be the target's; without that there are no figures."""
-    found = [c["check"] for c in data["cases"] if c["refused"] is None]
+    cases = [case for data in results for case in data["cases"]]
+    found = [c["check"] for c in cases if c["refused"] is None]
     parts = []
     same = [(check["identical"], check["texts"]) for check in found if check["kind"] == "identical"]
     if same:
@@ -211,8 +212,7 @@ def controlled() -> list[str]:
         if c["refused"] is None and c["alpha_k"] is not None
     ]  # fmt: skip
     head = ["target", "drafter, alpha", "alpha x K", "speed-up", "ceiling"]
-    found = {"cases": [case for content in data for case in content["cases"]]}
-    return [*grid(head, rows), "", f"{checks(found)} {source(*data)}"]
+    return [*grid(head, rows), "", f"{checks(*data)} {source(*data)}"]
 
 
 def table2() -> list[str]:
@@ -241,8 +241,7 @@ def table2() -> list[str]:
                                  str(case["k"]), f"{case['alpha']:.2f}",
                                  f"{case['alpha_k']:.2f}", spread(case["speedup"])])  # fmt: skip
     head = ["texts", "target", "method", "K", "alpha", "alpha x K", "speed-up"]
-    found = {"cases": [case for content in data for case in content["cases"]]}
-    return [*grid(head, rows), "", f"{checks(found)} {source(*data)}"]
+    return [*grid(head, rows), "", f"{checks(*data)} {source(*data)}"]
 
 
 def drafters() -> list[str]:

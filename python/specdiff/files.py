@@ -23,6 +23,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def digest(*parts: bytes) -> str:
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
 def model_digest(model: nn.Module) -> str:
     """Tells models apart by the names, shapes, dtypes and first numbers of all parameters."""
     said = hashlib.blake2b(digest_size=16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from ..decoder import Decoder
 from ..drafters.ddit import DDiT, DDiTConfig
 from ..drafters.network import DraftConfig, DraftNetwork
 from ..drafters.sedd import MDLM, SEDD
-from ..files import keep_settings, model_digest, write_atomically
+from ..files import digest, keep_settings, model_digest, write_atomically
 from ..models import load_target
 from ..sampling import Sampling
 from ..target import Target, stop_tokens
@@ -167,10 +166,6 @@ def settings(run: Run, model: Any) -> dict[str, Any]:
         for name, part in parts.items()
     }
     return {**said, "target": model_digest(model)}
-
-
-def digest(*parts: bytes) -> str:
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def distillation(

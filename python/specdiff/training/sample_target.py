@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..decoder import Decoder
-from ..files import keep_settings, model_digest, write_atomically
+from ..files import digest, keep_settings, model_digest, write_atomically
 from ..sampling import Sampling
 from ..session import Session
 from .corpora import NAMES, progress_bar, read_text, read_texts, tokenizer_digest
@@ -280,7 +280,7 @@ class Sampler:
             "target": model_digest(self.decoder.target.model),
             "tokenizer": tokenizer_digest(self.tokenizer),
             "prompts": plan.prompts,
-            "prompt_file": file_digest(Path(plan.prompts)) if self.is_file() else None,
+            "prompt_file": digest(Path(plan.prompts).read_bytes()) if self.is_file() else None,
             "max_length": plan.max_length,
             "temperatures": list(plan.temperatures),
             "seed": plan.seed,
@@ -487,10 +487,6 @@ def endless(source: str) -> Iterator[str]:
     """The documents of a corpus's training split, again and again."""
     texts = read_texts(source, "train")  # errors come now
     return chain(texts, chain.from_iterable(read_texts(source, "train") for _ in repeat(None)))
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def conversations_in(file: Path) -> int:
