@@ -5,6 +5,8 @@ Weights are large enough for the models to have opinions, so that greedy texts d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     GemmaForCausalLM,
@@ -68,7 +70,13 @@ def tiny_model(
 
 
 def tiny_network(
-    kind: str, draft_ids: torch.Tensor, *, vocab: int = 50, layers: int = 1, block: int = 4
+    kind: str,
+    draft_ids: torch.Tensor,
+    *,
+    vocab: int = 50,
+    layers: int = 1,
+    block: int = 4,
+    **more: Any,
 ) -> DraftNetwork:
     """A drafter's network for `tiny_model`s. Every parameter is random and of weight, so that every
     input matters to the output."""
@@ -82,6 +90,7 @@ def tiny_network(
         heads=2,
         intermediate_size=32,
         block=block,
+        **more,
     )
     network = DraftNetwork(config, draft_ids)
     generator = torch.Generator().manual_seed(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from specdiff_kernels import Committed, Draft, check_status, commit, row_law, verify
 
-from .cache import PagedRowCache
-from .drafters.base import Drafter, Draws, News, draft_status, joined
+from .cache import PagedRowCache, RowCache
+from .drafters.base import Drafter, Draws, News, StateDrafter, draft_status, joined
 from .replay import Replay
 from .sampling import Sampling, row_seeds
 from .stats import Stats, Step
+from .target import PREFILL_CHUNK, Target
 
 if TYPE_CHECKING:
     from .decoder import Decoder
-    from .target import Target
 
 LOOK_EVERY = 8  # rounds, on a GPU
 SPAN = 256  # a captured round reads a multiple of so many keys
@@ -99,9 +99,11 @@ class Session:
         self.most = torch.full_like(zeros, self.k)
         self.last = zeros[:, None].clone()
         hidden = None
-        if self.drafter is not None and self.drafter.needs_hidden:
-            hidden = torch.zeros(rows, self.k + 1, self.target.hidden_size,
-                                 dtype=self.target.dtype, device=device)  # fmt: skip
+        self.hears = self.drafter is not None and self.drafter.needs_hidden
+        self.layers: tuple[int, ...] = getattr(self.drafter, "target_layers", ())
+        if self.hears:
+            width = (len(self.layers) + 1) * self.target.hidden_size
+            hidden = torch.zeros(rows, self.k + 1, width, dtype=self.target.dtype, device=device)
         self.fresh = News(zeros[:, None].repeat(1, self.k + 1), zeros.clone(), hidden)
         self.news = self.fresh  # what a round brought, or a copy with prompts beside it
         self.missed: list[News] = []  # of rounds in which the drafter was not called
@@ -174,9 +176,9 @@ class Session:
         tokens, counts = pad(prompts, device)  # [n, N], [n]
         # the cache holds all tokens of a row but its last, so that every round is alike
         part = self.cache.part(rows)
-        keep = self.news.hidden is not None
+        self._forget(places)
         with self.stats.time("prefill", device):
-            before = self.target.prefill(tokens, counts - 1, part, keep_hidden=keep)
+            before = self._prefill(rows, tokens, counts, part)
         self.lengths[rows] = counts - 1
         self.limit[rows] = torch.tensor(ends, device=device)
         self.seeds[rows] = torch.tensor(seeds, device=device)
@@ -188,13 +190,6 @@ class Session:
             self.texts[b], self.prompts[b] = list(row), len(row)
             self._lengths[b], self._limits[b] = len(row) - 1, end
             self.done[b] = False
-        again = [b for b in places if self._used[b]]
-        if again and self.drafter is not None:
-            self.drafter.forget(again)
-        if again and self.decoder.adaptive is not None:
-            self.decoder.adaptive.forget(again)
-        for b in places:
-            self._used[b] = True
 
     @torch.inference_mode()
     def abort(self, place: int) -> None:
@@ -275,7 +270,8 @@ class Session:
                 draft, drafted = self._draft(drafter, room, draws)
         with self._time("target"):
             ahead = draft.tokens.clamp(0, target.vocab_size - 1)  # verify reports bad ids
-            logits, hidden = target.forward(torch.cat([self.last, ahead], 1), cache)
+            read = torch.cat([self.last, ahead], 1)
+            logits, hidden = target.forward(read, cache, layers=self.layers)
             if self.process is not None:
                 logits = self.process(self.texts, ahead, logits)
         with self._time("verify"):
@@ -361,13 +357,55 @@ class Session:
                     break
         return torch.tensor(limits, device=emitted.device)
 
+    def _forget(self, places: range) -> None:
+        """Other sequences take these places."""
+        again = [b for b in places if self._used[b]]
+        if again and self.drafter is not None:
+            self.drafter.forget(again)
+        if again and self.decoder.adaptive is not None:
+            self.decoder.adaptive.forget(again)
+        for b in places:
+            self._used[b] = True
+        for missed in self.missed:
+            missed.counts[places.start : places.stop] = 0
+
+    def _prefill(
+        self, rows: slice, tokens: Tensor, counts: Tensor, cache: RowCache
+    ) -> Tensor | None:
+        """Read prompts but for their last tokens. -> the states before these [n, 1, width]
+
+        A drafter that wants states reads along, chunk by chunk: a chunk's states are all there is.
+        """
+        if not self.hears or self.news.hidden is None:
+            self.target.prefill(tokens, counts - 1, cache)
+            return None
+        drafter = cast(StateDrafter, self.drafter)
+        last = torch.zeros_like(self.news.hidden[rows, :1])
+        row = torch.arange(len(tokens), device=self.device)
+
+        def heard(start: int, before: Tensor) -> None:
+            read = before.shape[1] - 1
+            known = (counts - 1 - start).clamp(0, read)
+            news = News(tokens[:, start : start + read], known, before[:, :-1], start + read)
+            drafter.read(rows, news)
+            ends = (counts - 1 - start == known)[:, None]
+            last[:, 0] = before[row, known].where(ends, last[:, 0])
+
+        self.target.prefill(tokens, counts - 1, cache, layers=self.layers, heard=heard)
+        return last
+
     def _miss(self) -> None:
-        """Keep the news that the drafter is not told now, for when it is called again."""
-        if self.drafter is not None and self.look_every == 1:
-            width = int(self.news.counts.max())
-            tokens, counts, hidden, _ = self.news
-            hidden = None if hidden is None else hidden[:, :width].clone()
-            self.missed.append(News(tokens[:, :width].clone(), counts.clone(), hidden))
+        """Keep the news that the drafter is not told now, for when it is called again; of states
+        so many that they fill a chunk, then it reads them."""
+        if self.drafter is None or self.look_every > 1:
+            return
+        width = int(self.news.counts.max())
+        tokens, counts, hidden, _ = self.news
+        hidden = None if hidden is None else hidden[:, :width].clone()
+        self.missed.append(News(tokens[:, :width].clone(), counts.clone(), hidden))
+        if self.hears and sum(part.tokens.shape[1] for part in self.missed) >= PREFILL_CHUNK:
+            cast(StateDrafter, self.drafter).read(slice(0, len(counts)), joined(self.missed))
+            self.missed = []
 
     def _tell(self, emitted: Tensor, counts: Tensor, hidden: Tensor) -> None:
         """What a round brought is the drafter's news."""
@@ -381,16 +419,17 @@ class Session:
     def _tell_prompts(
         self, rows: slice, tokens: Tensor, counts: Tensor, before: Tensor | None
     ) -> None:
-        """Prompts are news of their rows, beside what the last round brought to others."""
-        for missed in self.missed:
-            missed.counts[rows] = 0  # of those that had the places before
+        """Prompts are news of their rows, beside what the last round brought to others; of their
+        last tokens alone, if the drafter has read the rest."""
+        if before is not None:
+            tokens, counts = tokens.gather(1, counts[:, None] - 1), torch.ones_like(counts)
         news, N = self.news, tokens.shape[1]
         more = max(0, N - news.tokens.shape[1])
         known, heard = F.pad(news.tokens, (0, more)), news.counts.clone()
         known[rows, :N], heard[rows] = tokens, counts
         hidden = news.hidden
         if hidden is not None and before is not None:
-            hidden = F.pad(hidden, (0, 0, 0, more))
+            hidden = hidden.clone()
             hidden[rows, :N] = before
         self.news = News(known, heard, hidden)
 

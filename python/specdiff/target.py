@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from . import attention
 from .cache import PagedRowCache, RowCache
+from .recorder import Recorder
 
 SUPPORTED = ("gemma", "gpt2", "gpt_neo", "llama", "mistral", "qwen2")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # one rescaling for the whole batch
@@ -56,14 +58,20 @@ class Target:
         self.head = model.get_output_embeddings()
         self.vocab_size: int = self.head.weight.shape[0]
         self.hidden_size: int = model.config.hidden_size
+        self.layer_count: int = model.config.num_hidden_layers
         self.context_limit: int = model.config.max_position_embeddings
         windowed = model.config.model_type in ("mistral", "qwen2")
         self.window: int | None = model.config.sliding_window if windowed else None
         self.boolean_mask = self.attention == "sdpa" or model.config.model_type == "gpt_neo"
         if model.config.model_type == "gpt_neo":
             take_over_gpt_neo(model)
+        self.recorder = Recorder(model)
         body = model.base_model
         self.cache_argument = cache_argument(model)
+        if compile:
+            self.recorder.watch(
+                range(1, self.layer_count + 1)
+            )  # a hook that comes later is not seen
         self.body = torch.compile(body, dynamic=True) if compile else body
         # attention that needs no mask is given one all the same, so that transformers makes none
         self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
@@ -100,8 +108,10 @@ class Target:
         cache.window.gathers = self.attention != "flash" or block_size % 256 != 0
         return cache
 
-    def forward(self, tokens: Tensor, cache: RowCache) -> tuple[Tensor, Tensor]:
-        """Logits and hidden states of new tokens, each row continuing at its own length.
+    def forward(
+        self, tokens: Tensor, cache: RowCache, *, layers: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and states of new tokens, each row continuing at its own length.
 
         Keys and values are written at lengths[b] .. lengths[b] + Q - 1; `cache.lengths` is left as
         it is, since only the caller knows how many of the tokens will stand.
@@ -109,53 +119,75 @@ class Target:
         Args:
             tokens: i64 [B, Q].
             cache: as made by `new_cache`.
+            layers: whose residual streams are wanted, too; counted from 1, after the embedding.
 
         Returns:
-            logits [B, Q, V] and the input of the lm head [B, Q, d], in the model's dtype.
-        """
-        hidden = self.hidden(tokens, cache)
-        return self.head(hidden), hidden
+            logits [B, Q, V] and states [B, Q, (n + 1) d] in the model's dtype: the streams behind
+            the n layers, in this order, and last the input of the lm head, side by side.
 
-    def hidden(self, tokens: Tensor, cache: RowCache, start: int | None = None) -> Tensor:
-        """`forward` without the lm head: i64 [B, Q] -> [B, Q, d]. `start`: see RowCache.prepare."""
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        states = self.hidden(tokens, cache, layers=layers)
+        return self.head(states[..., -self.hidden_size :]), states
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: RowCache,
+        start: int | None = None,
+        *,
+        layers: Sequence[int] = (),
+    ) -> Tensor:
+        """`forward` without the lm head: the states alone. `start`: see RowCache.prepare."""
         positions, span = cache.prepare(tokens.shape[1], start)
         if self.attention in ("flash", "flex"):
             visible: dict[str, Any] = {"attention_mask": self.no_mask, "window": cache.window}
         else:
             visible = {"attention_mask": self._masks(positions, span)}
-        return self.body(
+        self.recorder.want(layers)
+        last = self.body(
             input_ids=tokens,
             position_ids=positions.clamp(max=self.context_limit - 1),  # padding may run past it
             use_cache=True,
             **{self.cache_argument: cache},
             **visible,
         ).last_hidden_state
+        streams = self.recorder.take()
+        return torch.cat((*streams, last), -1) if streams else last
 
     def prefill(
-        self, tokens: Tensor, counts: Tensor, cache: RowCache, *, keep_hidden: bool = False
-    ) -> Tensor | None:
-        """Read prompts into an empty cache, in chunks, without computing logits.
+        self,
+        tokens: Tensor,
+        counts: Tensor,
+        cache: RowCache,
+        *,
+        layers: Sequence[int] = (),
+        heard: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        """Read prompts into an empty cache, in chunks of PREFILL_CHUNK, without computing logits.
 
         Args:
             tokens: i64 [B, N], right-padded.
             counts: i64 [B], how many of each row to read, at most N. They become `cache.lengths`.
             cache: an empty cache.
-            keep_hidden: also return hidden states.
-
-        Returns:
-            with keep_hidden, the lm head's input BEFORE each token: [B, max(counts) + 1, d], where
-            entry 0 is zero and entry t + 1 belongs to token t; else None.
+            layers: as of `forward`.
+            heard: is called after each chunk of n tokens, with the number of its first token and
+                the states BEFORE that and each later one, and behind the last:
+                [B, n + 1, (layers + 1) d]. Nothing comes before token 0: zeros.
         """
         longest = int(counts.max())
-        before = [torch.zeros(len(tokens), 1, self.hidden_size, dtype=self.dtype).to(self.device)]
+        width = (len(layers) + 1) * self.hidden_size
+        before = torch.zeros(len(tokens), 1, width, dtype=self.dtype, device=self.device)
         for start in range(0, longest, PREFILL_CHUNK):
             cache.set_lengths(torch.full_like(counts, start), start, room=counts)
             chunk = tokens[:, start : min(start + PREFILL_CHUNK, longest)]
-            hidden = self.hidden(chunk, cache, start)
-            if keep_hidden:
-                before.append(hidden)
+            states = self.hidden(chunk, cache, start, layers=layers)
+            if heard is not None:
+                states = torch.cat((before, states), 1)
+                heard(start, states)
+                before = states[:, -1:]
         cache.set_lengths(counts, longest)
-        return torch.cat(before, 1) if keep_hidden else None
 
     def _masks(self, positions: Tensor, span: int) -> Tensor | dict[str, Tensor]:
         """Key j is visible to a query at position t iff j <= t, and t - window < j if a layer has

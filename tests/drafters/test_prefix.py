@@ -29,8 +29,18 @@ from tests.tiny import tiny_model, tiny_network
 VOCAB, SIZE, K = 50, 32, 4
 DRAFT_IDS = torch.arange(1, VOCAB, 2)
 KINDS = {"block-diffusion": BlockDiffusion, "parallel": ParallelDrafter, "eagle": Eagle}
-STEPS = [("block-diffusion", 1), ("block-diffusion", 2), ("block-diffusion", 3)]
-STEPS += [("block-diffusion", K), ("parallel", 1), ("eagle", K)]
+LAYERS = {"target_layers": (1, 2), "target_layer_count": 2}
+VARIANTS = {  # name -> kind, reverse steps, what else the network has
+    **{f"block-diffusion, T = {T}": ("block-diffusion", T, {}) for T in (1, 2, 3, K)},
+    "parallel": ("parallel", 1, {}),
+    "eagle": ("eagle", K, {}),
+    "parallel, layers": ("parallel", 1, LAYERS),
+    "parallel, layers, head": ("parallel", 1, {**LAYERS, "head_rank": 5}),
+    "parallel, head of tokens": ("parallel", 1, {"head_rank": 5, "head_state": False}),
+    "block-diffusion, T = 1, head": ("block-diffusion", 1, {"head_rank": 5}),
+    "block-diffusion, T = 2, layers, head": ("block-diffusion", 2, {**LAYERS, "head_rank": 5}),
+}
+STEPS = pytest.mark.parametrize(("kind", "steps", "more"), VARIANTS.values(), ids=VARIANTS)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +48,8 @@ def target() -> Target:
     return Target(tiny_model("llama", vocab=VOCAB))
 
 
-def make(kind: str, target: Target, steps: int | None = None) -> Drafter:
-    network = tiny_network(kind, DRAFT_IDS, layers=2, block=K)
+def make(kind: str, target: Target, steps: int | None = None, **more) -> Drafter:
+    network = tiny_network(kind, DRAFT_IDS, layers=2, block=K, **more)
     options = {"steps": steps} if kind == "block-diffusion" else {}
     return KINDS[kind](network, target, **options)
 
@@ -47,9 +57,9 @@ def make(kind: str, target: Target, steps: int | None = None) -> Drafter:
 def recomputed(network, target, tokens, before, revealed, k) -> torch.Tensor:
     """Logits [k, Vd] of the draft that ends `tokens`, by the forward of training, without a cache.
 
-    before: [len(tokens) - k, d], the target's state before each committed token.
+    before: [len(tokens) - k, ...], the target's states before each committed token.
     """
-    states = torch.cat((before, torch.zeros(k, SIZE)))
+    states = torch.cat((before, torch.zeros(k, before.shape[1])))
     anchor = torch.tensor([[len(tokens) - k - 1]])
     embedded = F.embedding(tokens[None], target.model.get_input_embeddings().weight)
     groups = Groups(anchor, torch.tensor([[revealed]]))
@@ -59,23 +69,31 @@ def recomputed(network, target, tokens, before, revealed, k) -> torch.Tensor:
         if network.config.kind != "block-diffusion":
             out = torch.cat((text[0, anchor[0]], out))
         output = target.model.get_output_embeddings().weight[network.draft_ids]
-        return F.linear(network.embed_out(out), output, network.bias)
+        logits = F.linear(network.embed_out(out), output, network.bias)
+        if network.head is not None:  # W C silu(A n(E[x]) + B n(s)), x the token before
+            head, x = network.head, embedded[0, -k - 1 : -1]
+            inner = head.token(x / x.square().mean(-1, keepdim=True).sqrt())
+            if head.state is not None:
+                inner += head.state(out / out.square().mean(-1, keepdim=True).sqrt())
+            logits += F.silu(inner) @ head.mix.weight.T @ head.out.weight.T
+        return logits
 
 
-@pytest.mark.parametrize(("kind", "steps"), STEPS)
+@STEPS
 @pytest.mark.parametrize("k", [1, 3, K])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=10)], ids=repr)
-def test_draft_equals_a_fresh_forward(target, kind, steps, k, sampling):
+def test_draft_equals_a_fresh_forward(target, kind, steps, more, k, sampling):
     """Ragged news through the cache: logits of the trainer's forward, tokens by their law."""
-    drafter = make(kind, target, steps)
+    drafter = make(kind, target, steps, **more)
+    width = (len(drafter.target_layers) + 1) * SIZE
     drafter.start(3, 40, sampling)
     generator = torch.Generator().manual_seed(3)
     seed = torch.tensor([1, 2, 3])
     tokens = [torch.empty(0, dtype=torch.int64)] * 3
-    before = [torch.empty(0, SIZE)] * 3
+    before = [torch.empty(0, width)] * 3
     for turn, counts in enumerate([[3, 7, 1], [1, 5, 2], [4, 0, 1], [2, 3, 5]]):
         new = torch.randint(VOCAB, (3, max(counts)), generator=generator)
-        states = torch.randn(3, max(counts), SIZE, generator=generator)
+        states = torch.randn(3, max(counts), width, generator=generator)
         if turn == 0:
             states[:, 0] = 0  # nothing comes before the first token
         tokens = [torch.cat((row, new[b, : counts[b]])) for b, row in enumerate(tokens)]
@@ -92,7 +110,9 @@ def test_draft_equals_a_fresh_forward(target, kind, steps, k, sampling):
                 want = recomputed(drafter.network, target, row, before[b], lo, k)[lo:hi]
                 have = draft.logits[b * k + lo : b * k + hi]
                 torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
-                assert draft.tau[b, lo:hi].tolist() == [step] * (hi - lo)
+                one_by_one = "head_rank" in more
+                tau = [*range(lo, hi)] if one_by_one else [step] * (hi - lo)
+                assert draft.tau[b, lo:hi].tolist() == tau
                 guess = [-1] * (hi - lo)  # greedy tokens are no draws
                 rows = list(range(b * k + lo, b * k + hi))
                 assert draft.rows[b, lo:hi].tolist() == (guess if sampling.greedy else rows)
@@ -107,22 +127,24 @@ def test_draft_equals_a_fresh_forward(target, kind, steps, k, sampling):
         assert torch.equal(draft.tokens.flatten()[rows], again)
 
 
-@pytest.mark.parametrize(("kind", "steps"), STEPS)
-def test_greedy_text_is_plain_decodings(target, kind, steps):
+@STEPS
+def test_greedy_text_is_plain_decodings(target, kind, steps, more):
     prompts = [[1, 2, 3], [4], [5, 6]]
     want = Decoder(target).generate(prompts, max_new_tokens=20).new_tokens
-    drafter = make(kind, target, steps)
+    drafter = make(kind, target, steps, **more)
     assert Decoder(target, drafter, K).generate(prompts, max_new_tokens=20).new_tokens == want
 
 
-@pytest.mark.parametrize("kind", ["parallel", "eagle"])
-def test_causal_drafts_know_nothing_of_a_draft_s_length(target, kind):
+@pytest.mark.parametrize(
+    ("kind", "more"), [("parallel", {}), ("parallel", {"head_rank": 5}), ("eagle", {})]
+)
+def test_causal_drafts_know_nothing_of_a_draft_s_length(target, kind, more):
     """The first tokens of a long draft are those of a short one."""
     one, news = torch.ones(1, dtype=torch.int64), torch.tensor([[3, 4, 5]])
     hidden = torch.randn(1, 3, SIZE, generator=torch.Generator().manual_seed(0))
     drafts = []
     for k in (1, 2, K):
-        drafter = make(kind, target)
+        drafter = make(kind, target, **more)
         drafter.start(1, 20, Sampling(1.0))
         draft = drafter.draft(News(news, 3 * one, hidden), k, k * one, Draws(one, one))
         drafts.append(draft.logits)
@@ -153,9 +175,9 @@ def test_chunks_cover_the_block_from_left_to_right(k, steps):
     assert chunks[0] == (0, k // steps)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_save_and_load(target, kind, tmp_path):
-    network = tiny_network(kind, DRAFT_IDS)
+@STEPS
+def test_save_and_load(target, kind, steps, more, tmp_path):
+    network = tiny_network(kind, DRAFT_IDS, **more)
     network.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     drafter = load_drafter(tmp_path, target)
@@ -165,6 +187,83 @@ def test_save_and_load(target, kind, tmp_path):
         network.named_parameters(), drafter.network.parameters(), strict=True
     ):
         assert torch.equal(saved.half().float(), loaded), name
+
+
+@pytest.mark.parametrize("kind", ["parallel", "block-diffusion"])
+def test_what_a_drafter_has_read_is_as_good_as_news(target, kind):
+    """Prompts in chunks, then the last token as news: the draft is that of all news at once."""
+    drafts, generator = [], torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCAB, (2, 9), generator=generator)
+    states = torch.randn(2, 9, 3 * SIZE, generator=generator)
+    counts, two = torch.tensor([9, 6]), torch.full((2,), K)
+    for chunks in ([], [(0, 4), (4, 8)]):
+        drafter = make(kind, target, **LAYERS, head_rank=5)
+        drafter.start(3, 20, Sampling(1.0))  # the first place stays empty
+        known = torch.zeros_like(counts)
+        for lo, hi in chunks:
+            now = (counts - 1 - lo).clamp(0, hi - lo)
+            drafter.read(slice(1, 3), News(tokens[:, lo:hi], now, states[:, lo:hi], hi))
+            known += now
+        at = known[:, None] + torch.arange(9)
+        news, hidden = torch.zeros(3, 9, dtype=torch.int64), torch.zeros(3, 9, 3 * SIZE)
+        news[1:] = tokens.gather(1, at.clamp(max=8))
+        hidden[1:] = states.gather(1, at.clamp(max=8)[..., None].expand(-1, -1, 3 * SIZE))
+        left, wanted = F.pad(counts - known, (1, 0)), F.pad(two, (1, 0))
+        draws = Draws(torch.arange(3), torch.zeros(3, dtype=torch.int64))
+        drafts.append(drafter.draft(News(news, left, hidden), K, wanted, draws))
+        assert drafter.cache.lengths.tolist() == [0, 9, 6]
+    assert torch.equal(drafts[0].tokens, drafts[1].tokens)
+    torch.testing.assert_close(drafts[0].logits[K:], drafts[1].logits[K:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_without_layers_and_head_reads_the_last_state_alone(target, tmp_path):
+    """As files of drafters did before there were such fields."""
+    network = tiny_network("parallel", DRAFT_IDS)
+    network.save(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for name in ("target_layers", "target_layer_count", "head_rank", "head_state"):
+        del fields[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    drafter = load_drafter(tmp_path, target)
+    assert drafter.network.config == network.config
+    assert drafter.target_layers == () and drafter.correction is None
+    assert drafter.network.hidden_in.weight.shape == (16, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"target_layers": (1, 3), "target_layer_count": 2}, r"from 1 to .* = 2, got \[1, 3\]"),
+        ({"target_layers": (0, 1), "target_layer_count": 2}, r"from 1 to .* = 2, got \[0, 1\]"),
+        ({"target_layers": (2, 1), "target_layer_count": 2}, r"ascending, .* got \[2, 1\]"),
+        ({"target_layers": (1,)}, r"\[1\] need a target_layer_count"),
+        ({"head_rank": -1}, r"head_rank must be at least 0, got -1"),
+    ],
+)
+def test_layers_and_ranks_out_of_range(more, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_network("parallel", DRAFT_IDS, **more)
+
+
+def test_an_eagle_has_neither_layers_nor_head():
+    for more in (LAYERS, {"head_rank": 4}):
+        with pytest.raises(ValueError, match="an eagle predicts the one state that it reads"):
+            tiny_network("eagle", DRAFT_IDS, **more)
+
+
+def test_a_target_of_other_layers_is_refused(target):
+    network = tiny_network("parallel", DRAFT_IDS, target_layers=(1, 2), target_layer_count=3)
+    with pytest.raises(ValueError, match="for a target with 3 layers, got 2"):
+        ParallelDrafter(network, target)
+
+
+def test_a_head_s_corrections_begin_at_zero():
+    head = tiny_network("parallel", DRAFT_IDS, head_rank=5).head
+    head.initialise(torch.Generator().manual_seed(0))
+    x = torch.randn(3, SIZE)
+    assert not head(x, torch.randn(3, 16)).any()
+    for factor in (head.token, head.state, head.mix):
+        assert 0.005 < factor.weight.std() < 0.02
 
 
 def test_steps_belong_to_block_diffusion(target, tmp_path):
@@ -237,6 +336,19 @@ def test_a_longer_block_adopts_a_shorter_ones_weights():
     assert torch.equal(eagle.hidden_in.weight, short.hidden_in.weight)
     with pytest.raises(ValueError, match=r"initial network's mask must be \[16\], got None"):
         parallel.adopt(eagle)
+    more = tiny_network("parallel", DRAFT_IDS, block=6, head_rank=5, target_layers=(1, 2),
+                        target_layer_count=2)  # fmt: skip
+    own = more.head.out.weight.clone()
+    more.adopt(parallel)
+    states = more.hidden_in.weight.split(SIZE, 1)
+    assert torch.equal(states[2], parallel.hidden_in.weight)
+    assert not states[0].any() and not states[1].any()  # begin without effect
+    assert torch.equal(more.head.out.weight, own)
+    again = tiny_network("parallel", DRAFT_IDS, block=6, head_rank=5, target_layers=(2,),
+                         target_layer_count=2)  # fmt: skip
+    again.adopt(more)
+    assert torch.equal(again.hidden_in.weight, torch.cat(states[1:], 1))
+    assert torch.equal(again.head.out.weight, own)
     wide = tiny_network("parallel", DRAFT_IDS, layers=2)
     with pytest.raises(ValueError, match=r"initial network's layers.1"):
         wide.adopt(tiny_network("parallel", DRAFT_IDS))

@@ -336,29 +336,6 @@ def test_conditional_acceptance_counts_what_was_examined(target, plain):
     assert stats.tokens_per_forward == 3
 
 
-def test_a_drafter_is_told_every_token_and_the_hidden_state_before_it(target, plain):
-    class Listener(Scripted):
-        needs_hidden = True
-
-        def start(self, batch, capacity, sampling):
-            super().start(batch, capacity, sampling)
-            self.heard = [torch.empty(0, target.hidden_size) for _ in range(batch)]
-
-        def draft(self, news, k, lengths, draws):
-            for b, n in enumerate(news.counts.tolist()):
-                self.heard[b] = torch.cat([self.heard[b], news.hidden[b, :n]])
-            return super().draft(news, k, lengths, draws)
-
-    drafter = Listener(plain, right=0.7, vocab=50, ragged=True)
-    got = Decoder(target, drafter, 5).generate(PROMPTS, max_new_tokens=30)
-    for row, tokens, heard in zip(got.sequences, drafter.rows, drafter.heard, strict=True):
-        assert row[: len(tokens)] == tokens and len(tokens) > len(row) - 7
-        with torch.inference_mode():
-            hidden = target.model.base_model(torch.tensor([tokens])).last_hidden_state[0]
-        assert not heard[0].any()
-        torch.testing.assert_close(heard[1:], hidden[:-1], atol=1e-4, rtol=1e-4)
-
-
 def test_generate_takes_a_model_and_tensors(target, plain):
     text = next(iter(plain.values()))
     one, batch = torch.tensor(PROMPTS[0]), torch.tensor([PROMPTS[0]])

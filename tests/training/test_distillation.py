@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from specdiff.drafters import network as network_module
+from specdiff.drafters.head import scaled
 from specdiff.training.distillation import (
     Distillation,
     draft_length,
@@ -220,7 +221,7 @@ def test_linear_start_is_the_best_linear_prediction(kind, teacher, new_network, 
         made = network.embed_out(network.embed_prefix(token, before))
         constant = torch.linalg.lstsq(teacher.draft_output, network.bias[:, None]).solution[:, 0]
         made = made + constant  # which the output's bias stands for
-    x = torch.cat((network.scaled(token), network.scaled(before)), 1)
+    x = torch.cat((scaled(token), scaled(before)), 1)
     x = F.pad(x, (0, 1), value=1.0).double()
     y = states[:, 1:][inside].double()
     best = x @ torch.linalg.lstsq(x, y, driver="gelsd").solution

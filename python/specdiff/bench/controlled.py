@@ -74,6 +74,8 @@ class Controlled:
         self.capturable: bool = getattr(drafter, "capturable", False)
         if hasattr(drafter, "most"):
             self.most: int = drafter.most
+        if hasattr(drafter, "target_layers"):
+            self.target_layers: tuple[int, ...] = drafter.target_layers
         self.texts: dict[tuple[int, ...], list[int]] = {}
         for prompt, text in texts.items():
             self.learn(prompt, text)
@@ -113,11 +115,23 @@ class Controlled:
         self.sampling = sampling
         self.shape = batch, capacity
         self.unheard = set(range(batch))
+        self.earlier: dict[int, list[int]] = {}  # what an unheard place was told by `read`
         self.tokens: Any = None  # made with the rest on the device of the first news
 
     def forget(self, rows: list[int]) -> None:
         self.drafter.forget(rows)
         self.unheard.update(rows)
+        for b in rows:
+            self.earlier.pop(b, None)
+
+    def read(self, rows: slice, news: News) -> None:
+        self.drafter.read(rows, news)
+        told = zip(news.tokens.tolist(), news.counts.tolist(), strict=True)
+        for b, (tokens, count) in enumerate(told, rows.start):
+            if b in self.unheard:
+                self.earlier.setdefault(b, []).extend(tokens[:count])
+            else:
+                self.counts[b] += count
 
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
@@ -172,7 +186,10 @@ class Controlled:
             seeds = draws.seed.tolist()
             for b, count in enumerate(news.counts.tolist()):
                 if count and b in self.unheard:
-                    self._open(b, self._find(b, news.tokens[b, :count].tolist()), seeds[b])
+                    earlier = self.earlier.pop(b, [])
+                    begun = [*earlier, *news.tokens[b, :count].tolist()]
+                    self._open(b, self._find(b, begun), seeds[b])
+                    self.counts[b] = len(earlier)
         return self.tokens, self.coins
 
     def _open(self, b: int, prompt: tuple[int, ...], seed: int) -> None:

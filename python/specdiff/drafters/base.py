@@ -17,14 +17,17 @@ from ..sampling import Sampling
 
 
 class News(NamedTuple):
-    """What was committed since the drafter's last call; in the first call, the prompts.
+    """What was committed since the drafter's last call; in the first call, the prompts, or what is
+    left of them where `Drafter.read` was told the rest.
 
     The loop uses the memory again: what is to be remembered has to be copied.
     """
 
     tokens: Tensor  # i64 [B, N], right-padded
     counts: Tensor  # i64 [B], how many of them are real; 0 for rows that have finished
-    hidden: Tensor | None  # [B, N, d], the target's lm head input at the position BEFORE each token
+    # [B, N, (n + 1) d], the target's states at the position BEFORE each token, side by side: the
+    # residual streams behind the n layers that the drafter asks for, and last the lm head's input
+    hidden: Tensor | None
     longest: int | None = None  # at least the tokens that any row has, these included, if the
     # drafter must not wait for the device; None: it may look
 
@@ -62,7 +65,7 @@ class Drafter(Protocol):
     """Proposes tokens for every row of a batch.
 
     Attributes:
-        needs_hidden: whether `News.hidden` must be filled in.
+        needs_hidden: whether `News.hidden` must be filled in; it is a `StateDrafter` then.
         vocab_size: of the target it drafts for; None: any.
         block: tokens that it drafts per round unless told otherwise.
         capturable: left out or False unless its rounds can be captured, see `draft`.
@@ -94,6 +97,27 @@ class Drafter(Protocol):
 
         Returns:
             a Draft of at most k columns, whose `lengths` are at most those given.
+        """
+
+
+class StateDrafter(Drafter, Protocol):
+    """A drafter with `needs_hidden`: it reads the target's states.
+
+    Attributes:
+        target_layers: layers whose residual streams `News.hidden` is to hold, counted from 1, after
+            the embedding; left out if the lm head's input will do.
+    """
+
+    def read(self, rows: slice, news: News) -> None:
+        """Learn what was committed to some rows, without drafting.
+
+        Prompts come in chunks, since all their states together would fill the memory: 512 tokens of
+        SmolLM2 with four states each are 4.7 MB a row in fp32. The last token of a prompt is left
+        for `draft`, as is the last one committed.
+
+        Args:
+            rows: of the batch.
+            news: of these rows alone; `longest` is at least the tokens that they have now.
         """
 
 

@@ -2,7 +2,7 @@
 
 Absorbing-state diffusion (SEDD 2310.16834, MDLM 2406.07524) under a causal prefix: a block of K
 masks sees the prefix, and itself in both directions. Chunks are revealed from left to right, hence
-every position records its law.
+every position records its law; so are the tokens of a chunk, by a `SequentialHead` if there is one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdiff_kernels import Draft, Reveal, denoise_step
+from specdiff_kernels import Draft
 
 from ..schedule import chunk
 from ..target import Target
@@ -74,27 +74,18 @@ class BlockDiffusion(PrefixDrafter):
 
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        self.check(news, k)
+        self.check(k)
         B = len(lengths)
         pool = self.head.weight.new_empty(B * k, self.head.out_features)
-        ids = self.network.draft_ids
-        draft = Draft.masked(B, k, pool, draft_ids=ids, lengths=lengths)
+        draft = self.masked(pool, B, k, lengths)
         steps = min(self.steps, k)
         for step in range(steps):
             lo, hi = chunk(k, steps, step)
             committed = [self.commit(news)] if step == 0 else []
             block = self.behind(self.embed_block(draft.tokens, lo), causal=False)
-            states = self.read(*committed, block)[:, -k:]
-            pool.view(B, k, -1)[:, lo:hi] = self.head(states[:, lo:hi])
-            draft = denoise_step(
-                draft,
-                Reveal.chunk(lo, hi),
-                step,
-                *self.sampling.parameters,
-                entropies=step == 0,
-                **draws._asdict(),
-                backend=self.backend,
-            )
+            states = self.forward(self.cache, *committed, block)[:, -k:][:, lo:hi]
+            self.pool(draft)[:, lo:hi] = self.head(states)
+            draft = self.draw(draft, lo, hi, step, states, draws)
         return draft
 
     def embed_block(self, tokens: Tensor, revealed: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdiff_kernels import Draft, Reveal, denoise_step
+from specdiff_kernels import Draft, Reveal
 
 from .base import Draws, News
 from .prefix import PrefixDrafter
@@ -29,29 +29,20 @@ class Eagle(PrefixDrafter):
 
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        self.check(news, k)
+        self.check(k)
         if news.longest is None:
             k = max(1, int(lengths.max()))  # a forward each: no more than wanted
         B = len(lengths)
         pool = self.head.weight.new_empty(B * k, self.head.out_features)
-        ids = self.network.draft_ids
-        draft = Draft.masked(B, k, pool, draft_ids=ids, lengths=lengths)
-        states = self.read(self.commit(news))
+        draft = self.masked(pool, B, k, lengths)
+        states = self.forward(self.cache, self.commit(news))
         state = states[torch.arange(B, device=states.device), self.newest]  # [B, d]
         for i in range(k):
-            pool.view(B, k, -1)[:, i] = self.head(state)
-            draft = denoise_step(
-                draft,
-                Reveal.chunk(i, i + 1),
-                i,
-                *self.sampling.parameters,
-                entropies=i == 0,
-                **draws._asdict(),
-                backend=self.backend,
-            )
+            self.pool(draft)[:, i] = self.head(state)
+            draft = self.reveal(draft, Reveal.chunk(i, i + 1), i, draws, entropies=i == 0)
             if i + 1 < k:
                 x = self.embed_next(draft.tokens[:, i], state)
-                state = self.read(self.behind(x, causal=True, first=i))[:, 0]
+                state = self.forward(self.cache, self.behind(x, causal=True, first=i))[:, 0]
         return draft
 
     def embed_next(self, tokens: Tensor, state: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """DraftNetwork: a small transformer of committed tokens with masks behind them.
 
-It reads the target's own embeddings and its last hidden state, so a few million parameters do.
+It reads the target's own embeddings and its states, the last one or those of several layers, so a
+few million parameters do.
 Committed tokens attend to what came before them and keep their keys and values; masks see the
 committed tokens and each other as their drafter says: `BlockDiffusion` or `ParallelDrafter`. In an
 `Eagle` no masks follow, but the drafted tokens themselves.
@@ -9,8 +10,10 @@ committed tokens and each other as their drafter says: `BlockDiffusion` or `Para
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..files import write_atomically
+from .head import SequentialHead, scaled
 
 KINDS = {  # model_type in config.json -> name
     "specdiff_block_diffusion": "block-diffusion",
@@ -47,6 +51,12 @@ class DraftConfig:
         k: tokens in a draft unless told otherwise; None: `block`.
         steps: reverse steps that `BlockDiffusion` takes unless told otherwise.
         rope_theta, norm_eps: as in Llama.
+        target_layers: layers of the target whose residual streams it reads, counted from 1, after
+            the embedding, in ascending order. The lm head's input always comes last and is not
+            listed. Not of an eagle, which has to stand in for what it reads.
+        target_layer_count: layers that the target has; given with `target_layers`.
+        head_rank: of the `SequentialHead`; 0: none. Not of an eagle, which knows the tokens.
+        head_state: whether that reads the network's state, and not the token before alone.
 
     Raises:
         ValueError: a size is out of range.
@@ -65,8 +75,13 @@ class DraftConfig:
     steps: int = 1
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    target_layers: tuple[int, ...] = ()
+    target_layer_count: int | None = None
+    head_rank: int = 0
+    head_state: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "target_layers", tuple(self.target_layers))  # a list in JSON
         if self.kind not in KINDS.values():
             raise ValueError(f"kind must be one of {', '.join(KINDS.values())}, got {self.kind!r}")
         if self.hidden_size % (2 * self.heads):
@@ -82,6 +97,28 @@ class DraftConfig:
             raise ValueError(
                 f"draft_vocab_size must be in [1, target_vocab_size = {self.target_vocab_size}], "
                 f"got {self.draft_vocab_size}"
+            )
+        if self.head_rank < 0:
+            raise ValueError(f"head_rank must be at least 0, got {self.head_rank}")
+        self._check_layers()
+        if self.kind == "eagle" and (self.target_layers or self.head_rank):
+            raise ValueError(
+                "an eagle predicts the one state that it reads and knows the tokens before: leave "
+                f"out target_layers and head_rank, got {list(self.target_layers)} and "
+                f"{self.head_rank}"
+            )
+
+    def _check_layers(self) -> None:
+        layers, count = self.target_layers, self.target_layer_count
+        if not layers:
+            return
+        if count is None:
+            raise ValueError(f"target_layers {list(layers)} need a target_layer_count beside them")
+        ascending = all(a < b for a, b in itertools.pairwise(layers))
+        if not ascending or layers[0] < 1 or layers[-1] > count:
+            raise ValueError(
+                f"target_layers must be ascending, from 1 to target_layer_count = {count}, "
+                f"got {list(layers)}"
             )
 
     @property
@@ -122,6 +159,13 @@ class PrefixCache:
         self.slots = self.lengths[:, None]  # [B, Q], where the next forward writes
         self.longest = 0  # at least the largest of them
         self.span = 0  # how many slots it reads
+
+    def part(self, rows: slice) -> PrefixCache:
+        """Some of the rows, in the same memory."""
+        part = copy(self)
+        part.store = [(keys[rows], values[rows]) for keys, values in self.store]
+        part.lengths = self.lengths[rows]
+        return part
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, H, Q, D] at `slots`; return views [B, H, span, D]."""
@@ -203,13 +247,17 @@ class DraftNetwork(nn.Module):
         d, target = config.hidden_size, config.target_hidden_size
         self.config = config
         self.embed_in = nn.Linear(target, d, bias=False)
-        self.hidden_in = nn.Linear(target, d, bias=False)
+        self.hidden_in = nn.Linear((len(config.target_layers) + 1) * target, d, bias=False)
         if config.kind != "eagle":
             self.mask = nn.Parameter(torch.zeros(d))
             self.offset = nn.Parameter(torch.zeros(config.masks(config.block), d))
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.embed_out = nn.Linear(d, target, bias=False)
         self.bias = nn.Parameter(torch.zeros(config.draft_vocab_size))
+        self.head: SequentialHead | None = None
+        if config.head_rank:
+            state = d if config.head_state else 0
+            self.head = SequentialHead(target, state, config.head_rank, config.draft_vocab_size)
         self.register_buffer("draft_ids", draft_ids.long())
 
     @torch.no_grad()
@@ -231,21 +279,22 @@ class DraftNetwork(nn.Module):
                 elif weight.ndim == 2:
                     weight.copy_(scale * torch.randn(weight.shape, generator=generator))
         nn.init.zeros_(self.hidden_in.weight)
+        if self.head is not None:
+            self.head.initialise(generator)
         rows = embedding.float()
         axes = principal_axes(rows.T @ rows, self.config.hidden_size)
         self.embed_in.weight.zero_()[: axes.shape[1]] = axes.T
         self.embed_out.weight.zero_()[:, : axes.shape[1]] = axes / rows.norm(dim=1).mean()
 
-    def embed_prefix(self, embedded: Tensor, hidden: Tensor) -> Tensor:
-        """Tokens [..., target_d], and the lm head input before each -> [..., d]
+    def embed_prefix(self, embedded: Tensor, states: Tensor) -> Tensor:
+        """Tokens [..., target_d], and the target's states before each [..., (n + 1) target_d],
+        those of layers and last the lm head's input, side by side -> [..., d]
 
         Behind the committed tokens, `Eagle` has `embed_out` of its own states for that input.
         """
-        return self.embed_in(self.scaled(embedded)) + self.hidden_in(self.scaled(hidden))
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """[..., target_d] with a root mean square of 1 in each row."""
-        return F.rms_norm(x, x.shape[-1:], eps=1e-12)
+        width = self.config.target_hidden_size
+        each = scaled(states.unflatten(-1, (-1, width))).flatten(-2)
+        return self.embed_in(scaled(embedded)) + self.hidden_in(each)
 
     def embed_masks(self, anchor: Tensor, count: int) -> Tensor:
         """The first `count` masks behind a committed token, which they start from.
@@ -260,7 +309,7 @@ class DraftNetwork(nn.Module):
 
     def embed_revealed(self, embedded: Tensor) -> Tensor:
         """Drafted tokens [..., count, target_d], whose states are not known. -> [..., count, d]"""
-        return self.embed_in(self.scaled(embedded)) + self.offset[: embedded.shape[-2]]
+        return self.embed_in(scaled(embedded)) + self.offset[: embedded.shape[-2]]
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Mask, cache: Cache | None = None
@@ -290,6 +339,7 @@ class DraftNetwork(nn.Module):
 
         Its drafts may be shorter, whose last mask then stands for the further ones, and of another
         kind: mask i of a parallel draft is what mask i + 1 of a block is. An eagle has no masks.
+        States that it does not read begin without effect; a head that it lacks stays as it is.
 
         Raises:
             ValueError: a weight has another shape.
@@ -299,8 +349,11 @@ class DraftNetwork(nn.Module):
             shift = other.config.masks(0) - self.config.masks(0)
             at = torch.arange(len(self.offset)) + shift
             weights["offset"] = other.offset[at.clamp(0, len(other.offset) - 1)]
+        weights["hidden_in.weight"] = self._states_of(other)
         for name, mine in [*self.named_parameters(), ("draft_ids", self.draft_ids)]:
             theirs = weights.get(name)
+            if theirs is None and name.startswith("head."):
+                continue
             if theirs is None or theirs.shape != mine.shape:
                 shape = None if theirs is None else list(theirs.shape)
                 raise ValueError(
@@ -308,6 +361,15 @@ class DraftNetwork(nn.Module):
                     "both the same width, layers, target and draft_vocab_size"
                 )
             mine.copy_(theirs)
+
+    def _states_of(self, other: DraftNetwork) -> Tensor:
+        """The other's `hidden_in` for the states that this network reads; zeros where it reads
+        none of that layer."""
+        width = other.config.target_hidden_size
+        blocks = other.hidden_in.weight.split(width, 1)
+        known = dict(zip((*other.config.target_layers, "last"), blocks, strict=True))
+        nothing = torch.zeros_like(blocks[0])
+        return torch.cat([known.get(x, nothing) for x in (*self.config.target_layers, "last")], 1)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (fp16, ids int32), each atomically."""

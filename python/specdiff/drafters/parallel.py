@@ -1,8 +1,9 @@
 """ParallelDrafter: k tokens in one causal forward, with k - 1 masks behind the last token.
 
 ParallelSpec (2410.05589). The last committed token's column says what comes next, as in any
-language model; mask i behind it says what comes i tokens later, and sees the masks before it. Each
-position's law knows nothing of the tokens drawn at the others, so every draw is recorded.
+language model; mask i behind it says what comes i tokens later, and sees the masks before it. With
+a `SequentialHead` each position's law also knows the token drawn before it, as in DSpark
+(2607.05147). No law knows a token that is drawn later, so every draw is recorded.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Draft, Reveal, denoise_step
+from specdiff_kernels import Draft
 
 from .base import Draws, News
 from .prefix import PrefixDrafter
@@ -27,28 +28,14 @@ class ParallelDrafter(PrefixDrafter):
 
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        self.check(news, k)
+        self.check(k)
         B = len(lengths)
         columns = [self.commit(news)]
         if k > 1:
             masks = self.network.embed_masks(self.anchor, k - 1)
             columns.append(self.behind(masks, causal=True))
-        states = self.read(*columns)
+        states = self.forward(self.cache, *columns)
         newest = states[torch.arange(B, device=states.device), self.newest]
         at = torch.cat((newest[:, None], states[:, news.tokens.shape[1] :]), 1)  # [B, k, d]
-        draft = denoise_step(
-            Draft.masked(
-                B,
-                k,
-                self.head(at).flatten(0, 1),
-                draft_ids=self.network.draft_ids,
-                lengths=lengths,
-            ),
-            Reveal.all(),
-            0,
-            *self.sampling.parameters,
-            entropies=True,
-            **draws._asdict(),
-            backend=self.backend,
-        )
-        return draft
+        draft = self.masked(self.head(at).flatten(0, 1), B, k, lengths)
+        return self.draw(draft, 0, k, 0, at, draws)

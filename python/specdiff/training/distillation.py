@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from specdiff_kernels import row_divergence
 
+from ..drafters.head import scaled
 from ..drafters.network import DraftConfig, DraftNetwork, principal_axes
 from .conversations import Conversations
 from .groups import Groups, forward_groups, sample_groups, shifted, take
@@ -202,7 +203,7 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
         inside = inside.to(device)
         tokens = data.tokens[part][:, t].to(device)
         token = F.embedding(tokens, teacher.embedding).float()[inside]
-        x = torch.cat((network.scaled(token), network.scaled(states[:, :-1][inside])), 1)
+        x = torch.cat((scaled(token), scaled(states[:, :-1][inside])), 1)
         x, y = F.pad(x, (0, 1), value=1.0), states[:, 1:][inside]
         gram, cross, moments = gram + x.T @ x, cross + x.T @ y, moments + y.T @ y
     count = gram[-1, -1]

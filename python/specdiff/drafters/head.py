@@ -1,0 +1,74 @@
+"""SequentialHead: what a drafted token changes in the logits of the next position.
+
+A parallel drafter knows nothing of the tokens that it draws beside each other. This small head
+does: it reads the token before a position and the network's state there, and adds a correction of
+low rank to the logits, so that tokens are drawn from left to right without another forward. The
+Markov head of DSpark (2607.05147) is the kind that reads the token alone; that of Domino
+(2605.29707) also reads the state.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FACTOR_STD = 0.01
+
+
+class SequentialHead(nn.Module):
+    """logits(v) += W[v] . C silu(A n(E[x]) + B n(s)), n scaling to a root mean square of 1.
+
+    E is the target's embedding, x the token before the position, s the network's state there. In
+    place of a table of all tokens, which few conversations would overfit, it is E that says what x
+    is. W is zero in the beginning, and the head without effect.
+
+    Args:
+        target_size: width of E.
+        state_size: width of s; 0: the head does not read it.
+        rank: of the correction.
+        vocab_size: of the draft.
+
+    Example:
+        >>> head = SequentialHead(target_size=576, state_size=576, rank=128, vocab_size=8192)
+        >>> head(torch.randn(4, 576), torch.randn(4, 576)).shape
+        torch.Size([4, 8192])
+    """
+
+    def __init__(self, target_size: int, state_size: int, rank: int, vocab_size: int) -> None:
+        super().__init__()
+        self.token = nn.Linear(target_size, rank, bias=False)
+        self.state = nn.Linear(state_size, rank, bias=False) if state_size else None
+        self.mix = nn.Linear(rank, rank, bias=False)
+        self.out = nn.Linear(rank, vocab_size, bias=False)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """A, B, C ~ N(0, .01^2), W = 0."""
+        for weight in self.parameters():
+            weight.copy_(FACTOR_STD * torch.randn(weight.shape, generator=generator))
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, embedded: Tensor, states: Tensor) -> Tensor:
+        """The correction of logits.
+
+        Args:
+            embedded: [..., target_size], E of the token before.
+            states: [..., state_size].
+
+        Returns:
+            [..., vocab_size]
+        """
+        return self.out(self.code(embedded, states))
+
+    def code(self, embedded: Tensor, states: Tensor) -> Tensor:
+        """What W is multiplied by. [..., rank]"""
+        inner = self.token(scaled(embedded))
+        if self.state is not None:
+            inner = inner + self.state(scaled(states))
+        return self.mix(F.silu(inner))
+
+
+def scaled(x: Tensor) -> Tensor:
+    """[..., d] with a root mean square of 1 in each row."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-12)
