@@ -15,7 +15,7 @@ from specdiff.training.conversations import (
     split,
 )
 
-SHIPPED = Path(__file__).parents[2] / "data" / "smollm2_samples.npz"
+SHIPPED = Path(__file__).parents[2] / "data"
 
 
 def save(file: Path, **change) -> Path:
@@ -55,10 +55,18 @@ def test_parts_are_padded_and_joined_in_order_of_name(tmp_path):
     assert (data.prompt_length.tolist(), data.length.tolist()) == ([1, 2, 1], [6, 4, 2])
 
 
-def test_shipped_conversations():
-    data = load_conversations(SHIPPED)
-    assert data.tokens.shape == (2028, 400)
-    assert int((data.length - data.prompt_length).sum()) == 502_394  # as data/README.md says
+@pytest.mark.parametrize(
+    ("file", "shape", "answers"),
+    [
+        ("smollm2_samples.npz", (2028, 400), 502_394),
+        ("smollm2_self_samples.npz", (11_483, 448), 3_272_080),
+    ],
+)
+def test_shipped_conversations(file, shape, answers):
+    """As data/README.md says."""
+    data = load_conversations(SHIPPED / file)
+    assert data.tokens.shape == shape
+    assert int((data.length - data.prompt_length).sum()) == answers
 
 
 @pytest.mark.parametrize(
