@@ -13,6 +13,7 @@ from specdiff.training.conversations import (
     frequent_ids,
     load_conversations,
     split,
+    without,
 )
 
 SHIPPED = Path(__file__).parents[2] / "data"
@@ -148,3 +149,11 @@ def test_split_out_of_range():
         split(answers([7, 7, 7]), 0.1)
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got 1"):
         split(answers([1, 2]), 1)
+
+
+def test_without(data):
+    """Prompts are 9 9, 9 and 1; the tokens behind a prompt do not count."""
+    assert without({(9, 9), (7,)}, data, torch.tensor([2, 0, 1])).tolist() == [2, 1]
+    assert without({(9,), (9, 9, 3), (1, 5)}, data, torch.tensor([0, 1, 2])).tolist() == [0, 2]
+    with pytest.raises(ValueError, match=r"prompts that are not held out .* got none"):
+        without({(9, 9), (1,)}, data, torch.tensor([0, 2]))
