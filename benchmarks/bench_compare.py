@@ -18,7 +18,7 @@ from machine import save
 from rich.console import Console
 from rich.progress import track
 
-from specdiff.bench.tasks import CHAT
+from specdiff.bench.held_out import messages
 
 console = Console()
 
@@ -33,7 +33,7 @@ def main(
     options = ["--drafter", drafter, "--k", k, "--temperature", str(temperature)]
     options += ["--max-new-tokens", str(tokens), "--compare", "--json"]
     runs = []
-    for prompt in track(CHAT.read_text().splitlines(), console=console, transient=True):
+    for prompt in track(messages("chat"), console=console, transient=True):
         runs.append(compare(["--prompt", prompt, *options]))
     speedups = [run["speedup"] for run in runs]
     content: dict[str, Any] = {

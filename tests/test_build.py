@@ -233,6 +233,8 @@ def test_both_packages_and_the_shipped_drafters_are_packaged(tmp_path: Path) -> 
     assert packaged >= {
         "specdiff/cli.py",
         "specdiff/py.typed",
+        "specdiff/bench/prompts.txt",
+        "specdiff/bench/held_out_prompts.jsonl",
         "specdiff/drafters/__init__.py",
         "specdiff_kernels/py.typed",
         "specdiff_kernels/reference/verify.py",

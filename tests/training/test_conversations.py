@@ -13,9 +13,10 @@ from specdiff.training.conversations import (
     frequent_ids,
     load_conversations,
     split,
+    without,
 )
 
-SHIPPED = Path(__file__).parents[2] / "data" / "smollm2_samples.npz"
+SHIPPED = Path(__file__).parents[2] / "data"
 
 
 def save(file: Path, **change) -> Path:
@@ -55,10 +56,18 @@ def test_parts_are_padded_and_joined_in_order_of_name(tmp_path):
     assert (data.prompt_length.tolist(), data.length.tolist()) == ([1, 2, 1], [6, 4, 2])
 
 
-def test_shipped_conversations():
-    data = load_conversations(SHIPPED)
-    assert data.tokens.shape == (2028, 400)
-    assert int((data.length - data.prompt_length).sum()) == 502_394  # as data/README.md says
+@pytest.mark.parametrize(
+    ("file", "shape", "answers"),
+    [
+        ("smollm2_samples.npz", (2028, 400), 502_394),
+        ("smollm2_self_samples.npz", (11_483, 448), 3_272_080),
+    ],
+)
+def test_shipped_conversations(file, shape, answers):
+    """As data/README.md says."""
+    data = load_conversations(SHIPPED / file)
+    assert data.tokens.shape == shape
+    assert int((data.length - data.prompt_length).sum()) == answers
 
 
 @pytest.mark.parametrize(
@@ -140,3 +149,11 @@ def test_split_out_of_range():
         split(answers([7, 7, 7]), 0.1)
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got 1"):
         split(answers([1, 2]), 1)
+
+
+def test_without(data):
+    """Prompts are 9 9, 9 and 1; the tokens behind a prompt do not count."""
+    assert without({(9, 9), (7,)}, data, torch.tensor([2, 0, 1])).tolist() == [2, 1]
+    assert without({(9,), (9, 9, 3), (1, 5)}, data, torch.tensor([0, 1, 2])).tolist() == [0, 2]
+    with pytest.raises(ValueError, match=r"prompts that are not held out .* got none"):
+        without({(9, 9), (1,)}, data, torch.tensor([0, 2]))

@@ -20,10 +20,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from specdiff import Target
+from specdiff.bench.held_out import messages
 from specdiff.cli import app
 from specdiff.drafters import load_drafter
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.training.config import Answers, DenoiserShape, PrefixShape, Recipe, Texts, load_run
+from specdiff.training.conversations import Conversations, split
 
 from .conftest import BLOCK, VOCAB
 
@@ -74,16 +76,19 @@ batch = 4
 """
 
 
+def save_target(model, words: dict[str, int], folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", unk_token="w0")
+    fast.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def folder(model, conversations, tmp_path_factory) -> Path:
     """A target with a tokenizer, its answers, and texts."""
     folder = tmp_path_factory.mktemp("run")
-    model.save_pretrained(folder / "target")
-    words = {f"w{i}": i for i in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", unk_token="w0")
-    fast.save_pretrained(folder / "target")
+    save_target(model, {f"w{i}": i for i in range(VOCAB)}, folder / "target")
     np.savez(folder / "answers.npz", **{k: v.numpy() for k, v in conversations._asdict().items()})
     (folder / "texts").mkdir()
     for i in range(60):
@@ -215,6 +220,42 @@ def test_a_folder_belongs_to_one_run(folder, tmp_path, model, conversations, old
     assert train(first, "--out", tmp_path, "--minutes", 0).exit_code == 0
     refused = train(write(folder, "changed.toml", PARALLEL.replace(old, new)), "--out", tmp_path)
     assert refused.exit_code == 2 and message in " ".join(refused.output.split())
+
+
+def test_conversations_on_held_out_prompts_are_not_trained_on(
+    folder, tmp_path, model, conversations
+):
+    """Whatever their answers are, losses and weights stay the same."""
+    words = ["Write", "a", "poem", "about", "memory", "."]
+    assert "Write a poem about memory." in messages("held-out")
+    ids = dict(zip(words, range(10, 16), strict=True))
+    save_target(
+        model,
+        ids | {f"w{i}": i for i in range(VOCAB) if i not in ids.values()},
+        folder / "speaking",
+    )
+    rows, outs = torch.arange(5, 60, 5), []
+    for seed in range(2):
+        tokens, prompt_length, length = (part.clone() for part in conversations)
+        generator = torch.Generator().manual_seed(seed)
+        tokens[rows] = torch.randint(3, VOCAB, tokens[rows].shape, generator=generator)
+        tokens[rows, :6], prompt_length[rows] = torch.arange(10, 16), 6
+        data = Conversations(tokens, prompt_length, length)
+        assert set(rows.tolist()) <= set(split(data, 0.2)[0].tolist())
+        np.savez(folder / f"{seed}.npz", **{k: v.numpy() for k, v in data._asdict().items()})
+        text = PARALLEL.replace('"target"', '"speaking"').replace("answers.npz", f"{seed}.npz")
+        result = train(write(folder, f"{seed}.toml", text), "--out", tmp_path / str(seed))
+        assert result.exit_code == 0, result.output
+        assert "left out 11 conversations whose prompt is held out for benchmarks" in result.stderr
+        outs.append(tmp_path / str(seed))
+    assert losses(outs[0]) == losses(outs[1])
+    weights = [(out / "model.safetensors").read_bytes() for out in outs]
+    assert weights[0] == weights[1]
+    kept = json.loads((outs[1] / "settings.json").read_text())
+    assert kept.pop("left_out") == 11  # as in a folder of a version that trained on them
+    (outs[1] / "settings.json").write_text(json.dumps(kept))
+    refused = train(folder / "1.toml", "--out", outs[1])
+    assert refused.exit_code == 2 and "was made with left_out None, not 11" in refused.output
 
 
 @pytest.mark.parametrize("what", ["tokens", "kind"])

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from specdiff import Decoder, Sampling, Target
 from specdiff import session as session_module
+from specdiff.bench.held_out import messages
 from specdiff.cli import app
 from specdiff.drafters import PromptLookup
 from specdiff.session import Session
@@ -26,6 +27,7 @@ from specdiff.training import sample_target
 from specdiff.training.conversations import load_conversations
 from specdiff.training.sample_target import (
     Plan,
+    Row,
     Sampler,
     adjacent,
     draw,
@@ -355,6 +357,30 @@ def test_templates_that_do_not_serve(
         sample_conversations(decoder, tiny_tokenizer, tmp_path, 1, Plan("self", 60))
 
 
+@pytest.mark.parametrize("task", ["chat", "held-out"])
+def test_messages_that_decoding_is_measured_on_are_written_anew(decoder, chat, task):
+    sampler = Sampler(decoder, chat, Plan("self", 400), 1)
+    before, end = sampler.turn
+    said = min(messages(task), key=len)
+    for text, attempt in ((said, 4), (f" {said}\n", 4), (said[1:], None)):
+        written = [*before, *chat(text)["input_ids"], end]
+        row = sampler.answer(Row(7, 3, before), written)
+        assert row[:2] == (7, attempt)
+
+
+def test_another_message_takes_the_place_of_one_that_is_held_out(
+    decoder, chat, any_word, tmp_path, monkeypatch
+):
+    plan = Plan("self", 100)
+    sample_conversations(decoder, chat, tmp_path / "a", 4, plan, batch=2)
+    was = [chat.decode(prompt) for prompt, _ in answers(tmp_path / "a")]
+    (said,) = re.findall("user: (.*)</s>", was[1], re.S)
+    monkeypatch.setattr(sample_target, "is_held_out", lambda text: text.strip() == said)
+    sample_conversations(decoder, chat, tmp_path / "b", 4, plan, batch=2)
+    now = [chat.decode(prompt) for prompt, _ in answers(tmp_path / "b")]
+    assert [b == a for a, b in zip(was, now, strict=True)] == [True, False, True, True]
+
+
 # --- passages of a corpus
 
 
@@ -393,7 +419,37 @@ def test_passages_come_under_an_instruction(decoder, chat, corpus, tmp_path):
     assert used == set(sample_target.INSTRUCTIONS)
 
 
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_another_passage_takes_the_place_of_one_that_is_held_out(
+    decoder, tiny_tokenizer, corpus, monkeypatch, template
+):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    sampler = Sampler(decoder, tiny_tokenizer, Plan(corpus, 300), 1)
+    text = (Path(corpus) / "07.txt").read_text()
+    (first, ids), (second, others) = (sampler.asked(5, text, attempt) for attempt in (0, 1))
+    assert first != second and sampler.passage(5, text) == ids
+    monkeypatch.setattr(sample_target, "is_held_out", lambda text: text == first)
+    assert sampler.passage(5, text) == others
+
+
 # --- what is refused
+
+
+def test_prompts_that_decoding_is_measured_on_are_refused(decoder, tiny_tokenizer, tmp_path):
+    said = messages("chat")[0]
+    (tmp_path / "lines").write_text(f"a fox\n\n {said} \nthe dog\n{messages('held-out')[0]}")
+    with pytest.raises(ValueError, match=r"lines must hold no prompt that .* in line 3, 5:"):
+        sample_conversations(
+            decoder, tiny_tokenizer, tmp_path / "o", 1, Plan(str(tmp_path / "lines"), 100)
+        )
+    assert not (tmp_path / "o").exists()
+    (tmp_path / "texts").mkdir()
+    for n in range(20):
+        (tmp_path / "texts" / f"{n}.txt").write_text(f"{said}\n")
+    with pytest.raises(ValueError, match=r"got 'Why is the sky blue.*': leave it out"):
+        sample_conversations(
+            decoder, tiny_tokenizer, tmp_path / "o", 1, Plan(str(tmp_path / "texts"), 200)
+        )
 
 
 def test_other_settings_are_refused(decoder, model, tiny_tokenizer, lines, tmp_path):

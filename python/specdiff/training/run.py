@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..bench.held_out import held_out_prompts
 from ..decoder import Decoder
 from ..drafters.ddit import DDiT, DDiTConfig
 from ..drafters.network import DraftConfig, DraftNetwork
@@ -22,7 +23,7 @@ from ..models import load_target
 from ..sampling import Sampling
 from ..target import Target, stop_tokens
 from .config import PATHS, Answers, DenoiserShape, PrefixShape, Run, Texts
-from .conversations import Conversations, frequent_ids, load_conversations, split
+from .conversations import Conversations, frequent_ids, load_conversations, split, without
 from .corpora import load_rows, prepare_rows, read_texts
 from .denoising import Denoising
 from .distillation import Distillation, evaluate, fit_linear
@@ -152,7 +153,7 @@ def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -
         torch.set_float32_matmul_precision("high")  # for the teacher and the logits
     with accelerator.main_process_first():
         if isinstance(run.drafter, PrefixShape) and isinstance(run.data, Answers):
-            return distillation(run, run.drafter, run.data, model, out, progress)
+            return distillation(run, run.drafter, run.data, model, tokenizer, out, progress)
         if isinstance(run.drafter, DenoiserShape) and isinstance(run.data, Texts):
             return denoising(run, run.drafter, run.data, model, tokenizer, out)
     raise ValueError(f"no {type(run.drafter).__name__} learns from {type(run.data).__name__}")
@@ -169,13 +170,27 @@ def settings(run: Run, model: Any) -> dict[str, Any]:
 
 
 def distillation(
-    run: Run, shape: PrefixShape, data: Answers, model: Any, out: Path, progress: Progress
+    run: Run,
+    shape: PrefixShape,
+    data: Answers,
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    progress: Progress,
 ) -> Job:
     conversations = load_conversations(data.conversations)
     written = digest(*(part.numpy().tobytes() for part in conversations))
-    keep_settings(out, {**settings(run, model), "conversations": written})
+    free, held_out = split(conversations, data.held_out)
+    rows = without(held_out_prompts(tokenizer), conversations, free)
+    left_out = len(free) - len(rows)
+    keep_settings(
+        out, {**settings(run, model), "conversations": written, "left_out": left_out or None}
+    )
+    if left_out:
+        progress.console.print(
+            f"left out {left_out} conversations whose prompt is held out for benchmarks"
+        )
     seed = run.training.seed
-    rows, held_out = split(conversations, data.held_out)
     vocab_size, width = model.get_input_embeddings().weight.shape
     sizes = {k: v for k, v in asdict(shape).items() if k != "initial"}
     if shape.initial is not None:

@@ -28,6 +28,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..bench.held_out import is_held_out
 from ..decoder import Decoder
 from ..files import digest, keep_settings, model_digest, write_atomically
 from ..sampling import Sampling
@@ -36,7 +37,7 @@ from .corpora import NAMES, progress_bar, read_text, read_texts, tokenizer_diges
 
 WAVES = 16  # batches in a part, or
 ENOUGH = 2048  # conversations, if those are fewer batches
-ATTEMPTS = 100  # at a message that can be used
+ATTEMPTS = 100  # at a message or a passage that can be used
 LEAST_WORDS = 3  # of a message that the target writes
 INSTRUCTIONS = (
     "Continue this text:\n\n{}",
@@ -57,7 +58,8 @@ class Plan:
     Args:
         prompts: "self": the target writes the user's message, too (Magpie, 2406.08464); a file
             with a prompt on each line; or a corpus or folder as `read_texts` takes them, whose
-            passages are to be continued, summarised or corrected.
+            passages are to be continued, summarised or corrected. None is one that decoding is
+            measured on (`specdiff.bench.held_out`): another is drawn, a file with one is refused.
         max_length: most tokens of prompt and answer. A prompt of ours has at most half of them.
         temperatures: conversation i has temperature i modulo their number; 0 is greedy.
         seed: of everything.
@@ -122,7 +124,7 @@ def draw(seed: int, index: int, what: str, attempt: int = 0) -> int:
         seed: of the run.
         index: of the conversation, counted from 0 over all parts.
         what: "answer", "message" or "passage".
-        attempt: at a message.
+        attempt: at a message or passage.
 
     Returns:
         an int in [0, 2^64).
@@ -183,8 +185,9 @@ def sample_conversations(
         Totals of what was missing.
 
     Raises:
-        ValueError: an argument is out of range, the prompts cannot be used, the target writes no
-            message that can be, or `out` was made with another target, plan or batch.
+        ValueError: an argument is out of range, the prompts cannot be used or are held out, the
+            target writes no message that can be used, or `out` was made with another target, plan
+            or batch.
         LawError: the target's logits define no law.
 
     Example:
@@ -294,10 +297,16 @@ class Sampler:
             return None
         if not self.is_file():
             return islice(endless(source), first, None)
-        lines = [line for line in read_text(Path(source)).splitlines() if line.strip()]
+        numbered = enumerate(read_text(Path(source)).splitlines(), 1)
+        lines = {n: line for n, line in numbered if line.strip()}
         if not lines:
             raise ValueError(f"prompts: {source} is empty, expected a prompt on each line")
-        return islice(cycle(lines), first % len(lines), None)
+        if held_out := [n for n, line in lines.items() if is_held_out(line)]:
+            raise ValueError(
+                f"prompts: {source} must hold no prompt that `specdiff bench` measures on, got "
+                f"such in line {', '.join(map(str, held_out))}: take it out"
+            )
+        return islice(cycle(lines.values()), first % len(lines), None)
 
     def is_file(self) -> bool:
         return self.plan.prompts not in NAMES and Path(self.plan.prompts).is_file()
@@ -316,15 +325,27 @@ class Sampler:
 
     def passage(self, i: int, text: str) -> list[int]:
         """Some words of a document, in a chat under an instruction."""
-        choose = random.Random(draw(self.plan.seed, i, "passage"))
+        for attempt in range(ATTEMPTS):
+            message, ids = self.asked(i, text, attempt)
+            if not is_held_out(message):
+                return ids
+        raise ValueError(
+            "prompts: a document must have a passage that `specdiff bench` does not measure on, "
+            f"got {text.strip()[:40]!r}: leave it out"
+        )
+
+    def asked(self, i: int, text: str, attempt: int) -> tuple[str, list[int]]:
+        """A message with words of a document, shortened until it fits, and its token ids."""
+        choose = random.Random(draw(self.plan.seed, i, "passage", attempt))
         instruction = choose.choice(INSTRUCTIONS) if self.tokenizer.chat_template else "{}"
         words = re.findall(WORD, text) or ["."]
         size = choose.randint(SHORTEST_PASSAGE, max(SHORTEST_PASSAGE, self.room // 2))
         start = choose.randrange(max(1, len(words) - size))
         while True:
-            ids = self.formatted(instruction.format("".join(words[start : start + size]).strip()))
+            message = instruction.format("".join(words[start : start + size]).strip())
+            ids = self.formatted(message)
             if len(ids) <= self.room or size == 1:
-                return ids
+                return message, ids
             size = size * 3 // 4
 
     def formatted(self, text: str) -> list[int]:
@@ -413,21 +434,23 @@ class Sampler:
     def answer(self, row: Row, tokens: list[int]) -> Row:
         """The row that answers a message, if that can be used; else another attempt at one.
 
-        It can if the target ended it by itself, and it has three words of letters or digits and
-        fits into half of max_length. It is tokenised anew, as if a user had typed it.
+        It can if the target ended it by itself, and it has three words of letters or digits, fits
+        into half of max_length and is not held out. It is tokenised anew, as if a user had typed
+        it.
         """
         attempt = (row.attempt or 0) + 1
         if self.turn is not None and tokens[-1] == self.turn.end:
             new = tokens[len(row.prompt) :]
             said: Any = self.tokenizer.decode(new, skip_special_tokens=True)
             ids = self.formatted(said.strip())
-            if len(re.findall(r"\w+", said)) >= LEAST_WORDS and len(ids) <= self.room:
+            enough = len(re.findall(r"\w+", said)) >= LEAST_WORDS
+            if enough and len(ids) <= self.room and not is_held_out(said):
                 return Row(row.conversation, None, ids)
         if attempt == ATTEMPTS:
             raise ValueError(
                 f"prompts 'self': in {ATTEMPTS} attempts the target wrote no message of "
-                f"{LEAST_WORDS} words within {self.room} tokens; raise max_length, or give a file "
-                "of prompts, a folder or a corpus"
+                f"{LEAST_WORDS} words within {self.room} tokens that is not held out; raise "
+                "max_length, or give a file of prompts, a folder or a corpus"
             )
         return self.message(row.conversation, attempt)
 

@@ -1,0 +1,59 @@
+"""Messages that decoding is measured on, and that no drafter is trained on."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..models import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHAT = Path(__file__).with_name("prompts.txt")  # 16, one on each line
+HELD_OUT = Path(__file__).with_name("held_out_prompts.jsonl")  # 64, see data/README.md
+
+
+@cache
+def messages(task: str) -> tuple[str, ...]:
+    """What users say in a task that has its own texts.
+
+    Args:
+        task: "chat" or "held-out".
+
+    Example:
+        >>> messages("chat")[0]
+        'Why is the sky blue? Explain it to a ten-year-old.'
+    """
+    if task == "chat":
+        return tuple(CHAT.read_text(encoding="utf-8").splitlines())
+    with HELD_OUT.open(encoding="utf-8") as lines:
+        return tuple(json.loads(line)["message"] for line in lines)
+
+
+def is_held_out(message: str) -> bool:
+    """Whether it is one of the messages of both tasks, but for space around it.
+
+    Example:
+        >>> is_held_out("Write a short poem about the first snow of winter.\\n")
+        True
+    """
+    return message.strip() in stripped()
+
+
+@cache
+def stripped() -> frozenset[str]:
+    return frozenset(message.strip() for task in ("chat", "held-out") for message in messages(task))
+
+
+def held_out_prompts(tokenizer: PreTrainedTokenizerBase) -> set[tuple[int, ...]]:
+    """Token ids of all prompts that these messages make, with and without the space around them.
+
+    Example:
+        >>> tuple(encode(tokenizer, messages("chat")[0])) in held_out_prompts(tokenizer)
+        True
+    """
+    texts = {*messages("chat"), *messages("held-out"), *stripped()}
+    return {tuple(encode(tokenizer, text)) for text in texts}
