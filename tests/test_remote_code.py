@@ -9,11 +9,13 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,7 @@ from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import SEDD
 from specdiff.models import LOCAL, convert, progress_bar
 from specdiff.sampling import Sampling
+from specdiff.training.corpora import read_prompts, read_texts
 from tests.test_models import write_gguf
 from tests.tiny import tiny_model, tiny_network
 
@@ -118,6 +121,10 @@ def target() -> Target:
 def refused(folder: Path, rest: str) -> Any:
     """Raises an error that names the folder."""
     return pytest.raises(ValueError, match=rf"{re.escape(str(folder))} holds no usable {rest}")
+
+
+def unread(folder: Path, rest: str) -> Any:
+    return pytest.raises(ValueError, match=f"cannot be read from {re.escape(str(folder))}: {rest}")
 
 
 # --- the trap is a trap
@@ -368,3 +375,36 @@ def test_our_own_drafters_read_no_pickle(plant, marker, target, tmp_path, kind):
     with refused(folder, r".*model\.safetensors"):
         load_drafter(folder, target)
     assert not marker.exists()
+
+
+# --- data sets
+
+
+def test_scripts_of_data_sets_are_refused(plant, marker, tmp_path):
+    folder = plant(None, tmp_path / "copy")  # which has a copy.py
+    datasets.Dataset.from_list([{"text": "a"}]).to_parquet(folder / "train-00000.parquet")
+    for read in (
+        lambda: read_texts("openwebtext", "train", path=folder),
+        lambda: read_texts("lm1b", "held_out", path=folder),
+        lambda: read_prompts("cnn_dailymail", "train", path=folder),
+    ):
+        with unread(folder, ".*script"):
+            read()
+    assert not marker.exists()
+
+
+def test_pickles_of_data_sets_are_refused(marker, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    torch.save(Bomb(marker), tmp_path / "1.pth")
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        tar.add(tmp_path / "1.pth", "1.pth")
+    with unread(folder, ".*webdataset, not as"):
+        read_texts("openwebtext", "train", path=folder)
+    assert not marker.exists()
+
+
+def test_a_package_that_runs_scripts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(ValueError, match=r"datasets 3\.6\.0 may run code .*expected 4\.0 or later"):
+        read_texts("openwebtext", "train", path=tmp_path)
