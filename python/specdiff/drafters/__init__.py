@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
 from ..cpu import accelerate, is_accelerated
+from ..models import load_causal
 from ..target import Target
 from .autoregressive import Autoregressive
 from .base import Drafter, Draws, News
@@ -62,7 +61,8 @@ def load_drafter(
         backend: of the ops; None chooses.
 
     Raises:
-        ValueError: no such drafter, or `steps` given to one without steps.
+        ValueError: no such drafter, a folder that holds no usable one, or `steps` given to one
+            without steps. Code that a folder brings along is never run.
 
     Example:
         >>> decoder = Decoder(target, load_drafter("prompt-lookup", target))
@@ -86,9 +86,7 @@ def load_drafter(
     if "graph" in fields and "noise" in fields:  # as the configurations of SEDD have
         return load_ddit(folder, target, steps, backend)
     refuse_steps(steps, "an autoregressive drafter")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=target.dtype, use_safetensors=True, local_files_only=True
-    )
+    model: Any = load_causal(folder, target.dtype)
     model = model.to(target.device)
     return Autoregressive(
         accelerate(model) if is_accelerated(target.model) else model, backend=backend

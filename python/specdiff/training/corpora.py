@@ -182,31 +182,38 @@ HUB = {
     "cnn_dailymail": HubCorpus("abisee/cnn_dailymail", "3.0.0", None, "test", article),
 }
 NAMES = ("sotu", "stdlib", *HUB)
+FORMATS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`, which unpickle nothing
 
 
 def stream(source: str, split: str, path: str | Path | None) -> Iterable[dict[str, str]]:
     """Rows of a data set, from the hub or from a copy of its files."""
     try:
-        from datasets import get_dataset_config_names, load_dataset
+        import datasets
     except ImportError as error:
         raise ValueError(
             f"source {source!r} needs the package datasets: pip install 'specdiff-kernels[train]'"
         ) from error
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise ValueError(
+            f"datasets {datasets.__version__} may run code that a data set brings along; expected "
+            "4.0 or later: pip install --upgrade 'specdiff-kernels[train]'"
+        )
     if path is not None and not Path(path).is_dir():
         raise ValueError(f"path must be a folder with files of {source}, got {str(path)!r}")
     corpus = HUB[source]
     config = corpus.config
     own = split == "held_out" and corpus.held_out is not None
     try:
-        if path is not None and config not in get_dataset_config_names(str(path)):
+        if path is not None and config not in datasets.get_dataset_config_names(str(path)):
             config = None  # a copy of the files alone
-        rows = load_dataset(
+        builder = datasets.load_dataset_builder(
             corpus.repository if path is None else str(path),
             config,
-            split=corpus.held_out if own else "train",
             revision=corpus.revision if path is None else None,
-            streaming=True,
         )
+        if builder.name not in FORMATS:
+            raise ValueError(f"its files are read as {builder.name}, not as {', '.join(FORMATS)}")
+        rows = builder.as_streaming_dataset(split=corpus.held_out if own else "train")
     except (OSError, ValueError, RuntimeError) as error:
         where = f"{corpus.repository} on Hugging Face's hub" if path is None else str(path)
         raise ValueError(
