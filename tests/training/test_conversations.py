@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -132,16 +133,21 @@ def answers(prompts: list[int]) -> Conversations:
     return Conversations(tokens, torch.ones(count).long(), torch.full((count,), 2))
 
 
-@pytest.mark.parametrize(("share", "held"), [(0.0, 1), (0.1, 2), (0.99, 19)])
-def test_split(share, held):
-    """No prompt is on both sides, and others beside it do not move it."""
-    data = answers([i % 20 for i in range(60)])
+@pytest.mark.parametrize("share", [0.0, 1 / 32, 0.3, 0.999])
+def test_split(share):
+    """No prompt is on both sides, its hash alone decides, and one at least is on each."""
+    data = answers([i % 200 for i in range(600)])
     train, out = split(data, share)
-    assert len(out) == 3 * held
-    assert sorted([*train.tolist(), *out.tolist()]) == list(range(60))
-    assert not {i % 20 for i in train.tolist()} & {i % 20 for i in out.tolist()}
-    alone = answers(list(range(20)))
-    assert {i % 20 for i in out.tolist()} == set(split(alone, share)[1].tolist())
+    assert sorted([*train.tolist(), *out.tolist()]) == list(range(600))
+    known = {i: hashlib.sha256(i.to_bytes(2, "little")).digest() for i in range(200)}
+    chances = {i: int.from_bytes(digest[:8], "big") / 2**64 for i, digest in known.items()}
+    first, last = min(chances, key=chances.get), max(chances, key=chances.get)
+    want = {i for i in known if i == first or (chances[i] < share and i != last)}
+    assert {i % 200 for i in out.tolist()} == want and len(out) == 3 * len(want)
+    if share == 1 / 32:
+        assert want == {i for i, digest in known.items() if digest[0] < 8} and len(want) > 1
+    large = answers([i + 100_000 for i in range(200)])
+    assert len(split(large, share)[0]) + len(split(large, share)[1]) == 200
 
 
 def test_split_out_of_range():

@@ -84,13 +84,13 @@ class Answers:
 
     Args:
         conversations: see `load_conversations`.
-        held_out: share of prompts whose conversations are never trained on.
+        held_out: share of prompts whose conversations are never trained on, see `split`.
         cache_states: keep the target's states of all of them on disk instead of computing them
             again in every step.
     """
 
     conversations: str
-    held_out: float = 0.05
+    held_out: float = 1 / 32
     cache_states: bool = True
 
 

@@ -129,37 +129,47 @@ def frequent_ids(data: Conversations, count: int, vocab_size: int, always: list[
 def split(data: Conversations, share: float) -> tuple[Tensor, Tensor]:
     """Conversations to train on, and those held out: no prompt is on both sides.
 
-    Which prompts are held out follows from a hash of their tokens, and from nothing else.
+    Which prompts are held out follows from a hash of their tokens and the share alone: one that is
+    held out from some data is held out from all. The default share of 1/32 is the prompts whose
+    sha256, over their tokens as little-endian uint16 (int32 if there are larger ones), begins with
+    a byte below 8.
 
     Args:
         data: with at least 2 different prompts.
-        share: of the prompts, held out, in [0, 1): at least one, and never all.
+        share: of all hashes, held out, in [0, 1); of the data's prompts at least one, never all.
 
     Returns:
-        two disjoint i64 tensors of indices, which together are all; held out in order of the hash.
+        two disjoint i64 tensors of indices, in ascending order, which together are all.
 
     Raises:
         ValueError: too few prompts, or share is out of range.
 
     Example:
-        >>> rows, held_out = split(load_conversations("answers"), 0.05)
+        >>> rows, held_out = split(load_conversations("answers"), 1 / 32)
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), got {share}")
-    known: dict[bytes, list[int]] = {}
+    known: dict[int, list[int]] = {}
     for row, (tokens, length) in enumerate(zip(data.tokens, data.prompt_length, strict=True)):
-        prompt = tokens[:length].long().numpy().tobytes()
-        known.setdefault(hashlib.blake2b(prompt, digest_size=8).digest(), []).append(row)
+        known.setdefault(prompt_hash(tokens[:length]), []).append(row)
     if len(known) < 2:
         raise ValueError(
             "conversations must have at least 2 different prompts, to train on one and hold out "
             f"one, got {len(known)}"
         )
-    prompts = sorted(known)
-    held = min(max(1, round(len(prompts) * share)), len(prompts) - 1)
-    parts = (prompts[held:], prompts[:held])
-    train, out = ([row for prompt in part for row in known[prompt]] for part in parts)
-    return torch.tensor(sorted(train)), torch.tensor(out)
+    first, *_, last = sorted(known)
+    out = [x for x in known if (x < share * 2**64 or x == first) and x != last]
+    held_out = sorted(row for x in out for row in known[x])
+    rows = torch.ones(len(data.length), dtype=torch.bool)
+    rows[held_out] = False
+    return rows.nonzero()[:, 0], torch.tensor(held_out)
+
+
+def prompt_hash(tokens: Tensor) -> int:
+    """The first 64 bits of the sha256 that `split` goes by. i64 [n] -> an int in [0, 2^64)"""
+    dtype = "<u2" if int(tokens.max()) < 1 << 16 else "<i4"
+    digest = hashlib.sha256(tokens.numpy().astype(dtype).tobytes()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def without(prompts: Collection[tuple[int, ...]], data: Conversations, rows: Tensor) -> Tensor:
