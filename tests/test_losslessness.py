@@ -30,7 +30,7 @@ WAYS = {
     ),
     "recycled": (Way(hot_start="recycled"), Way(hot_start="recycled")),
 }
-MONOTONE = ("one step", "chunks")
+MONOTONE = ("one step", "chunks", "sequential head")
 EXACT, BIASED = 1e-12, 1e-3
 
 
@@ -100,7 +100,7 @@ def test_the_reference_too(schedule, name):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("schedule", ["chunks", "first-hitting", "confidence"])
+@pytest.mark.parametrize("schedule", ["chunks", "first-hitting", "confidence", "sequential head"])
 def test_three_tokens(schedule, rule):
     assert World(3, schedule, seed=3).distance(Way(rule=rule)) < EXACT
 
@@ -122,7 +122,15 @@ def test_what_was_kept_once_has_to_stay(monkeypatch):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("schedule", ["one step", "chunks", "random"])
+def test_a_sequential_head_s_record_is_the_corrected_law(rule):
+    """What its correction was added to is not what the token was drawn from."""
+    corrected, uncorrected = Way(rule=rule), Way(rule=rule, uncorrected=True)
+    assert max(world("sequential head", seed).distance(corrected) for seed in SEEDS) < EXACT
+    assert max(world("sequential head", seed).distance(uncorrected) for seed in SEEDS) > BIASED
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("schedule", ["one step", "chunks", "random", "sequential head"])
 def test_adaptive_lengths(schedule, rule):
     """K may follow entropies from before the sampling, never a value that it withholds."""
     before, after = (Way(rule=rule, withhold=what) for what in ("entropy", "value"))

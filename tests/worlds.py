@@ -37,6 +37,7 @@ SCHEDULES: dict[str, list] = {
     "entropy": [Reveal.lowest_entropy(1), Reveal.lowest_entropy(1), Reveal.all()],
     "confidence": [Reveal.highest_confidence(1), Reveal.highest_confidence(1), Reveal.all()],
     "remasking": [Reveal.all(), REMASK, Reveal.all()],
+    "sequential head": [Reveal.chunk(0, 1), Reveal.chunk(1, 2), Reveal.all()],
 }
 
 
@@ -49,6 +50,7 @@ class Way(NamedTuple):
     withhold: str | None = None  # "entropy" (before sampling) or "value" (after it)
     forget: bool = False  # hide that sampled values decided on the reveal, or that tokens stayed
     lenience: Lenience | None = None
+    uncorrected: bool = False  # record what a sequential head's correction was added to
 
 
 class State(NamedTuple):
@@ -166,8 +168,19 @@ class World:
         return draft if unfinished else draft._replace(law=row_law(pool))
 
     def drafters_row(self, s: State, i: int, seen: tuple) -> Tensor:
-        """The drafter's logits at position i behind s.prefix, conditioned on what it has seen."""
-        return self.logits("draft", *seen, len(s.prefix) + i)
+        """The drafter's logits at position i behind s.prefix, conditioned on what it has seen.
+
+        A sequential head has seen the prefix and, of the draft, the token before.
+        """
+        position = len(s.prefix) + i
+        if self.schedule != "sequential head":
+            return self.logits("draft", *seen, position)
+        before = (None, *seen[0], *seen[1])[position]
+        return self.backbones_row(s, i, seen) + self.logits("head", seen[0], position, before)
+
+    def backbones_row(self, s: State, i: int, seen: tuple) -> Tensor:
+        """The same without the head's correction."""
+        return self.logits("backbone", seen[0], len(s.prefix) + i)
 
     def token_laws(self, states: list[State]) -> list[list[list[tuple[Fraction, int]]]]:
         """For each position the tokens it may draw, as (share of the words, one such word)."""
@@ -245,6 +258,13 @@ class World:
             "entangled": way.hot_start not in (None, "recycled") and not way.forget,
         }
         draft = self.draft_of(states, unfinished=False, **fields)
+        if way.uncorrected:
+            rows = [
+                self.backbones_row(s, i, o or (s.prefix, s.tokens))
+                for s in states
+                for i, o in enumerate(s.origins)
+            ]
+            draft = draft._replace(logits=torch.stack(rows), law=row_law(torch.stack(rows)))
         if way.record == "forced":
             draft = draft._replace(
                 tau=torch.zeros_like(draft.tau), value_dependent=False, entangled=False
