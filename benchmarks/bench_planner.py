@@ -23,7 +23,7 @@ from specdiff.bench.methods import PLAIN, ours
 from specdiff.bench.tasks import prompts as read_prompts
 from specdiff.cpu import accelerate
 from specdiff.decoder import Decoder
-from specdiff.drafters import ParallelDrafter, load_drafter, shipped_drafter
+from specdiff.drafters import ParallelDrafter, drafter_folder, load_drafter, weights_digest
 from specdiff.drafters.network import DraftNetwork
 from specdiff.models import encode, load_target
 from specdiff.planner import Costs, Plan, Planner
@@ -34,10 +34,10 @@ from specdiff.sampling import Sampling
 from specdiff.target import Target
 
 PLANS = {  # fixed ones
-    "parallel": [Plan(k, 0) for k in (1, 2, 3, 4, 8)],
-    "block-diffusion": [Plan(1, 1), Plan(2, 1), Plan(2, 2), Plan(4, 1), Plan(4, 2), Plan(8, 1)],
-    "eagle": [Plan(k, 0) for k in (1, 2, 3, 4)],
-    "prompt-lookup": [Plan(k, 0) for k in (2, 4, 8)],
+    "parallel": [Plan(k, 0) for k in (2, 3, 4, 6, 8)],
+    "eagle": [Plan(k, 0) for k in (1, 2, 4)],
+    "block-diffusion": [Plan(2, 1), Plan(4, 1), Plan(4, 2)],
+    "prompt-lookup": [Plan(k, 0) for k in (2, 4)],
 }
 USELESS = "random weights"
 console = Console(width=110)
@@ -74,6 +74,7 @@ def main(
             cases.append({
                 "temperature": temperature,
                 "drafter": name,
+                "weights": None if name == USELESS else weights_digest(name),
                 "k": None if plan is None else plan.k,
                 "steps": None if plan is None else plan.steps,
                 "tokens_per_forward": pooled(setting.runs).tokens_per_forward,
@@ -93,7 +94,7 @@ def main(
 
 def drafters(target: Target) -> dict[str, Any]:
     found = {name: load_drafter(name, target) for name in PLANS}
-    shape = DraftNetwork.load(shipped_drafter("parallel"))
+    shape = DraftNetwork.load(drafter_folder("parallel"))
     useless = DraftNetwork(shape.config, shape.draft_ids)
     useless.initialise(target.model.get_input_embeddings().weight, torch.Generator().manual_seed(0))
     with torch.no_grad():  # not even a guess at frequent tokens

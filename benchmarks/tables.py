@@ -20,15 +20,16 @@ from specdiff.bench.reading import manner
 from specdiff.bench.reading import times as spread
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
 Result = dict[str, Any]
 
 
 def result(name: str) -> Result:
-    """One file of the published results."""
-    return json.loads((PUBLISHED / f"{name}.json").read_text())
+    """One file of the published results, the newest of those measured on CPUs."""
+    found = [json.loads(file.read_text()) for file in RESULTS.glob(f"*/{name}.json")]
+    return max((r for r in found if "gpu" not in r["machine"]), key=lambda r: r["date"])
 
 
 def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -39,13 +40,26 @@ def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def source(*results: Result) -> str:
-    """Commands, machine and date."""
+    """Commands, machine, date, and the weights that were measured."""
     machine = results[0]["machine"]
     cpu, cores = machine["processor"]["model name"], machine["cores"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     commands = ", ".join(f"`{r['command']}`" for r in results)
     where = f"{cpu}, {cores} cores, {machine['torch_cpu_capability']}, {threads}"
-    return f"{commands}; {where}; {max(r['date'] for r in results)}."
+    weights = weights_of(*results)
+    names = ", ".join(f"{name} {digest}" for name, digest in weights.items())
+    said = f"; weights {names}" if names else ""
+    return f"{commands}; {where}{said}; {max(r['date'] for r in results)}."
+
+
+def weights_of(*results: Result) -> dict[str, str]:
+    """Drafters that were measured, with the digests of their weights."""
+    cases = [case for r in results for case in (r, *r.get("cases", ()))]
+    return {
+        case.get("drafter") or case["method"]: case["weights"]
+        for case in cases
+        if case.get("weights")
+    }
 
 
 def times(value: float) -> str:
@@ -245,16 +259,32 @@ def table2() -> list[str]:
 
 
 def drafters() -> list[str]:
+    """Tokens a forward, with standard errors."""
     data, rows = result("drafters"), []
-    groups = [(texts, t) for texts in ("prompts", "speeches") for t in (0.0, 1.0)]
-    cases = {
-        ((c["drafter"], c["K"], c["T"]), (c["texts"], c["temperature"])): c["tokens_per_forward"]
-        for c in data["cases"]
-    }
+    groups = [(task, t) for task in ("chat", "held-out") for t in (1.0, 0.0)]
+    cases = {((c["drafter"], c["K"], c["T"]), (c["task"], c["temperature"])): c
+             for c in data["cases"]}  # fmt: skip
     for drafter in dict.fromkeys(drafter for drafter, _ in cases):
-        rows.append([*map(str, drafter), *(f"{cases[drafter, group]:.2f}" for group in groups)])
-    named = (f"{texts}, {'greedy' if t == 0 else 'temperature 1'}" for texts, t in groups)
-    return [*grid(["drafter", "K", "T", *named], rows), "", source(data)]
+        own = (cases[drafter, group] for group in groups)
+        cells = [f"{c['tokens_per_forward']:.2f} ± {c['standard_error']:.2f}" for c in own]
+        rows.append([*map(str, drafter), *cells])
+    named = (f"{texts}, {manner(t)}" for texts, t in groups)
+    greedy = [c for c in data["cases"] if c["temperature"] == 0]
+    same = min(c["identical"] / c["prompts"] for c in greedy)
+    said = f"At least {same:.1%} of the greedy texts of each setting are plain decoding's."
+    return [*grid(["drafter", "K", "T", *named], rows), "", f"{said} {source(data)}"]
+
+
+def draft() -> list[str]:
+    """What drafting costs beside the target's forward."""
+    data, rows = result("draft"), []
+    for c in data["cases"]:
+        step = "" if c["head_step_ms"] is None else ms(c["head_step_ms"])
+        rows.append([c["drafter"], str(c["threads"]), str(c["k"]), ms(c["draft_ms"]), step,
+                     ms(c["target_ms"]), f"{c['share']:.3f}"])  # fmt: skip
+    head = ["drafter", "threads", "K", "draft, ms", "of it a step of the head", "one token by "
+            "the target, ms", "draft / target"]  # fmt: skip
+    return [*grid(head, rows), "", source(data)]
 
 
 def conformance() -> list[str]:
@@ -341,6 +371,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         planner,
         lenience,
         drafters,
+        draft,
         conformance,
     )
 }

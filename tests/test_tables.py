@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from specdiff import Decoder, Sampling, Target
+from specdiff.drafters import SHIPPED, PromptLookup, weights_digest
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -72,18 +75,68 @@ def test_the_drafters_results_tell_what_was_invoked(monkeypatch):
     stubs = {
         "load_target": lambda target: (model, None),
         "read_prompts": lambda *arguments: [[1, 2]],
-        "passages": list,
         "measure": lambda *arguments: [],
         "table": str,
         "save": lambda *arguments: saved.append(arguments),
     }
     for name, stub in stubs.items():
         monkeypatch.setattr(bench_drafters, name, stub)
-    bench_drafters.main("t", block_diffusion="block-diffusion", parallel="p", eagle="e", tokens=3)
+    bench_drafters.main("t", parallel="p", eagle="e", block_diffusion="block-diffusion", tokens=3)
     bench_drafters.main()
     commands = [content["command"].partition(".py ")[2] for _, content, _ in saved]
-    assert commands == ["--tokens 3 --target t --parallel p --eagle e", "--tokens 32"]
+    given = "--tokens 3 --seeds 4 --target t --parallel p --eagle e"
+    assert commands == [given, "--tokens 128 --seeds 4"]
     assert [device for *_, device in saved] == [model.device] * 2
+
+
+def test_a_ratio_s_standard_error_is_that_of_many_draws():
+    """Of tokens over forwards, whose prompts differ: the spread of the ratio over many samples."""
+    random = np.random.default_rng(0)
+
+    def draw(prompts):
+        texts = []
+        for prompt in range(prompts):
+            gain = random.uniform(1.2, 3.0)  # of a prompt, the same for both of its seeds
+            for seed in range(2):
+                forwards = int(random.integers(20, 60))
+                texts.append(
+                    bench_drafters.Text(prompt, seed, [0] * int(gain * forwards), forwards)
+                )
+        return texts
+
+    found = [bench_drafters.ratio(draw(40)) for _ in range(400)]
+    values, errors = np.array(found).T
+    assert errors.mean() == pytest.approx(values.std(), rel=0.15)
+    one_seed_a_prompt = [t._replace(prompt=2 * t.prompt + t.seed) for t in draw(40)]
+    assert bench_drafters.ratio(one_seed_a_prompt)[1] < 0.9 * errors.mean()  # the mutant
+
+
+def test_the_drafters_are_decoded_with_every_seed_and_in_turn(monkeypatch):
+    """More prompts than places: each text is what the decoder gives it alone, forwards counted."""
+    monkeypatch.setattr(bench_drafters, "PLACES", 3)
+    decoder = Decoder(Target(tiny_model("llama")), PromptLookup(), 2)
+    prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 7, 8], [9]]
+    texts = bench_drafters.decode(decoder, prompts, 0.8, 12, 2)
+    assert [(t.prompt, t.seed) for t in texts] == [(p, s) for p in range(5) for s in range(2)]
+    for text in texts:
+        alone = decoder.generate(
+            prompts[text.prompt], max_new_tokens=12, sampling=Sampling(0.8), seed=text.seed
+        )
+        assert text.new == alone.new_tokens[0]
+        assert text.forwards == alone.stats.target_forwards
+
+
+def test_published_figures_are_of_the_weights_that_are_shipped():
+    """Each table that a shipped drafter stands in says which weights it measured: those."""
+    named = {}
+    for file in tables.RESULTS.glob("*/*.json"):
+        content = json.loads(file.read_text())
+        named |= {(file.stem, name): found for name, found in tables.weights_of(content).items()}
+    for (file, name), found in named.items():
+        assert name not in SHIPPED or found == weights_digest(name), f"measure {file} anew"
+    assert {name for _, name in named} >= set(SHIPPED)
+    for table in ("drafters", "draft", "methods", "planner", "compare", "lenience", "lengths"):
+        assert named[table, "parallel"] in tables.TABLES[table]()[-1]
 
 
 def test_the_planner_is_as_good_as_the_pages_say():
@@ -94,7 +147,7 @@ def test_the_planner_is_as_good_as_the_pages_say():
         fixed = [c["speedup"] for c in cases if c["k"] and all(c[x] == planned[x] for x in own)]
         assert planned["speedup"] >= 0.95 * max([1.0, *fixed])
         assert fixed or planned["speedup"] >= 0.97
-    assert sum(case["k"] is None for case in cases) == 8
+    assert sum(case["k"] is None for case in cases) == 10
     foretold = [c["predicted"] / c["speedup"] for c in cases if c["predicted"]]
     assert max(abs(ratio - 1) for ratio in foretold) < 0.13  # docs/theory.md
 
@@ -216,7 +269,7 @@ def test_what_specdiff_bench_published_has_its_pictures():
     drawn = {path.name for path in (ROOT / "docs" / "figures" / "bench").iterdir()}
     pages = "".join(page.read_text() for page in tables.PAGES)
     shown = set(re.findall(r"\(figures/bench/(\S+)\)", pages))
-    contents = [json.loads(file.read_text()) for file in tables.PUBLISHED.glob("*.json")]
+    contents = [json.loads(file.read_text()) for file in tables.RESULTS.glob("*/*.json")]
     made = [c for c in contents if c.get("command", "").startswith("specdiff bench")]
     assert shown <= drawn and len(made) >= 8
     for content in made:

@@ -74,7 +74,7 @@ class Record(str, Enum):
 
 TargetName = Annotated[str, typer.Option(help="A known model or a Hugging Face folder.")]
 DrafterName = Annotated[
-    str, typer.Option(help="block-diffusion, parallel, eagle, prompt-lookup, or a folder.")
+    str, typer.Option(help="parallel, eagle, block-diffusion, prompt-lookup, or a folder.")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")]
@@ -107,7 +107,7 @@ def generate(
         Path | None, typer.Option(help="A file with a prompt on each line, decoded as one batch.")
     ] = None,
     target: TargetName = "smollm2-135m",
-    drafter: DrafterName = "block-diffusion",
+    drafter: DrafterName = "parallel",
     no_draft: Annotated[
         bool,
         typer.Option("--no-draft", help="Plain decoding, whatever --drafter, --k, --steps say."),
@@ -210,7 +210,7 @@ def generate(
 @user_errors()
 def plan(
     target: TargetName = "smollm2-135m",
-    drafter: DrafterName = "block-diffusion",
+    drafter: DrafterName = "parallel",
     temperature: Temperature = 0.0,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     check: Annotated[
@@ -484,9 +484,9 @@ class Pair(NamedTuple):
 
 def named(target: str, drafter: str, raw: bool, fast: bool) -> dict[str, str]:
     """What sets the costs of a pair apart. A drafter that is shipped is known by its files."""
-    from .drafters import SHIPPED, shipped_drafter
+    from .drafters import SHIPPED, drafter_folder
 
-    weights = str(shipped_drafter(drafter)) if drafter in SHIPPED else drafter
+    weights = str(drafter_folder(drafter)) if drafter in SHIPPED else drafter
     return {"target": target, "drafter": weights, "raw": str(raw), "accelerate": str(fast)}
 
 

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdiff import Decoder, Sampling, Target, attention
-from specdiff.drafters import Autoregressive
-from tests.tiny import tiny_model
+from specdiff.drafters import Autoregressive, ParallelDrafter
+from tests.tiny import tiny_model, tiny_network
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +30,20 @@ def test_captured_rounds_give_the_text_of_uncaptured_ones(family, sampling, bloc
     """Over more keys than one graph reads."""
     target, drafter = targets(family, torch.float32, attention="sdpa")
     options = dict(max_new_tokens=400, sampling=sampling, seed=2, block_size=block_size)
+    want = Decoder(target, drafter, 4).generate(PROMPTS, look_every=1, **options)
+    got = Decoder(target, drafter, 4).generate(PROMPTS, capture=True, **options)
+    assert got.new_tokens == want.new_tokens
+    assert got.stats.accepted_at == want.stats.accepted_at
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_captured_rounds_record_states_of_layers_and_run_the_head(family, block_size):
+    target, _ = targets(family, torch.float32, attention="sdpa")
+    layers = {"target_layers": (1, 2), "target_layer_count": 2}
+    network = tiny_network("parallel", torch.arange(50), head_rank=5, **layers)
+    drafter = ParallelDrafter(network, target)
+    options = dict(max_new_tokens=300, sampling=Sampling(0.9), seed=2, block_size=block_size)
     want = Decoder(target, drafter, 4).generate(PROMPTS, look_every=1, **options)
     got = Decoder(target, drafter, 4).generate(PROMPTS, capture=True, **options)
     assert got.new_tokens == want.new_tokens

@@ -109,7 +109,8 @@ def once(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """`compare`, unless `kept` holds its cases from before; they are kept and shown."""
-    found = kept.find(named(models, condition, methods[0])) if kept is not None else []
+    wanted = [named(models, condition, method) for method in methods]
+    found = kept.find(wanted) if kept is not None else []
     if not found:
         found = compare(models, condition, methods, **options)
         if kept is not None:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from ..drafters import weights_digest
 from ..sampling import Sampling
 from ..stats import STAGES, Stats
 from ..target import Target
@@ -246,6 +247,7 @@ def named(models: Measured, condition: Condition, method: Method) -> dict[str, A
         "k": method.k,
         "steps": method.steps,
         "rule": method.rule,
+        "weights": weights_digest(method.name),
         "temperature": condition.temperature,
         "batch": condition.batch,
         "context": round(sum(lengths) / len(lengths)),

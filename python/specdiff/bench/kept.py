@@ -40,9 +40,16 @@ class Kept:
             if begun["command"] == command and begun.get("machine") == description():
                 self.cases = begun["cases"]
 
-    def find(self, condition: dict[str, Any]) -> list[dict[str, Any]]:
-        """Cases measured under a condition before."""
-        return [c for c in self.cases if all(c[name] == condition[name] for name in CONDITION)]
+    def find(self, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Cases measured before under the condition of the wanted ones; none, and they are
+        forgotten, if the weights of a drafter have changed since."""
+        same = lambda case: all(case[name] == wanted[0][name] for name in CONDITION)
+        found = [case for case in self.cases if same(case)]
+        weights = {(case["method"], case.get("weights")) for case in found}
+        if all((case["method"], case["weights"]) in weights for case in wanted):
+            return found
+        self.cases = [case for case in self.cases if not same(case)]
+        return []
 
     def add(self, cases: list[dict[str, Any]]) -> None:
         self.cases += cases

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cpu import accelerate, is_accelerated
+from ..files import digest
 from ..models import load_causal
 from ..target import Target
 from .autoregressive import Autoregressive
@@ -20,10 +21,10 @@ from .network import KINDS
 from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookup
 
-SHIPPED = {  # name -> folder of weights that come with specdiff
-    "block-diffusion": "smollm2-135m-block-diffusion",
+SHIPPED = {  # name -> folder of weights that come with specdiff; the default is the first
     "parallel": "smollm2-135m-parallel",
     "eagle": "smollm2-135m-eagle",
+    "block-diffusion": "smollm2-135m-block-diffusion",
 }
 CHOICES = f"{', '.join(map(repr, SHIPPED))}, 'prompt-lookup', or a folder with a drafter"
 
@@ -36,8 +37,9 @@ __all__ = [
     "News",
     "ParallelDrafter",
     "PromptLookup",
+    "drafter_folder",
     "load_drafter",
-    "shipped_drafter",
+    "weights_digest",
 ]
 
 
@@ -53,7 +55,7 @@ def load_drafter(
     Reads local files only.
 
     Args:
-        name_or_path: "block-diffusion", "parallel" or "eagle", which are shipped for
+        name_or_path: "parallel", "eagle" or "block-diffusion", which are shipped for
             SmolLM2-135M-Instruct, "prompt-lookup", or a folder that holds a trained drafter of
             these kinds, a SEDD or MDLM checkpoint, or any causal language model with the target's
             vocabulary.
@@ -70,8 +72,7 @@ def load_drafter(
     if name_or_path == "prompt-lookup":
         refuse_steps(steps, "prompt-lookup")
         return PromptLookup()
-    name = str(name_or_path)
-    folder = shipped_drafter(name) if name in SHIPPED else Path(name_or_path)
+    folder = drafter_folder(name_or_path)
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"unknown drafter {str(name_or_path)!r}; expected {CHOICES}")
@@ -103,9 +104,23 @@ def load_ddit(folder: Path, target: Target, steps: int | None, backend: str | No
     return kind(network, steps=DEFAULT_STEPS if steps is None else steps, backend=backend)
 
 
-def shipped_drafter(name: str) -> Path:
-    """Folder of a drafter that comes with specdiff: a key of SHIPPED."""
-    return Path(__file__).parents[1] / "weights" / SHIPPED[name]
+def drafter_folder(name_or_path: str | Path) -> Path:
+    """Where a drafter lies: one that comes with specdiff, by its name, or a folder as it is."""
+    own = SHIPPED.get(str(name_or_path))
+    return Path(name_or_path) if own is None else Path(__file__).parents[1] / "weights" / own
+
+
+def weights_digest(name_or_path: str | Path) -> str | None:
+    """What tells a drafter's weights apart, 12 hexadecimal digits; None: it has none in one file.
+
+    Published figures carry it, so that they can be held against the weights that are shipped.
+
+    Example:
+        >>> weights_digest("prompt-lookup") is None
+        True
+    """
+    file = drafter_folder(name_or_path) / "model.safetensors"
+    return digest(file.read_bytes())[:12] if file.is_file() else None
 
 
 def refuse_steps(steps: int | None, what: str) -> None:
