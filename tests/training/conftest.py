@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ def teacher(model, conversations) -> Teacher:
 def new_network(teacher) -> Callable[..., DraftNetwork]:
     """Untrained networks of a kind, always the same."""
 
-    def make(kind: str, block: int = BLOCK) -> DraftNetwork:
-        config = DraftConfig(kind, VOCAB, SIZE, VOCAB, 32, 1, 2, 64, block)
+    def make(kind: str, block: int = BLOCK, **more: Any) -> DraftNetwork:
+        config = DraftConfig(kind, VOCAB, SIZE, VOCAB, 32, 1, 2, 64, block, **more)
         network = DraftNetwork(config, torch.arange(VOCAB))
         network.initialise(teacher.embedding, torch.Generator().manual_seed(0))
         return network

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from specdiff.drafters import load_drafter
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.training.config import Answers, DenoiserShape, PrefixShape, Recipe, Texts, load_run
 from specdiff.training.conversations import Conversations, split
+from specdiff.training.run import train as train_run
 
 from .conftest import BLOCK, VOCAB
 
@@ -147,6 +149,32 @@ def test_a_run_begins_at_another_drafter(folder, tmp_path):
     old, new = (load_file(f / "model.safetensors") for f in (folder / "first", tmp_path))
     assert new["offset"].shape[0] == 7 and torch.equal(new["offset"][:3], old["offset"])
     assert torch.equal(new["embed_out.weight"], old["embed_out.weight"])
+
+
+@dataclass(frozen=True)
+class WithHead(PrefixShape):
+    head_rank: int = 6
+
+
+def test_a_head_is_added_to_a_drafter_that_has_none(folder, tmp_path):
+    """It begins without effect: W = 0, and factors of a standard deviation of 0.01."""
+    first = train(write(folder, "plain.toml", PARALLEL), "--out", folder / "plain")
+    assert first.exit_code == 0, first.output
+    text = PARALLEL.replace("block = 4", 'block = 4\ninitial = "plain"')
+    run = load_run(write(folder, "headed.toml", text))
+    still = replace(run.training, learning_rate=0.0, head_learning_rate=0.0)
+    drafter = WithHead(**asdict(run.drafter) | {"head_rank": 6})
+    train_run(replace(run, drafter=drafter, training=still), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights["head.out.weight"].shape == (30, 6) and not weights["head.out.weight"].any()
+    for factor in ("token", "state", "mix"):
+        assert 0.006 < weights[f"head.{factor}.weight"].float().std() < 0.014
+    figures = [
+        json.loads((out / "evaluation.json").read_text()) for out in (folder / "plain", tmp_path)
+    ]
+    assert figures[1]["K = 4"]["acceptance"] == pytest.approx(
+        figures[0]["K = 4"]["acceptance"], abs=1e-2
+    )
 
 
 @pytest.mark.slow
@@ -290,6 +318,12 @@ def test_mistakes_in_the_file_are_one_line(folder, tmp_path, old, new, message):
     config = write(folder, "mistake.toml", PARALLEL.replace(old, new))
     result = train(config, "--out", tmp_path)
     assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+
+
+def test_muon_is_for_distillation(folder):
+    config = write(folder, "muon.toml", SEDD + 'matrices = "muon"\n')
+    with pytest.raises(ValueError, match=r"training\.matrices must be 'adamw' for .* 'sedd'"):
+        load_run(config)
 
 
 def test_an_objective_is_for_distillation(folder):

@@ -13,32 +13,41 @@ from safetensors.torch import load_file, save_file
 from specdiff.training.distillation import Distillation
 from specdiff.training.objective import Objective
 from specdiff.training.recipe import Recipe
-from specdiff.training.trainer import Trainer, batches_of, choose, decaying_average
+from specdiff.training.trainer import (
+    Trainer,
+    batches_of,
+    choose,
+    decaying_average,
+    make_optimizers,
+)
 
 from .conftest import TEXTS
 
 RECIPE = Recipe(steps=20, batch=8, learning_rate=1e-2, ema=0.8)
+MUON = dataclasses.replace(RECIPE, matrices="muon", vector_learning_rate=2e-2)
+HEAD = {"head_rank": 5}
 
 
 @pytest.fixture
 def new_trainer(teacher, new_network):
-    def make(recipe: Recipe = RECIPE, **objective) -> Trainer:
-        rows = torch.arange(TEXTS)
-        objective = Objective(anchors=6, **objective)
-        return Trainer(
-            Distillation(new_network("parallel"), teacher, rows[16:], rows[:16], objective), recipe
-        )
+    def make(recipe: Recipe = RECIPE, **more) -> Trainer:
+        rows, network = torch.arange(TEXTS), new_network("parallel", **more)
+        objective = Objective(anchors=6)
+        return Trainer(Distillation(network, teacher, rows[16:], rows[:16], objective), recipe)
 
     return make
 
 
-def test_resumed_training_has_the_same_losses_and_weights(new_trainer, tmp_path):
-    straight = new_trainer()
+@pytest.mark.parametrize(
+    ("recipe", "more"), [(RECIPE, {}), (RECIPE, HEAD), (MUON, HEAD)], ids=["", "head", "muon, head"]
+)
+def test_resumed_training_has_the_same_losses_and_weights(new_trainer, tmp_path, recipe, more):
+    straight = new_trainer(recipe, **more)
     want = [straight.train_step() for _ in range(7)]
-    first = new_trainer()
+    first = new_trainer(recipe, **more)
     got = [first.train_step() for _ in range(4)]
     first.save(tmp_path / "checkpoint.safetensors")
-    second = new_trainer()
+    second = new_trainer(recipe, **more)
     second.resume(tmp_path / "checkpoint.safetensors")
     assert got + [second.train_step() for _ in range(3)] == want
     for a, b in zip(straight.network.parameters(), second.network.parameters(), strict=True):
@@ -134,6 +143,85 @@ def test_rate_rises_then_falls_to_nothing():
     assert rates[50] == pytest.approx(0.5) and rates[-1] < 1e-3
 
 
+def test_rate_is_held_then_falls_to_a_share():
+    recipe = Recipe(steps=100, learning_rate=2.0, warmup=0.1, hold=0.6, final=0.25)
+    rates = [recipe.rate(step) for step in range(101)]
+    assert rates[4] == pytest.approx(1.0) and rates[9:61] == [2.0] * 52
+    assert rates[61] < 2.0 and rates[80] == pytest.approx(2 * (0.25 + 0.75 / 2))
+    assert rates[100] == pytest.approx(0.5) and sorted(rates[60:], reverse=True) == rates[60:]
+    assert recipe.rate(80, 8.0) == pytest.approx(4 * rates[80])
+    held = Recipe(steps=100, learning_rate=2.0, hold=1.0)
+    assert held.rate(99) == 2.0
+
+
+def names_of(optimizer, network) -> dict[tuple[float, float], set[str]]:
+    """Learning rate and weight decay -> what they are of."""
+    names = {p: name for name, p in network.named_parameters()}
+    return {
+        (group["lr"], group["weight_decay"]): {names[p] for p in group["params"]}
+        for group in optimizer.param_groups
+        if group["params"]
+    }
+
+
+def test_what_trains_which_weight(new_network):
+    network = new_network("parallel", **HEAD)
+    layer = [f"layers.0.{name}.weight" for name in ("qkv", "out", "gate_up", "down")]
+    ends = ["embed_in.weight", "hidden_in.weight", "embed_out.weight"]
+    head = ["head.token.weight", "head.state.weight", "head.mix.weight"]
+    vectors = {"mask", "bias", "layers.0.attention_norm.weight", "layers.0.mlp_norm.weight"}
+    recipe = Recipe(
+        learning_rate=1e-4, vector_learning_rate=1e-3, head_learning_rate=5e-3, weight_decay=0.1
+    )
+    matrices = {(1e-4, 0.1): {*layer, *ends, *head}}
+    others = {(1e-3, 0.1): {"offset"}, (1e-3, 0.0): vectors, (5e-3, 0.0): {"head.out.weight"}}
+    (adamw,) = make_optimizers(network, recipe)
+    assert type(adamw) is torch.optim.AdamW and names_of(adamw, network) == matrices | others
+    adamw, muon = make_optimizers(network, dataclasses.replace(recipe, matrices="muon"))
+    assert type(adamw) is torch.optim.AdamW and names_of(adamw, network) == others
+    assert type(muon) is torch.optim.Muon and names_of(muon, network) == matrices
+    assert [group["momentum"] for group in muon.param_groups] == [0.95]
+
+
+def test_adamw_alone_has_one_rate_and_decays_matrices(new_network):
+    """Without a head, a step of ours is that of plain AdamW, bit for bit."""
+    ours, plain = new_network("parallel"), new_network("parallel")
+    recipe = Recipe(learning_rate=1e-2, weight_decay=0.1)
+    wide, narrow = ([p for p in plain.parameters() if (p.ndim > 1) == is_] for is_ in (True, False))
+    groups = [{"params": wide}, {"params": narrow, "weight_decay": 0.0}]
+    want = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    (have,) = make_optimizers(ours, recipe)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        have.step()
+        want.step()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_first_step_is_as_long_as_its_rate_says(new_trainer):
+    """AdamW's first step moves a weight by the rate, where its gradient is not about 0. Muon's is
+    close to an orthogonal matrix, of elements of 0.2 times the rate in the root mean square: its
+    coefficients bring singular values to between 0.7 and 1.2, all but the smallest."""
+    recipe = dataclasses.replace(
+        MUON, weight_decay=0.0, warmup=0.2, learning_rate=1e-3, head_learning_rate=3e-3
+    )
+    trainer = new_trainer(recipe, **HEAD)
+    network = trainer.task.network
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    trainer.train_step()
+    moved = {name: p.detach() - before[name] for name, p in network.named_parameters()}
+    warm = 1 / 4  # the first of four steps
+    assert float(moved["bias"].abs().max()) == pytest.approx(2e-2 * warm, rel=1e-3)
+    assert float(moved["head.out.weight"].abs().max()) == pytest.approx(3e-3 * warm, rel=1e-3)
+    stretch = torch.linalg.svdvals(moved["embed_out.weight"]) / (1e-3 * warm * 0.2 * 32**0.5)
+    assert stretch.max() < 1.25 and stretch.median() > 0.65
+    assert not moved["head.mix.weight"].any()  # whose gradient is 0 while the head's W is
+
+
 def test_bf16_training_follows_fp32(new_trainer):
     """bf16 keeps 8 bits: the loss, a mean of many terms, stays within 2^-6 of fp32's."""
     exact = new_trainer()
@@ -158,7 +246,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(new_trainer):
 
 @pytest.mark.parametrize(
     "field",
-    [{"steps": 0}, {"batch": 6, "accumulate": 4}, {"ema": 1.0}, {"precision": "fp8"}],
+    [
+        {"steps": 0},
+        {"batch": 6, "accumulate": 4},
+        {"head_learning_rate": -1.0},
+        {"vector_learning_rate": -1.0},
+        {"matrices": "sgd"},
+        {"hold": 1.5},
+        {"final": -0.1},
+        {"ema": 1.0},
+        {"precision": "fp8"},
+    ],
     ids=lambda field: next(iter(field)),
 )
 def test_bad_recipes(field):

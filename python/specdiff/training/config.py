@@ -168,12 +168,18 @@ def read_run(tables: dict[str, Any], folder: Path) -> Run:
     shape, data = SHAPES[kind]
     if shape is DenoiserShape and "objective" in tables:
         raise ValueError(f"objective has no use for drafter.kind = {kind!r}: leave it out")
+    training = section(Recipe, "training", tables, folder)
+    if shape is DenoiserShape and training.matrices != "adamw":
+        raise ValueError(
+            f"training.matrices must be 'adamw' for drafter.kind = {kind!r}, got "
+            f"{training.matrices!r}: leave it out"
+        )
     return Run(
         resolve(tables["target"], folder),
         section(shape, "drafter", tables, folder),
         section(data, "data", tables, folder),
         section(Objective, "objective", tables, folder),
-        section(Recipe, "training", tables, folder),
+        training,
     )
 
 

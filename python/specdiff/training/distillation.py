@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdiff_kernels import row_divergence
-
 from ..drafters.head import scaled
 from ..drafters.network import DraftConfig, DraftNetwork, principal_axes
 from .conversations import Conversations
 from .groups import Groups, forward_groups, sample_groups, shifted, take
+from .linear_divergence import linear_divergence
 from .objective import Objective
 from .seeds import generator
 from .teacher import BATCH, Teacher
@@ -33,7 +32,7 @@ class Batch(NamedTuple):
     """Texts of one forward, and what is asked about them."""
 
     tokens: Tensor  # i64 [B, S]
-    states: Tensor  # f32 [B, S, target_d], the target's
+    states: Tensor  # f32 [B, S, (n + 1) target_d], the target's of n layers, last its lm head input
     first: Tensor  # i64 [B], the column that the answer's first token is predicted from
     length: Tensor  # i64 [B]
     groups: Groups
@@ -44,6 +43,7 @@ class Drafts(NamedTuple):
     """Whole drafts of K positions behind each anchor, as the network and the target see them."""
 
     states: Tensor  # [B, A, K, d], of the network
+    before: Tensor  # i64 [B, A, K], the text's token before
     target: Tensor  # [B, A, K, target_d], the lm head's input for the same token
     inside: Tensor  # bool [B, A, K], whether the answer reaches so far
     text: Tensor  # [B, S, d], the network's states of the text
@@ -104,21 +104,25 @@ class Distillation(nn.Module):
         drafts = make_drafts(network, self.teacher, batch)
         weight = self.weights(network.config, batch) * drafts.inside
         asked = weight > 0
-        states, target, weight = drafts.states[asked], drafts.target[asked], weight[asked]
+        rows = [x[asked] for x in (drafts.states, drafts.before, drafts.target, weight)]
         if network.config.causal:  # the first position is asked everywhere in the text
             column = torch.arange(batch.tokens.shape[1], device=batch.first.device)
             answer = (column >= batch.first[:, None]) & (column < batch.length[:, None] - 1)
-            share = (answer / answer.sum(1, keepdim=True))[answer]
-            states = torch.cat((drafts.text[answer], states))
-            target = torch.cat((batch.states[answer], target))
-            weight = torch.cat((share, weight))
-        with torch.autocast(states.device.type, enabled=False):  # bf16 is too coarse for logits
-            law = F.linear(target, self.teacher.draft_output)  # [N, D]
-            logits = draft_logits(network, self.teacher, states.float())
-            value = self.objective.value(row_divergence(law, logits), progress)
-        decay = self.objective.position_decay
-        total = len(batch.length) * sum(decay**i for i in range(network.config.block))
-        return (value * weight).sum() / total
+            share = answer / answer.sum(1, keepdim=True)
+            text = (drafts.text, batch.tokens, head_inputs(network, batch.states), share)
+            rows = [torch.cat((x[answer], y)) for x, y in zip(text, rows, strict=True)]
+        states, before, target, weight = rows
+        value = linear_divergence(
+            output_inputs(network, self.teacher, states, before),
+            target,
+            weight,
+            self.teacher.draft_output,
+            None if network.head is None else network.head.out.weight,
+            network.bias,
+            lambda divergence: self.objective.value(divergence, progress),
+        )
+        positions = range(network.config.block)
+        return value / (len(batch.length) * sum(map(self.objective.position_weight, positions)))
 
     def weights(self, config: DraftConfig, batch: Batch) -> Tensor:
         """Of each position of a draft; those that few drafts are long enough for weigh more.
@@ -129,10 +133,11 @@ class Distillation(nn.Module):
         A = batch.groups.anchor.shape[1]
         offset = torch.arange(K, device=device) - batch.groups.revealed[..., None]
         first = 1 if config.causal else 0
-        decay = self.objective.position_decay ** offset.clamp(min=0).float()
+        weight = torch.tensor([self.objective.position_weight(i) for i in range(K)], device=device)
         lengths = draft_lengths(config)
         reached = [sum(k > i for k in lengths) / len(lengths) for i in range(K)]
-        return (decay / torch.tensor(reached, device=device)).where(offset >= first, 0.0) / A
+        weight = weight[offset.clamp(min=0)] / torch.tensor(reached, device=device)
+        return weight.where(offset >= first, 0.0) / A
 
     @torch.no_grad()
     def held_out_loss(self, network: DraftNetwork, texts: int = 16) -> float:
@@ -156,15 +161,37 @@ def make_drafts(network: DraftNetwork, teacher: Teacher, batch: Batch) -> Drafts
     anchor = batch.groups.anchor
     if network.config.causal:
         states = torch.cat((take(text, anchor)[:, :, None], states), 2)
-    before = anchor[..., None] + torch.arange(K, device=anchor.device)  # [B, A, K]
-    target = take(batch.states, before.clamp(max=S - 1).flatten(1))
-    inside = before + 1 < batch.length[:, None, None]
-    return Drafts(states, target.view(*states.shape[:3], -1), inside, text)
+    column = anchor[..., None] + torch.arange(K, device=anchor.device)  # [B, A, K], before each
+    inside = column + 1 < batch.length[:, None, None]
+    column = column.clamp(max=S - 1)
+    before = batch.tokens.gather(1, column.flatten(1)).view_as(column)
+    target = take(head_inputs(network, batch.states), column.flatten(1))
+    return Drafts(states, before, target.view(*column.shape, -1), inside, text)
 
 
-def draft_logits(network: DraftNetwork, teacher: Teacher, states: Tensor) -> Tensor:
-    """Final states [..., d] -> logits over the draft's vocabulary [..., D]"""
-    return F.linear(network.embed_out(states), teacher.draft_output, network.bias)
+def head_inputs(network: DraftNetwork, states: Tensor) -> Tensor:
+    """The target's lm head's, the last of its states side by side. -> [..., target_d]"""
+    return states[..., -network.config.target_hidden_size :]
+
+
+def draft_logits(network: DraftNetwork, teacher: Teacher, states: Tensor, before: Tensor) -> Tensor:
+    """Final states [..., d] and tokens before i64 [...] -> logits [..., D] over draft_ids"""
+    matrix = teacher.draft_output
+    if network.head is not None:
+        matrix = torch.cat((matrix, network.head.out.weight), 1)
+    return F.linear(output_inputs(network, teacher, states, before), matrix, network.bias)
+
+
+def output_inputs(
+    network: DraftNetwork, teacher: Teacher, states: Tensor, before: Tensor
+) -> Tensor:
+    """What is multiplied by the target's output embedding, and beside it what is by the sequential
+    head's W. -> [..., target_d + r]"""
+    predicted = network.embed_out(states)
+    if network.head is None:
+        return predicted
+    embedded = F.embedding(before, teacher.embedding).float()
+    return torch.cat((predicted, network.head.code(embedded, states)), -1)
 
 
 def draft_lengths(config: DraftConfig) -> list[int]:
@@ -197,7 +224,7 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
     gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device=device)
     cross, moments = gram.new_zeros(2 * d + 1, d), gram.new_zeros(d, d)
     for part in by_length(rows, data).split(BATCH):
-        states = teacher.states(part, int(data.length[part].max()))  # [B, S, d]
+        states = head_inputs(network, teacher.states(part, int(data.length[part].max())))
         t = torch.arange(1, states.shape[1])
         inside = (t >= data.prompt_length[part, None] - 1) & (t < data.length[part, None])
         inside = inside.to(device)
@@ -213,7 +240,7 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
     size = (moments.trace() / d / count).sqrt().float()
     kept = axes.shape[1]
     network.embed_in.weight.zero_()[:kept] = (weight[:d] @ axes / size).T
-    network.hidden_in.weight.zero_()[:kept] = (weight[d : 2 * d] @ axes / size).T
+    network.hidden_in.weight.zero_()[:kept, -d:] = (weight[d : 2 * d] @ axes / size).T
     network.embed_out.weight.zero_()[:, :kept] = axes * size
     network.bias.copy_(teacher.draft_output @ weight[-1])
 
@@ -242,7 +269,7 @@ def evaluate(
         batch = task.batch(chosen, -1, anchors, block)
         unrevealed = batch.groups._replace(revealed=torch.zeros_like(batch.groups.revealed))
         drafts = make_drafts(network, teacher, batch._replace(groups=unrevealed))
-        q = draft_logits(network, teacher, drafts.states).softmax(-1)
+        q = draft_logits(network, teacher, drafts.states, drafts.before).softmax(-1)
         target = F.linear(drafts.target, teacher.output)  # [B, A, K, V]
         ids = network.draft_ids
         p = (target[..., ids] - target.logsumexp(-1, keepdim=True)).exp()

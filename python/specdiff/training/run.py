@@ -211,10 +211,13 @@ def distillation(
     task = Distillation(network, teacher, rows, held_out, run.objective, seed=seed)
 
     def begin() -> None:
+        generator = torch.Generator().manual_seed(seed)
         if initial is not None:
+            if network.head is not None:
+                network.head.initialise(generator)  # stays so where the other one has none
             network.adopt(initial)
             return
-        network.initialise(teacher.embedding, torch.Generator().manual_seed(seed))
+        network.initialise(teacher.embedding, generator)
         fit_linear(network, teacher, rows)
 
     def figures(network: DraftNetwork) -> dict[str, Any]:

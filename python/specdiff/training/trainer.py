@@ -1,4 +1,4 @@
-"""The training loop: AdamW with warmup, cosine, clipping and averaged weights, over accelerate.
+"""The training loop: AdamW or Muon, warmup, cosine, clipping, averaged weights; over accelerate.
 
 Whatever a step does follows from the seed and its number: a run that is killed at any moment goes
 on from its last checkpoint with the very same losses, and one process or many see the same batches.
@@ -23,11 +23,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..drafters.head import SequentialHead
 from ..files import write_atomically
 from .recipe import Recipe
 
 POOL = 16  # batches that are sorted by length together
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+MOMENTS = {  # what an optimiser remembers of a parameter
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 class Task(Protocol):
@@ -94,17 +98,9 @@ class Trainer:
                 f"{len(task.rows)} texts to train on, got {recipe.batch}"
             )
         self.task, self.recipe, self.step = task, recipe, 0
-        matrices = [p for p in task.network.parameters() if p.ndim > 1]
-        others = [p for p in task.network.parameters() if p.ndim <= 1]
-        groups: list[dict] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=recipe.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=recipe.weight_decay,
-            fused=True,
+        self.module, *self.optimizers = self.accelerator.prepare(
+            task, *make_optimizers(task.network, recipe)
         )
-        self.module, self.optimizer = self.accelerator.prepare(task, optimizer)
         self.average = AveragedModel(task.network, multi_avg_fn=decaying_average(recipe.ema))
         self.average.requires_grad_(False)
 
@@ -121,8 +117,9 @@ class Trainer:
                 the step.
         """
         recipe, accelerator = self.recipe, self.accelerator
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.rate(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(self.step, group["full"])
         chosen = choose(self.task.rows, self.task.lengths, recipe, self.step)
         *parts, last = chosen.view(recipe.accumulate, accelerator.num_processes, -1)
         with accelerator.no_sync(self.module):  # gradients meet once
@@ -131,8 +128,9 @@ class Trainer:
         self.check("loss", loss)
         length = accelerator.clip_grad_norm_(self.module.parameters(), recipe.clip)
         self.check("gradient's length", float(length))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self.average.update_parameters(self.task.network)
         self.step += 1
         return loss
@@ -158,8 +156,16 @@ class Trainer:
                 "is from before it"
             )
 
+    def optimizer_of(self, parameter: Tensor) -> torch.optim.Optimizer:
+        """That which trains a parameter."""
+        return next(
+            wrapped.optimizer
+            for wrapped in self.optimizers
+            if any(p is parameter for group in wrapped.param_groups for p in group["params"])
+        )
+
     def save(self, path: Path) -> None:
-        """Write weights, averaged weights and the optimiser's state as one safetensors file."""
+        """Write weights, averaged weights and the optimisers' state as one safetensors file."""
         if not self.accelerator.is_main_process:
             return
         tensors = {}
@@ -167,8 +173,9 @@ class Trainer:
         for name, parameter in self.task.network.named_parameters():
             tensors[f"network.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = averaged[name].detach()
-            for key in MOMENTS:
-                tensors[f"optimizer.{key}.{name}"] = self.optimizer.state[parameter][key]
+            optimizer = self.optimizer_of(parameter)
+            for key in MOMENTS[type(optimizer)]:
+                tensors[f"optimizer.{key}.{name}"] = optimizer.state[parameter][key]
         about = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
         tensors = {name: value.contiguous() for name, value in tensors.items()}
         write_atomically(path, save(tensors, about))
@@ -201,11 +208,41 @@ class Trainer:
                 )
             parameter.data.copy_(saved)
             averaged[name].data.copy_(tensors[f"average.{name}"])
-            self.optimizer.state[parameter] = {
-                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device) for key in MOMENTS
+            optimizer = self.optimizer_of(parameter)
+            optimizer.state[parameter] = {
+                key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
+                for key in MOMENTS[type(optimizer)]
             }
         self.step = int(about["step"])
         self.average.n_averaged.fill_(self.step)
+
+
+def make_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """For each weight of a network one, as the recipe says. `full` of a group is its full learning
+    rate."""
+    weights = list(network.parameters())
+    heads = {m.out.weight for m in network.modules() if isinstance(m, SequentialHead)}
+    linear = {m.weight for m in network.modules() if isinstance(m, nn.Linear)} - heads
+    rest = [p for p in weights if p not in linear and p not in heads]
+
+    def group(chosen: list[Tensor], rate: float | None, decay: float) -> dict[str, Any]:
+        rate = recipe.learning_rate if rate is None else rate
+        return {"params": chosen, "lr": rate, "full": rate, "weight_decay": decay}
+
+    decay = recipe.weight_decay
+    matrices = group([p for p in weights if p in linear], None, decay)
+    others = [
+        group([p for p in rest if p.ndim > 1], recipe.vector_learning_rate, decay),
+        group([p for p in rest if p.ndim <= 1], recipe.vector_learning_rate, 0.0),
+        group([p for p in weights if p in heads], recipe.head_learning_rate, 0.0),
+    ]
+    muon = recipe.matrices == "muon"
+    adamw = torch.optim.AdamW(
+        others if muon else [matrices, *others], betas=(0.9, 0.95), fused=True
+    )
+    if not muon:
+        return [adamw]
+    return [adamw, torch.optim.Muon([matrices], momentum=0.95, adjust_lr_fn="match_rms_adamw")]
 
 
 def decaying_average(decay: float) -> Callable[..., None]:
