@@ -274,6 +274,17 @@ def train(
     minutes: Annotated[
         float | None, typer.Option(help="Stop after so long; the same command goes on.")
     ] = None,
+    better_than: Annotated[
+        Path | None,
+        typer.Option(
+            help="A drafter: write the new one only if it gains tokens a forward over this one, "
+            "more than two standard errors, on held-out conversations."
+        ),
+    ] = None,
+    average: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Train nothing: the mean of two drafters that began at one."),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Train a drafter; also under `accelerate launch -m specdiff train ...` or `torchrun`."""
@@ -287,7 +298,10 @@ def train(
 
     if threads is not None:
         set_threads(threads)
-    if figures := train_run(load_run(config), out, minutes=minutes):
+    figures = train_run(
+        load_run(config), out, minutes=minutes, better_than=better_than, average=average
+    )
+    if figures:
         typer.echo(json.dumps(figures))
 
 

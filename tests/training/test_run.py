@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -25,9 +26,12 @@ from specdiff.bench.held_out import messages
 from specdiff.cli import app
 from specdiff.drafters import load_drafter
 from specdiff.drafters.ddit import DDiT, DDiTConfig
+from specdiff.drafters.network import DraftNetwork
 from specdiff.training.config import Answers, DenoiserShape, PrefixShape, Recipe, Texts, load_run
 from specdiff.training.conversations import Conversations, split
+from specdiff.training.run import interruptible
 from specdiff.training.run import train as train_run
+from specdiff.training.trainer import Trainer
 
 from .conftest import BLOCK, VOCAB
 
@@ -358,3 +362,89 @@ def test_training_on_a_gpu(folder, model, tmp_path, kind):
     assert "going on at step 1" in done.stderr
     assert all(line["loss"] > 0 for line in losses(tmp_path))
     assert load_drafter(tmp_path, Target(model.to("cpu"))).vocab_size == VOCAB
+
+
+# --- better than another, interrupted, averaged ---
+
+
+def test_a_drafter_is_written_only_if_it_is_better(folder, tmp_path):
+    """Trained longer, it is better than after no step at all; than itself it is not."""
+    short = write(folder, "short.toml", PARALLEL.replace("steps = 12", "steps = 1"))
+    longer = write(folder, "longer.toml", PARALLEL.replace("steps = 12", "steps = 60"))
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert train(short, "--out", first).exit_code == 0
+    result = train(longer, "--out", second, "--better-than", first)
+    assert result.exit_code == 0, result.output
+    gain = json.loads(result.stdout.splitlines()[-1])["gain"]
+    assert gain["tokens"] > 2 * gain["standard_error"] > 0 and "written" in result.stderr
+    assert (second / "model.safetensors").is_file()
+    result = train(longer, "--out", third, "--better-than", second)
+    gain = json.loads(result.stdout.splitlines()[-1])["gain"]
+    assert gain["tokens"] == pytest.approx(0, abs=1e-3)  # fp16 on disk
+    assert "not more than two standard errors, so it is not written" in result.stderr
+    assert not (third / "model.safetensors").exists()
+    assert (third / "checkpoint.safetensors").is_file() and (third / "evaluation.json").is_file()
+
+
+def test_ctrl_c_ends_a_run_as_a_limit_of_minutes_does(folder, tmp_path, monkeypatch):
+    """At the end of its step: what was learnt is judged and written, and the same command goes
+    on."""
+    config = load_run(write(folder, "c.toml", PARALLEL))
+    step = Trainer.train_step
+
+    def interrupted(self):
+        loss = step(self)
+        if self.step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    figures = train_run(config, tmp_path / "a")
+    assert figures["steps"] == 5 and (tmp_path / "a" / "model.safetensors").is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    assert train_run(config, tmp_path / "a")["steps"] == 12
+    train_run(config, tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with interruptible(Console(stderr=True)) as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_two_runs_of_one_start_are_averaged(folder, tmp_path):
+    start = tmp_path / "start"
+    assert train(write(folder, "start.toml", PARALLEL), "--out", start).exit_code == 0
+    text = PARALLEL.replace('kind = "parallel"', f'kind = "parallel"\ninitial = "{start}"')
+    runs = []
+    for seed in (1, 2):
+        config = write(folder, f"s{seed}.toml", text + f"seed = {seed}\n")
+        runs.append(tmp_path / f"{seed}")
+        assert train(config, "--out", runs[-1]).exit_code == 0
+    mean = tmp_path / "mean"
+    result = train(config, "--average", *runs, "--out", mean, "--better-than", start)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["average"] == [str(run) for run in runs] and "gain" in figures
+    assert not (mean / "states.npy").exists() and not (mean / "losses.jsonl").exists()
+    assert (mean / "model.safetensors").exists() == (
+        figures["gain"]["tokens"] > 2 * figures["gain"]["standard_error"]
+    )
+    assert train(config, "--average", *runs, "--out", mean).exit_code == 0
+    drafters = [DraftNetwork.load(path) for path in (*runs, mean)]
+    for one, other, both in zip(*(d.parameters() for d in drafters), strict=True):
+        torch.testing.assert_close(both, (one + other) / 2, rtol=1e-3, atol=1e-4)  # fp16
+
+
+@pytest.mark.parametrize(
+    "options", [("--better-than", "elsewhere"), ("--average", "elsewhere", "elsewhere")]
+)
+def test_a_denoiser_is_not_compared(folder, tmp_path, options):
+    result = train(write(folder, "sedd.toml", SEDD), "--out", tmp_path, *options)
+    assert result.exit_code == 2
+    assert "figures are for drafters beside a target" in " ".join(result.stderr.split())

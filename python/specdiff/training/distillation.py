@@ -245,27 +245,55 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
     network.bias.copy_(teacher.draft_output @ weight[-1])
 
 
+class Judged(NamedTuple):
+    """Whole drafts of one step behind A anchors in each of C conversations, as the target sees
+    them."""
+
+    overlap: Tensor  # f32 [C, A, K], sum_x min(p(x), q(x)): the chance of acceptance
+    match: Tensor  # f32 [C, A, K], whether the argmaxes agree
+    inside: Tensor  # bool [C, A, K], whether the answer reaches so far
+
+    def figures(self) -> dict[str, list[float]]:
+        """Means over all drafts, by position.
+
+        acceptance: the chance of acceptance, on the text's own prefix;
+        greedy_match: how often the argmaxes agree;
+        tokens_per_forward, greedy_tokens_per_forward: with drafts of 1, 2, .. K tokens, 1 + the
+            mean number of leading tokens accepted, from the two above, multiplied along each draft.
+        """
+        count = self.inside.sum((0, 1)).clamp(min=1)
+        return {
+            "acceptance": ((self.overlap * self.inside).sum((0, 1)) / count).tolist(),
+            "greedy_match": ((self.match * self.inside).sum((0, 1)) / count).tolist(),
+            "tokens_per_forward": (1 + self._leading(self.overlap).mean((0, 1)).cumsum(0)).tolist(),
+            "greedy_tokens_per_forward": (
+                1 + self._leading(self.match).mean((0, 1)).cumsum(0)
+            ).tolist(),
+        }
+
+    def tokens(self) -> Tensor:
+        """Tokens a forward in each conversation, with drafts of K. f32 [C]"""
+        return 1 + self._leading(self.overlap).mean(1).sum(-1)
+
+    def _leading(self, chance: Tensor) -> Tensor:
+        """The chance that a draft is accepted up to each position. [C, A, K]"""
+        return (chance * self.inside).cumprod(-1)
+
+
 @torch.no_grad()
-def evaluate(
+def judge(
     network: DraftNetwork, teacher: Teacher, rows: Tensor, block: int, *, anchors: int = 16
-) -> dict[str, list[float]]:
+) -> Judged:
     """One-step drafts on given conversations, against the target's law over its whole vocabulary.
 
     Args:
-        rows: i64, the conversations.
+        rows: i64 [C], the conversations; the places of drafts in them are always the same.
         block: K, the length of the drafts.
-        anchors: drafts in each conversation.
-
-    Returns:
-        acceptance: mean of sum_x min(p(x), q(x)) at each position, on the text's own prefix;
-        greedy_match: how often the argmaxes agree, at each position;
-        tokens_per_forward, greedy_tokens_per_forward: with drafts of 1, 2, .. K tokens, 1 + the
-            mean number of leading tokens accepted, from the two above, multiplied along each draft.
+        anchors: A, drafts in each conversation.
     """
-    data = teacher.conversations
     task = Distillation(network, teacher, rows, rows, Objective())
-    overlap, match, valid = [], [], []
-    for chosen in by_length(rows, data).split(4):
+    parts = []
+    for chosen in rows.split(4):
         batch = task.batch(chosen, -1, anchors, block)
         unrevealed = batch.groups._replace(revealed=torch.zeros_like(batch.groups.revealed))
         drafts = make_drafts(network, teacher, batch._replace(groups=unrevealed))
@@ -273,14 +301,14 @@ def evaluate(
         target = F.linear(drafts.target, teacher.output)  # [B, A, K, V]
         ids = network.draft_ids
         p = (target[..., ids] - target.logsumexp(-1, keepdim=True)).exp()
-        overlap.append(torch.minimum(p, q).sum(-1).flatten(0, 1))
-        match.append((ids[q.argmax(-1)] == target.argmax(-1)).flatten(0, 1).float())
-        valid.append(drafts.inside.flatten(0, 1))
-    a, g, mask = torch.cat(overlap), torch.cat(match), torch.cat(valid)  # [drafts, K]
-    count = mask.sum(0).clamp(min=1)
-    return {
-        "acceptance": ((a * mask).sum(0) / count).tolist(),
-        "greedy_match": ((g * mask).sum(0) / count).tolist(),
-        "tokens_per_forward": (1 + (a * mask).cumprod(1).mean(0).cumsum(0)).tolist(),
-        "greedy_tokens_per_forward": (1 + (g * mask).cumprod(1).mean(0).cumsum(0)).tolist(),
-    }
+        match = (ids[q.argmax(-1)] == target.argmax(-1)).float()
+        parts.append(Judged(torch.minimum(p, q).sum(-1), match, drafts.inside))
+    return Judged(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def evaluate(
+    network: DraftNetwork, teacher: Teacher, rows: Tensor, block: int, *, anchors: int = 16
+) -> dict[str, list[float]]:
+    """`judge` as figures, conversations of like length side by side."""
+    rows = by_length(rows, teacher.conversations)
+    return judge(network, teacher, rows, block, anchors=anchors).figures()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +30,8 @@ from .config import PATHS, Answers, DenoiserShape, PrefixShape, Run, Texts
 from .conversations import Conversations, frequent_ids, load_conversations, split, without
 from .corpora import load_rows, prepare_rows, read_texts
 from .denoising import Denoising
-from .distillation import Distillation, evaluate, fit_linear
+from .distillation import Distillation, evaluate, fit_linear, judge
+from .improvement import Gain, average, gain
 from .teacher import Teacher, cached_states
 from .trainer import Trainer, make_accelerator
 
@@ -41,18 +46,32 @@ class Job(NamedTuple):
     begin: Any  # () -> None, sets the weights of a run that starts anew
     figures: Any  # network -> dict, how good its drafts are on held-out text
     save: Any  # (network, folder) -> None
+    compare: Any = None  # (network, folder of another) -> Gain; None: there is no such figure
 
 
-def train(run: Run, out: Path, *, minutes: float | None = None) -> dict[str, Any]:
+def train(
+    run: Run,
+    out: Path,
+    *,
+    minutes: float | None = None,
+    better_than: Path | None = None,
+    average: tuple[Path, Path] | None = None,
+) -> dict[str, Any]:
     """Train a drafter, or go on with one. Every process of a launch calls it.
 
     `out` gets the drafter (config.json, model.safetensors), checkpoint.safetensors, losses.jsonl
-    (a line for each step), evaluation.json, and what is computed once from the data.
+    (a line for each step), evaluation.json, and what is computed once from the data. A run ends
+    early, and is as whole, where `minutes` are over or it is interrupted (Ctrl-C); a second
+    interrupt stops it at once, at its last checkpoint.
 
     Args:
         run: see `load_run`.
         out: its folder. What it holds of the same run is continued.
         minutes: stop after so long; the next call goes on from there. None: at the last step.
+        better_than: folder of a drafter beside the target. The drafter is written only if it gains
+            more tokens a forward over that one than two standard errors, on held-out conversations.
+        average: folders of two drafters that were trained apart from one start: nothing is trained,
+            the mean of their weights is the drafter.
 
     Returns:
         how good the drafts are on held-out text, what evaluation.json holds; nothing in processes
@@ -69,7 +88,11 @@ def train(run: Run, out: Path, *, minutes: float | None = None) -> dict[str, Any
     out.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(run.training)
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
-    with progress_bars(console) as progress:
+    if average is not None:
+        return averaged(run, out, average, better_than, accelerator, console)
+    if better_than is not None:
+        check_comparable(run, "better_than")
+    with progress_bars(console) as progress, interruptible(console) as interrupted:
         job = prepare(run, out, accelerator, progress)
         checkpoint = out / CHECKPOINT
         goes_on = checkpoint.exists()
@@ -93,15 +116,100 @@ def train(run: Run, out: Path, *, minutes: float | None = None) -> dict[str, Any
                 console.print(
                     f"step {trainer.step}  loss {log.mean():.4f}  held-out {held_out:.4f}"
                 )
-            if minutes is not None and trainer.agree(time.monotonic() - began > 60 * minutes):
+            over = minutes is not None and time.monotonic() - began > 60 * minutes
+            if trainer.agree(over or interrupted()):
                 break
         trainer.save(checkpoint)
     if not accelerator.is_main_process:
         return {}
-    job.save(trainer.network, out)
-    figures = {"steps": trainer.step, **job.figures(trainer.network)}
+    return finish(job, trainer.network, {"steps": trainer.step}, out, better_than, console)
+
+
+def finish(
+    job: Job,
+    network: Any,
+    about: dict[str, Any],
+    out: Path,
+    better_than: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Judge a drafter, and write it if it is to be written."""
+    figures = {**about, **job.figures(network)}
+    for name, measured in figures.items():
+        if isinstance(measured, dict) and "acceptance" in measured:
+            by_position = " ".join(f"{chance:.3f}" for chance in measured["acceptance"])
+            console.print(f"accepted by position, {name}: {by_position}")
+    written = True
+    if better_than is not None:
+        gain: Gain = job.compare(network, better_than)
+        figures["gain"] = {"over": str(better_than), **gain._asdict()}
+        written = gain.sure
+        said = "written" if written else "not more than two standard errors, so it is not written"
+        console.print(
+            f"{gain.tokens:+.4f} tokens a forward over {better_than}, standard error "
+            f"{gain.standard_error:.4f}: {said}"
+        )
+    if written:
+        job.save(network, out)
     write_atomically(out / EVALUATION, (json.dumps(figures, indent=2) + "\n").encode())
     return figures
+
+
+def averaged(
+    run: Run,
+    out: Path,
+    folders: tuple[Path, Path],
+    better_than: Path | None,
+    accelerator: Accelerator,
+    console: Console,
+) -> dict[str, Any]:
+    """Average two drafters, judge the mean and write it; one process is enough for that."""
+    if not accelerator.is_main_process:
+        return {}
+    check_comparable(run, "average")
+    # of the data held-out conversations alone are read
+    run = replace(run, data=replace(run.data, cache_states=False))  # type: ignore[arg-type]
+    first, second = (DraftNetwork.load(folder) for folder in folders)
+    mean = average(first, second)
+    with progress_bars(console) as progress:
+        job = prepare(run, out, accelerator, progress)
+    if job.task.network.config != mean.config:
+        raise ValueError(
+            f"{folders[0]} and {folders[1]} hold drafters of another shape than the run's: "
+            f"expected {job.task.network.config}, got {mean.config}"
+        )
+    about = {"average": [str(folder) for folder in folders]}
+    return finish(job, mean.to(job.task.teacher.device), about, out, better_than, console)
+
+
+def check_comparable(run: Run, option: str) -> None:
+    """Raise ValueError if the run's drafter is not judged by its target's laws."""
+    if not isinstance(run.drafter, PrefixShape):
+        raise ValueError(
+            f"{option}: such figures are for drafters beside a target, got drafter.kind = "
+            f"{run.drafter.kind!r}: leave it out"
+        )
+
+
+@contextmanager
+def interruptible(console: Console) -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C was pressed; a second one has its usual effect."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+        console.print("stopping after this step; once more stops at once")
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def progress_bars(console: Console) -> Progress:
@@ -224,7 +332,18 @@ def distillation(
         lengths = sorted({config.k or config.block, config.block})
         return {f"K = {k}": evaluate(network, teacher, held_out, k) for k in lengths}
 
-    return Job(task, begin, figures, DraftNetwork.save)
+    def compare(network: DraftNetwork, folder: Path) -> Gain:
+        other = DraftNetwork.load(folder).to(teacher.device)
+        block = min(config.block, other.config.block)
+        if other.config.target_layers != config.target_layers:
+            raise ValueError(
+                f"{folder} reads target layers {list(other.config.target_layers)} and the run's "
+                f"drafter {list(config.target_layers)}: compare drafters that read the same"
+            )
+        theirs = judge(other, teacher.drafting(other.draft_ids), held_out, block).tokens()
+        return gain(theirs, judge(network, teacher, held_out, block).tokens())
+
+    return Job(task, begin, figures, DraftNetwork.save, compare)
 
 
 def denoising(
