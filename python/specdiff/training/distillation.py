@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     """Texts of one forward, and what is asked about them."""
 
     tokens: Tensor  # i64 [B, S]
-    states: Tensor  # f32 [B, S, target_d], the target's
+    states: Tensor  # f32 [B, S, (n + 1) target_d], the target's; last the lm head's input
     first: Tensor  # i64 [B], the column that the answer's first token is predicted from
     length: Tensor  # i64 [B]
     groups: Groups
@@ -110,7 +110,8 @@ class Distillation(nn.Module):
             answer = (column >= batch.first[:, None]) & (column < batch.length[:, None] - 1)
             share = (answer / answer.sum(1, keepdim=True))[answer]
             states = torch.cat((drafts.text[answer], states))
-            target = torch.cat((batch.states[answer], target))
+            width = network.config.target_hidden_size
+            target = torch.cat((batch.states[..., -width:][answer], target))
             weight = torch.cat((share, weight))
         with torch.autocast(states.device.type, enabled=False):  # bf16 is too coarse for logits
             law = F.linear(target, self.teacher.draft_output)  # [N, D]
@@ -157,7 +158,8 @@ def make_drafts(network: DraftNetwork, teacher: Teacher, batch: Batch) -> Drafts
     if network.config.causal:
         states = torch.cat((take(text, anchor)[:, :, None], states), 2)
     before = anchor[..., None] + torch.arange(K, device=anchor.device)  # [B, A, K]
-    target = take(batch.states, before.clamp(max=S - 1).flatten(1))
+    last = batch.states[..., -network.config.target_hidden_size :]
+    target = take(last, before.clamp(max=S - 1).flatten(1))
     inside = before + 1 < batch.length[:, None, None]
     return Drafts(states, target.view(*states.shape[:3], -1), inside, text)
 
@@ -190,16 +192,17 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
 
     h[t] from the token x[t], the state h[t-1] and a constant: in closed form, in one pass over
     `rows`, which spares the gradient steps from random weights to there. The network's stream then
-    runs along the principal axes of the states, scaled to a root mean square of about 1.
+    runs along the principal axes of the states, scaled to a root mean square of about 1. A state is
+    the lm head's input here; those of layers begin without effect.
     """
     data, d = teacher.conversations, network.config.target_hidden_size
     device = teacher.device
     gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device=device)
     cross, moments = gram.new_zeros(2 * d + 1, d), gram.new_zeros(d, d)
     for part in by_length(rows, data).split(BATCH):
-        states = teacher.states(part, int(data.length[part].max()))  # [B, S, d]
+        states = teacher.states(part, int(data.length[part].max()) - 1)[..., -d:]  # [B, S, d]
         t = torch.arange(1, states.shape[1])
-        inside = (t >= data.prompt_length[part, None] - 1) & (t < data.length[part, None])
+        inside = (t >= data.prompt_length[part, None] - 1) & (t < data.length[part, None] - 1)
         inside = inside.to(device)
         tokens = data.tokens[part][:, t].to(device)
         token = F.embedding(tokens, teacher.embedding).float()[inside]
@@ -213,7 +216,7 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
     size = (moments.trace() / d / count).sqrt().float()
     kept = axes.shape[1]
     network.embed_in.weight.zero_()[:kept] = (weight[:d] @ axes / size).T
-    network.hidden_in.weight.zero_()[:kept] = (weight[d : 2 * d] @ axes / size).T
+    network.hidden_in.weight.zero_()[:kept, -d:] = (weight[d : 2 * d] @ axes / size).T
     network.embed_out.weight.zero_()[:, :kept] = axes * size
     network.bias.copy_(teacher.draft_output @ weight[-1])
 
