@@ -48,7 +48,7 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
         write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
         return
     before = json.loads(file.read_text())
-    for name, value in settings.items():
+    for name, value in json.loads(json.dumps(settings)).items():  # tuples as the lists they became
         if before.get(name) != value:
             raise ValueError(
                 f"{folder} was made with {name} {before.get(name)!r}, not {value!r}: repeat what "

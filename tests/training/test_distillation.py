@@ -365,7 +365,7 @@ def test_linear_start_is_the_best_linear_prediction(kind, teacher, new_network, 
     fit_linear(network, teacher, torch.arange(TEXTS))
     states = teacher.states(torch.arange(TEXTS), conversations.tokens.shape[1])
     t = torch.arange(1, states.shape[1])
-    inside = (t >= 2) & (t < conversations.length[:, None])
+    inside = (t >= 2) & (t < conversations.length[:, None] - 1)  # that are stored
     token = F.embedding(conversations.tokens[:, 1:], teacher.embedding)[inside]
     before = states[:, :-1][inside]
     with torch.no_grad():

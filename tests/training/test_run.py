@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -103,6 +105,14 @@ def folder(model, conversations, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """Accelerate has one precision a process, until it is made to forget it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def write(folder: Path, name: str, text: str) -> Path:
     (folder / name).write_text(text)
     return folder / name
@@ -127,6 +137,48 @@ def test_the_command_makes_a_drafter(folder, model, tmp_path, kind):
     assert [line["step"] for line in losses(tmp_path)] == list(range(12))
     drafter = load_drafter(tmp_path, Target(model))
     assert drafter.kind == kind and drafter.network.config.draft_vocab_size == 30
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_a_drafter_that_reads_layers(folder, model, tmp_path, other_precision, cached):
+    """With the target in bf16; the folder goes on with the same file, and with no other."""
+    text = PARALLEL.replace("[data]", f"target_layers = [1, 2]\n[data]\ncache_states = {cached}")
+    config = write(folder, "layers.toml", f'{text}precision = "bf16"\n')
+    for more in (["--minutes", 0], []):
+        result = train(config, "--out", tmp_path, *more)
+        assert result.exit_code == 0, result.output
+        assert ("take 0.0 GB in" in result.stderr) == (cached == "true" and bool(more))
+    assert "going on at step 1" in result.stderr
+    assert (tmp_path / "states.npy").exists() == (cached == "true")
+    drafter = load_drafter(tmp_path, Target(model))
+    assert drafter.network.config.target_layers == (1, 2)
+    for old, new, message in (
+        ("[1, 2]", "[2]", "was made with drafter"),
+        ('precision = "bf16"', "", "was made with precision 'bf16', not None"),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        changed = write(folder, "changed.toml", config.read_text().replace(old, new))
+        refused = train(changed, "--out", tmp_path)
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "message"),
+    [
+        ("eagle", "target_layers = [1]", "leave out target_layers and head_rank, got [1] and 0"),
+        ("eagle", "head_rank = 4", "leave out target_layers and head_rank, got [] and 4"),
+        ("parallel", "target_layers = [2, 1]", "from 1 to target_layer_count = 2, got [2, 1]"),
+        ("parallel", "target_layers = [3]", "from 1 to target_layer_count = 2, got [3]"),
+        ("parallel", "head_rank = -1", "head_rank must be at least 0, got -1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_kept(
+    folder, tmp_path, kind, line, message
+):
+    text = PARALLEL.replace('"parallel"', f'"{kind}"').replace("[data]", f"{line}\n[data]")
+    refused = train(write(folder, "sizes.toml", text), "--out", tmp_path)
+    assert refused.exit_code == 2 and message in " ".join(refused.output.split()), refused.output
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["sedd", "mdlm"])
@@ -309,6 +361,14 @@ def test_a_denoiser_begins_at_one_of_its_kind(folder, tmp_path, what):
         ("held_out = 0.2", "held_back = 0.2", "unknown data.held_back; expected conversations"),
         ('conversations = "answers.npz"', "", "data.conversations is missing"),
         ("batch = 4", 'batch = "four"', "training.batch must be int, got 'four'"),
+        (
+            "block = 4",
+            "target_layers = 4",
+            "drafter.target_layers must be a list of int, got 4",
+        ),
+        ("block = 4", 'target_layers = ["1"]', "must be a list of int, got ['1']"),
+        ("block = 4", "target_layers = [true]", "must be a list of int, got [True]"),
+        ("block = 4", "head_state = 1", "drafter.head_state must be bool, got 1"),
         ("batch = 4", "batch = -4", "batch must be at least 1, got -4"),
         ('target = "target"', "", "target is missing"),
         ("[objective]", "[objektive]", "unknown objektive; expected target, drafter"),

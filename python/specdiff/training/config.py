@@ -46,6 +46,9 @@ class PrefixShape:
             `block`; None: the best linear prediction.
         k: tokens in a draft unless told otherwise; None: `block`.
         draft_vocab_size: tokens that can be drafted, the most frequent ones of the data.
+        target_layers: layers of the target whose states it reads beside the last one, counted from
+            1, in ascending order; not of an eagle.
+        head_rank, head_state: of its `SequentialHead`; 0: none.
     """
 
     kind: str
@@ -57,6 +60,9 @@ class PrefixShape:
     heads: int = 9
     intermediate_size: int = 1536
     draft_vocab_size: int = 8192
+    target_layers: tuple[int, ...] = ()
+    head_rank: int = 0
+    head_state: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Answers:
         conversations: see `load_conversations`.
         held_out: share of prompts whose conversations are never trained on, see `split`.
         cache_states: keep the target's states of all of them on disk instead of computing them
-            again in every step.
+            again in every step: 2 bytes for each number, see docs/training.md.
     """
 
     conversations: str
@@ -196,15 +202,25 @@ def section(kind: type[T], name: str, tables: dict[str, Any], folder: Path) -> T
             if field.default is MISSING:
                 raise ValueError(f"{name}.{field.name} is missing")
             continue
-        value = table[field.name]
-        expected = plain_types(hints[field.name])
-        if float in expected and type(value) is int:
-            value = float(value)
-        if type(value) not in expected:
-            names = " or ".join(t.__name__ for t in expected)
-            raise ValueError(f"{name}.{field.name} must be {names}, got {value!r}")
+        value = checked(f"{name}.{field.name}", table[field.name], hints[field.name])
         values[field.name] = resolve(value, folder) if field.name in PATHS else value
     return kind(**values)
+
+
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """A value of the type that its field has; an int for a float, a list for a tuple."""
+    if get_origin(hint) is tuple:
+        part = get_args(hint)[0]
+        if type(value) is not list or any(type(x) is not part for x in value):
+            raise ValueError(f"{name} must be a list of {part.__name__}, got {value!r}")
+        return tuple(value)
+    expected = plain_types(hint)
+    if float in expected and type(value) is int:
+        value = float(value)
+    if type(value) not in expected:
+        names = " or ".join(t.__name__ for t in expected)
+        raise ValueError(f"{name} must be {names}, got {value!r}")
+    return value
 
 
 def plain_types(hint: Any) -> list[type]:

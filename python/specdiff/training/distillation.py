@@ -217,16 +217,17 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
 
     h[t] from the token x[t], the state h[t-1] and a constant: in closed form, in one pass over
     `rows`, which spares the gradient steps from random weights to there. The network's stream then
-    runs along the principal axes of the states, scaled to a root mean square of about 1.
+    runs along the principal axes of the states, scaled to a root mean square of about 1. A state is
+    the lm head's input here; those of layers begin without effect.
     """
     data, d = teacher.conversations, network.config.target_hidden_size
     device = teacher.device
     gram = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device=device)
     cross, moments = gram.new_zeros(2 * d + 1, d), gram.new_zeros(d, d)
     for part in by_length(rows, data).split(BATCH):
-        states = head_inputs(network, teacher.states(part, int(data.length[part].max())))
+        states = head_inputs(network, teacher.states(part, int(data.length[part].max()) - 1))
         t = torch.arange(1, states.shape[1])
-        inside = (t >= data.prompt_length[part, None] - 1) & (t < data.length[part, None])
+        inside = (t >= data.prompt_length[part, None] - 1) & (t < data.length[part, None] - 1)
         inside = inside.to(device)
         tokens = data.tokens[part][:, t].to(device)
         token = F.embedding(tokens, teacher.embedding).float()[inside]

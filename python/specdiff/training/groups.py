@@ -110,7 +110,7 @@ def forward_groups(
     Args:
         network: whose `config.kind` says what a group is and how it attends.
         embedded: [B, S, target_d], the target's embeddings of the texts.
-        before: [B, S, target_d], its lm head input before each token; zeros before the first.
+        before: [B, S, (n + 1) target_d], its states before each token; zeros before the first.
         groups: see there.
         block: K, tokens in a draft.
         flex: use FlexAttention instead of a dense mask.

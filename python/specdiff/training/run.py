@@ -286,21 +286,29 @@ def distillation(
     out: Path,
     progress: Progress,
 ) -> Job:
+    vocab_size, width = model.get_input_embeddings().weight.shape
+    sizes = {k: v for k, v in asdict(shape).items() if k != "initial"}
+    if shape.target_layers:
+        sizes["target_layer_count"] = model.config.num_hidden_layers
+    config = DraftConfig(target_vocab_size=vocab_size, target_hidden_size=width, **sizes)
     conversations = load_conversations(data.conversations)
     written = digest(*(part.numpy().tobytes() for part in conversations))
     free, held_out = split(conversations, data.held_out)
+    precision = run.training.precision
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rows = without(held_out_prompts(tokenizer), conversations, free)
     left_out = len(free) - len(rows)
-    keep_settings(
-        out, {**settings(run, model), "conversations": written, "left_out": left_out or None}
-    )
+    own = {
+        "conversations": written,
+        "left_out": left_out or None,
+        "precision": None if precision == "no" else precision,  # of the states
+    }
+    keep_settings(out, {**settings(run, model), **own})
     if left_out:
         progress.console.print(
             f"left out {left_out} conversations whose prompt is held out for benchmarks"
         )
     seed = run.training.seed
-    vocab_size, width = model.get_input_embeddings().weight.shape
-    sizes = {k: v for k, v in asdict(shape).items() if k != "initial"}
     if shape.initial is not None:
         initial = DraftNetwork.load(shape.initial)
         draft_ids = initial.draft_ids
@@ -309,12 +317,12 @@ def distillation(
         learnt = Conversations(*(part[rows] for part in conversations))
         ends = list(stop_tokens(model))
         draft_ids = frequent_ids(learnt, shape.draft_vocab_size, vocab_size, ends)
-    config = DraftConfig(target_vocab_size=vocab_size, target_hidden_size=width, **sizes)
     network = DraftNetwork(config, draft_ids)
+    of_layers: Any = {"layers": config.target_layers, "dtype": dtype}
     states = None
     if data.cache_states:
-        states = cached_states(model, conversations, out / "states.npy", progress)
-    teacher = Teacher(model, conversations, draft_ids, states)
+        states = cached_states(model, conversations, out / "states.npy", progress, **of_layers)
+    teacher = Teacher(model, conversations, draft_ids, states, **of_layers)
     network.to(teacher.device)
     task = Distillation(network, teacher, rows, held_out, run.objective, seed=seed)
 
