@@ -53,7 +53,6 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BENCH) controlled --target gpt-neo-2.7b --task summarise --steps 1,2,4 --context 128 \
 	  --tokens 64 --prompts 1 --repetitions 2 --name controlled_gpt_neo --results benchmarks/results
 	$(BENCH) figure2 --context 256 --k 16 --steps 1,2,4,8,16 $(SPEECHES) $(SIZE)
-	$(BIN)/python benchmarks/bench_compare.py --tokens 32
 	$(BIN)/python benchmarks/bench_planner.py --tokens 32
 	$(BIN)/python benchmarks/bench_lenience.py --tokens 32
 	$(BIN)/python benchmarks/bench_drafters.py
@@ -99,8 +98,7 @@ train-gpu:
 	$(TRAIN) configs/smollm2-135m-block-diffusion-gpu.toml --out train/block-diffusion
 	$(TRAIN) configs/smollm2-135m-parallel-gpu.toml --out train/parallel
 	$(TRAIN) configs/smollm2-135m-eagle-gpu.toml --out train/eagle
-	$(PYTHON) benchmarks/bench_drafters.py --block-diffusion train/block-diffusion \
-	  --parallel train/parallel --eagle train/eagle
+	$(PYTHON) benchmarks/bench_drafters.py --parallel train/parallel --eagle train/eagle
 
 clean:
 	rm -rf build dist *.egg-info python/*.egg-info specdiff_kernels/*.so

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.control import strip_control_codes
 from typer.testing import CliRunner
 
-from specdiff import Stats, Step, cpu
+from specdiff import Sampling, Stats, Step, cpu
 from specdiff.cli import app
 from specdiff.models import encode
 from specdiff.planner import PLAIN, Costs, Plan, measure
@@ -242,10 +242,25 @@ def test_record_decides_which_draft_laws_count(result, target):
     assert result(*options, "--record", "one-hot", drafter=target)["acceptance"][0] < 0.9
 
 
+def test_sampled_drafts_are_judged_by_blocks_unless_told_otherwise(
+    result, tiny_tokenizer, tmp_path
+):
+    """Drafts of another model, of which the two rules accept different ones."""
+    other = str(tmp_path / "other")
+    tiny_model("llama", vocab=len(tiny_tokenizer), seed=3).save_pretrained(other)
+    options = ["--temperature", "5", "--k", "3", "--seed", "1"]
+    default, block, token = (
+        result(*options, *rule, drafter=other)
+        for rule in ([], ["--rule", "block"], ["--rule", "token"])
+    )
+    assert default["text"] == block["text"] != token["text"]
+    assert Sampling(0.7).rule == "block" and Sampling().rule == "token"
+
+
 def test_lenience_accepts_more_and_says_what_it_spent(result, target):
     """The target's own drafts as bare guesses, so that leniency has something to give."""
     options = ["--temperature", "1", "--record", "one-hot", "--k", "3"]
-    exact = result(*options, drafter=target)
+    exact = result(*options, "--rule", "token", drafter=target)
     lenient = result(*options, "--lenience", "ensemble=0.2", "--compare", drafter=target)
     assert exact["bias"] == 0 and lenient["bias"] > 1
     assert lenient["bias_per_token"] == lenient["bias"] / lenient["tokens"]

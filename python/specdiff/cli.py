@@ -129,7 +129,8 @@ def generate(
     rule: Annotated[
         Rule | None,
         typer.Option(
-            help="How drafts are judged, default: token; coupled: text as with --no-draft, too."
+            help="How drafts are judged; default: block, which accepts most, token where greedy; "
+            "coupled: text as with --no-draft, too."
         ),
     ] = None,
     lenience: Annotated[
@@ -170,6 +171,7 @@ def generate(
 
         sampling = Sampling(temperature, top_k, top_p, min_p)
         lenient = None if lenience is None else parse_lenience(lenience)
+        rule = rule or Rule(sampling.rule)
         plain, tokenizer = load(target, rule.value, lenient, threads, not no_accelerate)
         laws = None if record is None else record.value
         decoder = plain if no_draft else with_drafter(plain, drafter, counts[1], laws)
@@ -243,7 +245,7 @@ def plan(
         if picture is not None:
             figure_class()  # rather now than after all has been measured
         sampling = Sampling(temperature)
-        plain, tokenizer = load(target, Rule.token.value, None, threads, not no_accelerate)
+        plain, tokenizer = load(target, sampling.rule, None, threads, not no_accelerate)
         names = named(target, drafter, raw, not no_accelerate)
         decoder = with_drafter(plain, drafter, None, None)
         pair = Pair(decoder, tokenizer, names, batch, sampling, raw)
@@ -393,12 +395,12 @@ def read_prompts(prompt: str | None, batch_file: Path | None) -> list[str]:
     return prompts
 
 
-def rule_of(rule: Rule | None, lenience: str | None) -> Rule:
-    """The rule asked for, or the one that --lenience implies."""
+def rule_of(rule: Rule | None, lenience: str | None) -> Rule | None:
+    """The rule asked for, or the one that --lenience implies; None: the best exact one."""
     if lenience is None:
         if rule is Rule.lenient:
             raise ValueError("--rule lenient needs --lenience KIND=AMOUNT, such as ensemble=0.9")
-        return rule or Rule.token
+        return rule
     if rule not in (None, Rule.lenient):
         raise ValueError(
             f"--lenience implies --rule lenient, got --rule {rule.value}: leave one of them out"

@@ -59,6 +59,12 @@ class Sampling:
         """(temperature, top_k, top_p, min_p), as the ops take them."""
         return self.temperature, self.top_k, self.top_p, self.min_p
 
+    @property
+    def rule(self) -> str:
+        """The exact rule of `specdiff_kernels.verify` that accepts most: block verification
+        (2403.10444), which reads every row of a draft; token by token where that is as good."""
+        return "token" if self.greedy else "block"
+
 
 def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     """One 64-bit seed per sequence, as the int64 with the same bits.

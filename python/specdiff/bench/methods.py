@@ -38,7 +38,7 @@ class Method:
         name: one of OWN or THEIRS, or a drafter as `specdiff.drafters.load_drafter` knows it.
         k: tokens drafted in a round; "auto": chosen in each; None: none, or the drafter's block.
         steps: reverse steps of a diffusion drafter, or "auto" with k; None: its own.
-        rule: of `specdiff_kernels.verify`; None: "token".
+        rule: of `specdiff_kernels.verify`; None: `Sampling.rule`.
         model: folder of the assistant of "assisted".
 
     Example:
@@ -182,7 +182,7 @@ def make(method: Method, models: Models, sampling: Sampling, batch: int) -> Deco
         return plain(method.name, models, sampling)
     steps = method.steps if isinstance(method.steps, int) else None
     drafter = load_drafter(method.name, models.target, steps=steps)
-    decoder = Decoder(models.target, drafter, rule=method.rule or "token")
+    decoder = Decoder(models.target, drafter, rule=method.rule or sampling.rule)
     k: Any = method.k
     if k == AUTO:
         found = measure(decoder, models.costs_prompts(), batch=batch, sampling=sampling)
