@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -207,20 +207,14 @@ def test_a_run_begins_at_another_drafter(folder, tmp_path):
     assert torch.equal(new["embed_out.weight"], old["embed_out.weight"])
 
 
-@dataclass(frozen=True)
-class WithHead(PrefixShape):
-    head_rank: int = 6
-
-
 def test_a_head_is_added_to_a_drafter_that_has_none(folder, tmp_path):
     """It begins without effect: W = 0, and factors of a standard deviation of 0.01."""
     first = train(write(folder, "plain.toml", PARALLEL), "--out", folder / "plain")
     assert first.exit_code == 0, first.output
-    text = PARALLEL.replace("block = 4", 'block = 4\ninitial = "plain"')
+    text = PARALLEL.replace("block = 4", 'block = 4\nhead_rank = 6\ninitial = "plain"')
     run = load_run(write(folder, "headed.toml", text))
     still = replace(run.training, learning_rate=0.0, head_learning_rate=0.0)
-    drafter = WithHead(**asdict(run.drafter) | {"head_rank": 6})
-    train_run(replace(run, drafter=drafter, training=still), tmp_path)
+    train_run(replace(run, training=still), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert weights["head.out.weight"].shape == (30, 6) and not weights["head.out.weight"].any()
     for factor in ("token", "state", "mix"):
