@@ -116,7 +116,7 @@ def test_load_drafter(model, target, tmp_path):
     for name in ("prompt-lookup", tmp_path):
         with pytest.raises(ValueError, match="steps belong to a diffusion drafter"):
             load_drafter(name, target, steps=2)
-    with pytest.raises(ValueError, match="unknown drafter 'no-such'; expected 'block-diffusion'"):
+    with pytest.raises(ValueError, match="unknown drafter 'no-such'; expected 'parallel'"):
         load_drafter("no-such", target)
 
 

@@ -286,6 +286,7 @@ def distillation(
     out: Path,
     progress: Progress,
 ) -> Job:
+    initial = None if shape.initial is None else DraftNetwork.load(shape.initial)
     vocab_size, width = model.get_input_embeddings().weight.shape
     sizes = {k: v for k, v in asdict(shape).items() if k != "initial"}
     if shape.target_layers:
@@ -309,11 +310,9 @@ def distillation(
             f"left out {left_out} conversations whose prompt is held out for benchmarks"
         )
     seed = run.training.seed
-    if shape.initial is not None:
-        initial = DraftNetwork.load(shape.initial)
+    if initial is not None:
         draft_ids = initial.draft_ids
     else:
-        initial = None
         learnt = Conversations(*(part[rows] for part in conversations))
         ends = list(stop_tokens(model))
         draft_ids = frequent_ids(learnt, shape.draft_vocab_size, vocab_size, ends)
