@@ -68,10 +68,8 @@ class Target:
         self.recorder = Recorder(model)
         body = model.base_model
         self.cache_argument = cache_argument(model)
-        if compile:
-            self.recorder.watch(
-                range(1, self.layer_count + 1)
-            )  # a hook that comes later is not seen
+        if compile:  # a hook that comes later is not seen
+            self.recorder.watch(range(1, self.layer_count + 1))
         self.body = torch.compile(body, dynamic=True) if compile else body
         # attention that needs no mask is given one all the same, so that transformers makes none
         self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
