@@ -35,7 +35,8 @@ class PrefixDrafter:
 
     Args:
         network: of the class's own `kind`. It is moved to the target's device and dtype, and
-            accelerated iff the target's model is.
+            accelerated iff the target's model is; its packed weights are then rounded to bf16. That
+            halves what a draft reads, and what it records is what it drew from, as ever.
         target: whose embeddings and states it reads.
         backend: of the ops; None chooses.
 
@@ -80,10 +81,14 @@ class PrefixDrafter:
         self.correction: nn.Linear | None = None
         if network.head is not None:
             self.correction = linear(network.head.out.weight @ network.head.mix.weight)  # r -> Vd
-        change = accelerate if is_accelerated(target.model) else restore
+            self.codes = network.head.token(scaled(embedding))  # [V, r]
         for module in (self.network, self.head, self.correction):
-            if module is not None:
-                change(module)
+            if module is None:
+                continue
+            if is_accelerated(target.model):
+                accelerate(module, bf16=True)
+            else:
+                restore(module)
 
     @classmethod
     def load(cls: type[D], folder: str | Path, target: Target, *, backend: str | None = None) -> D:
@@ -165,7 +170,7 @@ class PrefixDrafter:
         inner = None if head.state is None else head.state(scaled(states))  # [B, hi - lo, r]
         for i in range(lo, hi):
             before = self.anchor_token if i == 0 else draft.tokens[:, i - 1].clamp(min=0)
-            token = head.token(scaled(F.embedding(before, self.embedding)))  # [B, r]
+            token = F.embedding(before, self.codes)  # [B, r]
             code = F.silu(token if inner is None else token + inner[:, i - lo])
             pool[:, i] += correction(code)
             draft = self.reveal(draft, Reveal.chunk(i, i + 1), i, draws, entropies=i == 0)
