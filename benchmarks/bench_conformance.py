@@ -1,4 +1,5 @@
-"""Who leaves the target's law as it was: the conformance kit on every sampler and verifier here.
+"""Who leaves the target's distribution as it was: the conformance kit on every sampler and verifier
+here.
 
     python benchmarks/bench_conformance.py [--draws 20000]
 
@@ -57,17 +58,17 @@ class Contestant:
             contender.tau = draft.steps.expand(draft.tokens.shape).contiguous()
             if draft.zero:
                 return with_zeros(contender, draft)
-        law = contender.law(draft.draft_logits)
-        result = contender.verify(draft.target_logits, draft.tokens, law, self.calls)
+        distribution = contender.distribution(draft.draft_logits)
+        result = contender.verify(draft.target_logits, draft.tokens, distribution, self.calls)
         accepted, token = contender.outcome(result)
         return Outcome(torch.tensor(accepted), torch.tensor(token))
 
 
 def with_zeros(contender: Ours, draft: Drafted) -> Outcome:
     """Our words do not come from torch's generator, so its zeros do not reach them."""
-    rows, law = contender.law(draft.draft_logits)
+    rows, distribution = contender.distribution(draft.draft_logits)
     words = torch.zeros(*draft.target_logits.shape[:2], dtype=torch.int64)
-    made = sk.Draft(draft.tokens, contender.tau, contender.rows, rows, law)
+    made = sk.Draft(draft.tokens, contender.tau, contender.rows, rows, distribution)
     result = sk.verify(draft.target_logits, made, words=words, backend=contender.backend)
     accepted, token = contender.outcome(result)
     return Outcome(torch.tensor(accepted), torch.tensor(token))
@@ -79,7 +80,9 @@ def main(
     """The verdict on each contender, then how often each known mistake is found."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    table = Table(title=f"total variation from the exact law over {draws} drafts; red: refuted")
+    table = Table(
+        title=f"total variation from the exact distribution over {draws} drafts; red: refuted"
+    )
     for heading in ("", "tokens", *(case.name for case in CASES), "u = 0"):
         table.add_column(heading, justify="right" if heading else "left")
     cases: list[dict[str, Any]] = []

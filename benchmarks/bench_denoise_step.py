@@ -155,8 +155,8 @@ class SpecDiff:
             watch.lap("copy")
             draft = denoise_step(draft, reveal, step, seed=seed, round=round, backend=self.backend)
             watch.lap("denoise")
-        assert draft.law is not None
-        check_status(draft.law.status)
+        assert draft.distribution is not None
+        check_status(draft.distribution.status)
         result = verify(self.case.target, draft, seed=seed, round=round, backend=self.backend)
         watch.lap("verify")
         return draft, result
@@ -171,10 +171,10 @@ def residual_row(draft: Draft, accepted: int) -> int:
 class PlainTorch:
     """SEDD's public sampler and speculative sampling, written out in torch for one sequence.
 
-    A step scores all K positions, and a revealed token's law leaves it where it is. Tokens win
-    a race of exponential clocks, which is the Gumbel maximum with one logarithm fewer. SEDD's code
-    draws the noise in the dtype of the score; in fp32 that bends the law a little (2409.02908),
-    so that careful code draws it in fp64.
+    A step scores all K positions, and a revealed token's distribution leaves it where it is. Tokens
+    win a race of exponential clocks, which is the Gumbel maximum with one logarithm fewer. SEDD's
+    code draws the noise in the dtype of the score; in fp32 that bends the distribution a little
+    (2409.02908), so that careful code draws it in fp64.
     """
 
     checked = 12
@@ -203,8 +203,10 @@ class PlainTorch:
             watch.lap("denoise")
             log_score = network(self.case.outputs[step], tokens, now)
             watch.lap("network")
-            law = reverse_law(log_score.exp(), tokens, now if final else now - NOISE.sigma(s))
-            drawn = sample_categorical(law[:, :-1] if final else law, self.dtype)
+            distribution = reverse_distribution(
+                log_score.exp(), tokens, now if final else now - NOISE.sigma(s)
+            )
+            drawn = sample_categorical(distribution[:, :-1] if final else distribution, self.dtype)
             if step == 0:
                 kept = log_score
             else:
@@ -222,11 +224,11 @@ class PlainTorch:
         drafted = tokens[:, None]
         ratio = p[:K].gather(1, drafted) / q.gather(1, drafted)
         accepted = int((torch.rand(K, 1) < ratio).long().cumprod(0).sum())
-        law = p[accepted]
+        distribution = p[accepted]
         if accepted < K:
-            residual = (law - q[accepted, :-1]).clamp_(min=0)
-            law = residual / residual.sum()
-        return accepted, int(torch.multinomial(law, 1))
+            residual = (distribution - q[accepted, :-1]).clamp_(min=0)
+            distribution = residual / residual.sum()
+        return accepted, int(torch.multinomial(distribution, 1))
 
 
 Contender = SpecDiff | PlainTorch
@@ -238,7 +240,7 @@ def network(output: Tensor, tokens: Tensor, sigma: float) -> Tensor:
     return log_score.scatter_(1, tokens[:, None], 0.0)
 
 
-def reverse_law(score: Tensor, tokens: Tensor, dsigma: float) -> Tensor:
+def reverse_distribution(score: Tensor, tokens: Tensor, dsigma: float) -> Tensor:
     """Staggered score times transposed transition, in place of the score. [K, V + 1], [K]"""
     alpha = math.exp(-dsigma)
     extra = (1 - 1 / alpha) * score.sum(1)
@@ -249,10 +251,10 @@ def reverse_law(score: Tensor, tokens: Tensor, dsigma: float) -> Tensor:
     return score.mul_(move[:, None]).scatter_add_(1, tokens[:, None], stay)
 
 
-def sample_categorical(law: Tensor, dtype: torch.dtype) -> Tensor:
+def sample_categorical(distribution: Tensor, dtype: torch.dtype) -> Tensor:
     """One token a row. [K, N] -> i64 [K]"""
-    clocks = torch.rand(law.shape, dtype=dtype).add_(1e-10).log_().neg_().add_(1e-10)
-    return torch.div(law, clocks, out=clocks).argmax(-1)
+    clocks = torch.rand(distribution.shape, dtype=dtype).add_(1e-10).log_().neg_().add_(1e-10)
+    return torch.div(distribution, clocks, out=clocks).argmax(-1)
 
 
 # --- measuring and checking ------------------------------------------------------------------
@@ -298,16 +300,17 @@ def check_bits(case: Case, number: int) -> None:
     results = []
     for backend in ("cpp", "reference"):
         draft, verified = SpecDiff(case, backend).run(number, Stopwatch())
-        assert draft.law is not None
-        results.append((draft.tokens, draft.tau, draft.rows, *draft.law, *verified))
+        assert draft.distribution is not None
+        results.append((draft.tokens, draft.tau, draft.rows, *draft.distribution, *verified))
     same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     require(same, f"cpp and reference differ at K={case.k} T={case.steps}")
 
 
 def check_rounds(name: str, case: Case, rounds: list[Round]) -> None:
-    """Every position has a token; for T = 1 the accepted ones have the mean of their exact law.
+    """Every position has a token; for T = 1 the accepted ones have the mean of their exact
+    distribution.
 
-    For T > 1 there is no formula: laws of later steps differ, and not every record counts.
+    For T > 1 there is no formula: distributions of later steps differ, and not every record counts.
     """
     tokens = torch.stack([done.tokens for done in rounds])
     last = torch.tensor([done.last for done in rounds])
@@ -323,7 +326,8 @@ def check_rounds(name: str, case: Case, rounds: list[Round]) -> None:
     found = accepted.double().mean().item()
     require(
         abs(found - mean) < allowed,
-        f"{name} accepted {found:.3f} tokens a round; by the exact law {mean:.3f} +- {allowed:.3f}",
+        f"{name} accepted {found:.3f} tokens a round; "
+        f"by the exact distribution {mean:.3f} +- {allowed:.3f}",
     )
 
 

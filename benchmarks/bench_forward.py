@@ -4,7 +4,7 @@
 
 Before the times, what acceleration does to the logits, in their own units: how far a token's logits
 move when it passes the model among 9 tokens instead of alone, and how far they are from those of
-the untouched model; there also the mean KL divergence of the laws.
+the untouched model; there also the mean KL divergence of the distributions.
 """
 
 from __future__ import annotations

@@ -2,18 +2,18 @@
 
     python benchmarks/bench_gpu.py [--shapes 1x8x50257,32x8x128256] [--repetitions 200]
 
-The draft was made in one step and all its laws are recorded. Every run has another of DRAWS drafts
-and a round of its own, so that the position of the first rejection is averaged over, and starts
-from a cold L2 cache; the rows of a shape take turns. A row is timed as the replay of a CUDA graph
-unless it waits for the device.
+The draft was made in one step and all its distributions are recorded. Every run has another of
+DRAWS drafts and a round of its own, so that the position of the first rejection is averaged over,
+and starts from a cold L2 cache; the rows of a shape take turns. A row is timed as the replay of a
+CUDA graph unless it waits for the device.
 
-Ours are given what drafting leaves behind: the draft's logits and laws. The others make
+Ours are given what drafting leaves behind: the draft's logits and distributions. The others make
 probabilities of both models' logits, or of the target's alone where q is given. They know the token
 rule only. transformers gets the draft's logits in fp32, as its assistant keeps them.
 
 Ours must equal the reference bit for bit, before and after timing, or nothing is reported. The
-others must give tokens that exist, and accept as many as the exact law on average; one that does
-not is left out, and the report says so.
+others must give tokens that exist, and accept as many as the exact distribution on average; one
+that does not is left out, and the report says so.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from specdiff.bench.machine import dashed, gpu, write
 from specdiff_kernels import (
     Draft,
     Record,
-    RowLaw,
+    RowDistribution,
     Verified,
     available_backends,
     reference,
-    row_law,
+    row_distribution,
     sample,
     verify,
 )
@@ -62,7 +62,7 @@ COPIES = 25
 GATE_DEVIATIONS = 4.5  # false alarm 7e-6
 OURS_POISON, REFERENCE_POISON = -7, -9
 LOGIT = 2  # bytes
-EXAMINED = 8 + 4 + 8 + LOGIT + 28  # bytes of a drafted token, its tau, row, logit and law
+EXAMINED = 8 + 4 + 8 + LOGIT + 28  # bytes of a drafted token, its tau, row, logit and distribution
 SEQUENCE = 4 + 8 + 8  # bytes of a temperature, seed and round
 REFERENCE = "reference, torch.compile"
 REFERENCE_REASON = (
@@ -154,23 +154,27 @@ class Case:
 
 
 def make_case(shape: Shape, device: torch.device) -> Case:
-    """Reproducible on a kind of device: logits by `make_logits`, law and tokens by the reference,
-    one sequence at a time."""
+    """Reproducible on a kind of device: logits by `make_logits`, distribution and tokens by the
+    reference, one sequence at a time."""
     B, K, V = shape
     logits = make_logits(shape, torch.Generator(device).manual_seed(0))
     target, drafted = (x.bfloat16() for x in logits)
     del logits
     seed = torch.arange(B, device=device)
     temperature = torch.ones(B, device=device)
-    laws, draws, ratios = [], [], []
+    distributions, draws, ratios = [], [], []
     for b in range(B):
-        laws.append(row_law(drafted[b], temperature[b].expand(K), backend="reference"))
-        draws.append(draw(drafted[b], laws[b], seed[b]))
+        distributions.append(
+            row_distribution(drafted[b], temperature[b].expand(K), backend="reference")
+        )
+        draws.append(draw(drafted[b], distributions[b], seed[b]))
         ratios.append(ratio(target[b, :K], drafted[b], draws[b]))
     rows = torch.arange(B * K, device=device).view(B, K)
-    law = RowLaw(*(torch.cat(fields) for fields in zip(*laws, strict=True)))
+    distribution = RowDistribution(
+        *(torch.cat(fields) for fields in zip(*distributions, strict=True))
+    )
     tokens = torch.zeros_like(rows)
-    draft = Draft(tokens, tokens.int(), rows, drafted.view(B * K, V), law)
+    draft = Draft(tokens, tokens.int(), rows, drafted.view(B * K, V), distribution)
     chances = torch.stack(ratios, 1).clamp(max=1)
     zero = torch.zeros_like(seed)
     return Case(
@@ -179,12 +183,12 @@ def make_case(shape: Shape, device: torch.device) -> Case:
     )  # fmt: skip
 
 
-def draw(logits: Tensor, law: RowLaw, seed: Tensor) -> Tensor:
+def draw(logits: Tensor, distribution: RowDistribution, seed: Tensor) -> Tensor:
     """DRAWS drafts of one sequence. [K, V], [K], [] -> i64 [DRAWS, K]"""
     slot = torch.arange(len(logits), device=logits.device)
     key = {"seed": seed.expand(len(logits)), "slot": slot, "backend": "reference"}
     rounds = (torch.full_like(slot, number) for number in range(DRAWS))
-    return torch.stack([sample(logits, law, round=round, **key) for round in rounds])
+    return torch.stack([sample(logits, distribution, round=round, **key) for round in rounds])
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -538,7 +542,10 @@ def fault(case: Case, timed: list[Outcome], fresh: list[Outcome], first: int) ->
     found, exact = accepted.double().mean().item(), mean.mean().item()
     if abs(found - exact) <= allowed:
         return None
-    return f"it accepted {found:.3f} tokens a round; by the exact law {exact:.3f} +- {allowed:.3f}"
+    return (
+        f"it accepted {found:.3f} tokens a round; by the exact distribution {exact:.3f} "
+        f"+- {allowed:.3f}"
+    )
 
 
 # --- figures ---------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
 16 prompts at temperature 1 by each rule at several amounts: how often an examined token is
 rejected, the total variation spent on it, tokens per target forward, and speed over the exact
 rule's, all settings taking turns on each prompt. Theory says that bias and rejections add up to the
-TV of the two laws, for every rule and amount; texts differ, so here they do so on average only.
+TV of the two distributions, for every rule and amount; texts differ, so here they do so on average
+only.
 """
 
 from __future__ import annotations

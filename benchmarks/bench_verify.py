@@ -1,8 +1,9 @@
 """Drafting K tokens and verifying them: one thread, fp32 logits, temperature 1.
 
-Two groups for each shape: "verify" has tokens and the draft's law given, in the form that the
-contender's function takes; "draft + verify" starts from both models' logits. A round of a timing
-runs through the same DRAWS drafts, so that the position of the first rejection is averaged over.
+Two groups for each shape: "verify" has tokens and the draft's distribution given, in the form that
+the contender's function takes; "draft + verify" starts from both models' logits. A round of a
+timing runs through the same DRAWS drafts, so that the position of the first rejection is averaged
+over.
 """
 
 from __future__ import annotations
@@ -80,19 +81,21 @@ class Calls:
     def __init__(self, contender: Contender, inputs: Inputs, group: str) -> None:
         self.contender = contender
         self.inputs = inputs
-        self.given = contender.law(inputs.draft_logits) if group == "verify" else None
+        self.given = contender.distribution(inputs.draft_logits) if group == "verify" else None
         self.results: list[Any] = []
 
     def __call__(self) -> None:
         number = len(self.results)
         if self.given is not None:
-            tokens, law = self.inputs.tokens[number % DRAWS], self.given
+            tokens, distribution = self.inputs.tokens[number % DRAWS], self.given
         else:
-            tokens, law = self.contender.draft(self.inputs.draft_logits, number)
-        self.results.append(self.contender.verify(self.inputs.target_logits, tokens, law, number))
+            tokens, distribution = self.contender.draft(self.inputs.draft_logits, number)
+        self.results.append(
+            self.contender.verify(self.inputs.target_logits, tokens, distribution, number)
+        )
 
     def check(self) -> None:
-        """The number of accepted tokens, over all calls, has the mean of its exact law."""
+        """The number of accepted tokens, over all calls, has the mean of its exact distribution."""
         B, K, V = self.inputs.shape
         outcomes = [self.contender.outcome(result) for result in self.results]
         accepted = torch.tensor([outcome.accepted for outcome in outcomes])  # [calls, B]
@@ -110,7 +113,7 @@ class Calls:
         error = accepted.double().mean() - mean.mean()
         assert error.abs() < allowed, (
             f"{self.contender.name} accepted {accepted.double().mean():.3f} tokens a round; "
-            f"by the exact law it is {mean.mean():.3f} +- {allowed:.3f}"
+            f"by the exact distribution it is {mean.mean():.3f} +- {allowed:.3f}"
         )
 
 
@@ -123,12 +126,12 @@ def check_bits(contender: Contender, inputs: Inputs) -> None:
     target, drafted = inputs.target_logits[:B], inputs.draft_logits[:B]
     cpp, reference = Cpp(shape), Reference(shape)
     for number in range(GATE_BATCH // B):
-        tokens, law = cpp.draft(drafted, number)
-        expected_tokens, expected_law = reference.draft(drafted, number)
-        result = cpp.verify(target, tokens, law, number)
-        expected = reference.verify(target, tokens, expected_law, number)
-        ours = (tokens, *law[1], *result)
-        wanted = (expected_tokens, *expected_law[1], *expected)
+        tokens, distribution = cpp.draft(drafted, number)
+        expected_tokens, expected_distribution = reference.draft(drafted, number)
+        result = cpp.verify(target, tokens, distribution, number)
+        expected = reference.verify(target, tokens, expected_distribution, number)
+        ours = (tokens, *distribution[1], *result)
+        wanted = (expected_tokens, *expected_distribution[1], *expected)
         same = all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
         assert same, f"cpp and reference differ at {shape}"
 

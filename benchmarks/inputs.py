@@ -1,10 +1,10 @@
 """Logits like a language model's, and a drafter's that nearly agrees: the same for everyone.
 
 A target row is a bulk of N(0, 2.5^2) logits over the whole vocabulary, and a head of 64 random
-tokens that follow Zipf's law with exponent 2 and together outweigh the bulk nine to one (entropy
-about 2.5 nats). The draft's row is the target's plus N(0, noise^2) on every logit, the noise such
-that sum_v min(p, q), the probability that a token drawn from q is accepted, is ACCEPTANCE on
-average over the rows.
+tokens that follow Zipf's distribution with exponent 2 and together outweigh the bulk nine to one
+(entropy about 2.5 nats). The draft's row is the target's plus N(0, noise^2) on every logit, the
+noise such that sum_v min(p, q), the probability that a token drawn from q is accepted, is
+ACCEPTANCE on average over the rows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Inputs:
 
 
 def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
-    """Reproducible inputs of a shape; see the module's docstring for their law."""
+    """Reproducible inputs of a shape; see the module's docstring for their distribution."""
     generator = torch.Generator().manual_seed(seed)
     B, K, V = shape
     target, draft = make_logits(shape, generator)

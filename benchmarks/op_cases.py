@@ -32,18 +32,19 @@ HEADS, WIDTH = 3, 64  # of SmolLM2-135M's keys and values
 # Of rows of logits only the logits count; all else about a row is less than a thousandth of them.
 
 
-def row_law_bytes(logits: Tensor) -> int:
-    """A law's total has a term for every logit. [N, V]"""
+def row_distribution_bytes(logits: Tensor) -> int:
+    """A distribution's total has a term for every logit. [N, V]"""
     return logits.nbytes
 
 
 def sample_bytes(logits: Tensor, tokens: Tensor) -> int:
-    """The law is given: weights are summed from the row's first to the token's. [N, V], [N]"""
+    """The distribution is given: weights are summed from the row's first to the token's. [N, V],
+    [N]"""
     return int((tokens + 1).sum()) * logits.element_size()
 
 
 def denoise_step_bytes(logits: Tensor, revealed: int) -> int:
-    """Each revealed position needs the law of its row, and so every logit. [R, V]"""
+    """Each revealed position needs the distribution of its row, and so every logit. [R, V]"""
     return revealed * logits.shape[1] * logits.element_size()
 
 
@@ -76,7 +77,7 @@ def commit_bytes(
 
 
 def row_divergence_bytes(target: Tensor, draft: Tensor, ids: Tensor | None) -> int:
-    """Both laws' totals have a term for every logit. [N, V], [N, D], [D]"""
+    """Both distributions' totals have a term for every logit. [N, V], [N, D], [D]"""
     return target.nbytes + draft.nbytes + (0 if ids is None else ids.nbytes)
 
 
@@ -139,7 +140,7 @@ class Rows(Case):
         self.draws = max(1, SEQUENCES // B)
         self.shape = shape
         self.target, self.pool = round_logits(shape, device)
-        self.law = sk.row_law(self.pool)
+        self.distribution = sk.row_distribution(self.pool)
         self.seed = torch.arange(B, device=device)
         self.rounds = torch.arange(self.draws, device=device)[:, None]
         self.slot = torch.arange(K, device=device).repeat(B)
@@ -154,8 +155,8 @@ class Rows(Case):
         return self.rounds[number % self.draws].expand(count).contiguous()
 
 
-class RowLaw(Rows):
-    op = "row_law"
+class RowDistribution(Rows):
+    op = "row_distribution"
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         super().__init__(shape, device)
@@ -164,10 +165,10 @@ class RowLaw(Rows):
 
     def load(self, number: int, backend: str) -> Callable[[], Any]:
         (pool,) = self.pools[number % len(self.pools)]
-        return partial(sk.row_law, pool, self.temperature, backend=backend)
+        return partial(sk.row_distribution, pool, self.temperature, backend=backend)
 
     def least_bytes(self) -> float:
-        return row_law_bytes(self.pool)
+        return row_distribution_bytes(self.pool)
 
 
 class Sample(Rows):
@@ -177,7 +178,7 @@ class Sample(Rows):
         (pool,) = self.pools[number % len(self.pools)]
         seed = self.seed.repeat_interleave(self.shape.k)
         key = {"seed": seed, "round": self.round(number, len(pool)), "slot": self.slot}
-        return partial(sk.sample, pool, self.law, **key, backend=backend)
+        return partial(sk.sample, pool, self.distribution, **key, backend=backend)
 
     def least_bytes(self) -> float:
         return sum(sample_bytes(self.pool, *drawn) for drawn in self.expected) / self.draws
@@ -197,14 +198,14 @@ class DenoiseStep(Rows):
 
     def result(self, number: int, backend: str) -> tuple[Tensor, ...]:
         draft = self.load(number, backend)()
-        return (draft.tokens, draft.tau, draft.rows, *draft.law)
+        return (draft.tokens, draft.tau, draft.rows, *draft.distribution)
 
     def least_bytes(self) -> float:
         return denoise_step_bytes(self.pool, self.shape.batch * self.shape.k)
 
 
 class Verify(Rows):
-    """The token rule on a draft made in one step, all of whose laws are recorded."""
+    """The token rule on a draft made in one step, all of whose distributions are recorded."""
 
     op = "verify"
 
@@ -223,7 +224,9 @@ class Verify(Rows):
 
     def load(self, number: int, backend: str) -> Callable[[], Any]:
         target, pool = self.pairs[number % len(self.pairs)]
-        draft = sk.Draft(self.tokens[number % self.draws], self.tau, self.rows, pool, self.law)
+        draft = sk.Draft(
+            self.tokens[number % self.draws], self.tau, self.rows, pool, self.distribution
+        )
         key = {"seed": self.seed, "round": self.round(number, len(target))}
         return partial(sk.verify, target, draft, self.ones, **key, backend=backend)
 
@@ -415,7 +418,7 @@ class SkinnyLinear(Rounded):
 
 
 KINDS: tuple[type[Case], ...] = (
-    RowLaw, Sample, DenoiseStep, Verify, Commit, RowDivergence, SkinnyLinear,
+    RowDistribution, Sample, DenoiseStep, Verify, Commit, RowDivergence, SkinnyLinear,
 )  # fmt: skip
 CASES = [(kind, shape) for kind in KINDS for shape in kind.shapes]
 

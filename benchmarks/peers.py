@@ -55,15 +55,15 @@ class Contender(ABC):
         self.shape = shape
 
     @abstractmethod
-    def law(self, draft_logits: Tensor) -> Any:
-        """What `verify` is given of the draft's law. [B, K, V]"""
+    def distribution(self, draft_logits: Tensor) -> Any:
+        """What `verify` is given of the draft's distribution. [B, K, V]"""
 
     @abstractmethod
     def draft(self, draft_logits: Tensor, call: int) -> tuple[Tensor, Any]:
-        """Draw a token from every row. [B, K, V] -> tokens i64 [B, K], law"""
+        """Draw a token from every row. [B, K, V] -> tokens i64 [B, K], distribution"""
 
     @abstractmethod
-    def verify(self, target_logits: Tensor, tokens: Tensor, law: Any, call: int) -> Any:
+    def verify(self, target_logits: Tensor, tokens: Tensor, distribution: Any, call: int) -> Any:
         """Accept a prefix and emit a token more. [B, K + 1, V], [B, K] -> read by `outcome`"""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Contender(ABC):
 
 
 class Ours(Contender):
-    """specdiff_kernels: row_law and sample draft, verify verifies."""
+    """specdiff_kernels: row_distribution and sample draft, verify verifies."""
 
     def __init__(self, shape: Shape, backend: str) -> None:
         super().__init__(shape)
@@ -87,26 +87,28 @@ class Ours(Contender):
         self.rounds = torch.arange(ROUNDS)[:, None].expand(ROUNDS, B).contiguous()
         self.row_rounds = torch.arange(ROUNDS)[:, None].expand(ROUNDS, B * K).contiguous()
 
-    def law(self, draft_logits: Tensor) -> Any:
+    def distribution(self, draft_logits: Tensor) -> Any:
         rows = draft_logits.view(-1, self.shape.vocab)
-        return rows, sk.row_law(rows, backend=self.backend)
+        return rows, sk.row_distribution(rows, backend=self.backend)
 
     def draft(self, draft_logits: Tensor, call: int) -> tuple[Tensor, Any]:
-        rows, law = self.law(draft_logits)
+        rows, distribution = self.distribution(draft_logits)
         tokens = sk.sample(
             rows,
-            law,
+            distribution,
             seed=self.row_seeds,
             round=self.row_rounds[call % ROUNDS],
             slot=self.slots,
             backend=self.backend,
         )
-        return tokens.view(self.shape.batch, self.shape.k), (rows, law)
+        return tokens.view(self.shape.batch, self.shape.k), (rows, distribution)
 
-    def verify(self, target_logits: Tensor, tokens: Tensor, law: Any, call: int) -> sk.Verified:
+    def verify(
+        self, target_logits: Tensor, tokens: Tensor, distribution: Any, call: int
+    ) -> sk.Verified:
         return sk.verify(
             target_logits,
-            sk.Draft(tokens, self.tau, self.rows, *law),
+            sk.Draft(tokens, self.tau, self.rows, *distribution),
             seed=self.seeds,
             round=self.rounds[call % ROUNDS],
             backend=self.backend,
@@ -143,15 +145,15 @@ class Transformers(Contender):
         super().__init__(shape)
         self.function = find("transformers.generation.utils", "_speculative_sampling")
 
-    def law(self, draft_logits: Tensor) -> Tensor:
+    def distribution(self, draft_logits: Tensor) -> Tensor:
         return draft_logits
 
     def draft(self, draft_logits: Tensor, call: int) -> tuple[Tensor, Tensor]:
         tokens = torch.multinomial(draft_logits[0].softmax(-1), 1)
         return tokens.T, draft_logits
 
-    def verify(self, target_logits: Tensor, tokens: Tensor, law: Tensor, call: int) -> Any:
-        return self.function(tokens, law, self.shape.k, target_logits)
+    def verify(self, target_logits: Tensor, tokens: Tensor, distribution: Tensor, call: int) -> Any:
+        return self.function(tokens, distribution, self.shape.k, target_logits)
 
     def outcome(self, result: tuple[Tensor, Tensor]) -> Outcome:
         tokens, accepted = result
@@ -168,16 +170,18 @@ class FlashSpec(Contender):
         super().__init__(shape)
         self.function = find("flashspec.sampling.rejection", "rejection_step")
 
-    def law(self, draft_logits: Tensor) -> Tensor:
+    def distribution(self, draft_logits: Tensor) -> Tensor:
         return torch.log_softmax(draft_logits, -1)
 
     def draft(self, draft_logits: Tensor, call: int) -> tuple[Tensor, Tensor]:
-        law = self.law(draft_logits)
-        tokens = torch.multinomial(law.view(-1, self.shape.vocab).exp(), 1)
-        return tokens.view(self.shape.batch, self.shape.k), law
+        distribution = self.distribution(draft_logits)
+        tokens = torch.multinomial(distribution.view(-1, self.shape.vocab).exp(), 1)
+        return tokens.view(self.shape.batch, self.shape.k), distribution
 
-    def verify(self, target_logits: Tensor, tokens: Tensor, law: Tensor, call: int) -> Tensor:
-        return self.function(tokens, law, torch.log_softmax(target_logits, -1))
+    def verify(
+        self, target_logits: Tensor, tokens: Tensor, distribution: Tensor, call: int
+    ) -> Tensor:
+        return self.function(tokens, distribution, torch.log_softmax(target_logits, -1))
 
     def outcome(self, result: Tensor) -> Outcome:
         accepted, last = result.T.tolist()
@@ -196,15 +200,15 @@ class DFlash(Contender):
         self.sample = find("dflash.model", "_sample_probs")
         self.function = find("dflash.model", "_rejection_sample")
 
-    def law(self, draft_logits: Tensor) -> Tensor:
+    def distribution(self, draft_logits: Tensor) -> Tensor:
         return self.probabilities(draft_logits, 1.0)
 
     def draft(self, draft_logits: Tensor, call: int) -> tuple[Tensor, Tensor]:
-        law = self.law(draft_logits)
-        return self.sample(law), law
+        distribution = self.distribution(draft_logits)
+        return self.sample(distribution), distribution
 
-    def verify(self, target_logits: Tensor, tokens: Tensor, law: Tensor, call: int) -> Any:
-        return self.function(tokens, self.probabilities(target_logits, 1.0), law)
+    def verify(self, target_logits: Tensor, tokens: Tensor, distribution: Tensor, call: int) -> Any:
+        return self.function(tokens, self.probabilities(target_logits, 1.0), distribution)
 
     def outcome(self, result: tuple[int, Tensor]) -> Outcome:
         accepted, last = result
@@ -258,15 +262,17 @@ class Vllm(Contender):
             logitsprocs=find("vllm.v1.sample.logits_processor", "LogitsProcessors")(),
         )
 
-    def law(self, draft_logits: Tensor) -> Tensor:
+    def distribution(self, draft_logits: Tensor) -> Tensor:
         return draft_logits.view(-1, self.shape.vocab).softmax(-1)
 
     def draft(self, draft_logits: Tensor, call: int) -> tuple[Tensor, Tensor]:
-        law = self.law(draft_logits)
-        tokens = self.random_sample(law.clone(), {})  # it overwrites what it is given
-        return tokens.view(self.shape.batch, self.shape.k), law
+        distribution = self.distribution(draft_logits)
+        tokens = self.random_sample(distribution.clone(), {})  # it overwrites what it is given
+        return tokens.view(self.shape.batch, self.shape.k), distribution
 
-    def verify(self, target_logits: Tensor, tokens: Tensor, law: Tensor, call: int) -> Tensor:
+    def verify(
+        self, target_logits: Tensor, tokens: Tensor, distribution: Tensor, call: int
+    ) -> Tensor:
         K = self.shape.k
         bonus = self.random_sample(target_logits[:, K].softmax(-1), {})
         return self.function(
@@ -274,7 +280,7 @@ class Vllm(Contender):
             self.lengths,
             K,
             self.ends,
-            law,
+            distribution,
             target_logits[:, :K].reshape(-1, self.shape.vocab),
             bonus[:, None],
             self.metadata,

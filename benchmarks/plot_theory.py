@@ -93,8 +93,8 @@ def patchy(seed: int, share: float) -> Pair:
     easy, hard, guess = torch.randn(3, 4, generator=noise).double().mul(1.5).softmax(-1)
     leave = 0.06
 
-    def row(first: float, law: Tensor) -> Tensor:
-        return torch.cat((first * easy, (1 - first) * law))
+    def row(first: float, distribution: Tensor) -> Tensor:
+        return torch.cat((first * easy, (1 - first) * distribution))
 
     in_easy, in_hard = 1 - leave * share, leave * (1 - share)
     p = torch.stack([row(in_easy, hard)] * 5 + [row(in_hard, hard)] * 4)
@@ -113,8 +113,9 @@ def long_run(pair: Pair, K: int, N: int = 150) -> tuple[float, float]:
 
 
 def lenient_rules() -> Figure:
-    """Left: bias against rejections for one pair of laws. Right: the bias by the parameter."""
-    p, q = laws()
+    """Left: bias against rejections for one pair of distributions. Right: the bias by the
+    parameter."""
+    p, q = distributions()
     tv = float(theory.total_variation(p, q))
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     line, parameters = figure.subplots(1, 2)
@@ -151,8 +152,8 @@ def accepts(name: str, p: Tensor, q: Tensor, strictness: float) -> Tensor:
     return rule(p, q, most + strictness * (exact - most))
 
 
-def laws(V: int = 10) -> tuple[Tensor, Tensor]:
-    """A law over V tokens and a noisy copy."""
+def distributions(V: int = 10) -> tuple[Tensor, Tensor]:
+    """A distribution over V tokens and a noisy copy."""
     noise = torch.Generator().manual_seed(4)
     logits, off = 1.5 * torch.randn(2, V, generator=noise).double()
     return logits.softmax(-1), (logits + off).softmax(-1)

@@ -167,8 +167,10 @@ def checks(*results: Result) -> str:
     if same:
         least, of = min(same, key=lambda pair: pair[0] / pair[1])
         parts.append(f"at least {least} of {of} greedy texts of each setting are plain's")
-    if z := [abs(check["z"]) for check in found if check["kind"] == "law"]:
-        parts.append(f"sampled texts lie within {max(z):.1f} standard deviations of their law")
+    if z := [abs(check["z"]) for check in found if check["kind"] == "distribution"]:
+        parts.append(
+            f"sampled texts lie within {max(z):.1f} standard deviations of their distribution"
+        )
     text = "; ".join(parts) + "."
     return text[0].upper() + text[1:]
 
@@ -272,7 +274,8 @@ def draft() -> list[str]:
 
 
 def conformance() -> list[str]:
-    """The worst distance of each contender in each world; bold where the exact law is refuted."""
+    """The worst distance of each contender in each world; bold where the exact distribution is
+    refuted."""
     data = result("conformance")
     worlds = dict.fromkeys(c["case"] for c in data["cases"] if c["what"] == "text")
     rows = []

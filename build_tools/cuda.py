@@ -35,7 +35,7 @@ class Toolkit:
         return [number for number in ARCHITECTURES if f"compute_{number}" in listed]
 
     def flags(self, environ: Mapping[str, str]) -> list[str]:
-        """Options of a device compile: the exact law forbids contraction (`--fmad=false`).
+        """Options of a device compile: the exact distribution forbids contraction (`--fmad=false`).
 
         No kernel uses what only some architectures have, so all but the newest are made from one
         compilation for the oldest, which takes half the time. PTX of both is for what has no code

@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 from .cuda import Toolkit, choose_toolkit
 
-# One law on every machine: no contraction, no reassociation.
+# One distribution on every machine: no contraction, no reassociation.
 FLAGS = [
     "-O3",
     "-g0",
@@ -45,7 +45,7 @@ ISA_FLAGS = {
 PER_ISA = {
     # scheduled before registers are assigned, which keeps the vectors of lanes.h side by side
     os.path.join("csrc", "cpu", "tile.cpp"): ["-fschedule-insns"],
-    # no part of the law, so it may contract
+    # no part of the distribution, so it may contract
     os.path.join("csrc", "cpu", "product.cpp"): ["-ffp-contract=fast"],
     os.path.join("csrc", "cpu", "divergence.cpp"): ["-ffp-contract=fast", "-fschedule-insns"],
 }

@@ -1,6 +1,7 @@
 """Fused kernels for speculative decoding with a diffusion drafter: the ops and their values.
 
-    from specdiff_kernels import Draft, Reveal, commit, denoise_step, row_law, sample, verify
+    from specdiff_kernels import Draft, Reveal, commit, denoise_step, row_distribution, sample,
+    verify
 
 `python -m specdiff_kernels` prints which backends run here.
 """
@@ -11,8 +12,8 @@ from .ops import (
     commit,
     denoise_step,
     pack_weight,
+    row_distribution,
     row_divergence,
-    row_law,
     sample,
     skinny_linear,
     verify,
@@ -23,13 +24,13 @@ from .reveal import Order, Reveal
 from .types import (
     MAX_VOCABULARY,
     Committed,
+    DistributionError,
     Draft,
-    LawError,
     Lenience,
     PackedWeight,
     Purpose,
+    RowDistribution,
     RowDivergence,
-    RowLaw,
     Status,
     Verified,
     check_status,
@@ -41,8 +42,8 @@ __all__ = [
     "RULES",
     "BackendError",
     "Committed",
+    "DistributionError",
     "Draft",
-    "LawError",
     "Lenience",
     "Order",
     "PackedWeight",
@@ -50,8 +51,8 @@ __all__ = [
     "Purpose",
     "Record",
     "Reveal",
+    "RowDistribution",
     "RowDivergence",
-    "RowLaw",
     "Status",
     "Verified",
     "available_backends",
@@ -62,8 +63,8 @@ __all__ = [
     "commit",
     "denoise_step",
     "pack_weight",
+    "row_distribution",
     "row_divergence",
-    "row_law",
     "sample",
     "skinny_linear",
     "use_backend",

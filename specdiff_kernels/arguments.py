@@ -14,7 +14,7 @@ from .lenience import KINDS
 from .pages import Pages
 from .records import RULES, Record
 from .reveal import Reveal
-from .types import Committed, Draft, Lenience, Pending, RowLaw, Verified
+from .types import Committed, Draft, Lenience, Pending, RowDistribution, Verified
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_LOGITS = (0, 0, 0, 0, 0)
@@ -47,14 +47,14 @@ def scratch(workspace: Tensor | None, size: int, rows: int, V: int, device: torc
     return workspace
 
 
-def row_law_arguments(
+def row_distribution_arguments(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
     *,
-    out: RowLaw,
+    out: RowDistribution,
 ) -> tuple:
     return (
         logits_view(logits),
@@ -104,7 +104,7 @@ def row_divergence_backward_arguments(
 
 def sample_arguments(
     logits: Tensor,
-    law: RowLaw,
+    distribution: RowDistribution,
     seed: Tensor | None,
     round: Tensor | None,
     slot: Tensor | None,
@@ -118,7 +118,7 @@ def sample_arguments(
     return (
         logits_view(logits),
         logits.shape[0],
-        addresses(law),
+        addresses(distribution),
         addresses((words, seed, round, position)),
         address(slot),
         purpose,
@@ -153,7 +153,7 @@ def verify_arguments(
         addresses((draft.tokens, draft.tau, draft.rows)),
         NO_LOGITS if draft.logits is None else logits_view(draft.logits),
         0 if draft.logits is None else draft.logits.shape[0],
-        addresses(draft.law or (None,) * 5),
+        addresses(draft.distribution or (None,) * 5),
         addresses((draft.draft_ids, draft.lengths)),
         (RULES.index(rule), int(record), draft.final_step, kind),
         addresses((temperature, top_k, top_p, min_p, amount)),
@@ -186,14 +186,14 @@ def denoise_step_arguments(
     return (
         logits_view(logits),
         (len(logits), *draft.tokens.shape),
-        addresses((draft.tokens, draft.tau, draft.rows, *draft.law)),
+        addresses((draft.tokens, draft.tau, draft.rows, *draft.distribution)),
         addresses((draft_ids, lengths, pool_rows)),
         (int(reveal.order), reveal.lo, reveal.hi, reveal.number, address(rate)),
         step,
         entropies,
         addresses((temperature, top_k, top_p, min_p)),
         addresses((words, seed, round, position)),
-        addresses((out.tokens, out.tau, out.rows, *out.law, out.entropy)),
+        addresses((out.tokens, out.tau, out.rows, *out.distribution, out.entropy)),
     )
 
 

@@ -138,9 +138,9 @@ def workspace_size(
 ) -> int:
     """int64 words of scratch for an op over `rows` rows of V logits; 0: none is taken.
 
-    `row_law` and `sample` work on N rows, `denoise_step` on B K, `verify` on B (K + 1). A workspace
-    that is large enough may serve one call after another on the same stream; its contents need not
-    be set.
+    `row_distribution` and `sample` work on N rows, `denoise_step` on B K, `verify` on B (K + 1). A
+    workspace that is large enough may serve one call after another on the same stream; its contents
+    need not be set.
 
     Raises:
         BackendError: no backend, or not the one asked for, runs there.

@@ -35,7 +35,7 @@ def check_lenience(rule: str, lenience: Lenience | None) -> None:
         if rule == "lenient":
             raise ValueError(
                 "lenience: rule 'lenient' needs one, got None; pass lenience=Lenience(kind, "
-                "amount), or rule='token' for the target's own law"
+                "amount), or rule='token' for the target's own distribution"
             )
         return
     if rule != "lenient":

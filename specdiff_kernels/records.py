@@ -1,7 +1,7 @@
 """Which records of a draft may be used: the one place that decides it.
 
-A recorded law q_i may judge x_i only if x_i still follows q_i given all that was decided before it
-is examined. docs/losslessness.md has the argument and the enumeration for each of these.
+A recorded distribution q_i may judge x_i only if x_i still follows q_i given all that was decided
+before it is examined. docs/losslessness.md has the argument and the enumeration for each of these.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
 
     Raises:
         ValueError: an unknown name, or a combination whose output would not follow the target's
-            law; the message says why.
+            distribution; the message says why.
 
     Example:
         >>> draft = Draft.masked(1, 4, torch.zeros(4, 9))._replace(value_dependent=True)
@@ -90,12 +90,12 @@ def reason_against(record: Record, draft: Draft, rule: str) -> str | None:
         if draft.value_dependent:
             return (
                 "sampled values decided which positions were revealed, so that a value which is "
-                "still there no longer follows the law it was drawn from"
+                "still there no longer follows the distribution it was drawn from"
             )
         if draft.entangled:
             return (
-                "the draft holds tokens kept after a rejection, which follow their recorded law "
-                "only if every draft is verified with q everywhere"
+                "the draft holds tokens kept after a rejection, which follow their recorded "
+                "distribution only if every draft is verified with q everywhere"
             )
     if record is Record.ENTANGLED:
         if not draft.entangled:

@@ -73,7 +73,7 @@ class Reveal(NamedTuple):
 
     @classmethod
     def lowest_entropy(cls, number: int) -> Reveal:
-        """The `number` positions whose law has the least entropy; ties: the leftmost."""
+        """The `number` positions whose distribution has the least entropy; ties: the leftmost."""
         return cls(Order.ENTROPY, number=checked_number(number))
 
     @classmethod

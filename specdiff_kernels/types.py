@@ -1,4 +1,4 @@
-"""The values that cross the op boundary: row laws, drafts, results, statuses."""
+"""The values that cross the op boundary: row distributions, drafts, results, statuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ MAX_VOCABULARY = 2**19 - 1  # 2^19 weights of 2^44 would overflow an int64 total
 
 
 class Status(IntEnum):
-    """Why a row has no law, or a sequence no verdict. Anything but OK comes with token -1."""
+    """Why a row has no distribution, or a sequence no verdict. Anything but OK comes with token
+    -1."""
 
     OK = 0
     NAN = 1
@@ -31,13 +32,13 @@ REASONS = {
     "[2^-95, 2^95], top_k >= 0, top_p in (0, 1], min_p in [0, 1], an amount of lenience in "
     "(0, 1], of additive >= 0, of ensemble in [0, 1]",
     Status.TOKEN: "a drafted token is out of range (-1: still masked), or a draft row index or a "
-    "draft's length is, or a row is recorded of a draft without logits and law",
-    Status.DRAFT: "a drafted token has no weight in the draft law recorded for it: record "
-    "row -1 for a token that was not drawn from a recorded law",
+    "draft's length is, or a row is recorded of a draft without logits and distribution",
+    Status.DRAFT: "a drafted token has no weight in the draft distribution recorded for it: record "
+    "row -1 for a token that was not drawn from a recorded distribution",
 }
 
 
-class LawError(ValueError):
+class DistributionError(ValueError):
     """A row of logits defines no distribution, or a draft contradicts its own record."""
 
 
@@ -49,14 +50,14 @@ def check_status(status: Tensor, what: str = "row") -> None:
         what: what one entry stands for, used in the message ("sequence", "draft row").
 
     Raises:
-        LawError: names the first offending index and the reason.
+        DistributionError: names the first offending index and the reason.
     """
     bad = status.nonzero()
     if bad.numel():
         index = int(bad[0])
         reason = REASONS[Status(int(status[index]))]
         others = f" (and {bad.numel() - 1} more)" if bad.numel() > 1 else ""
-        raise LawError(f"{what} {index} has no law{others}: {reason}")
+        raise DistributionError(f"{what} {index} has no distribution{others}: {reason}")
 
 
 class Purpose(IntEnum):
@@ -70,8 +71,8 @@ class Purpose(IntEnum):
     COUPLED = 5
 
 
-class RowLaw(NamedTuple):
-    """The law of N rows of logits, without any probability tensor.
+class RowDistribution(NamedTuple):
+    """The distribution of N rows of logits, without any probability tensor.
 
     Token v has integer weight e(v) = (M << 21) >> -n, 0 if below `threshold`, with
     2^t ~ M 2^(n-23) and t = (logit - max) * scale; its probability is e(v) / total.
@@ -85,11 +86,11 @@ class RowLaw(NamedTuple):
     status: Tensor  # i32 [N], Status
 
 
-LAW_DTYPES = (torch.float32, torch.float32, torch.int64, torch.int64, torch.int32)
+DISTRIBUTION_DTYPES = (torch.float32, torch.float32, torch.int64, torch.int64, torch.int32)
 
 
 class Draft(NamedTuple):
-    """K proposed tokens a sequence, and what is known of the law each was drawn from.
+    """K proposed tokens a sequence, and what is known of the distribution each was drawn from.
 
     A position is *recorded* when `rows` points at the logits that its token was sampled from;
     -1 makes it *one-hot*: the token is a bare guess. Which records `verify` may use is decided in
@@ -102,7 +103,7 @@ class Draft(NamedTuple):
     tau: Tensor  # i32 [B, K], reverse step that sampled the position
     rows: Tensor  # i64 [B, K], row of `logits`, or -1
     logits: Tensor | None = None  # [R, Vd] f32 | bf16 | f16, rows of any stride
-    law: RowLaw | None = None  # of the R rows
+    distribution: RowDistribution | None = None  # of the R rows
     draft_ids: Tensor | None = None  # i64 [Vd], strictly increasing: target id of each column
     lengths: Tensor | None = None  # i64 [B], drafted tokens of each sequence; None: K
     value_dependent: bool = False  # sampled values decided which positions were revealed or masked
@@ -135,9 +136,11 @@ class Draft(NamedTuple):
             [[-1, -1]]
         """
         tokens = torch.full((B, K), -1, dtype=torch.int64, device=logits.device)
-        law = RowLaw(*(logits.new_zeros(len(logits), dtype=dtype) for dtype in LAW_DTYPES))
+        distribution = RowDistribution(
+            *(logits.new_zeros(len(logits), dtype=dtype) for dtype in DISTRIBUTION_DTYPES)
+        )
         tau, rows = tokens.int(), tokens.clone()
-        return cls(tokens, tau, rows, logits, law, draft_ids, lengths, entangled=entangled)
+        return cls(tokens, tau, rows, logits, distribution, draft_ids, lengths, entangled=entangled)
 
 
 class Pending(NamedTuple):
@@ -146,7 +149,7 @@ class Pending(NamedTuple):
     tokens: Tensor  # i64 [B, K]
     tau: Tensor  # i32 [B, K]
     rows: Tensor  # i64 [B, K]
-    law: RowLaw  # of the R rows
+    distribution: RowDistribution  # of the R rows
     entropy: Tensor  # f64 [B, K], only written
 
 
@@ -175,7 +178,8 @@ class Verified(NamedTuple):
 
 
 class RowDivergence(NamedTuple):
-    """How far the draft's law q of each row is from the target's law p; NaN: a row has none."""
+    """How far the draft's distribution q of each row is from the target's distribution p; NaN: a
+    row has none."""
 
     tv: Tensor  # f32 [N], total variation: 1 - the probability that verification accepts
     kl: Tensor  # f32 [N] nats, KL(p || q) over the drafted tokens
@@ -186,7 +190,7 @@ class RowDivergence(NamedTuple):
 
 class RowStatistics(NamedTuple):
     """What the backward pass of `row_divergence` needs of each row beside its logits: the columns
-    of an f64 [N, 8]. All NaN: a row has no law."""
+    of an f64 [N, 8]. All NaN: a row has no distribution."""
 
     target_max: Tensor  # the largest logit
     target_sum: Tensor  # sum over v of exp((l_v - max) / temperature)

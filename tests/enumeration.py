@@ -54,7 +54,7 @@ def bisect(changed: Callable[[Tensor], Tensor], n: int) -> list[int]:
 
 
 def probabilities(tokens: Callable[[Tensor], Tensor], n: int, V: int) -> list[list[Fraction]]:
-    """Laws of n independent draws whose token grows with the word. -> [n][V]"""
+    """Distributions of n independent draws whose token grows with the word. -> [n][V]"""
     edges = [[0] * n]
     for v in range(1, V):
         edges.append(first_word(lambda words, v=v: tokens(words) >= v, n))

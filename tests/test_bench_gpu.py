@@ -20,7 +20,7 @@ import torch
 import typer
 
 from specdiff.bench import machine
-from specdiff_kernels import BackendError, row_law, sample
+from specdiff_kernels import BackendError, row_distribution, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -152,17 +152,17 @@ def test_a_peer_that_fails_is_reported(no_gpu, capsys):
     def explode(case):
         raise OSError("no such compiler\nsecond line")
 
-    def unlawful(case):
+    def inexact(case):
         row = bench_gpu.PlainTorch(case)
         row.q = torch.zeros_like(row.q)  # a uniform q: many more are accepted
         return row
 
-    no_gpu.setattr(bench_gpu, "OTHERS", {"broken": explode, "unlawful": unlawful})
+    no_gpu.setattr(bench_gpu, "OTHERS", {"broken": explode, "inexact": inexact})
     content = bench_gpu.benchmark(CPU, [SMALL], 100, False)
     (measured,) = content["cases"]
     reasons = {one["name"]: one["reason"] for one in measured["not_measured"]}
     assert reasons["broken"] == "OSError: no such compiler"
-    assert "by the exact law" in reasons["unlawful"]
+    assert "by the exact distribution" in reasons["inexact"]
     assert [row["name"] for row in measured["rows"]] == ["cpp, token", "cpp, block"]
 
 
@@ -206,8 +206,8 @@ def test_case_is_a_recorded_one_step_draft(case):
     assert case.target.dtype == draft.logits.dtype == torch.bfloat16
     assert case.draft_logits.data_ptr() == draft.logits.data_ptr()
     assert draft.rows.flatten().tolist() == list(range(B * K)) and not draft.tau.any()
-    wanted = row_law(draft.logits)
-    assert all(torch.equal(a, b) for a, b in zip(draft.law, wanted, strict=True))
+    wanted = row_distribution(draft.logits)
+    assert all(torch.equal(a, b) for a, b in zip(draft.distribution, wanted, strict=True))
     case.load(DRAWS + 3)
     drawn = sample(
         draft.logits,
@@ -250,7 +250,7 @@ def outcomes_of(case, row, first, count):
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_plain_torch_emits_by_the_targets_law(given):
+def test_plain_torch_emits_by_the_targets_distribution(given):
     """Frequencies of the first token, and of the second behind an accepted one: 4.5 deviations."""
     N = 40000
     target, logits = torch.randn(1, 2, 5), torch.randn(1, 1, 5)
@@ -261,14 +261,14 @@ def test_plain_torch_emits_by_the_targets_law(given):
     )
     p = target[0].double().softmax(-1)
     first = torch.where(accepted == 1, tokens[:, 0], last)
-    for emitted, law in ((first, p[0]), (last[accepted == 1], p[1])):
+    for emitted, distribution in ((first, p[0]), (last[accepted == 1], p[1])):
         frequency = emitted.bincount(minlength=5) / len(emitted)
-        allowed = 4.5 * (law * (1 - law) / len(emitted)).sqrt()
-        assert ((frequency - law).abs() < allowed).all()
+        allowed = 4.5 * (distribution * (1 - distribution) / len(emitted)).sqrt()
+        assert ((frequency - distribution).abs() < allowed).all()
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_peers_accept_by_the_exact_law(case, name):
+def test_peers_accept_by_the_exact_distribution(case, name):
     try:
         row = bench_gpu.OTHERS[name](case)
     except Unusable:
@@ -279,7 +279,7 @@ def test_peers_accept_by_the_exact_law(case, name):
     assert bench_gpu.fault(case, outcomes, [], 21 * DRAWS) is None
 
 
-def test_given_q_is_the_drafts_law(batch_case):
+def test_given_q_is_the_drafts_distribution(batch_case):
     given = bench_gpu.PlainTorch(batch_case, given=True)
     assert given.q.dtype == torch.float32
     assert torch.equal(given.q, batch_case.draft_logits.float().softmax(-1))
@@ -441,10 +441,10 @@ def test_outcomes_are_judged_by_the_drafts_of_their_rounds(batch_case):
 
 
 @pytest.mark.parametrize("count", [0, 4])
-def test_outcomes_against_the_law(batch_case, count):
+def test_outcomes_against_the_distribution(batch_case, count):
     same = [Outcome([count] * 3, [0] * 3)] * 100
     reason = bench_gpu.fault(batch_case, same, same[:DRAWS], DRAWS + 100)
-    assert reason.startswith(f"it accepted {count}.000 tokens a round; by the exact law")
+    assert reason.startswith(f"it accepted {count}.000 tokens a round; by the exact distribution")
 
 
 # --- figures ---------------------------------------------------------------------------------
@@ -453,8 +453,8 @@ def test_outcomes_against_the_law(batch_case, count):
 def test_bytes_by_hand():
     """B=2, K=3, V=10: rows of 20 bytes; accepted 1, and all 3.
 
-    Small: a drafted token 8, its tau 4, row 8, logit 2 and law 28; a sequence's temperature 4, seed
-    8, round 8, accepted 8, emitted 4 x 8, status 4.
+    Small: a drafted token 8, its tau 4, row 8, logit 2 and distribution 28; a sequence's
+    temperature 4, seed 8, round 8, accepted 8, emitted 4 x 8, status 4.
     """
     shape = Shape(2, 3, 10)
     token = 20 * (2 + 4) + 20 * 1 + 50 * (2 + 3) + 64 * 2

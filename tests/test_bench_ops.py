@@ -25,7 +25,7 @@ with pytest.MonkeyPatch.context() as patch:
     from inputs import Shape
 
 SMALL = {
-    "row_law": Shape(2, 3, 200),
+    "row_distribution": Shape(2, 3, 200),
     "sample": Shape(2, 3, 200),
     "denoise_step": Shape(2, 3, 200),
     "verify": Shape(2, 3, 200),
@@ -59,7 +59,7 @@ def test_every_op_meets_every_backend():
     assert len(backends) >= 4
     assert {(op, backend) for op, _, backend in found} == set(itertools.product(EXPORTED, backends))
     assert len(found) == len(set(found)) == len(op_cases.CASES) * len(backends)
-    assert {"verify", "denoise_step", "sample", "row_law", "commit"} <= EXPORTED
+    assert {"verify", "denoise_step", "sample", "row_distribution", "commit"} <= EXPORTED
     assert "::test_bandwidth" in done.stdout
 
 
@@ -190,8 +190,8 @@ def test_a_backend_that_cannot_says_so(case):
 
 def test_rows_of_logits():
     logits = torch.zeros(2, 10)  # a row is 40 bytes
-    assert op_cases.row_law_bytes(logits) == 80
-    assert op_cases.row_law_bytes(logits.bfloat16()) == 40
+    assert op_cases.row_distribution_bytes(logits) == 80
+    assert op_cases.row_distribution_bytes(logits.bfloat16()) == 40
     assert op_cases.sample_bytes(logits, torch.tensor([0, 9])) == 4 + 40
     assert op_cases.denoise_step_bytes(torch.zeros(6, 10), revealed=3) == 120
 
@@ -224,7 +224,7 @@ def test_both_rows_of_a_divergence_and_a_product():
 def test_least_bytes_of_a_case(case):
     """Counted from what the reference answers, in words instead of tensors."""
     row = 4 * 200
-    if case.op == "row_law" or case.op == "denoise_step":
+    if case.op == "row_distribution" or case.op == "denoise_step":
         wanted = 6 * row
     elif case.op == "sample":
         drawn = [token for (tokens,) in case.expected for token in tokens.tolist()]

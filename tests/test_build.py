@@ -15,7 +15,7 @@ from build_tools import cuda
 from build_tools.native import FLAGS, ISA_FLAGS, PER_ISA, is_x86, isa_flags, workers
 from specdiff.drafters import SHIPPED
 
-TILE = "csrc/cpu/tile.cpp"  # the law
+TILE = "csrc/cpu/tile.cpp"  # the distribution
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["csrc/cuda/verify.cu"]
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -138,8 +138,9 @@ def test_compiles_at_once_are_bounded_by_memory(monkeypatch, gibibytes: float, e
 @pytest.mark.parametrize("source", list(PER_ISA))
 @pytest.mark.parametrize("isa", list(ISA_FLAGS))
 def test_what_is_compiled_for_one_instruction_set(source: str, isa: str, tmp_path: Path) -> None:
-    """A fused multiply-add would change the law. A weak symbol could replace the baseline's copy
-    of the same function at link time, and fault on a processor without the instruction set."""
+    """A fused multiply-add would change the distribution. A weak symbol could replace the
+    baseline's copy of the same function at link time, and fault on a processor without the
+    instruction set."""
     output = tmp_path / "object.o"
     flags = [*FLAGS, *isa_flags(source, isa), "-fPIC", "-Icsrc/include"]
     subprocess.run([COMPILER, *flags, "-c", source, "-o", output], cwd=ROOT, check=True)

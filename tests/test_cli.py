@@ -234,8 +234,8 @@ def test_coupled_text_is_compared_at_any_temperature(result, target):
     assert got["text"] != result()["text"]
 
 
-def test_record_decides_which_draft_laws_count(result, target):
-    """A model accepts its own draws if their law counts, and not as bare guesses."""
+def test_record_decides_which_draft_distributions_count(result, target):
+    """A model accepts its own draws if their distribution counts, and not as bare guesses."""
     options = ["--temperature", "1", "--k", "3"]
     for args in ([], ["--record", "running-max"]):
         assert result(*options, *args, drafter=target)["acceptance"] == [1.0] * 3

@@ -144,13 +144,13 @@ def test_gpt_fast_rows_are_independent(gpt_fast, models):
 
 
 def p_value(gpt_fast, folder: Path, drafter) -> float:
-    """Of the first two tokens of 4000 texts, under the target's law at temperature 0.9."""
+    """Of the first two tokens of 4000 texts, under the target's distribution at temperature 0.9."""
     model, rows, V = AutoModelForCausalLM.from_pretrained(folder), 4000, 8
     prompt = torch.tensor([1, 2, 3])
     after = torch.cat([prompt.expand(V, -1), torch.arange(V)[:, None]], 1)  # [V, 4]
     with torch.inference_mode():
-        law = (model(after).logits[:, 2:].double() / 0.9).softmax(-1)  # [V, 2, V]
-    expected = rows * law[:, 0].diagonal()[:, None] * law[:, 1]
+        distribution = (model(after).logits[:, 2:].double() / 0.9).softmax(-1)  # [V, 2, V]
+    expected = rows * distribution[:, 0].diagonal()[:, None] * distribution[:, 1]
     options = {"draft_model": drafter, "k": 2, "temperature": 0.9}
     target = gpt_fast.load(folder)
     texts, _ = gpt_fast.generate(target, [prompt.tolist()] * rows, 2, **options)
@@ -161,7 +161,7 @@ def p_value(gpt_fast, folder: Path, drafter) -> float:
     return chisquare(*(cell.numpy() for cell in cells)).pvalue
 
 
-def test_gpt_fast_samples_the_targets_law(gpt_fast, tmp_path, monkeypatch):
+def test_gpt_fast_samples_the_targets_distribution(gpt_fast, tmp_path, monkeypatch):
     tiny_model("llama", vocab=8).save_pretrained(tmp_path / "target")
     tiny_model("llama", vocab=8, seed=5).save_pretrained(tmp_path / "draft")
     drafter = gpt_fast.load(tmp_path / "draft")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specdiff.theory import LENIENT_RULES, outcome
-from specdiff_kernels import Draft, Lenience, Reveal, row_law, use_backend, verify
+from specdiff_kernels import Draft, Lenience, Reveal, row_distribution, use_backend, verify
 from specdiff_kernels.reference.numerics import weights
 from tests import worlds
 from tests.enumeration import WORDS, first_word, probabilities
@@ -26,15 +26,19 @@ CLOSE = 1e-12
 V = 5
 
 
-def law_of(logits: Tensor) -> list[Fraction]:
+def distribution_of(logits: Tensor) -> list[Fraction]:
     """Of one row, exactly."""
-    law = row_law(logits[None])
-    return [Fraction(e, law.total.item()) for e in weights(logits[None], law)[0].tolist()]
+    distribution = row_distribution(logits[None])
+    return [
+        Fraction(e, distribution.total.item())
+        for e in weights(logits[None], distribution)[0].tolist()
+    ]
 
 
 class Step:
-    """One drafted position, its token drawn from a recorded law or guessed: P(accept) of each
-    token, the law of what replaces it, and the bias returned, all from the outside of the op."""
+    """One drafted position, its token drawn from a recorded distribution or guessed: P(accept) of
+    each token, the distribution of what replaces it, and the bias returned, all from the outside of
+    the op."""
 
     def __init__(
         self, seed: int, lenience: Lenience, *, one_hot: bool = False, full: bool = False
@@ -45,8 +49,8 @@ class Step:
         if not full:
             self.target[0, 0, seed % V] = -torch.inf
         self.lenience, self.one_hot = lenience, one_hot
-        self.p, self.q = law_of(self.target[0, 0]), law_of(self.pool[0])
-        self.law = row_law(self.pool)
+        self.p, self.q = distribution_of(self.target[0, 0]), distribution_of(self.pool[0])
+        self.distribution = row_distribution(self.pool)
         tokens = range(V)
         # v is drafted in row v
         accept = first_word(lambda words: self.run(words, words * 0).accepted < 1, V)
@@ -63,11 +67,11 @@ class Step:
     def run(self, accept: Tensor, last: Tensor):
         tokens = torch.arange(V)[:, None]
         rows = torch.full_like(tokens, -1 if self.one_hot else 0)
-        draft = Draft(tokens, torch.zeros(V, 1).int(), rows, self.pool, self.law)
+        draft = Draft(tokens, torch.zeros(V, 1).int(), rows, self.pool, self.distribution)
         return verify(self.target.expand(V, 2, V), draft, rule="lenient", lenience=self.lenience,
                       words=torch.stack((accept, last), 1))  # fmt: skip
 
-    def law_by(self, q: list[Fraction]) -> list[Fraction]:
+    def distribution_by(self, q: list[Fraction]) -> list[Fraction]:
         """Of the emitted token, x drawn from q."""
         return [sum(q[x] * self.out[x][v] for x in range(V)) for v in range(V)]
 
@@ -79,7 +83,7 @@ def distance(a: list[Fraction], b: list[Fraction]) -> Fraction:
 def check(step: Step) -> None:
     """Yin et al., 2411.00841: the output's distance is the bias, and bias + P_rej = TV. Each drawn
     token has its probability to within 2^-64, p and q are rounded to within 2^-52."""
-    out = step.law_by(step.q)
+    out = step.distribution_by(step.q)
     assert len(set(step.bias)) == 1
     assert abs(distance(out, step.p) - Fraction(step.bias[0])) < CLOSE
     assert abs(step.rejected + Fraction(step.bias[0]) - distance(step.p, step.q)) < CLOSE
@@ -110,7 +114,10 @@ def test_the_bias_of_a_bare_guess(seed, lenience):
 def test_the_op_and_the_theory_agree(seed, lenience):
     """`specdiff.theory` in fp64, the op by its random words: the same chances, rejections, bias."""
     step = Step(seed, lenience)
-    p, q = (torch.tensor([float(x) for x in law], dtype=torch.float64) for law in (step.p, step.q))
+    p, q = (
+        torch.tensor([float(x) for x in distribution], dtype=torch.float64)
+        for distribution in (step.p, step.q)
+    )
     rule, _, _ = LENIENT_RULES[lenience.kind]
     accept = rule(p, q, lenience.amount)
     chances = torch.tensor([float(x) for x in step.accept], dtype=torch.float64)
@@ -118,8 +125,8 @@ def test_the_op_and_the_theory_agree(seed, lenience):
     expected = outcome(p, q, accept)
     assert abs(expected.rejection.item() - float(step.rejected)) < CLOSE
     assert abs(expected.bias.item() - step.bias[0]) < CLOSE
-    emitted = torch.tensor([float(x) for x in step.law_by(step.q)], dtype=torch.float64)
-    assert (emitted - expected.law).abs().max() < CLOSE
+    emitted = torch.tensor([float(x) for x in step.distribution_by(step.q)], dtype=torch.float64)
+    assert (emitted - expected.distribution).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("w", [0.0, 0.25, 0.7, 1.0])
@@ -157,8 +164,9 @@ def test_mutants_are_rejected(mutant, monkeypatch):
 @pytest.mark.parametrize("lenience", KINDS[::2], ids=str)
 @pytest.mark.parametrize("schedule", ["one step", "chunks", "random", "right first"])
 def test_a_runs_bias_is_within_what_was_returned(schedule, lenience):
-    """TV of the text's law <= the mean sum of the returned biases: changing from the output's law
-    to the target's one token after another, the token at t adds what it has given its prefix."""
+    """TV of the text's distribution <= the mean sum of the returned biases: changing from the
+    output's distribution to the target's one token after another, the token at t adds what it has
+    given its prefix."""
     way = Way(rule="lenient", lenience=lenience)
     for seed in SEEDS:
         world = World(2, schedule, seed)

@@ -1,5 +1,5 @@
-"""Every reveal order, every use of records, every rule: the output law is the target's, or the
-combination is refused and, where it is forced, measurably biased. docs/losslessness.md has the
+"""Every reveal order, every use of records, every rule: the output distribution is the target's, or
+the combination is refused and, where it is forced, measurably biased. docs/losslessness.md has the
 same table; `python -m tests.test_losslessness` prints it.
 """
 
@@ -76,8 +76,8 @@ def test_exact_or_refused(schedule, name, rule):
 
 @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s not in MONOTONE])
 def test_what_is_refused_is_biased(schedule):
-    """Forced, every refused combination leaves the target's law; for monotone orders q everywhere
-    is what the running max gives anyway."""
+    """Forced, every refused combination leaves the target's distribution; for monotone orders q
+    everywhere is what the running max gives anyway."""
     cells = {(name, rule): measured(schedule, name, rule) for name in WAYS for rule in RULES}
     refused = {key: distance for key, (no, distance) in cells.items() if no}
     assert all(distance > BIASED for distance in refused.values()), refused
@@ -122,7 +122,7 @@ def test_what_was_kept_once_has_to_stay(monkeypatch):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_sequential_head_s_record_is_the_corrected_law(rule):
+def test_a_sequential_head_s_record_is_the_corrected_distribution(rule):
     """What its correction was added to is not what the token was drawn from."""
     corrected, uncorrected = Way(rule=rule), Way(rule=rule, uncorrected=True)
     assert max(world("sequential head", seed).distance(corrected) for seed in SEEDS) < EXACT

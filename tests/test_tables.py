@@ -173,7 +173,7 @@ PROSE = {  # what a page says in a sentence: page, sentence, the results' figure
     ),
     "bf16": (
         "docs/design.md",
-        r"move by up to\n(\S+), its laws by a KL divergence of (\S+) on",
+        r"move by up to\n(\S+), its distributions by a KL divergence of (\S+) on",
         lambda: [rounding(what, "accelerated, bf16") for what in ("from_untouched", "kl")],
     ),
     "memory": (

@@ -1,4 +1,4 @@
-"""The law-conformance kit: its oracle, what it passes, and what it finds."""
+"""The distribution-conformance kit: its oracle, what it passes, and what it finds."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-def continued(case, law):
+def continued(case, distribution):
     """Chances of whole texts: outcomes, each continued by the target."""
-    texts, chances = case.text_law(), defaultdict(float)
-    for (accepted, *text), chance in law.items():
+    texts, chances = case.text_distribution(), defaultdict(float)
+    for (accepted, *text), chance in distribution.items():
         begun = {t: p for t, p in texts.items() if t[: accepted + 1] == tuple(text) and p > 0}
         for whole, p in begun.items():
             chances[whole] += chance * p / sum(begun.values())
@@ -38,18 +38,22 @@ def continued(case, law):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_two_exact_laws_agree(case):
+def test_the_two_exact_distributions_agree(case):
     """The token rule is lossless, to 1e-12."""
-    law = case.outcome_law()
-    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
-    assert continued(case, law) == pytest.approx(list(case.text_law().values()), abs=1e-12)
+    distribution = case.outcome_distribution()
+    assert sum(distribution.values()) == pytest.approx(1, abs=1e-12)
+    assert continued(case, distribution) == pytest.approx(
+        list(case.text_distribution().values()), abs=1e-12
+    )
 
 
-def test_every_record_of_an_out_of_order_draft_would_bias_the_law():
+def test_every_record_of_an_out_of_order_draft_would_bias_the_distribution():
     case = CASES[-1]
     assert case.recorded() == [True, False]
-    law = continued(case, case._replace(steps=(0, 0)).outcome_law())
-    gaps = [abs(a - b) for a, b in zip(law, case.text_law().values(), strict=True)]
+    distribution = continued(case, case._replace(steps=(0, 0)).outcome_distribution())
+    gaps = [
+        abs(a - b) for a, b in zip(distribution, case.text_distribution().values(), strict=True)
+    ]
     assert max(gaps) > 1e-2
 
 
@@ -102,7 +106,7 @@ def test_noise_shared_by_draft_and_verifier_is_found():
 
 
 class Ours:
-    """`row_law`, `sample` and `verify`, each call in a round of its own."""
+    """`row_distribution`, `sample` and `verify`, each call in a round of its own."""
 
     def __init__(self, rule: str, backend: str) -> None:
         self.rule, self.backend, self.round = rule, backend, 0
@@ -112,10 +116,10 @@ class Ours:
         return {"seed": torch.arange(N), "round": torch.full((N,), self.round)}
 
     def sample(self, logits):
-        law = sk.row_law(logits, backend=self.backend)
+        distribution = sk.row_distribution(logits, backend=self.backend)
         return sk.sample(
             logits,
-            law,
+            distribution,
             **self.seeds(len(logits)),
             slot=torch.zeros(len(logits), dtype=torch.int64),
             backend=self.backend,
@@ -124,12 +128,12 @@ class Ours:
     def verify(self, draft: Drafted) -> Outcome:
         N, K, V = draft.draft_logits.shape
         pool = draft.draft_logits.reshape(-1, V)
-        law = sk.row_law(pool, backend=self.backend)
+        distribution = sk.row_distribution(pool, backend=self.backend)
         rows, tau = torch.arange(N * K).view(N, K), draft.steps.expand(N, K).contiguous()
         zeros = {"words": torch.zeros(N, K + 1, dtype=torch.int64)}
         noise = zeros if draft.zero else self.seeds(N)
         result = sk.verify(
-            draft.target_logits, sk.Draft(draft.tokens, tau, rows, pool, law),
+            draft.target_logits, sk.Draft(draft.tokens, tau, rows, pool, distribution),
             rule=self.rule, backend=self.backend, **noise,
         )  # fmt: skip
         sk.check_status(result.status)
@@ -149,7 +153,8 @@ def test_our_ops_conform(rule, backend):
 
 
 def test_the_block_rule_is_no_token_rule():
-    """It accepts more, which the law of outcomes sees and the law of the text does not."""
+    """It accepts more, which the distribution of outcomes sees and the distribution of the text
+    does not."""
     ours = Ours("block", "reference")
     report = check_verifier(ours.verify, ours.sample)
     assert report.failures("outcome") and not report.failures("text")
@@ -228,10 +233,10 @@ def test_rare_outcomes_share_a_cell():
     assert pooled(cells) == [(pytest.approx(5.5), 6), (40.0, 41), (60.0, 58)]
     assert pooled([(50.0, 49), (1.0, 2)]) == [(51.0, 51)]
     assert pooled([(1.0, 1)]) == []
-    law = {(0,): 0.5, (1,): 0.5 - 1e-6, (2,): 1e-6}
+    distribution = {(0,): 0.5, (1,): 0.5 - 1e-6, (2,): 1e-6}
     seen = [(0,)] * 500 + [(1,)] * 499 + [(2,)]
-    assert compare("case", "text", seen, law).p_value > 0.5
-    assert compare("case", "text", [*seen, (3,)], law).p_value == 0
+    assert compare("case", "text", seen, distribution).p_value > 0.5
+    assert compare("case", "text", [*seen, (3,)], distribution).p_value == 0
 
 
 def test_zero_uniforms_end():

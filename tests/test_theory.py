@@ -7,8 +7,9 @@ TOLERANCE. All chances are products and sums of non-negative numbers, so that ev
 multiplication adds a relative error of at most u = 2^-53. On the formulas' side a value is a
 sum over N positions, of at most V^N states of total chance 1, each a product of at most 2 N
 factors and of sums of V; with M drafts (p^m - q)+ adds M (V + 4) u of absolute error, since the
-division by its sum is undone by the product that it stands in. Rows of laws sum to 1 within V u.
-Together N (V^N + M (V + 4) + 2 N + N V) u <= 6e-13 for N = 5, V = 4, M = 3: 1e-12 is enough.
+division by its sum is undone by the product that it stands in. Rows of distributions sum to 1
+within V u. Together N (V^N + M (V + 4) + 2 N + N V) u <= 6e-13 for N = 5, V = 4, M = 3: 1e-12 is
+enough.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from torch import Tensor
 
 from specdiff import theory
 from specdiff.theory import LENIENT_RULES, Pair, RejectionEstimate
-from specdiff_kernels import Draft, row_law, sample, verify
+from specdiff_kernels import Draft, row_distribution, sample, verify
 from specdiff_kernels.reference.numerics import weights
 from tests.enumeration import WORDS, first_word, probabilities
 
 TOLERANCE = 1e-12
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-Law = list[float]
+Distribution = list[float]
 Text = tuple[int, ...]
 
 
@@ -48,15 +49,15 @@ def near(a: float, b: float) -> bool:
 
 
 class World(NamedTuple):
-    """Laws of the next token behind a prefix, and the same as a Pair."""
+    """Distributions of the next token behind a prefix, and the same as a Pair."""
 
     V: int
-    p: Callable[[Text], Law]
-    q: Callable[[Text], Law]
+    p: Callable[[Text], Distribution]
+    q: Callable[[Text], Distribution]
     pair: Pair
 
 
-def random_law(V: int, key: str, zeros: bool) -> Law:
+def random_distribution(V: int, key: str, zeros: bool) -> Distribution:
     noise = random.Random(key)
     row = [math.exp(noise.gauss(0, 1.3)) for _ in range(V)]
     if zeros and noise.random() < 0.5:
@@ -66,16 +67,18 @@ def random_law(V: int, key: str, zeros: bool) -> Law:
 
 @cache
 def world(V: int, N: int, seed: int, kind: str = "markov") -> World:
-    """kind "markov": laws of the last token; "tree": of the whole prefix; "zeros": a tree where
-    some tokens have probability 0 under one law or the other."""
+    """kind "markov": distributions of the last token; "tree": of the whole prefix; "zeros": a tree
+    where some tokens have probability 0 under one distribution or the other."""
     zeros = kind == "zeros"
     seen = (lambda x: x[-1:]) if kind == "markov" else (lambda x: x)
     p, q = (
-        cache(lambda x, name=name: random_law(V, f"{seed} {kind} {name} {seen(x)}", zeros))
+        cache(lambda x, name=name: random_distribution(V, f"{seed} {kind} {name} {seen(x)}", zeros))
         for name in "pq"
     )
     if kind == "markov":
-        rows = [(law(()), [law((v,)) for v in range(V)]) for law in (p, q)]
+        rows = [
+            (distribution(()), [distribution((v,)) for v in range(V)]) for distribution in (p, q)
+        ]
         pair = Pair.markov(*rows[0], *rows[1])
     else:
         pair = Pair.tree(p, q, V, N)
@@ -87,15 +90,15 @@ WORLDS = [(V, N, seed, kind) for kind in ("markov", "tree", "zeros")
 worlds = pytest.mark.parametrize("key", WORLDS, ids=lambda key: f"{key[3]}-V{key[0]}-N{key[1]}")
 
 
-def token_rule(p: Law, q: Law) -> Law:
+def token_rule(p: Distribution, q: Distribution) -> Distribution:
     return [1.0 if b <= a else a / b for a, b in zip(p, q, strict=True)]
 
 
-def positive(p: Law, q: Law) -> Law:
+def positive(p: Distribution, q: Distribution) -> Distribution:
     return [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
 
 
-def tv_of(p: Law, q: Law) -> float:
+def tv_of(p: Distribution, q: Distribution) -> float:
     return math.fsum(positive(p, q))
 
 
@@ -115,7 +118,7 @@ def runs(
     w: World,
     N: int,
     K: int | Callable[[Run], int],
-    rule: Callable[[Law, Law], Law] = token_rule,
+    rule: Callable[[Distribution, Distribution], Distribution] = token_rule,
 ) -> Iterator[Run]:
     """Every run of drafts of K: a drafted token, its acceptance, the residual's token. K may be a
     function of what came before the round."""
@@ -162,14 +165,14 @@ def variance(every: list[Run], value: Callable[[Run], float]) -> float:
 
 
 def text_distance(w: World, every: list[Run]) -> float:
-    """Total variation between the law of the runs' texts and the target's."""
-    law: dict[Text, list[float]] = {}
+    """Total variation between the distribution of the runs' texts and the target's."""
+    distribution: dict[Text, list[float]] = {}
     for run in every:
-        law.setdefault(run.text, []).append(run.chance)
+        distribution.setdefault(run.text, []).append(run.chance)
     N = len(every[0].text)
     return (
         math.fsum(
-            abs(math.fsum(law.get(x, [])) - math.prod(w.p(x[:n])[x[n]] for n in range(N)))
+            abs(math.fsum(distribution.get(x, [])) - math.prod(w.p(x[:n])[x[n]] for n in range(N)))
             for x in product(range(w.V), repeat=N)
         )
         / 2
@@ -216,7 +219,7 @@ def test_no_unbiased_scheme_rejects_less(key):
     w, noise = world(*key), random.Random(seed)
     factors = cache(lambda p, x: noise.choice([1.0, noise.random()]))
 
-    def shy(p: Law, q: Law) -> Law:
+    def shy(p: Distribution, q: Distribution) -> Distribution:
         return [b * factors(tuple(p), x) for x, b in enumerate(token_rule(p, q))]
 
     every = list(runs(w, N, N, shy))
@@ -269,16 +272,16 @@ def rejections_of_batches(w: World, N: int, M: int) -> float:
         )
 
     def tried(text: Text, drafts: list[Text]) -> float:
-        law, q, left, parts = w.p(text), w.q(text), 1.0, []
+        distribution, q, left, parts = w.p(text), w.q(text), 1.0, []
         for draft in drafts:
-            accept = token_rule(law, q)[draft[0]]
+            accept = token_rule(distribution, q)[draft[0]]
             parts.append(left * accept * followed(text, draft, 1))
             left *= 1 - accept
-            excess = positive(law, q)
+            excess = positive(distribution, q)
             if left == 0 or sum(excess) == 0:
                 return math.fsum(parts)
-            law = [x / math.fsum(excess) for x in excess]
-        behind = [law[v] * at_root((*text, v)) for v in range(w.V)]
+            distribution = [x / math.fsum(excess) for x in excess]
+        behind = [distribution[v] * at_root((*text, v)) for v in range(w.V)]
         return math.fsum([*parts, left * (1 + math.fsum(behind))])
 
     def followed(text: Text, draft: Text, i: int) -> float:
@@ -363,7 +366,9 @@ def test_the_sum_of_tv_may_vary_more_than_the_count():
 
 
 def test_rejected_given_token_averages_to_tv():
-    p, q = (torch.tensor(random_law(4, key, True), dtype=torch.float64) for key in ("a", "bb"))
+    p, q = (
+        torch.tensor(random_distribution(4, key, True), dtype=torch.float64) for key in ("a", "bb")
+    )
     likely = p.nonzero()[:, 0]
     chance = theory.rejected_given_token(p.expand(len(likely), 4), q.expand(len(likely), 4), likely)
     assert near(p[likely] @ chance, theory.total_variation(p, q))
@@ -383,8 +388,8 @@ class Tables(NamedTuple):
 def tables(V: int, seed: int, spread: float = 1.5) -> Tables:
     noise = torch.Generator().manual_seed(seed)
     target, draft = (spread * torch.randn(V + 1, V, generator=noise) for _ in range(2))
-    # the op's own laws, e / Z
-    e = [weights(rows, row_law(rows)).double() for rows in (target, draft)]
+    # the op's own distributions, e / Z
+    e = [weights(rows, row_distribution(rows)).double() for rows in (target, draft)]
     p, q = (x / x.sum(-1, keepdim=True) for x in e)
     return Tables(target, draft, Pair.markov(p[0], p[1:], q[0], q[1:]))
 
@@ -396,7 +401,7 @@ def test_the_op_rejects_as_often_as_the_formula_says(V):
     state, token = (x.flatten() for x in torch.meshgrid(*map(torch.arange, (V + 1, V)),
                                                         indexing="ij"))  # fmt: skip
     draft = Draft(token[:, None], torch.zeros_like(token)[:, None].int(), state[:, None],
-                  t.draft, row_law(t.draft))  # fmt: skip
+                  t.draft, row_distribution(t.draft))  # fmt: skip
     logits = torch.stack((t.target[state], torch.zeros(len(state), V)), 1)
 
     def emitted(accept: Tensor, last: Tensor):
@@ -411,13 +416,13 @@ def test_the_op_rejects_as_often_as_the_formula_says(V):
     q = t.pair.q.flatten()
     rejected = (q * (1 - accept)).view(V + 1, V).sum(1)
     residuals = (q * (1 - accept))[:, None] * behind
-    law = (q * accept).view(V + 1, V) + residuals.view(V + 1, V, V).sum(1)
-    assert (law - t.pair.p).abs().max() < TOLERANCE
+    distribution = (q * accept).view(V + 1, V) + residuals.view(V + 1, V, V).sum(1)
+    assert (distribution - t.pair.p).abs().max() < TOLERANCE
     assert (rejected - theory.total_variation(t.pair.p, t.pair.q)).abs().max() < TOLERANCE
     chance, total = t.pair.start(), 0.0
     for _ in range(N):
         total += float(chance @ rejected)
-        chance = t.pair.moved(chance, law)
+        chance = t.pair.moved(chance, distribution)
     assert near(total, theory.expected_rejections(t.pair, N))
 
 
@@ -432,21 +437,21 @@ class Seen(NamedTuple):
 
 def decode(t: Tables, B: int, N: int, K: int) -> tuple[Seen, RejectionEstimate]:
     """N tokens of each of B sequences, through `sample` and `verify`."""
-    tv, draft_law = theory.total_variation(t.pair.p, t.pair.q), row_law(t.draft)
+    tv, draft_distribution = theory.total_variation(t.pair.p, t.pair.q), row_distribution(t.draft)
     seed, length, last = torch.arange(B), torch.zeros(B).long(), torch.zeros(B).long()
     estimate, seen = RejectionEstimate(), []
     for n in range(N):
         round = torch.full_like(seed, n)
         states = [last]  # of each position; a token v leads to state v + 1
         for i in range(K):
-            rows = type(draft_law)(*(field[states[-1]] for field in draft_law))
+            rows = type(draft_distribution)(*(field[states[-1]] for field in draft_distribution))
             drawn = sample(t.draft[states[-1]], rows, seed=seed, round=round,
                            slot=torch.full_like(seed, i))  # fmt: skip
             states.append(drawn + 1)
         at = torch.stack(states, 1)  # [B, K + 1]
         drafted = (N - length).clamp(max=K)
         draft = Draft(at[:, 1:] - 1, torch.arange(K).int().expand(B, K).contiguous(), at[:, :K],
-                      t.draft, draft_law, lengths=drafted)  # fmt: skip
+                      t.draft, draft_distribution, lengths=drafted)  # fmt: skip
         accepted, emitted, *_ = verify(t.target[at], draft, seed=seed, round=round)
         estimate.count(tv[at[:, :K]], accepted, drafted)
         judged = theory.examined(accepted, K, drafted)
@@ -463,8 +468,11 @@ def test_estimates_of_a_run_of_the_op():
     2 exp(-B t^2 / (2 var + 4 N t / 3)); var is enumerated, not estimated."""
     V, N, K, B = 3, 6, 3, 20000
     t = tables(V, seed=11, spread=2.0)
-    rows = [[row.tolist() for row in law] for law in (t.pair.p, t.pair.q)]
-    p, q = (lambda x, law=law: law[x[-1] + 1 if x else 0] for law in rows)
+    rows = [[row.tolist() for row in distribution] for distribution in (t.pair.p, t.pair.q)]
+    p, q = (
+        lambda x, distribution=distribution: distribution[x[-1] + 1 if x else 0]
+        for distribution in rows
+    )
     w = World(V, p, q, t.pair)
     every = list(runs(w, N, K))
     counts = theory.run_counts(t.pair, N, K)
@@ -556,7 +564,7 @@ def test_rounds_per_token_are_convex_in_the_acceptance():
 
 def test_a_chain_whose_tv_is_the_same_everywhere():
     """There the formula for constant alpha is exact, and N tokens take N / E(K) rounds at last."""
-    p, q = random_law(4, "p", False), random_law(4, "q", False)
+    p, q = random_distribution(4, "p", False), random_distribution(4, "q", False)
     pair, alpha = Pair.markov(p, [p] * 4, q, [q] * 4), 1 - tv_of(p, q)
     assert near(theory.tokens_per_round(theory.conditional_acceptances(pair, 3).tolist()),
                 theory.tokens_per_round_at(alpha, 3))  # fmt: skip
@@ -628,7 +636,9 @@ FORMULAS = {  # for p > 0
 }
 
 
-def lenient_rule(name: str, parameter: float) -> Callable[[Law, Law], Law]:
+def lenient_rule(
+    name: str, parameter: float
+) -> Callable[[Distribution, Distribution], Distribution]:
     """In plain Python; a token of p = 0 is never accepted."""
     formula = FORMULAS[name]
     return lambda p, q: [
@@ -652,9 +662,9 @@ def test_lenient_rules(key, name):
             assert all(map(near, row, lenient_rule(name, parameter)(p, q)))
             least = [x > 0 and y for x, y in zip(p, token_rule(p, q), strict=True)]
             assert all(x >= y - TOLERANCE for x, y in zip(row, least, strict=True))
-        rejection, law, bias = theory.outcome(w.pair.p, w.pair.q, b)
+        rejection, distribution, bias = theory.outcome(w.pair.p, w.pair.q, b)
         assert ((bias + rejection - tv).abs() < TOLERANCE).all()
-        assert ((law.sum(-1) - 1).abs() < TOLERANCE).all()
+        assert ((distribution.sum(-1) - 1).abs() < TOLERANCE).all()
         impossible = (w.pair.q * (w.pair.p == 0)).sum(-1)
         if name == "ensemble":
             by_hand = (1 - parameter) * (tv - impossible)

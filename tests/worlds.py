@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from specdiff.drafters.sedd import carry_over
-from specdiff_kernels import Draft, Lenience, Reveal, Verified, denoise_step, row_law, verify
+from specdiff_kernels import (
+    Draft,
+    Lenience,
+    Reveal,
+    Verified,
+    denoise_step,
+    row_distribution,
+    verify,
+)
 from specdiff_kernels.reference.numerics import weights
 
 from .enumeration import WORDS, first_word, patterns, probabilities
@@ -59,7 +67,7 @@ class State(NamedTuple):
     prefix: Text
     tokens: Text  # -1: masked
     tau: Text
-    origins: tuple  # of each token, the prefix and tokens that its law was conditioned on, or None
+    origins: tuple  # of each token, the prefix and tokens that its distribution depends on, or None
     final_step: int | None = None
     value_dependent: bool = False
 
@@ -69,7 +77,7 @@ class State(NamedTuple):
         return cls(prefix, (-1,) * K, (-1,) * K, (None,) * K)
 
 
-Law = dict[State, Fraction]
+Distribution = dict[State, Fraction]
 
 
 class World:
@@ -77,54 +85,61 @@ class World:
 
     def __init__(self, V: int, schedule: str, seed: int) -> None:
         self.V, self.schedule, self.seed = V, schedule, seed
-        self.drafted: dict[State, Law] = {}
+        self.drafted: dict[State, Distribution] = {}
 
     @cache  # noqa: B019 the world lives as long as its test
     def logits(self, *key) -> Tensor:
         noise = random.Random(f"{self.seed} {key}")
         return torch.tensor([noise.gauss(0, 1.5) for _ in range(self.V)])
 
-    def target_law(self) -> dict[Text, float]:
-        """Product of the target's row laws."""
-        law = {(): 1.0}
+    def target_distribution(self) -> dict[Text, float]:
+        """Product of the target's row distributions."""
+        distribution = {(): 1.0}
         for _ in range(LENGTH):
             longer = {}
-            for text, chance in law.items():
+            for text, chance in distribution.items():
                 row = self.logits("target", text)[None]
-                e = weights(row, row_law(row))[0].tolist()
+                e = weights(row, row_distribution(row))[0].tolist()
                 for v in range(self.V):
                     longer[(*text, v)] = chance * e[v] / sum(e)
-            law = longer
-        return law
+            distribution = longer
+        return distribution
 
     # --- drafting -------------------------------------------------------------------------------
 
-    def drafts(self, states: list[State]) -> dict[State, Law]:
-        """The law of the draft that follows from each state; all of one prefix length."""
+    def drafts(self, states: list[State]) -> dict[State, Distribution]:
+        """The distribution of the draft that follows from each state; all of one prefix length."""
         new = [state for state in states if state not in self.drafted]
-        laws: dict[State, Law] = {state: {state: Fraction(1)} for state in new}
+        distributions: dict[State, Distribution] = {state: {state: Fraction(1)} for state in new}
         for number, reveal in enumerate(SCHEDULES[self.schedule]):
-            reached = list(dict.fromkeys(s for law in laws.values() for s in law))
+            reached = list(
+                dict.fromkeys(s for distribution in distributions.values() for s in distribution)
+            )
             if reveal == REMASK:
                 after = {s: {self.remasked(s): Fraction(1)} for s in reached}
             else:
                 step = number + 10 * len(reached[0].prefix) if reached else 0  # grows
                 after = self.step(reached, reveal, step)
-            laws = {start: compose(law, after) for start, law in laws.items()}
-        self.drafted.update(laws)
+            distributions = {
+                start: compose(distribution, after) for start, distribution in distributions.items()
+            }
+        self.drafted.update(distributions)
         return {state: self.drafted[state] for state in states}
 
-    def step(self, states: list[State], reveal: Reveal, step: int) -> dict[State, Law]:
+    def step(self, states: list[State], reveal: Reveal, step: int) -> dict[State, Distribution]:
         """What one `denoise_step` makes of each state, one call for every box of words in which
         it does the same."""
         open_ = [s for s in states if -1 in s.tokens]
         ends = {"final_step": step} if reveal.order.name == "ALL" else {}
-        after: dict[State, Law] = {
+        after: dict[State, Distribution] = {
             s: {s._replace(**ends): Fraction(1)} for s in states if s not in open_
         }
         if not open_:
             return after
-        tokens, coins = self.token_laws(open_), self.coin_laws(open_, reveal, step)
+        tokens, coins = (
+            self.token_distributions(open_),
+            self.coin_distributions(open_, reveal, step),
+        )
         boxes = []  # state, its chance, words [K][2]
         for s, token, coin in zip(open_, tokens, coins, strict=True):
             for drawn, thrown in product(product(*token), product(*coin)):
@@ -144,8 +159,8 @@ class World:
                             for f, o in zip(fresh, s.origins, strict=True))  # fmt: skip
             state = State(s.prefix, tuple(now), tuple(tau), origins, done.final_step,
                           s.value_dependent or done.value_dependent)  # fmt: skip
-            law = after.setdefault(s, {})
-            law[state] = law.get(state, Fraction(0)) + chance
+            distribution = after.setdefault(s, {})
+            distribution[state] = distribution.get(state, Fraction(0)) + chance
         return after
 
     def draft_of(self, states: list[State], *, unfinished: bool = True, **fields) -> Draft:
@@ -165,7 +180,7 @@ class World:
             rows=rows.where(recorded, -1),
             **fields,
         )
-        return draft if unfinished else draft._replace(law=row_law(pool))
+        return draft if unfinished else draft._replace(distribution=row_distribution(pool))
 
     def drafters_row(self, s: State, i: int, seen: tuple) -> Tensor:
         """The drafter's logits at position i behind s.prefix, conditioned on what it has seen.
@@ -182,7 +197,7 @@ class World:
         """The same without the head's correction."""
         return self.logits("backbone", seen[0], len(s.prefix) + i)
 
-    def token_laws(self, states: list[State]) -> list[list[list[tuple[Fraction, int]]]]:
+    def token_distributions(self, states: list[State]) -> list[list[list[tuple[Fraction, int]]]]:
         """For each position the tokens it may draw, as (share of the words, one such word)."""
         draft, K = self.draft_of(states), len(states[0].tokens)
         n = len(states) * K
@@ -191,14 +206,16 @@ class World:
             both = torch.stack((torch.zeros_like(words), words), 1).view(-1, K, 2)
             return denoise_step(draft, Reveal.all(), 99, words=both).tokens.flatten()
 
-        laws = probabilities(drawn, n, self.V)
+        distributions = probabilities(drawn, n, self.V)
         boxes = [
-            share_out(law) if state.tokens[i] < 0 else [(Fraction(1), 0)]
-            for (state, i), law in zip(product(states, range(K)), laws, strict=True)
+            share_out(distribution) if state.tokens[i] < 0 else [(Fraction(1), 0)]
+            for (state, i), distribution in zip(
+                product(states, range(K)), distributions, strict=True
+            )
         ]
         return [boxes[b * K : (b + 1) * K] for b in range(len(states))]
 
-    def coin_laws(
+    def coin_distributions(
         self, states: list[State], reveal: Reveal, step: int
     ) -> list[list[list[tuple[Fraction, int]]]]:
         """The same for the words that decide on the reveal."""
@@ -219,8 +236,8 @@ class World:
                     for b, s in enumerate(states)]  # fmt: skip
         if reveal.order.name == "FIRST_HITTING":
             which = lambda words: revealed(words[:, None].expand(-1, K)).long().argmax(1)
-            laws = probabilities(which, len(states), K)
-            return [[share_out(law)] + [one] * (K - 1) for law in laws]
+            distributions = probabilities(which, len(states), K)
+            return [[share_out(distribution)] + [one] * (K - 1) for distribution in distributions]
         return [[one] * K for _ in states]
 
     def remasked(self, s: State) -> State:
@@ -242,8 +259,8 @@ class World:
         K = len(s.tokens)
         if way.withhold == "entropy":  # of the first position, before anything was drawn
             start = State.fresh(s.prefix)
-            law = self.drafters_row(start, 0, (start.prefix, start.tokens)).softmax(0)
-            return K if -(law * law.log()).sum() < 0.5 else min(K, 1)
+            distribution = self.drafters_row(start, 0, (start.prefix, start.tokens)).softmax(0)
+            return K if -(distribution * distribution.log()).sum() < 0.5 else min(K, 1)
         if way.withhold == "value":
             return K if s.tokens[-1] == 0 else K - 1
         return K
@@ -264,7 +281,9 @@ class World:
                 for s in states
                 for i, o in enumerate(s.origins)
             ]
-            draft = draft._replace(logits=torch.stack(rows), law=row_law(torch.stack(rows)))
+            draft = draft._replace(
+                logits=torch.stack(rows), distribution=row_distribution(torch.stack(rows))
+            )
         if way.record == "forced":
             draft = draft._replace(
                 tau=torch.zeros_like(draft.tau), value_dependent=False, entangled=False
@@ -272,9 +291,11 @@ class World:
         return draft
 
     def rounds(self, states: list[State], way: Way) -> dict[State, dict[State, Fraction]]:
-        """From each state, the law of the state that a round ends in."""
-        laws = self.drafts(states)
-        drafts = list(dict.fromkeys(s for law in laws.values() for s in law))
+        """From each state, the distribution of the state that a round ends in."""
+        distributions = self.drafts(states)
+        drafts = list(
+            dict.fromkeys(s for distribution in distributions.values() for s in distribution)
+        )
         K = len(drafts[0].tokens)
         accept, last, _ = self.outcomes(drafts, way)
         ends: dict[State, dict[State, Fraction]] = {}
@@ -285,11 +306,12 @@ class World:
                     if chance and last[n * (K + 1) + i][v]:
                         after = self.carried(s, i, v, way)
                         end[after] += chance * last[n * (K + 1) + i][v]
-        return {state: compose(law, ends) for state, law in laws.items()}
+        return {state: compose(distribution, ends) for state, distribution in distributions.items()}
 
     def outcomes(self, drafts: list[State], way: Way) -> tuple[list, list, list]:
         """For each draft P(accept) of each token, in the sense of the rule; for each draft and
-        each number of accepted tokens the law of the one behind them, and the bias returned."""
+        each number of accepted tokens the distribution of the one behind them, and the bias
+        returned."""
         B, K, V = len(drafts), len(drafts[0].tokens), self.V
         texts = [[s.prefix + s.tokens[:i] for i in range(K + 1)] for s in drafts]
         target = torch.stack(
@@ -352,18 +374,18 @@ class World:
 
     # --- whole runs -----------------------------------------------------------------------------
 
-    def output_law(self, way: Way) -> dict[Text, Fraction]:
-        """Law of the text of whole runs, cut at LENGTH."""
+    def output_distribution(self, way: Way) -> dict[Text, Fraction]:
+        """Distribution of the text of whole runs, cut at LENGTH."""
         return self.runs(way)[0]
 
     def expected_bias(self, way: Way) -> float:
         """Mean over whole runs of the sum of the biases that `verify` returns."""
         waiting, total = self.runs(way)[1], 0.0
         for length in range(LENGTH):
-            laws = self.drafts([s for s in waiting if len(s.prefix) == length])
-            drafts: Law = defaultdict(Fraction)
-            for state, law in laws.items():
-                for draft, chance in law.items():
+            distributions = self.drafts([s for s in waiting if len(s.prefix) == length])
+            drafts: Distribution = defaultdict(Fraction)
+            for state, distribution in distributions.items():
+                for draft, chance in distribution.items():
                     drafts[draft] += waiting[state] * chance
             if not drafts:
                 continue
@@ -373,11 +395,11 @@ class World:
                     total += float(chance * share) * bias[n * (LENGTH - length + 1) + i]
         return total
 
-    def runs(self, way: Way) -> tuple[dict[Text, Fraction], Law]:
-        """Law of the text of whole runs, cut at LENGTH; of each state the chance that a round
-        begins there."""
-        waiting: Law = defaultdict(Fraction, {State.fresh(()): Fraction(1)})
-        law: dict[Text, Fraction] = defaultdict(Fraction)
+    def runs(self, way: Way) -> tuple[dict[Text, Fraction], Distribution]:
+        """Distribution of the text of whole runs, cut at LENGTH; of each state the chance that a
+        round begins there."""
+        waiting: Distribution = defaultdict(Fraction, {State.fresh(()): Fraction(1)})
+        distribution: dict[Text, Fraction] = defaultdict(Fraction)
         for length in range(LENGTH):
             states = [s for s in waiting if len(s.prefix) == length]
             if not states:
@@ -385,30 +407,30 @@ class World:
             for state, ends in self.rounds(states, way).items():
                 for end, chance in ends.items():
                     if len(end.prefix) >= LENGTH:
-                        law[end.prefix] += waiting[state] * chance
+                        distribution[end.prefix] += waiting[state] * chance
                     else:
                         waiting[end] += waiting[state] * chance
-        return law, waiting
+        return distribution, waiting
 
     def distance(self, way: Way) -> float:
-        """Total variation between the output law and the target's."""
-        law, target = self.output_law(way), self.target_law()
-        return sum(abs(float(law.get(text, 0)) - p) for text, p in target.items()) / 2
+        """Total variation between the output distribution and the target's."""
+        distribution, target = self.output_distribution(way), self.target_distribution()
+        return sum(abs(float(distribution.get(text, 0)) - p) for text, p in target.items()) / 2
 
 
-def compose(law: Law, after: dict[State, dict[State, Fraction]]) -> Law:
-    """The law of the second of two steps."""
-    result: Law = defaultdict(Fraction)
-    for state, chance in law.items():
+def compose(distribution: Distribution, after: dict[State, dict[State, Fraction]]) -> Distribution:
+    """The distribution of the second of two steps."""
+    result: Distribution = defaultdict(Fraction)
+    for state, chance in distribution.items():
         for end, share in after[state].items():
             result[end] += chance * share
     return result
 
 
-def share_out(law: Iterable[Fraction]) -> list[tuple[Fraction, int]]:
+def share_out(distribution: Iterable[Fraction]) -> list[tuple[Fraction, int]]:
     """Intervals of words, in order, as (length, a word in the middle); empty ones are left out."""
     boxes, start = [], Fraction(0)
-    for share in law:
+    for share in distribution:
         if share:
             boxes.append((share, int((start + share / 2) * WORDS)))
         start += share

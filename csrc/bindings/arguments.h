@@ -28,7 +28,7 @@ inline Parameters parameters(const AddressTuple& a) {
           pointer<const float>(a.at(2)), pointer<const float>(a.at(3))};
 }
 
-inline LawArrays law(const AddressTuple& a, int first = 0) {
+inline DistributionArrays distribution(const AddressTuple& a, int first = 0) {
   return {pointer<float>(a.at(first)), pointer<float>(a.at(first + 1)),
           pointer<int64_t>(a.at(first + 2)), pointer<int64_t>(a.at(first + 3)),
           pointer<int32_t>(a.at(first + 4))};
@@ -39,12 +39,12 @@ inline Randomness randomness(const AddressTuple& a) {
           pointer<const int64_t>(a.at(2)), pointer<const int64_t>(a.at(3))};
 }
 
-// logits, rows, parameters, law
-using RowLawArguments = std::tuple<LogitsTuple, int64_t, AddressTuple, AddressTuple>;
+// logits, rows, parameters, distribution
+using RowDistributionArguments = std::tuple<LogitsTuple, int64_t, AddressTuple, AddressTuple>;
 
-inline RowLawParams params(const RowLawArguments& arguments) {
+inline RowDistributionParams params(const RowDistributionArguments& arguments) {
   const auto& [x, rows, parameters_, out] = arguments;
-  return {logits(x), rows, parameters(parameters_), law(out), nullptr, 1};
+  return {logits(x), rows, parameters(parameters_), distribution(out), nullptr, 1};
 }
 
 // target, draft, rows, (draft_ids, temperature),
@@ -89,15 +89,15 @@ inline RowDivergenceBackwardParams params(const RowDivergenceBackwardArguments& 
           1};
 }
 
-// logits, rows, law, randomness, slot, purpose, draft_ids, tokens
+// logits, rows, distribution, randomness, slot, purpose, draft_ids, tokens
 using SampleArguments = std::tuple<LogitsTuple, int64_t, AddressTuple, AddressTuple, Address,
                                    uint32_t, Address, Address>;
 
 inline SampleParams params(const SampleArguments& arguments) {
-  const auto& [x, rows, laws, random, slot, purpose, draft_ids, tokens] = arguments;
+  const auto& [x, rows, distributions, random, slot, purpose, draft_ids, tokens] = arguments;
   return {logits(x),
           rows,
-          law(laws),
+          distribution(distributions),
           randomness(random),
           pointer<const int64_t>(slot),
           purpose,
@@ -106,8 +106,8 @@ inline SampleParams params(const SampleArguments& arguments) {
           1};
 }
 
-// target, (batch, k), draft's (tokens, tau, rows), its logits, rows and law, (draft_ids, lengths),
-// (rule, record, final step, kind of lenience), (parameters, its amounts), randomness,
+// target, (batch, k), draft's (tokens, tau, rows), its logits, rows and distribution, (draft_ids,
+// lengths), (rule, record, final step, kind of lenience), (parameters, its amounts), randomness,
 // (accepted, emitted, status, bias)
 using VerifyArguments =
     std::tuple<LogitsTuple, std::tuple<int64_t, int64_t>, AddressTuple, LogitsTuple, int64_t,
@@ -115,8 +115,8 @@ using VerifyArguments =
                AddressTuple, AddressTuple>;
 
 inline VerifyParams params(const VerifyArguments& arguments) {
-  const auto& [target, sizes, drafted, draft, draft_rows, draft_law, columns, how, parameters_,
-               random, out] = arguments;
+  const auto& [target, sizes, drafted, draft, draft_rows, draft_distribution, columns, how,
+               parameters_, random, out] = arguments;
   const auto [batch, k] = sizes;
   const auto [rule, record, final_step, lenience] = how;
   return {logits(target),
@@ -127,7 +127,7 @@ inline VerifyParams params(const VerifyArguments& arguments) {
           pointer<const int64_t>(drafted.at(2)),
           logits(draft),
           draft_rows,
-          law(draft_law),
+          distribution(draft_distribution),
           pointer<const int64_t>(columns.at(0)),
           pointer<const int64_t>(columns.at(1)),
           rule,
@@ -146,9 +146,9 @@ inline VerifyParams params(const VerifyArguments& arguments) {
           1};
 }
 
-// logits, (pool, batch, k), (tokens, tau, rows, law), (draft_ids, lengths, pool_rows),
+// logits, (pool, batch, k), (tokens, tau, rows, distribution), (draft_ids, lengths, pool_rows),
 // (order, lo, hi, count, rate), step, entropies, parameters, randomness,
-// (tokens, tau, rows, law, entropy)
+// (tokens, tau, rows, distribution, entropy)
 using DenoiseStepArguments =
     std::tuple<LogitsTuple, std::tuple<int64_t, int64_t, int64_t>, AddressTuple, AddressTuple,
                std::tuple<int, int64_t, int64_t, int64_t, Address>, int, bool, AddressTuple,
@@ -166,7 +166,7 @@ inline DenoiseStepParams params(const DenoiseStepArguments& arguments) {
           pointer<const int64_t>(state.at(0)),
           pointer<const int32_t>(state.at(1)),
           pointer<const int64_t>(state.at(2)),
-          law(state, 3),
+          distribution(state, 3),
           pointer<const int64_t>(columns.at(0)),
           pointer<const int64_t>(columns.at(1)),
           pointer<const int64_t>(columns.at(2)),
@@ -182,7 +182,7 @@ inline DenoiseStepParams params(const DenoiseStepArguments& arguments) {
           pointer<int64_t>(out.at(0)),
           pointer<int32_t>(out.at(1)),
           pointer<int64_t>(out.at(2)),
-          law(out, 3),
+          distribution(out, 3),
           pointer<double>(out.at(8)),
           nullptr,
           nullptr,

@@ -7,12 +7,12 @@ namespace py = pybind11;
 namespace specdiff {
 namespace {
 
-void row_law(const RowLawArguments& arguments, Address scratch, int threads) {
-  RowLawParams p = params(arguments);
+void row_distribution(const RowDistributionArguments& arguments, Address scratch, int threads) {
+  RowDistributionParams p = params(arguments);
   p.scratch = pointer<int64_t>(scratch);
   p.threads = threads;
   py::gil_scoped_release release;
-  cpu::row_law(p);
+  cpu::row_distribution(p);
 }
 
 void row_divergence(const RowDivergenceArguments& arguments, int threads) {
@@ -94,7 +94,7 @@ void use_isa(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   using namespace specdiff;
   m.doc() = "The CPU kernels. Arguments are checked in Python, not here.";
-  m.def("row_law", &row_law);
+  m.def("row_distribution", &row_distribution);
   m.def("row_divergence", &row_divergence);
   m.def("row_divergence_backward", &row_divergence_backward);
   m.def("sample", &sample);

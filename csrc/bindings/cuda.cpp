@@ -24,7 +24,7 @@ void call(const Arguments& arguments, const QueueTuple& queue) {
 PYBIND11_MODULE(_C_cuda, m) {
   using namespace specdiff;
   m.doc() = "The CUDA kernels. Arguments are checked in Python, not here.";
-  m.def("row_law", &call<RowLawArguments, cuda::row_law>);
+  m.def("row_distribution", &call<RowDistributionArguments, cuda::row_distribution>);
   m.def("sample", &call<SampleArguments, cuda::sample>);
   m.def("denoise_step", &call<DenoiseStepArguments, cuda::denoise_step>);
   m.def("verify", &call<VerifyArguments, cuda::verify>);

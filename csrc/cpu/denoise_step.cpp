@@ -10,9 +10,10 @@ namespace {
 
 constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 
-void copy_laws(const DenoiseStepParams& p) {
-  if (same_memory(p.law, p.new_law)) return;
-  for (int64_t row = 0; row < p.pool; ++row) store(load(p.law, row), p.new_law, row);
+void copy_distributions(const DenoiseStepParams& p) {
+  if (same_memory(p.distribution, p.new_distribution)) return;
+  for (int64_t row = 0; row < p.pool; ++row)
+    store(load(p.distribution, row), p.new_distribution, row);
 }
 
 // One position of one sequence.
@@ -30,13 +31,13 @@ class Position {
     if (!masked(i_) || !considered()) return;
     const Row row(p_.logits, 0, row_);
     int64_t sums[kMaxTiles];
-    const RowLaw law = make_law(row, p_.parameters, b_, sums, scratch_);
-    store(law, p_.new_law, row_);
-    if (law.status != kOk) return;
-    const RowLaw raw = measures() ? raw_law(row, law) : law;
+    const RowDistribution distribution = make_distribution(row, p_.parameters, b_, sums, scratch_);
+    store(distribution, p_.new_distribution, row_);
+    if (distribution.status != kOk) return;
+    const RowDistribution raw = measures() ? raw_distribution(row, distribution) : distribution;
     if (p_.entropies) p_.entropy[at_] = entropy(spread_of(row, raw), raw.total);
     if (p_.order == kSedd && !(coin(i_) < p_.rate[b_] * mean_exp(raw, row.columns))) return;
-    const int64_t column = draw_column(row, law, sums);
+    const int64_t column = draw_column(row, distribution, sums);
     candidate.token = p_.draft_ids ? p_.draft_ids[column] : column;
     if (p_.order == kLowestEntropy) candidate.rank = p_.entropy[at_];
     if (p_.order == kConfidence) {
@@ -68,10 +69,10 @@ class Position {
 
   bool measures() const { return p_.entropies || p_.order == kSedd || p_.order == kConfidence; }
 
-  // The model's own law: temperature 1, nothing cut off.
-  RowLaw raw_law(const Row& row, const RowLaw& law) const {
-    RowLaw raw{law.max, kLog2E, 0, law.total, kOk};
-    if (law.scale == raw.scale && law.threshold == 0) return raw;
+  // The model's own distribution: temperature 1, nothing cut off.
+  RowDistribution raw_distribution(const Row& row, const RowDistribution& distribution) const {
+    RowDistribution raw{distribution.max, kLog2E, 0, distribution.total, kOk};
+    if (distribution.scale == raw.scale && distribution.threshold == 0) return raw;
     alignas(64) float buffer[kTile];
     raw.total = 0;
     for (int64_t tile = 0; tile < row.tiles(); ++tile) {
@@ -81,7 +82,7 @@ class Position {
     return raw;
   }
 
-  static int64_t spread_of(const Row& row, const RowLaw& raw) {
+  static int64_t spread_of(const Row& row, const RowDistribution& raw) {
     alignas(64) float buffer[kTile];
     int64_t total = 0;
     for (int64_t tile = 0; tile < row.tiles(); ++tile) {
@@ -91,12 +92,13 @@ class Position {
     return total;
   }
 
-  int64_t draw_column(const Row& row, const RowLaw& law, const int64_t* sums) const {
+  int64_t draw_column(const Row& row, const RowDistribution& distribution,
+                      const int64_t* sums) const {
     const Randomness& random = p_.random;
-    if (!random.position) return draw(row, law, sums, word(i_, 1, kDraftToken));
+    if (!random.position) return draw(row, distribution, sums, word(i_, 1, kDraftToken));
     const int64_t* words = random.words ? random.words + at_ * stride() + 1 : nullptr;
     const uint64_t seed = words ? 0 : uint64_t(random.seed[b_]);
-    return race(row, law, p_.draft_ids, {words, seed, random.position[b_] + i_});
+    return race(row, distribution, p_.draft_ids, {words, seed, random.position[b_] + i_});
   }
 
   int64_t stride() const { return p_.random.position ? 1 + p_.logits.columns : 2; }
@@ -132,14 +134,14 @@ void reveal(const DenoiseStepParams& p, int64_t b) {
         candidates[i].token >= 0 && (!ranked || among_first(candidates, p.k, i, p.count));
     p.new_tokens[at] = chosen ? candidates[i].token : p.tokens[at];
     p.new_tau[at] = chosen ? p.step : p.tau[at];
-    p.new_rows[at] = !chosen ? p.rows[at] : p.new_law.scale[row] == 0 ? -1 : row;
+    p.new_rows[at] = !chosen ? p.rows[at] : p.new_distribution.scale[row] == 0 ? -1 : row;
   }
 }
 
 }  // namespace
 
 void denoise_step(const DenoiseStepParams& params) {
-  copy_laws(params);
+  copy_distributions(params);
   const int64_t positions = params.batch * params.k;
   parallel_for(positions, positions * params.logits.columns, params.threads,
                [&](int64_t at, int thread) { Position(params, at, thread).run(); });

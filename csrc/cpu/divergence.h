@@ -1,5 +1,5 @@
 // The inner loops of row_divergence, over tiles of two rows. divergence.cpp is compiled once for
-// each instruction set, with fused multiply-adds: this is no part of the sampling law.
+// each instruction set, with fused multiply-adds: this is no part of the sampling distribution.
 #pragma once
 
 #include "specdiff/params.h"

@@ -74,12 +74,13 @@ struct Group {
 #define SPECDIFF_EACH for (int u = 0; u < kUnroll; ++u)
 
 // Works on -t, so that shifts are by ceil(-t) = -floor(t); one that is too long, or no number, is
-// cut off by `whole` and `shifted`. kFine: some -t may lie in (0, 2^-30), where the law has -t = 0.
+// cut off by `whole` and `shifted`. kFine: some -t may lie in (0, 2^-30), where the distribution
+// has -t = 0.
 template <bool kFine>
-inline Group group_weights(const float* l, const RowLaw& law) {
+inline Group group_weights(const float* l, const RowDistribution& distribution) {
   Floats t[kUnroll], up[kUnroll], p[kUnroll];
-  SPECDIFF_EACH t[u] = reinterpret_cast<const Unaligned*>(l)[u] - law.max;
-  SPECDIFF_EACH t[u] = t[u] * -law.scale;
+  SPECDIFF_EACH t[u] = reinterpret_cast<const Unaligned*>(l)[u] - distribution.max;
+  SPECDIFF_EACH t[u] = t[u] * -distribution.scale;
   if (kFine) {
     SPECDIFF_EACH t[u] = Floats(Ints(t[u]) & (t[u] >= 0x1p-30f));
   }
@@ -106,9 +107,9 @@ inline Group group_weights(const float* l, const RowLaw& law) {
 }
 
 // No threshold, and no logit below the row's largest gives a -t in (0, 2^-30).
-inline bool plain(const RowLaw& law) {
-  const float below = from_order_key(order_key(law.max) - 1);
-  return law.threshold == 0 && (law.max - below) * law.scale >= 0x1p-30f;
+inline bool plain(const RowDistribution& distribution) {
+  const float below = from_order_key(order_key(distribution.max) - 1);
+  return distribution.threshold == 0 && (distribution.max - below) * distribution.scale >= 0x1p-30f;
 }
 
 inline Longs at_least(Longs e, int64_t threshold) {
@@ -116,13 +117,13 @@ inline Longs at_least(Longs e, int64_t threshold) {
   return Longs(Signed(e) & (Signed(e) >= threshold));
 }
 
-// The weights of kGroup logits under a law that is not greedy. kPlain: it is plain.
+// The weights of kGroup logits under a distribution that is not greedy. kPlain: it is plain.
 template <bool kPlain>
-inline Group law_weights(const float* l, const RowLaw& law) {
-  Group e = group_weights<!kPlain>(l, law);
+inline Group distribution_weights(const float* l, const RowDistribution& distribution) {
+  Group e = group_weights<!kPlain>(l, distribution);
   if (!kPlain) {
-    SPECDIFF_EACH e.even[u] = at_least(e.even[u], law.threshold);
-    SPECDIFF_EACH e.odd[u] = at_least(e.odd[u], law.threshold);
+    SPECDIFF_EACH e.even[u] = at_least(e.even[u], distribution.threshold);
+    SPECDIFF_EACH e.odd[u] = at_least(e.odd[u], distribution.threshold);
   }
   return e;
 }
@@ -156,10 +157,10 @@ inline int64_t total_of(const Longs& x) {
 
 // The whole groups among n logits: their summed weights; i becomes the first logit left.
 template <bool kPlain>
-inline int64_t sum_groups(const float* l, int n, const RowLaw& law, int& i) {
+inline int64_t sum_groups(const float* l, int n, const RowDistribution& distribution, int& i) {
   Longs even[kUnroll]{}, odd[kUnroll]{}, total{};
   for (; i + kGroup <= n; i += kGroup) {
-    const Group e = law_weights<kPlain>(l + i, law);
+    const Group e = distribution_weights<kPlain>(l + i, distribution);
     SPECDIFF_EACH even[u] += e.even[u];
     SPECDIFF_EACH odd[u] += e.odd[u];
   }
@@ -169,11 +170,12 @@ inline int64_t sum_groups(const float* l, int n, const RowLaw& law, int& i) {
 
 // The same for the residual weights of two rows.
 template <bool kPlain>
-inline int64_t excess_groups(const float* l_p, const float* l_q, int n, const RowLaw& p,
-                             const RowLaw& q, const Scales& by, int& i) {
+inline int64_t excess_groups(const float* l_p, const float* l_q, int n, const RowDistribution& p,
+                             const RowDistribution& q, const Scales& by, int& i) {
   Longs total[kUnroll]{};
   for (; i + kGroup <= n; i += kGroup) {
-    const Group e_p = law_weights<kPlain>(l_p + i, p), e_q = law_weights<kPlain>(l_q + i, q);
+    const Group e_p = distribution_weights<kPlain>(l_p + i, p),
+                e_q = distribution_weights<kPlain>(l_q + i, q);
     SPECDIFF_EACH total[u] += residual_weights(e_p.even[u], e_q.even[u], by);
     SPECDIFF_EACH total[u] += residual_weights(e_p.odd[u], e_q.odd[u], by);
   }
@@ -183,11 +185,12 @@ inline int64_t excess_groups(const float* l_p, const float* l_q, int n, const Ro
 
 // The same for the bias weights.
 template <bool kPlain>
-inline int64_t bias_groups(const float* l_p, const float* l_q, int n, const RowLaw& p,
-                           const RowLaw& q, const Scales& by, const Raise& raise, int& i) {
+inline int64_t bias_groups(const float* l_p, const float* l_q, int n, const RowDistribution& p,
+                           const RowDistribution& q, const Scales& by, const Raise& raise, int& i) {
   Longs total[kUnroll]{};
   for (; i + kGroup <= n; i += kGroup) {
-    const Group e_p = law_weights<kPlain>(l_p + i, p), e_q = law_weights<kPlain>(l_q + i, q);
+    const Group e_p = distribution_weights<kPlain>(l_p + i, p),
+                e_q = distribution_weights<kPlain>(l_q + i, q);
     SPECDIFF_EACH total[u] += bias_weights(e_p.even[u], e_q.even[u], by, raise);
     SPECDIFF_EACH total[u] += bias_weights(e_p.odd[u], e_q.odd[u], by, raise);
   }

@@ -5,7 +5,7 @@
 
 namespace specdiff::cpu {
 
-void row_law(const RowLawParams& params);
+void row_distribution(const RowDistributionParams& params);
 void row_divergence(const RowDivergenceParams& params);
 void row_divergence_backward(const RowDivergenceBackwardParams& params);
 void sample(const SampleParams& params);

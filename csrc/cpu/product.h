@@ -1,5 +1,5 @@
 // The inner loop of skinny_linear: rows of x times rows of the weight. product.cpp is compiled once
-// for each instruction set, with fused multiply-adds: this is no part of the sampling law.
+// for each instruction set, with fused multiply-adds: this is no part of the sampling distribution.
 #pragma once
 
 #include "specdiff/params.h"

@@ -9,8 +9,8 @@ namespace {
 // The draft's weights at the target's ids of one tile.
 void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e) {
   if (!draft.ids) {
-    if (draft.law.scale != 0) return tile_weights(draft.row, draft.law, tile, e);
-    for (int i = 0; i < n; ++i) e[i] = tile * kTile + i == draft.law.threshold ? kOne : 0;
+    if (draft.distribution.scale != 0) return tile_weights(draft.row, draft.distribution, tile, e);
+    for (int i = 0; i < n; ++i) e[i] = tile * kTile + i == draft.distribution.threshold ? kOne : 0;
     return;
   }
   std::fill(e, e + n, 0);
@@ -19,7 +19,7 @@ void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e) {
   for (const int64_t* id = std::lower_bound(draft.ids, end, first); id < end && *id < first + n;
        ++id) {
     const int64_t column = id - draft.ids;
-    if (*id >= first) e[*id - first] = weight(draft.row.at(column), column, draft.law);
+    if (*id >= first) e[*id - first] = weight(draft.row.at(column), column, draft.distribution);
   }
 }
 
@@ -38,21 +38,22 @@ void target_logits(const Row& target, const int64_t* ids, int n, float* out) {
 }  // namespace
 
 int64_t DraftRow::weight_of(int64_t v) const {
-  if (law.status != kOk) return 0;
+  if (distribution.status != kOk) return 0;
   int64_t column = v;
   if (ids) {
     column = std::lower_bound(ids, ids + row.columns, v) - ids;
     if (column == row.columns || ids[column] != v) return 0;
   }
-  return weight(row.at(column), column, law);
+  return weight(row.at(column), column, distribution);
 }
 
-Residual::Residual(const Row& target, const RowLaw& law, const DraftRow& draft, double a)
+Residual::Residual(const Row& target, const RowDistribution& distribution, const DraftRow& draft,
+                   double a)
     : target_(target),
-      law_(law),
+      distribution_(distribution),
       draft_(draft),
-      scales_{inverse(law.total), inverse(draft.law.total), a} {
-  if (!draft.ids && law.scale != 0 && draft.law.scale != 0) {
+      scales_{inverse(distribution.total), inverse(draft.distribution.total), a} {
+  if (!draft.ids && distribution.scale != 0 && draft.distribution.scale != 0) {
     dense_sums();
   } else {
     alignas(64) int64_t w[kTile];
@@ -72,7 +73,7 @@ int64_t Residual::draw(uint64_t word) const {
 int64_t Residual::tile_weights_into(int64_t tile, int64_t* w) const {
   alignas(64) int64_t e_p[kTile], e_q[kTile];
   const int n = target_.tile_size(tile);
-  tile_weights(target_, law_, tile, e_p);
+  tile_weights(target_, distribution_, tile, e_p);
   draft_weights(draft_, tile, n, e_q);
   return kernels().residual(e_p, e_q, n, scales_, w);
 }
@@ -84,13 +85,14 @@ void Residual::dense_sums() {
     const int n = target_.tile_size(tile);
     const float* l_p = target_.tile(tile * kTile, n, p);
     const float* l_q = draft_.row.tile(tile * kTile, n, q);
-    sums_[tile] = kernels().excess(l_p, l_q, n, law_, draft_.law, scales_);
+    sums_[tile] = kernels().excess(l_p, l_q, n, distribution_, draft_.distribution, scales_);
   }
 }
 
 // Over the draft's columns alone, as elsewhere q is 0.
-int64_t bias(const Row& target, const RowLaw& law, const DraftRow& draft, const Raise& raise) {
-  const Scales scales{inverse(law.total), inverse(draft.law.total), 1};
+int64_t bias(const Row& target, const RowDistribution& distribution, const DraftRow& draft,
+             const Raise& raise) {
+  const Scales scales{inverse(distribution.total), inverse(draft.distribution.total), 1};
   alignas(64) float p[kTile], q[kTile];
   int64_t total = 0;
   for (int64_t tile = 0; tile < draft.row.tiles(); ++tile) {
@@ -101,7 +103,7 @@ int64_t bias(const Row& target, const RowLaw& law, const DraftRow& draft, const 
     } else {
       l_p = target.tile(tile * kTile, n, p);
     }
-    total += kernels().bias(l_p, l_q, n, law, draft.law, scales, raise);
+    total += kernels().bias(l_p, l_q, n, distribution, draft.distribution, scales, raise);
   }
   return total;
 }

@@ -1,14 +1,15 @@
-// The law a p - q, cut at 0, that a rejected token is replaced by; and what leniency costs.
+// The distribution a p - q, cut at 0, that a rejected token is replaced by; and what leniency
+// costs.
 #pragma once
 
 #include "row.h"
 
 namespace specdiff::cpu {
 
-// The law that one drafted token came from, over the target's ids.
+// The distribution that one drafted token came from, over the target's ids.
 struct DraftRow {
   Row row;
-  RowLaw law;
+  RowDistribution distribution;
   const int64_t* ids;  // of the columns, increasing, or null
 
   // weight of target id v
@@ -18,7 +19,7 @@ struct DraftRow {
 class Residual {
  public:
   // Sums W(v) = (a p(v) - q(v))+ in units of 2^-60.
-  Residual(const Row& target, const RowLaw& law, const DraftRow& draft, double a);
+  Residual(const Row& target, const RowDistribution& distribution, const DraftRow& draft, double a);
 
   int64_t total() const { return total_; }
 
@@ -30,14 +31,15 @@ class Residual {
   void dense_sums();
 
   const Row& target_;
-  const RowLaw& law_;
+  const RowDistribution& distribution_;
   const DraftRow& draft_;
   const Scales scales_;
   int64_t total_ = 0;
   int64_t sums_[kMaxTiles];  // by tile
 };
 
-// The sum of bias weights, in units of 2^-60. Neither law is greedy.
-int64_t bias(const Row& target, const RowLaw& law, const DraftRow& draft, const Raise& raise);
+// The sum of bias weights, in units of 2^-60. Neither distribution is greedy.
+int64_t bias(const Row& target, const RowDistribution& distribution, const DraftRow& draft,
+             const Raise& raise);
 
 }  // namespace specdiff::cpu

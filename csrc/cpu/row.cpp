@@ -84,9 +84,9 @@ int64_t truncate(const int64_t* e, int64_t n, const Parameters& parameters, int6
   return threshold;
 }
 
-int64_t greedy_sums(const Row& row, const RowLaw& law, int64_t* sums) {
+int64_t greedy_sums(const Row& row, const RowDistribution& distribution, int64_t* sums) {
   for (int64_t tile = 0; tile < row.tiles(); ++tile) {
-    sums[tile] = law.threshold / kTile == tile ? kOne : 0;
+    sums[tile] = distribution.threshold / kTile == tile ? kOne : 0;
   }
   return kOne;
 }
@@ -107,12 +107,12 @@ const int64_t* tile_noise(const Noise& noise, const int64_t* ids, int64_t tile, 
   return buffer;
 }
 
-int64_t tile_sums(const Row& row, const RowLaw& law, int64_t* sums) {
+int64_t tile_sums(const Row& row, const RowDistribution& distribution, int64_t* sums) {
   alignas(64) float buffer[kTile];
   int64_t total = 0;
   for (int64_t tile = 0; tile < row.tiles(); ++tile) {
     const int n = row.tile_size(tile);
-    sums[tile] = kernels().sum(row.tile(tile * kTile, n, buffer), n, law);
+    sums[tile] = kernels().sum(row.tile(tile * kTile, n, buffer), n, distribution);
     total += sums[tile];
   }
   return total;
@@ -120,14 +120,14 @@ int64_t tile_sums(const Row& row, const RowLaw& law, int64_t* sums) {
 
 }  // namespace
 
-void tile_weights(const Row& row, const RowLaw& law, int64_t tile, int64_t* e) {
+void tile_weights(const Row& row, const RowDistribution& distribution, int64_t tile, int64_t* e) {
   const int n = row.tile_size(tile);
-  if (law.scale == 0) {
-    for (int i = 0; i < n; ++i) e[i] = tile * kTile + i == law.threshold ? kOne : 0;
+  if (distribution.scale == 0) {
+    for (int i = 0; i < n; ++i) e[i] = tile * kTile + i == distribution.threshold ? kOne : 0;
     return;
   }
   alignas(64) float buffer[kTile];
-  kernels().weights(row.tile(tile * kTile, n, buffer), n, law, e);
+  kernels().weights(row.tile(tile * kTile, n, buffer), n, distribution, e);
 }
 
 Status find_max(const Row& row, float* max) {
@@ -137,46 +137,48 @@ Status find_max(const Row& row, float* max) {
   return status;
 }
 
-RowLaw make_law(const Row& row, const Parameters& parameters, int64_t index, int64_t* sums,
-                int64_t* scratch) {
-  RowLaw law;
-  law.status = kParameter;
-  if (!valid(parameters, index)) return law;
-  law.status = find_max(row, &law.max);
-  if (law.status != kOk) return law;
+RowDistribution make_distribution(const Row& row, const Parameters& parameters, int64_t index,
+                                  int64_t* sums, int64_t* scratch) {
+  RowDistribution distribution;
+  distribution.status = kParameter;
+  if (!valid(parameters, index)) return distribution;
+  distribution.status = find_max(row, &distribution.max);
+  if (distribution.status != kOk) return distribution;
   const float temperature = parameters.temperature[index];
   if (temperature == 0) {
-    law.threshold = first_equal(row, law.max);
-    law.total = greedy_sums(row, law, sums);
-    return law;
+    distribution.threshold = first_equal(row, distribution.max);
+    distribution.total = greedy_sums(row, distribution, sums);
+    return distribution;
   }
-  law.scale = kLog2E / temperature;
+  distribution.scale = kLog2E / temperature;
   if (truncates(parameters, index, row.columns)) {
     for (int64_t tile = 0; tile < row.tiles(); ++tile) {
-      tile_weights(row, law, tile, scratch + tile * kTile);
+      tile_weights(row, distribution, tile, scratch + tile * kTile);
     }
-    law.threshold = truncate(scratch, row.columns, parameters, index);
+    distribution.threshold = truncate(scratch, row.columns, parameters, index);
   }
-  law.total = tile_sums(row, law, sums);
-  return law;
+  distribution.total = tile_sums(row, distribution, sums);
+  return distribution;
 }
 
-int64_t draw(const Row& row, const RowLaw& law, const int64_t* sums, uint64_t word) {
-  int64_t r = mulhi(word, law.total);
+int64_t draw(const Row& row, const RowDistribution& distribution, const int64_t* sums,
+             uint64_t word) {
+  int64_t r = mulhi(word, distribution.total);
   const int64_t tile = scan(sums, row.tiles(), r);
   alignas(64) int64_t e[kTile];
-  tile_weights(row, law, tile, e);
+  tile_weights(row, distribution, tile, e);
   return tile * kTile + scan(e, row.tile_size(tile), r);
 }
 
-int64_t race(const Row& row, const RowLaw& law, const int64_t* ids, const Noise& noise) {
-  if (law.scale == 0) return law.threshold;
+int64_t race(const Row& row, const RowDistribution& distribution, const int64_t* ids,
+             const Noise& noise) {
+  if (distribution.scale == 0) return distribution.threshold;
   alignas(64) int64_t e[kTile], buffer[kTile];
   double best = std::numeric_limits<double>::infinity();
   int64_t winner = 0;
   for (int64_t tile = 0; tile < row.tiles(); ++tile) {
     const int n = row.tile_size(tile);
-    tile_weights(row, law, tile, e);
+    tile_weights(row, distribution, tile, e);
     const int64_t* words = tile_noise(noise, ids, tile, n, buffer);
     const int i = kernels().race(e, words, n, &best);
     if (i >= 0) winner = tile * kTile + i;

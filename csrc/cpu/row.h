@@ -1,4 +1,4 @@
-// One row of logits: its law, its tile sums, and draws from it.
+// One row of logits: its distribution, its tile sums, and draws from it.
 #pragma once
 
 #include <limits>
@@ -55,18 +55,19 @@ class Row {
 };
 
 // The weights of one tile, greedy rows included.
-void tile_weights(const Row& row, const RowLaw& law, int64_t tile, int64_t* e);
+void tile_weights(const Row& row, const RowDistribution& distribution, int64_t tile, int64_t* e);
 
-// The largest logit of a row, never -0, or why the row has no law.
+// The largest logit of a row, never -0, or why the row has no distribution.
 Status find_max(const Row& row, float* max);
 
-// The law of a row; sums[tile] becomes the sum of a tile's weights. scratch: int64 [columns],
-// needed when the row is truncated.
-RowLaw make_law(const Row& row, const Parameters& parameters, int64_t index, int64_t* sums,
-                int64_t* scratch);
+// The distribution of a row; sums[tile] becomes the sum of a tile's weights. scratch: int64
+// [columns], needed when the row is truncated.
+RowDistribution make_distribution(const Row& row, const Parameters& parameters, int64_t index,
+                                  int64_t* sums, int64_t* scratch);
 
-// The token of mulhi(word, law.total), found by the tile sums and one tile's weights.
-int64_t draw(const Row& row, const RowLaw& law, const int64_t* sums, uint64_t word);
+// The token of mulhi(word, distribution.total), found by the tile sums and one tile's weights.
+int64_t draw(const Row& row, const RowDistribution& distribution, const int64_t* sums,
+             uint64_t word);
 
 // Where the exponential variates of a coupled draw come from.
 struct Noise {
@@ -76,6 +77,7 @@ struct Noise {
 };
 
 // argmin_v E_v / e_v; ids: token ids of the columns, or null.
-int64_t race(const Row& row, const RowLaw& law, const int64_t* ids, const Noise& noise);
+int64_t race(const Row& row, const RowDistribution& distribution, const int64_t* ids,
+             const Noise& noise);
 
 }  // namespace specdiff::cpu

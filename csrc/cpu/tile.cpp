@@ -1,6 +1,6 @@
 // Compiled once for each instruction set, with SPECDIFF_ISA naming it. Whole groups of logits go
 // through lanes.h where there is one; the plain loops do the rest, or everything. Both follow the
-// law bit by bit, because the compiler contracts and reorders nothing.
+// distribution bit by bit, because the compiler contracts and reorders nothing.
 #include "tile.h"
 
 #include "lanes.h"
@@ -35,22 +35,24 @@ void extremes(const float* l, int n, int32_t* low, int32_t* high) {
   *high = highest;
 }
 
-int64_t sum(const float* l, int n, RowLaw law) {
+int64_t sum(const float* l, int n, RowDistribution distribution) {
   int64_t total = 0;
   int i = 0;
 #ifdef SPECDIFF_LANES
-  total = plain(law) ? sum_groups<true>(l, n, law, i) : sum_groups<false>(l, n, law, i);
+  total = plain(distribution) ? sum_groups<true>(l, n, distribution, i)
+                              : sum_groups<false>(l, n, distribution, i);
 #endif
-  for (; i < n; ++i) total += sampled_weight(l[i], law);
+  for (; i < n; ++i) total += sampled_weight(l[i], distribution);
   return total;
 }
 
-void weights(const float* l, int n, RowLaw law, int64_t* e) {
+void weights(const float* l, int n, RowDistribution distribution, int64_t* e) {
   int i = 0;
 #ifdef SPECDIFF_LANES
-  for (; i + kGroup <= n; i += kGroup) store(law_weights<false>(l + i, law), e + i);
+  for (; i + kGroup <= n; i += kGroup)
+    store(distribution_weights<false>(l + i, distribution), e + i);
 #endif
-  for (; i < n; ++i) e[i] = sampled_weight(l[i], law);
+  for (; i < n; ++i) e[i] = sampled_weight(l[i], distribution);
 }
 
 int64_t residual(const int64_t* e_p, const int64_t* e_q, int n, Scales by, int64_t* w) {
@@ -63,7 +65,8 @@ int64_t residual(const int64_t* e_p, const int64_t* e_q, int n, Scales by, int64
   return total;
 }
 
-int64_t excess(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Scales by) {
+int64_t excess(const float* l_p, const float* l_q, int n, RowDistribution p, RowDistribution q,
+               Scales by) {
   int64_t total = 0;
   int i = 0;
 #ifdef SPECDIFF_LANES
@@ -77,8 +80,8 @@ int64_t excess(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Sc
   return total;
 }
 
-int64_t bias(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Scales by,
-             Raise raise) {
+int64_t bias(const float* l_p, const float* l_q, int n, RowDistribution p, RowDistribution q,
+             Scales by, Raise raise) {
   int64_t total = 0;
   int i = 0;
 #ifdef SPECDIFF_LANES
@@ -92,9 +95,9 @@ int64_t bias(const float* l_p, const float* l_q, int n, RowLaw p, RowLaw q, Scal
   return total;
 }
 
-int64_t spreads(const float* l, int n, RowLaw law) {
+int64_t spreads(const float* l, int n, RowDistribution distribution) {
   int64_t total = 0;
-  for (int i = 0; i < n; ++i) total += spread(l[i], law);
+  for (int i = 0; i < n; ++i) total += spread(l[i], distribution);
   return total;
 }
 

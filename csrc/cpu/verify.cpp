@@ -8,15 +8,15 @@ namespace specdiff::cpu {
 namespace {
 
 // One draw from p without x; from p if that is empty.
-int64_t draw_without(const Row& target, const RowLaw& law, int64_t* sums, int64_t x,
-                     uint64_t word) {
-  const int64_t e_x = weight(target.at(x), x, law);
-  if (law.total == e_x) return draw(target, law, sums, word);
+int64_t draw_without(const Row& target, const RowDistribution& distribution, int64_t* sums,
+                     int64_t x, uint64_t word) {
+  const int64_t e_x = weight(target.at(x), x, distribution);
+  if (distribution.total == e_x) return draw(target, distribution, sums, word);
   sums[x / kTile] -= e_x;
-  int64_t r = mulhi(word, law.total - e_x);
+  int64_t r = mulhi(word, distribution.total - e_x);
   const int64_t tile = scan(sums, target.tiles(), r);
   alignas(64) int64_t e[kTile];
-  tile_weights(target, law, tile, e);
+  tile_weights(target, distribution, tile, e);
   if (tile == x / kTile) e[x % kTile] = 0;
   return tile * kTile + scan(e, target.tile_size(tile), r);
 }
@@ -62,34 +62,35 @@ class Sequence {
   // Accepts or rejects drafted token i, and emits what follows from that.
   int32_t examine(int64_t i, bool* rejected) {
     const Row target(p_.target, b_, i);
-    const RowLaw law = law_of(target);
-    if (law.status != kOk) return law.status;
+    const RowDistribution distribution = distribution_of(target);
+    if (distribution.status != kOk) return distribution.status;
     const bool is_recorded = recorded(i);
     DraftRow draft{target, {}, nullptr};
     const int32_t status = find_draft(i, is_recorded, &draft);
     if (status != kOk) return status;
     const int64_t x = token(i);
-    const double p = chance(target, law, x);
-    const double q = probability(draft.weight_of(x), inverse(draft.law.total));
+    const double p = chance(target, distribution, x);
+    const double q = probability(draft.weight_of(x), inverse(draft.distribution.total));
     *rejected = !accepts(accept_word(i), lenient() ? raised(p, q, raise_) : p, q);
-    if (lenient()) bias_ += double(bias_at(target, law, draft, p, q)) * 0x1p-60;
+    if (lenient()) bias_ += double(bias_at(target, distribution, draft, p, q)) * 0x1p-60;
     emitted_[i] = x;
     if (!*rejected) return kOk;
     if (!is_recorded) {
-      emitted_[i] = draw_without(target, law, sums_, x, last_word(i));
+      emitted_[i] = draw_without(target, distribution, sums_, x, last_word(i));
       return kOk;
     }
-    const Residual residual(target, law, draft, 1);
-    emitted_[i] =
-        residual.total() ? residual.draw(last_word(i)) : draw(target, law, sums_, last_word(i));
+    const Residual residual(target, distribution, draft, 1);
+    emitted_[i] = residual.total() ? residual.draw(last_word(i))
+                                   : draw(target, distribution, sums_, last_word(i));
     return kOk;
   }
 
-  // Under a greedy law of the draft, q is 0 but at the token; under one of the target, p is 0 or 1.
-  int64_t bias_at(const Row& target, const RowLaw& law, const DraftRow& draft, double p,
-                  double q) const {
-    if (law.scale == 0 || draft.law.scale == 0) return bias_weight(p, q, raise_);
-    return bias(target, law, draft, raise_);
+  // Under a greedy distribution of the draft, q is 0 but at the token; under one of the target, p
+  // is 0 or 1.
+  int64_t bias_at(const Row& target, const RowDistribution& distribution, const DraftRow& draft,
+                  double p, double q) const {
+    if (distribution.scale == 0 || draft.distribution.scale == 0) return bias_weight(p, q, raise_);
+    return bias(target, distribution, draft, raise_);
   }
 
   int32_t block_rule() {
@@ -116,15 +117,15 @@ class Sequence {
   // P_{i+1} = min(1, P_i p(x) / q(x)), and what is needed of position i later.
   int32_t extend(Prefix* prefixes, int64_t i) {
     const Row target(p_.target, b_, i);
-    const RowLaw law = law_of(target);
-    if (law.status != kOk) return law.status;
-    prefixes[i].law = law;
+    const RowDistribution distribution = distribution_of(target);
+    if (distribution.status != kOk) return distribution.status;
+    prefixes[i].distribution = distribution;
     prefixes[i].recorded = recorded(i);
     DraftRow draft{target, {}, nullptr};
     const int32_t status = find_draft(i, prefixes[i].recorded, &draft);
     if (status != kOk) return status;
-    const double q = probability(draft.weight_of(token(i)), inverse(draft.law.total));
-    const double joint = prefixes[i].chance * chance(target, law, token(i));
+    const double q = probability(draft.weight_of(token(i)), inverse(draft.distribution.total));
+    const double joint = prefixes[i].chance * chance(target, distribution, token(i));
     prefixes[i + 1].chance = std::min(1.0, joint / q);
     return kOk;
   }
@@ -134,7 +135,7 @@ class Sequence {
     const Row target(p_.target, b_, i);
     DraftRow draft{target, {}, nullptr};
     find_draft(i, prefix.recorded, &draft);
-    const Residual residual(target, prefix.law, draft, prefix.chance);
+    const Residual residual(target, prefix.distribution, draft, prefix.chance);
     const double S = double(residual.total()) * 0x1p-60;
     const double rest = S + 1.0;
     if (u >= 0 && !(u < S / (rest - prefix.chance))) return false;
@@ -142,8 +143,8 @@ class Sequence {
     if (residual.total()) {
       emitted_[i] = residual.draw(last_word(i));
     } else {
-      const RowLaw law = law_of(target);  // for the sums of its tiles
-      emitted_[i] = draw(target, law, sums_, last_word(i));
+      const RowDistribution distribution = distribution_of(target);  // for the sums of its tiles
+      emitted_[i] = draw(target, distribution, sums_, last_word(i));
     }
     return true;
   }
@@ -156,11 +157,11 @@ class Sequence {
   int32_t coupled_rule() {
     for (;; ++accepted_) {
       const Row target(p_.target, b_, accepted_);
-      const RowLaw law = law_of(target);
-      if (law.status != kOk) return law.status;
+      const RowDistribution distribution = distribution_of(target);
+      if (distribution.status != kOk) return distribution.status;
       const bool drafted = accepted_ < length_;
       if (drafted && !in_vocabulary(token(accepted_))) return kToken;
-      const int64_t y = race(target, law, nullptr, noise(accepted_));
+      const int64_t y = race(target, distribution, nullptr, noise(accepted_));
       emitted_[accepted_] = y;
       if (!drafted || token(accepted_) != y) return kOk;
     }
@@ -168,17 +169,19 @@ class Sequence {
 
   int32_t bonus() {
     const Row target(p_.target, b_, length_);
-    const RowLaw law = law_of(target);
-    if (law.status == kOk) {
-      emitted_[length_] = draw(target, law, sums_, word(p_.k, length_, kBonus));
+    const RowDistribution distribution = distribution_of(target);
+    if (distribution.status == kOk) {
+      emitted_[length_] = draw(target, distribution, sums_, word(p_.k, length_, kBonus));
     }
-    return law.status;
+    return distribution.status;
   }
 
-  RowLaw law_of(const Row& target) { return make_law(target, p_.parameters, b_, sums_, scratch_); }
+  RowDistribution distribution_of(const Row& target) {
+    return make_distribution(target, p_.parameters, b_, sums_, scratch_);
+  }
 
-  double chance(const Row& target, const RowLaw& law, int64_t x) const {
-    return probability(weight(target.at(x), x, law), inverse(law.total));
+  double chance(const Row& target, const RowDistribution& distribution, int64_t x) const {
+    return probability(weight(target.at(x), x, distribution), inverse(distribution.total));
   }
 
   int64_t token(int64_t i) const { return p_.tokens[b_ * p_.k + i]; }
@@ -193,18 +196,18 @@ class Sequence {
     return p_.record == kEntangled || p_.tau[at] == latest_;
   }
 
-  // The law that drafted token i came from: its record, or all weight on the token.
+  // The distribution that drafted token i came from: its record, or all weight on the token.
   int32_t find_draft(int64_t i, bool is_recorded, DraftRow* draft) const {
     const int64_t x = token(i), row = p_.rows[b_ * p_.k + i];
     if (!in_vocabulary(x)) return kToken;
     if (!is_recorded) {
-      draft->law.threshold = x;
-      draft->law.total = kOne;
+      draft->distribution.threshold = x;
+      draft->distribution.total = kOne;
       return kOk;
     }
     if (!p_.draft.data || row >= p_.draft_rows) return kToken;
     draft->row = Row(p_.draft, 0, row);
-    draft->law = load(p_.draft_law, row);
+    draft->distribution = load(p_.draft_distribution, row);
     draft->ids = p_.draft_ids;
     return draft->weight_of(x) == 0 ? kDraft : kOk;
   }

@@ -1,6 +1,6 @@
-// One reverse step of absorbing-state diffusion. The last block of a row knows its law and draws
-// its token, the last of a sequence decides which positions are revealed.
-#include "law.h"
+// One reverse step of absorbing-state diffusion. The last block of a row knows its distribution and
+// draws its token, the last of a sequence decides which positions are revealed.
+#include "distribution.h"
 #include "specdiff/reveal.h"
 
 namespace specdiff::cuda {
@@ -8,9 +8,9 @@ namespace {
 
 constexpr int64_t kNoEntropy = 0x7ff8000000000000;  // NaN
 
-__global__ void __launch_bounds__(kThreads) copy_laws(DenoiseStepParams p) {
+__global__ void __launch_bounds__(kThreads) copy_distributions(DenoiseStepParams p) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (row < p.pool) store(load(p.law, row), p.new_law, row);
+  if (row < p.pool) store(load(p.distribution, row), p.new_distribution, row);
 }
 
 // One position of one sequence.
@@ -66,15 +66,15 @@ struct Position {
   __device__ int64_t stride() const { return p.random.position ? 1 + p.logits.columns : 2; }
 };
 
-// The model's own law: temperature 1, nothing cut off.
-__device__ RowLaw raw_law(const RowLaw& law, int64_t total) {
-  return {law.max, kLog2E, 0, total, law.status};
+// The model's own distribution: temperature 1, nothing cut off.
+__device__ RowDistribution raw_distribution(const RowDistribution& distribution, int64_t total) {
+  return {distribution.max, kLog2E, 0, total, distribution.status};
 }
 
 // A block's share of the model's own total and of its entropy.
-__device__ void add_raw_sums(const Position& q, const Slice& slice, const RowLaw& law,
-                             RowWords& words) {
-  const RowLaw raw = raw_law(law, 0);
+__device__ void add_raw_sums(const Position& q, const Slice& slice,
+                             const RowDistribution& distribution, RowWords& words) {
+  const RowDistribution raw = raw_distribution(distribution, 0);
   int64_t total = 0, spreads = 0;
   slice.visit([&](int64_t, const float (&l)[8]) {
     for (int j = 0; j < 8; ++j) {
@@ -91,14 +91,15 @@ __device__ void add_raw_sums(const Position& q, const Slice& slice, const RowLaw
 }
 
 // What the position would become: its token, if its own coin allows it, and its rank.
-__device__ void draw_token(const Position& q, const Row& row, const RowLaw& law, const Area& area) {
+__device__ void draw_token(const Position& q, const Row& row, const RowDistribution& distribution,
+                           const Area& area) {
   const DenoiseStepParams& p = q.p;
-  const RowLaw raw = raw_law(law, area.words->raw_total);
+  const RowDistribution raw = raw_distribution(distribution, area.words->raw_total);
   const double measured =
       p.entropies ? entropy(area.words->spread, raw.total) : bit_cast<double>(kNoEntropy);
-  const int64_t column = p.random.position
-                             ? end_race(area, q.split, q.shared)
-                             : draw(row, law, q.split, area.sums, q.word(1, kDraftToken), q.shared);
+  const int64_t column = p.random.position ? end_race(area, q.split, q.shared)
+                                           : draw(row, distribution, q.split, area.sums,
+                                                  q.word(1, kDraftToken), q.shared);
   if (threadIdx.x != 0) return;
   p.entropy[q.at] = measured;
   const bool possible = p.order != kSedd || q.coin() < p.rate[q.b()] * mean_exp(raw, row.columns);
@@ -110,28 +111,29 @@ __device__ void draw_token(const Position& q, const Row& row, const RowLaw& law,
   }
 }
 
-// A block's part in a row that is read, and what follows from its law if it is the last.
+// A block's part in a row that is read, and what follows from its distribution if it is the last.
 __device__ void read_part(const Position& q, int64_t part) {
   const DenoiseStepParams& p = q.p;
   const int64_t index = p.pool_rows[q.at];
   const Row row(p.logits, 0, index);
   Team team(q.area(), q.split, part, q.shared);
   Slice slice(row, q.split, part, q.shared);
-  RowLaw law;
-  begin_law(slice, p.parameters, q.b(), row.columns, team, q.shared, &law);
-  if (law.status == kOk) {
-    const int64_t sum = slice_sum(slice, law, q.shared);
+  RowDistribution distribution;
+  begin_distribution(slice, p.parameters, q.b(), row.columns, team, q.shared, &distribution);
+  if (distribution.status == kOk) {
+    const int64_t sum = slice_sum(slice, distribution, q.shared);
     if (threadIdx.x == 0) team.area.sums[part] = sum;
-    if (q.measures()) add_raw_sums(q, slice, law, *team.area.words);
+    if (q.measures()) add_raw_sums(q, slice, distribution, *team.area.words);
     if (p.random.position) {
-      store_race(team.area, part, slice_race(slice, law, q.noise(), row.columns, q.shared));
+      store_race(team.area, part,
+                 slice_race(slice, distribution, q.noise(), row.columns, q.shared));
     }
   }
   if (!team.done_last()) return;
-  law = end_law(law, row, q.split, team.area, q.shared);
-  if (threadIdx.x == 0) store(law, p.new_law, index);
-  if (law.status == kOk) {
-    draw_token(q, row, law, team.area);
+  distribution = end_distribution(distribution, row, q.split, team.area, q.shared);
+  if (threadIdx.x == 0) store(distribution, p.new_distribution, index);
+  if (distribution.status == kOk) {
+    draw_token(q, row, distribution, team.area);
   } else if (threadIdx.x == 0) {
     p.entropy[q.at] = bit_cast<double>(kNoEntropy);
   }
@@ -159,7 +161,7 @@ __device__ void end_step(const Position& first) {
     const bool chosen = candidate != 0 && (!ranked || place(q) < p.count);
     p.new_tokens[q.at] = chosen ? candidate - 1 : p.tokens[q.at];
     p.new_tau[q.at] = chosen ? p.step : p.tau[q.at];
-    p.new_rows[q.at] = !chosen ? p.rows[q.at] : p.new_law.scale[row] == 0 ? -1 : row;
+    p.new_rows[q.at] = !chosen ? p.rows[q.at] : p.new_distribution.scale[row] == 0 ? -1 : row;
   }
 }
 
@@ -183,8 +185,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 void denoise_step(const DenoiseStepParams& p, const Queue& queue) {
   const DeviceGuard guard(queue.device);
   const int64_t rows = p.batch * p.k;
-  if (!same_memory(p.law, p.new_law)) {
-    launch(copy_laws, (p.pool + kThreads - 1) / kThreads, queue, p);
+  if (!same_memory(p.distribution, p.new_distribution)) {
+    launch(copy_distributions, (p.pool + kThreads - 1) / kThreads, queue, p);
   }
   const int64_t room = capacity<reveal_rows>(queue.device);
   const Split split = begin_rows(p.logits, rows, room, queue);

@@ -21,7 +21,7 @@ int64_t workspace_size(int64_t rows, int64_t columns);
 // can.
 std::string fault(int device);
 
-void row_law(const RowLawParams& params, const Queue& queue);
+void row_distribution(const RowDistributionParams& params, const Queue& queue);
 void sample(const SampleParams& params, const Queue& queue);
 void denoise_step(const DenoiseStepParams& params, const Queue& queue);
 void verify(const VerifyParams& params, const Queue& queue);

@@ -95,10 +95,10 @@ class Row {
   const char* data_;
 };
 
-// As sampled_weight, of a law that cuts nothing off.
-__device__ inline int64_t whole_weight(float l, const RowLaw& law) {
-  const float shifted = l - law.max;
-  return exp2_weight(shifted * law.scale);
+// As sampled_weight, of a distribution that cuts nothing off.
+__device__ inline int64_t whole_weight(float l, const RowDistribution& distribution) {
+  const float shifted = l - distribution.max;
+  return exp2_weight(shifted * distribution.scale);
 }
 
 // Rows of `columns` are divided among `parts` blocks, and what a block has into groups of eight

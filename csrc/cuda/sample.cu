@@ -1,4 +1,4 @@
-#include "law.h"
+#include "distribution.h"
 
 namespace specdiff::cuda {
 namespace {
@@ -19,25 +19,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t index = blockIdx.x / split.parts, part = blockIdx.x % split.parts;
   const Area area(workspace, p.rows, index, split.parts);
   const Row row(p.logits, 0, index);
-  const RowLaw law = load(p.law, index);
+  const RowDistribution distribution = load(p.distribution, index);
   Team team(area, split, part, shared);
   Slice slice(row, split, part, shared);
   const bool races = p.random.position;
-  if (law.status == kOk && (races || law.scale != 0)) {
+  if (distribution.status == kOk && (races || distribution.scale != 0)) {
     slice.hold();
     if (races) {
-      store_race(area, part, slice_race(slice, law, noise_of(p, index), row.columns, shared));
+      store_race(area, part,
+                 slice_race(slice, distribution, noise_of(p, index), row.columns, shared));
     } else {
-      const int64_t sum = slice_sum(slice, law, shared);
+      const int64_t sum = slice_sum(slice, distribution, shared);
       if (threadIdx.x == 0) area.sums[part] = sum;
     }
   }
   if (!team.done_last()) return;
   int64_t token = -1;
-  if (law.status == kOk) {
+  if (distribution.status == kOk) {
     token = races ? end_race(area, split, shared)
-                  : draw(row, law, split, area.sums, word_of(p, index), shared);
-    if (token >= row.columns) token = row.columns - 1;  // only if the law is not this row's
+                  : draw(row, distribution, split, area.sums, word_of(p, index), shared);
+    if (token >= row.columns)
+      token = row.columns - 1;  // only if the distribution is not this row's
     if (p.draft_ids) token = p.draft_ids[token];
   }
   if (threadIdx.x == 0) p.tokens[index] = token;

@@ -1,6 +1,7 @@
 // Verification of a draft: one launch where all blocks find room at once, else two.
 //
-// 1. judge: the law of each target row; the last block of a row judges the drafted token. Rows
+// 1. judge: the distribution of each target row; the last block of a row judges the drafted token.
+// Rows
 //    behind one that ended the round are left out if they come later.
 // 2. end: residual weights where one may be drawn from, under the lenient rule bias weights of all
 //    examined rows; the last block of a sequence draws.
@@ -78,15 +79,16 @@ __device__ bool is_recorded(const Sequence& s, int64_t i) {
 
 // Whether no later row can matter: x is rejected, has no chance in the block rule, or something is
 // wrong. For one thread.
-__device__ bool ends_round(const Sequence& s, int64_t i, const Row& row, const RowLaw& law,
-                           bool recorded) {
+__device__ bool ends_round(const Sequence& s, int64_t i, const Row& row,
+                           const RowDistribution& distribution, bool recorded) {
   RowWords& words = s.words(i);
   words.recorded = recorded;
-  const DraftLaw draft(s.p, s.b * s.p.k + i, recorded);
-  if (law.status == kOk) words.status = draft.fault();
+  const DraftDistribution draft(s.p, s.b * s.p.k + i, recorded);
+  if (distribution.status == kOk) words.status = draft.fault();
   if (words.status != kOk) return true;
-  const double p = probability(weight(row.at(draft.x), draft.x, law), inverse(law.total));
-  const double q = probability(draft.weight_of_token(), inverse(draft.law.total));
+  const double p =
+      probability(weight(row.at(draft.x), draft.x, distribution), inverse(distribution.total));
+  const double q = probability(draft.weight_of_token(), inverse(draft.distribution.total));
   words.target_chance = p;
   words.draft_chance = q;
   if (s.block_rule()) return p == 0;
@@ -99,23 +101,24 @@ __device__ bool ends_round(const Sequence& s, int64_t i, const Row& row, const R
   return !accepts(s.word(i, i, kAccept), chance, q);
 }
 
-// A block's part in the law of row i, and the judgement if it is the last.
+// A block's part in the distribution of row i, and the judgement if it is the last.
 __device__ void judge_part(const Sequence& s, int64_t i, int64_t part) {
   Team team(s.area(i), s.split, part, s.shared);
   if (i > s.length() || i > s.stop()) return team.leave();
   const Row row = s.row(i);
   Slice slice(row, s.split, part, s.shared);
-  RowLaw law;
-  if (!begin_law(slice, s.p.parameters, s.b, row.columns, team, s.shared, &law)) return;
-  if (law.status == kOk) {
-    const int64_t sum = slice_sum(slice, law, s.shared);
+  RowDistribution distribution;
+  if (!begin_distribution(slice, s.p.parameters, s.b, row.columns, team, s.shared, &distribution))
+    return;
+  if (distribution.status == kOk) {
+    const int64_t sum = slice_sum(slice, distribution, s.shared);
     if (threadIdx.x == 0) team.area.sums[part] = sum;
   }
   if (!team.done_last()) return;
-  law = end_law(law, row, s.split, team.area, s.shared);
+  distribution = end_distribution(distribution, row, s.split, team.area, s.shared);
   if (i == s.length()) return;
   const bool recorded = is_recorded(s, i);
-  if (threadIdx.x == 0 && ends_round(s, i, row, law, recorded)) s.stop_at(i);
+  if (threadIdx.x == 0 && ends_round(s, i, row, distribution, recorded)) s.stop_at(i);
 }
 
 // P_i = min(1, P_{i-1} p(x_i) / q(x_i)) of all prefixes. Only for the last block of a sequence:
@@ -177,15 +180,15 @@ __device__ int64_t longest_prefix(const Sequence& s) {
 __device__ int64_t last_token(const Sequence& s, int64_t i) {
   const Area area = s.area(i);
   const Row row = s.row(i);
-  const RowLaw law = area.words->law();
+  const RowDistribution distribution = area.words->distribution();
   const bool drafted = i < s.length();
   const bool recorded = drafted && area.words->recorded;
   const bool residual = s.block_rule() ? drafted : recorded;
   const double a = s.block_rule() ? area.words->prefix_chance : 1;
-  const DraftLaw draft(s.p, drafted ? s.b * s.p.k + i : -1, recorded);
+  const DraftDistribution draft(s.p, drafted ? s.b * s.p.k + i : -1, recorded);
   int64_t x = drafted && !residual ? draft.x : -1;  // left out
   const int64_t holder = x < 0 ? -1 : (x + row.shift()) / s.split.part_columns();
-  const int64_t e_x = x < 0 ? 0 : weight(row.at(x), x, law);
+  const int64_t e_x = x < 0 ? 0 : weight(row.at(x), x, distribution);
   bool from_target = !residual;
   const auto kept = [&](int64_t part) {
     return from_target ? area.sums[part] - (part == holder && x >= 0 ? e_x : 0) : area.excess[part];
@@ -194,15 +197,15 @@ __device__ int64_t last_token(const Sequence& s, int64_t i) {
   for (int64_t part = threadIdx.x; part < s.split.parts; part += kThreads) total += kept(part);
   total = block_sum(total, s.shared);
   if (total == 0) {
-    total = law.total;
+    total = distribution.total;
     from_target = true;
     x = -1;
   }
   int64_t r = mulhi(s.word(s.p.k, i, drafted ? kResidual : kBonus), total);
   const int64_t part = find_first(s.split.parts, kept, r, s.shared);
   const auto weigh = [&](int64_t v, int64_t (&e)[8]) {
-    if (!from_target) return weigh_both(row, law, draft, v, ResidualWeight{a}, e);
-    row_weights(row, law, v, e);
+    if (!from_target) return weigh_both(row, distribution, draft, v, ResidualWeight{a}, e);
+    row_weights(row, distribution, v, e);
     for (int j = 0; j < 8; ++j) e[j] = v + j == x ? 0 : e[j];
   };
   return draw_within(row, s.split, part, r, weigh, s.shared);
@@ -245,17 +248,17 @@ __device__ void end_part(const Sequence& s, int64_t i, int64_t part) {
   if (length < 0) status = kToken;
   const bool sums = status == kOk && i < length;
   if (lenient && sums && recorded && i <= end) {
-    const DraftLaw draft(s.p, s.b * s.p.k + i, recorded);
+    const DraftDistribution draft(s.p, s.b * s.p.k + i, recorded);
     const BiasWeight weigh{s.raise_by_amount()};
     const int64_t found =
-        sum_both(s.row(i), area.words->law(), draft, s.split, part, weigh, s.shared);
+        sum_both(s.row(i), area.words->distribution(), draft, s.split, part, weigh, s.shared);
     if (threadIdx.x == 0) add(&area.words->excess, found);
   }
   if (sums && (s.block_rule() ? may_end_at(s, i) : recorded && i == end)) {
     const ResidualWeight weigh{s.block_rule() ? area.words->prefix_chance : 1};
-    const DraftLaw draft(s.p, s.b * s.p.k + i, recorded);
+    const DraftDistribution draft(s.p, s.b * s.p.k + i, recorded);
     const int64_t found =
-        sum_both(s.row(i), area.words->law(), draft, s.split, part, weigh, s.shared);
+        sum_both(s.row(i), area.words->distribution(), draft, s.split, part, weigh, s.shared);
     if (threadIdx.x == 0) {
       area.excess[part] = found;
       if (s.block_rule()) add(&area.words->excess, found);
@@ -313,24 +316,25 @@ __device__ void race_part(const Sequence& s, int64_t i, int64_t part) {
   if (i > s.length() || i > s.stop()) return team.leave();
   const Row row = s.row(i);
   Slice slice(row, s.split, part, s.shared);
-  RowLaw law;
-  if (!begin_law(slice, p.parameters, s.b, row.columns, team, s.shared, &law)) return;
-  if (law.status == kOk) {
+  RowDistribution distribution;
+  if (!begin_distribution(slice, p.parameters, s.b, row.columns, team, s.shared, &distribution))
+    return;
+  if (distribution.status == kOk) {
     const int64_t* words = p.random.words;
     const Noise noise =
         words ? Noise{words + (s.b * (p.k + 1) + i) * row.columns, 0, 0, nullptr}
               : Noise{nullptr, uint64_t(p.random.seed[s.b]), p.random.position[s.b] + i, nullptr};
-    store_race(team.area, part, slice_race(slice, law, noise, row.columns, s.shared));
+    store_race(team.area, part, slice_race(slice, distribution, noise, row.columns, s.shared));
   }
   if (!team.done_last()) return;
-  const int64_t y = law.status == kOk ? end_race(team.area, s.split, s.shared) : -1;
+  const int64_t y = distribution.status == kOk ? end_race(team.area, s.split, s.shared) : -1;
   if (threadIdx.x != 0) return;
   const bool drafted = i < s.length();
   const int64_t x = drafted ? s.token(i) : y;
   const bool possible = !drafted || (0 <= x && x < row.columns);
   team.area.words->token = y;
-  team.area.words->status = law.status != kOk || possible ? law.status : kToken;
-  if (drafted && (law.status != kOk || x != y)) s.stop_at(i);
+  team.area.words->status = distribution.status != kOk || possible ? distribution.status : kToken;
+  if (drafted && (distribution.status != kOk || x != y)) s.stop_at(i);
 }
 
 // The coupled rule: the token of each target row, and where the drafted ones depart from it.

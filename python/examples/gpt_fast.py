@@ -17,7 +17,15 @@ from llama import DenseCache, Transformer, load
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from specdiff_kernels import Draft, RowLaw, check_status, commit, row_law, sample, verify
+from specdiff_kernels import (
+    Draft,
+    RowDistribution,
+    check_status,
+    commit,
+    row_distribution,
+    sample,
+    verify,
+)
 
 
 def prefill(model: Transformer, text: Tensor, longest: int) -> DenseCache:
@@ -30,7 +38,7 @@ def prefill(model: Transformer, text: Tensor, longest: int) -> DenseCache:
 
 class Drafter:
     """A smaller model drafts token by token. Each token is recorded: `verify` gets the logits and
-    the law that it was drawn from.
+    the distribution that it was drawn from.
     """
 
     def __init__(self, model: Transformer, text: Tensor, longest: int) -> None:
@@ -43,20 +51,22 @@ class Drafter:
         B, device = len(text), text.device
         # if all of the last draft was accepted, the model has not seen its last token
         at = (lengths[:, None] + torch.tensor([-1, 0], device=device)).clamp(min=0)
-        new, tokens, logits, laws = text.gather(1, at), [], [], []
+        new, tokens, logits, distributions = text.gather(1, at), [], [], []
         for i in range(k):
             logits.append(self.model(new, at, self.cache)[:, -1])  # [B, V]
-            laws.append(row_law(logits[i], temperature))
+            distributions.append(row_distribution(logits[i], temperature))
             slot = torch.full_like(seed, i)
-            tokens.append(sample(logits[i], laws[i], seed=seed, round=round, slot=slot))
-            new = tokens[i][:, None].clamp(min=0)  # -1 where logits have no law; verify says so
+            tokens.append(sample(logits[i], distributions[i], seed=seed, round=round, slot=slot))
+            new = tokens[i][:, None].clamp(
+                min=0
+            )  # -1 where logits have no distribution; verify says so
             at = lengths[:, None] + i + 1
         return Draft(
             tokens=torch.stack(tokens, 1),
             tau=torch.arange(k, dtype=torch.int32, device=device).expand(B, k),  # in this order
             rows=torch.arange(k * B, device=device).view(k, B).T,  # (b, i) is row i B + b below
             logits=torch.cat(logits),
-            law=RowLaw(*map(torch.cat, zip(*laws, strict=True))),
+            distribution=RowDistribution(*map(torch.cat, zip(*distributions, strict=True))),
         )
 
 
@@ -74,7 +84,7 @@ def generate(
     """Continue ragged prompts together, each as if it were alone.
 
     Args:
-        target: the model whose law the texts follow.
+        target: the model whose distribution the texts follow.
         prompts: token ids, at least one in each.
         new_tokens: most that are added to a prompt; fewer where a stop token comes first.
         draft_model: with the same vocabulary; None: one token a forward.

@@ -172,7 +172,8 @@ class Engine:
                 del self.running[b]
 
     def draft(self) -> tuple[Tensor, Draft]:
-        """Last tokens [B, 1], and guesses at what comes next, which are one-hot: without a law."""
+        """Last tokens [B, 1], and guesses at what comes next, which are one-hot: without a
+        distribution."""
         B = len(self.finished)
         tokens = torch.zeros(B, 1 + self.k, dtype=torch.int64)
         lengths = torch.zeros(B, dtype=torch.int64)

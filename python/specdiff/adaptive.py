@@ -54,11 +54,12 @@ class AdaptiveK:
     """Chooses K from what a row accepted before and from entropies taken before sampling.
 
     It never looks at a drafted value, neither of a token that it withholds nor of any other, so
-    that the text still follows the target's law exactly.
+    that the text still follows the target's distribution exactly.
 
     A row drafts the most tokens for which the last would still be reached and accepted with
     probability `least_chance`, given its acceptance so far, weighted towards the recent. Drafted
-    positions from the first one on whose law has more entropy than `max_entropy` are withheld.
+    positions from the first one on whose distribution has more entropy than `max_entropy` are
+    withheld.
 
     Args:
         most: K is at most this; None: the drafter's own block.

@@ -137,12 +137,13 @@ def generate(
         str | None,
         typer.Option(
             metavar="KIND=AMOUNT",
-            help="Accept more than the target's law allows, as ensemble=0.9, lenience=0.8 or "
-            "additive=0.01 say; how far the text's law is then from the target's is shown.",
+            help="Accept more than the target's distribution allows, as ensemble=0.9, lenience=0.8 "
+            "or additive=0.01 say; how far the text's distribution then is from it is shown.",
         ),
     ] = None,
     record: Annotated[
-        Record | None, typer.Option(help="Which recorded draft laws count; default: all that may.")
+        Record | None,
+        typer.Option(help="Which recorded draft distributions count; default: all that may."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Per prompt.")] = 128,
     raw: Raw = False,
@@ -173,8 +174,8 @@ def generate(
         lenient = None if lenience is None else parse_lenience(lenience)
         rule = rule or Rule(sampling.rule)
         plain, tokenizer = load(target, rule.value, lenient, threads, not no_accelerate)
-        laws = None if record is None else record.value
-        decoder = plain if no_draft else with_drafter(plain, drafter, counts[1], laws)
+        distributions = None if record is None else record.value
+        decoder = plain if no_draft else with_drafter(plain, drafter, counts[1], distributions)
     ids = [encode(tokenizer, text, raw) for text in prompts]
     if not no_draft:
         names = named(target, drafter, raw, not no_accelerate)

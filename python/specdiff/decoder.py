@@ -1,7 +1,7 @@
 """Decoder: whole texts from prompts, by sessions of rounds.
 
-Every emitted token follows the target's law exactly, whatever the drafter proposes; but for the
-lenient rule, whose distance from it `Stats.bias` counts.
+Every emitted token follows the target's distribution exactly, whatever the drafter proposes; but
+for the lenient rule, whose distance from it `Stats.bias` counts.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Generation:
         new_tokens: the new tokens of each row, a stop token included.
         texts: `new_tokens` decoded and cut before the first stop string; None without tokenizer.
         stats: counts and times.
-        logprobs: log-probabilities of `new_tokens` under the law that they were drawn from; None
-            unless the option `logprobs` asked for them.
+        logprobs: log-probabilities of `new_tokens` under the distribution that they were drawn
+            from; None unless the option `logprobs` asked for them.
     """
 
     sequences: list[list[int]]
@@ -58,17 +58,18 @@ class Decoder:
     """Decodes batches of ragged prompts with one target and one drafter.
 
     Args:
-        target: the model whose law the text follows.
+        target: the model whose distribution the text follows.
         drafter: what proposes tokens; None is plain decoding by the same implementation.
         k: most tokens drafted per round, at least 1; None: the drafter's own choice; an AdaptiveK
             or a Planner chooses anew in every round. Fewer near the end of a row.
         rule: how `specdiff_kernels.verify` judges a draft: "token", "block", "greedy", "coupled" or
             "lenient". With "coupled" the text is that of plain decoding under this rule with the
-            same seed. With "lenient" it does not follow the target's law exactly: the distance
-            between the two laws of the text is at most the mean of `Stats.bias`.
+            same seed. With "lenient" it does not follow the target's distribution exactly: the
+            distance between the two distributions of the text is at most the mean of `Stats.bias`.
         lenience: how lenient the lenient rule is, see `specdiff_kernels.Lenience`; an amount for
             each row of the batch, or one for all.
-        record: which recorded laws count, see `specdiff_kernels.verify`; None: all that may.
+        record: which recorded distributions count, see `specdiff_kernels.verify`; None: all that
+            may.
         backend: of the ops; None chooses.
         tokenizer: with `decode`, as Hugging Face's; needed for stop strings and texts.
 
@@ -144,7 +145,8 @@ class Decoder:
 
         Raises:
             ValueError: a prompt, limit, seed or stop string cannot be used.
-            LawError: the target's or drafter's logits define no law; names the row and reason.
+            DistributionError: the target's or drafter's logits define no distribution; names the
+                row and reason.
         """
         prompts = as_rows(prompts)
         check_prompts(self.target, prompts, max_new_tokens)

@@ -87,8 +87,8 @@ class GenerateOutput(ModelOutput):
     Attributes:
         sequences: i64 [B, N], prompts as they came, new tokens, padding.
         logprobs: with output_scores, f32 [B, new tokens]: log-probability of each new token under
-            the law that it was drawn from (greedy: the processed scores' softmax); 0 at padding.
-            In the place of `scores`, whose V numbers a token nobody keeps here.
+            the distribution that it was drawn from (greedy: the processed scores' softmax); 0 at
+            padding. In the place of `scores`, whose V numbers a token nobody keeps here.
         stats: counts and times.
     """
 
@@ -132,9 +132,10 @@ def generate(
 ) -> Tensor | GenerateOutput:
     """Speculative decoding as a `custom_generate` of transformers' `generate`, which calls it.
 
-    The text follows the law that `generate` samples from with the same arguments; greedy text is
-    the same. (Rule "lenient": to within the mean of `stats.bias`.) Batches may be left-padded, rows
-    are decoded as if each were alone, and `num_return_sequences` works. `cache_implementation` is
+    The text follows the distribution that `generate` samples from with the same arguments; greedy
+    text is the same. (Rule "lenient": to within the mean of `stats.bias`.) Batches may be
+    left-padded, rows are decoded as if each were alone, and `num_return_sequences` works.
+    `cache_implementation` is
     taken as a wish: the cache is preallocated in any case.
 
     Args:

@@ -141,11 +141,11 @@ class Planner:
     """Chooses K and T of each round, for all rows alike, so that most tokens come in a second.
 
     It looks at what was accepted in earlier rounds alone, so that the text still follows the
-    target's law exactly. The chance that position i is accepted, given that it is examined, has a
-    Beta posterior for each T. It begins anew with each session, at what was seen when the costs
-    were measured, and forgets slowly; where other T are accepted less than they were then, so will
-    this one be. A plan that might be better than the best one known is tried, for at most a
-    hundredth of the time. Give it to a `Decoder` as its k; it sets the drafter's
+    target's distribution exactly. The chance that position i is accepted, given that it is
+    examined, has a Beta posterior for each T. It begins anew with each session, at what was seen
+    when the costs were measured, and forgets slowly; where other T are accepted less than they were
+    then, so will this one be. A plan that might be better than the best one known is tried, for at
+    most a hundredth of the time. Give it to a `Decoder` as its k; it sets the drafter's
     `steps`.
 
     Args:

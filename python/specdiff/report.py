@@ -88,7 +88,7 @@ def table(run: Run, baseline: Run | None, result: dict[str, Any], *, budget: boo
         shown.add_row("total variation spent", f"{result['bias']:.4f}")
         shown.add_row("... for each token", f"{result['bias_per_token']:.4f}")
         if result["bias"] > 0:
-            shown.caption = "the text no longer follows the target's law exactly"
+            shown.caption = "the text no longer follows the target's distribution exactly"
     for stage in run.stats.stage_ms:
         shown.add_row(f"{stage} ms", *(f"{s.stage_ms[stage]:.1f}" for s in columns))
     shown.add_row("tokens/s", *(f"{s.tokens_per_second:.1f}" for s in columns))

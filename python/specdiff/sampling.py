@@ -16,7 +16,7 @@ WORD = 1 << 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """The law that every emitted token follows, given its prefix.
+    """The distribution that every emitted token follows, given its prefix.
 
     Applied in this order, as transformers does: temperature, top-k, top-p, min-p.
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdiff_kernels import Committed, Draft, check_status, commit, row_law, verify
+from specdiff_kernels import Committed, Draft, check_status, commit, row_distribution, verify
 
 from .cache import PagedRowCache, RowCache
 from .drafters.base import Drafter, Draws, News, StateDrafter, draft_status, joined
@@ -221,8 +221,9 @@ class Session:
         """Run one round, or `look_every` of them, and look at what they brought.
 
         Raises:
-            LawError: the target's or drafter's logits define no law; names the row and reason. What
-                other rows gained is in `texts`; they go on once `abort` has freed this one's place.
+            DistributionError: the target's or drafter's logits define no distribution; names the
+                row and reason. What other rows gained is in `texts`; they go on once `abort` has
+                freed this one's place.
         """
         longest = max(self._lengths)
         if self.decoder.adaptive is not None:
@@ -529,14 +530,15 @@ def pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
 def log_probabilities(
     logits: Tensor, tokens: Tensor, sampling: Sampling, backend: str | None
 ) -> Tensor:
-    """log p of tokens [B, Q] under the law that each row [B, Q, V] is sampled from, f64 [B, Q].
+    """log p of tokens [B, Q] under the distribution that each row [B, Q, V] is sampled from, f64
+    [B, Q].
 
     Greedy rows are those of temperature 1, without truncation.
     """
     parameters = Sampling(1.0).parameters if sampling.greedy else sampling.parameters
     rows = logits.flatten(0, 1)
-    law = row_law(rows, *parameters, backend=backend)
+    distribution = row_distribution(rows, *parameters, backend=backend)
     logit = rows.gather(1, tokens.flatten()[:, None])[:, 0].float()
     # weights are 2^44 2^t; total is their sum over what is not truncated
-    t = ((logit - law.max) * law.scale).double()
-    return (math.log(2) * (t + 44 - law.total.double().log2())).view(tokens.shape)
+    t = ((logit - distribution.max) * distribution.scale).double()
+    return (math.log(2) * (t + 44 - distribution.total.double().log2())).view(tokens.shape)

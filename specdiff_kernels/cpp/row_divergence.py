@@ -1,4 +1,4 @@
-"""How far the draft's law is from the target's, and its gradient, row by row."""
+"""How far the draft's distribution is from the target's, and its gradient, row by row."""
 
 from __future__ import annotations
 

@@ -4,8 +4,16 @@ from .commit import commit
 from .denoise_step import denoise_step
 from .launch import fault
 from .native import workspace_size
-from .row_law import row_law
+from .row_distribution import row_distribution
 from .sample import sample
 from .verify import verify
 
-__all__ = ["commit", "denoise_step", "fault", "row_law", "sample", "verify", "workspace_size"]
+__all__ = [
+    "commit",
+    "denoise_step",
+    "fault",
+    "row_distribution",
+    "sample",
+    "verify",
+    "workspace_size",
+]

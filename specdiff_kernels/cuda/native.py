@@ -4,10 +4,18 @@ from specdiff_kernels._C_cuda import (
     commit,
     denoise_step,
     fault,
-    row_law,
+    row_distribution,
     sample,
     verify,
     workspace_size,
 )
 
-__all__ = ["commit", "denoise_step", "fault", "row_law", "sample", "verify", "workspace_size"]
+__all__ = [
+    "commit",
+    "denoise_step",
+    "fault",
+    "row_distribution",
+    "sample",
+    "verify",
+    "workspace_size",
+]

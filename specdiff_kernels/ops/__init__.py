@@ -2,8 +2,8 @@
 
 from .commit import commit
 from .denoise_step import denoise_step
+from .row_distribution import row_distribution
 from .row_divergence import row_divergence
-from .row_law import row_law
 from .sample import sample
 from .skinny_linear import pack_weight, skinny_linear
 from .verify import verify
@@ -12,8 +12,8 @@ __all__ = [
     "commit",
     "denoise_step",
     "pack_weight",
+    "row_distribution",
     "row_divergence",
-    "row_law",
     "sample",
     "skinny_linear",
     "verify",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import LAW_DTYPES, MAX_VOCABULARY, Purpose, RowLaw
+from ..types import DISTRIBUTION_DTYPES, MAX_VOCABULARY, Purpose, RowDistribution
 
 INT64 = (torch.int64,)
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,11 +100,15 @@ def check_increasing(name: str, ids: Tensor, V: int) -> None:
         )
 
 
-def check_law(name: str, law: RowLaw, N: int, device: torch.device) -> RowLaw:
-    """The law with contiguous fields of N entries each."""
-    for field, tensor, dtype in zip(RowLaw._fields, law, LAW_DTYPES, strict=True):
+def check_distribution(
+    name: str, distribution: RowDistribution, N: int, device: torch.device
+) -> RowDistribution:
+    """The distribution with contiguous fields of N entries each."""
+    for field, tensor, dtype in zip(
+        RowDistribution._fields, distribution, DISTRIBUTION_DTYPES, strict=True
+    ):
         check_tensor(f"{name}.{field}", tensor, (N,), (dtype,), device)
-    return RowLaw(*contiguous(*law))
+    return RowDistribution(*contiguous(*distribution))
 
 
 # name: (dtype, what is allowed, test)

@@ -63,7 +63,7 @@ def commit(
             may have for padding (`pool[:N]`). Other layouts are views of these:
             `keys.transpose(1, 2)` of [B, S, H, D], `kv[:, 0]` and `kv[:, 1]` of interleaved
             [N, 2, block_size, H, D]. Layers may share one: listed twice, it is moved once.
-        backend, out: as in `row_law`; `out` may alias the inputs.
+        backend, out: as in `row_distribution`; `out` may alias the inputs.
 
     Returns:
         Committed(lengths i64 [B], kept i64 [B], finished bool [B]).

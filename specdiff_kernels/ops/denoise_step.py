@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reveal import Order, Reveal
-from ..types import LAW_DTYPES, Draft, Pending, RowLaw
+from ..types import DISTRIBUTION_DTYPES, Draft, Pending, RowDistribution
 from .checks import (
     INT64,
     check_random,
@@ -46,13 +46,14 @@ def denoise_step(
     out: Draft | None = None,
     workspace: Tensor | None = None,
 ) -> Draft:
-    """Reveal some masked positions of a draft: decide which, draw their tokens, record the laws.
+    """Reveal some masked positions of a draft: decide which, draw their tokens, record the
+    distributions.
 
     A position is masked while its token is -1. One that is revealed gets a token drawn from its row
     of `draft.logits`, tau = step, and its row recorded (-1 if the row is greedy: the token is then
     a bare guess). The reveal decision is independent of the token, except under
     `Reveal.highest_confidence`. Rows of revealed positions are not read, nor those of masked ones
-    that this step cannot reveal; laws of all rows that were read are renewed.
+    that this step cannot reveal; distributions of all rows that were read are renewed.
     SEDD: 2310.16834, section 4.1; MDLM: 2406.07524, section 3.
 
     Args:
@@ -62,11 +63,12 @@ def denoise_step(
         reveal: which positions, see `Reveal`.
         step: number of this reverse step, recorded as tau; larger than that of every revealed
             position. Under `Reveal.all()` it becomes the draft's `final_step`.
-        temperature, top_k, top_p, min_p: of the draft's law, a number or a tensor [B]; see
-            `row_law`. The reveal decision always goes by the model's own law, temperature 1.
+        temperature, top_k, top_p, min_p: of the draft's distribution, a number or a tensor [B]; see
+            `row_distribution`. The reveal decision always goes by the model's own distribution,
+            temperature 1.
         pool_rows: i64 [B, K], row of the pool that holds each position's logits, all different;
             None: b K + i.
-        entropies: also measure the entropy of the model's law at each row read, into
+        entropies: also measure the entropy of the model's distribution at each row read, into
             `draft.entropy`, which keeps what it holds otherwise. Asked of the first step alone it
             is taken before any sampling, and may decide how much is drafted.
         seed, round: i64 [B], as in `verify`; position i draws with slot i.
@@ -74,12 +76,12 @@ def denoise_step(
             `verify` and `sample`. Reveal decisions still take `round`.
         words: i64 [B, K, 2], the words of each reveal decision and each token, in place of seed and
             round; first-hitting takes [:, 0, 0]. Coupled: [B, K, 1 + V].
-        backend, out, workspace: as in `row_law`; `out` may be `draft` itself if it has a law and an
-            entropy.
+        backend, out, workspace: as in `row_distribution`; `out` may be `draft` itself if it has a
+            distribution and an entropy.
 
     Returns:
-        the Draft. `check_status(draft.law.status)` tells whether a row read had no law; its
-        position stays masked.
+        the Draft. `check_status(draft.distribution.status)` tells whether a row read had no
+        distribution; its position stays masked.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or range.
@@ -100,7 +102,7 @@ def denoise_step(
         raise ValueError(f"draft.tokens: expected [B, K], got {list(draft.tokens.shape)}")
     B, K = draft.tokens.shape
     checked = check_draft(draft, B, K, None, device)
-    if checked.logits is None or checked.law is None:
+    if checked.logits is None or checked.distribution is None:
         raise ValueError("draft.logits: expected the pool of the model's logits, got None")
     R, V = checked.logits.shape
     pool_rows = check_pool_rows(pool_rows, B, K, R, device)
@@ -110,7 +112,7 @@ def denoise_step(
     per_position = 2 if position is None else 1 + V
     check_random(B, device, (B, K, per_position), words, seed=seed, round=round)
     args = (
-        checked.logits, checked.tokens, checked.tau, checked.rows, *checked.law,
+        checked.logits, checked.tokens, checked.tau, checked.rows, *checked.distribution,
         checked.draft_ids, checked.lengths, pool_rows,
         int(order), reveal.lo, reveal.hi, reveal.number,
         per_row("rate", reveal.rate, B, device), step, entropies or order is Order.ENTROPY,
@@ -125,18 +127,18 @@ def denoise_step(
     if out is None:
         results = OP.functional(*args)
     else:
-        if out.law is None or out.entropy is None:
-            raise ValueError("out: expected a Draft with law and entropy, got None")
+        if out.distribution is None or out.entropy is None:
+            raise ValueError("out: expected a Draft with distribution and entropy, got None")
         entropy = out.entropy
         if not entropies and (entropy is draft.entropy or overlap(entropy, draft.entropy)):
             entropy = torch.empty_like(entropy)  # written in its place
-        results = (out.tokens, out.tau, out.rows, *out.law, entropy)
+        results = (out.tokens, out.tau, out.rows, *out.distribution, entropy)
         OP.into(*args, workspace, *results)
     return draft._replace(
         tokens=results[0],
         tau=results[1],
         rows=results[2],
-        law=RowLaw(*results[3:8]),
+        distribution=RowDistribution(*results[3:8]),
         value_dependent=draft.value_dependent or order is Order.CONFIDENCE,
         final_step=step if order is Order.ALL else draft.final_step,
         coupled=draft.coupled or position is not None,
@@ -180,15 +182,15 @@ def check_pool_rows(
 
 def _outputs(logits: Tensor, tokens: Tensor, *_: Any) -> Outputs:
     shape, rows = list(tokens.shape), [logits.shape[0]]
-    laws = [(rows, dtype) for dtype in LAW_DTYPES]
+    distributions = [(rows, dtype) for dtype in DISTRIBUTION_DTYPES]
     whole = [(shape, torch.int64), (shape, torch.int32), (shape, torch.int64)]
-    return [*whole, *laws, (shape, torch.float64)]
+    return [*whole, *distributions, (shape, torch.float64)]
 
 
 def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
     logits, tokens, tau, rows = args[:4]
-    old = Pending(tokens, tau, rows, RowLaw(*args[4:9]), out[8])
-    new = Pending(out[0], out[1], out[2], RowLaw(*out[3:8]), out[8])
+    old = Pending(tokens, tau, rows, RowDistribution(*args[4:9]), out[8])
+    new = Pending(out[0], out[1], out[2], RowDistribution(*out[3:8]), out[8])
     reveal = Reveal(Order(args[12]), *args[13:16])
     function(logits, old, *args[9:12], reveal, *args[16:], out=new)
 
@@ -200,12 +202,12 @@ OP = define(
     "Tensor? draft_ids, Tensor? lengths, Tensor pool_rows, int order, SymInt lo, SymInt hi, "
     "SymInt number, Tensor rate, SymInt step, bool entropies, Tensor temperature, Tensor? top_k, "
     "Tensor? top_p, Tensor? min_p, Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
-    ("tokens", "tau", "rows", *RowLaw._fields, "entropy"),
+    ("tokens", "tau", "rows", *RowDistribution._fields, "entropy"),
     _outputs,
     _call,
     shown=(
-        "out.tokens", "out.tau", "out.rows", *(f"out.law.{name}" for name in RowLaw._fields),
-        "out.entropy",
+        "out.tokens", "out.tau", "out.rows",
+        *(f"out.distribution.{name}" for name in RowDistribution._fields), "out.entropy",
     ),
     workspace=True,
 )  # fmt: skip

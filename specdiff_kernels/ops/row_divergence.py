@@ -1,4 +1,4 @@
-"""`row_divergence`: how far a drafter's law is from its target's, with its gradient."""
+"""`row_divergence`: how far a drafter's distribution is from its target's, with its gradient."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def row_divergence(
     NaN; any other gradient of a NaN row or of an infinite reverse_kl is NaN.
 
     A row of the result does not depend on the other rows, nor on N or, in cpp, the number of
-    threads. This is no part of the sampling law: backends agree within rounding only. Against fp64
-    the error is at most twice that of the same sums in fp32 by torch.
+    threads. This is no part of the sampling distribution: backends agree within rounding only.
+    Against fp64 the error is at most twice that of the same sums in fp32 by torch.
 
     Args:
         target_logits: [N, V] f32, bf16 or f16; rows of any stride; 1 <= V < 2^19.
         draft_logits: [N, D] f32, bf16 or f16; rows of any stride.
         draft_ids: i64 [D], strictly increasing: target id of each column of draft_logits; None:
             D is V, column is token.
-        temperature: a number or f32 [N] in [2^-95, 2^95], of both laws.
+        temperature: a number or f32 [N] in [2^-95, 2^95], of both distributions.
         backend: force one; see `available_backends`.
         out: a RowDivergence to write into, if no gradient is asked for.
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import Purpose, RowLaw
+from ..types import Purpose, RowDistribution
 from .checks import (
     INT64,
-    check_law,
+    check_distribution,
     check_logits,
     check_purpose,
     check_random,
@@ -22,12 +22,12 @@ from .checks import (
 )
 from .registry import Outputs, define
 
-LAW_SCHEMA = "Tensor max, Tensor scale, Tensor threshold, Tensor total, Tensor status"
+DISTRIBUTION_SCHEMA = "Tensor max, Tensor scale, Tensor threshold, Tensor total, Tensor status"
 
 
 def sample(
     logits: Tensor,
-    law: RowLaw,
+    distribution: RowDistribution,
     *,
     seed: Tensor | None = None,
     round: Tensor | None = None,
@@ -44,11 +44,12 @@ def sample(
 
     r is the high half of word x total, so each probability is e(v) / total to within 2^-64. With
     `position` the draw is *coupled* instead: argmax_v log e(v) + Gumbel noise, which depends on
-    seed, position and token id alone, so that two laws drawn from at one position mostly agree.
+    seed, position and token id alone, so that two distributions drawn from at one position mostly
+    agree.
 
     Args:
-        logits: [N, V], the logits that `law` was made from.
-        law: RowLaw of the N rows.
+        logits: [N, V], the logits that `distribution` was made from.
+        distribution: RowDistribution of the N rows.
         seed, round, slot: i64 [N]; with `purpose` they key Philox4x32-10, so that a draw depends
             on its own sequence alone. slot defaults to 0.
         purpose: a `Purpose`; two uses of randomness never share one.
@@ -57,23 +58,24 @@ def sample(
         words: i64 [N], the random 64-bit words themselves, in place of seed and round. With
             `position`: [N, V], one for each column.
         draft_ids: i64 [V], token ids of the columns when the rows cover a reduced vocabulary.
-        backend, out, workspace: as in `row_law`.
+        backend, out, workspace: as in `row_distribution`.
 
     Returns:
-        i64 [N] token ids, -1 where the row has no law.
+        i64 [N] token ids, -1 where the row has no distribution.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or range, or no randomness.
 
     Example:
         >>> logits = torch.tensor([[0.0, 5.0]])
-        >>> sample(logits, row_law(logits, 0.0), words=torch.zeros(1, dtype=torch.int64)).item()
+        >>> greedy = row_distribution(logits, 0.0)
+        >>> sample(logits, greedy, words=torch.zeros(1, dtype=torch.int64)).item()
         1
     """
     device = device_of("logits", logits)
     logits = check_logits("logits", logits, (None, None), device)
     N, V = logits.shape
-    law = check_law("law", law, N, device)
+    distribution = check_distribution("distribution", distribution, N, device)
     if position is not None:
         check_tensor("position", position, (N,), INT64, device)
         check_random(N, device, (N, V), words, seed=seed)
@@ -88,8 +90,8 @@ def sample(
     seed, round, slot = contiguous(seed, round, slot)
     position, words, draft_ids = contiguous(position, words, draft_ids)
     args = (
-        logits, *law, seed, round, slot, check_purpose(purpose), position, words, draft_ids,
-        backend,
+        logits, *distribution, seed, round, slot, check_purpose(purpose), position, words,
+        draft_ids, backend,
     )  # fmt: skip
     check_workspace(workspace, out, device)
     if out is not None:
@@ -103,13 +105,13 @@ def _outputs(logits: Tensor, *_: Any) -> Outputs:
 
 
 def _call(function: Callable[..., None], logits: Tensor, *rest: Any, out: Any) -> None:
-    function(logits, RowLaw(*rest[:5]), *rest[5:], out=out[0])
+    function(logits, RowDistribution(*rest[:5]), *rest[5:], out=out[0])
 
 
 OP = define(
     "sample",
-    f"Tensor logits, {LAW_SCHEMA}, Tensor? seed, Tensor? round, Tensor? slot, int purpose, "
-    "Tensor? position, Tensor? words, Tensor? draft_ids",
+    f"Tensor logits, {DISTRIBUTION_SCHEMA}, Tensor? seed, Tensor? round, Tensor? slot, "
+    "int purpose, Tensor? position, Tensor? words, Tensor? draft_ids",
     ["tokens"],
     _outputs,
     _call,

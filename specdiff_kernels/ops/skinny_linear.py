@@ -60,8 +60,8 @@ def skinny_linear(
     used where it lies is turned on the way, which takes about half as long again as a packed one.
 
     A row of the result does not depend on the other rows, nor on M or the number of threads, nor on
-    whether the weight is packed, bit for bit. This is no part of the sampling law: backends agree
-    within rounding only. Against fp64 the error is at most twice that of
+    whether the weight is packed, bit for bit. This is no part of the sampling distribution:
+    backends agree within rounding only. Against fp64 the error is at most twice that of
     `torch.nn.functional.linear` in fp32.
 
     Args:

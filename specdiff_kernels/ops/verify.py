@@ -1,5 +1,5 @@
-"""`verify`: accept a prefix of a draft and emit one token more, exactly by the target's law; or,
-if that is asked for, with a bias that is returned."""
+"""`verify`: accept a prefix of a draft and emit one token more, exactly by the target's
+distribution; or, if that is asked for, with a bias that is returned."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..lenience import KINDS, check_lenience
 from ..records import RULES, Record, choose_record
-from ..types import Draft, Lenience, RowLaw, Verified
+from ..types import Draft, Lenience, RowDistribution, Verified
 from .checks import (
     INT64,
+    check_distribution,
     check_increasing,
-    check_law,
     check_logits,
     check_random,
     check_tensor,
@@ -53,8 +53,9 @@ def verify(
     accepted iff u q(x) < p(x); at the first rejection one token is drawn from (p - q)+. Rows after
     it are not read. Rule "block" (Sun et al. 2403.10444, Algorithm 2) judges prefixes as a whole
     and accepts at least as many on average; it reads every row of a prefix that has a chance.
-    If nothing was rejected, one token more is drawn from the target's law behind the draft. Emitted
-    tokens follow the target's law exactly. Where no recorded q may be used, q is one-hot at x.
+    If nothing was rejected, one token more is drawn from the target's distribution behind the
+    draft. Emitted tokens follow the target's distribution exactly. Where no recorded q may be used,
+    q is one-hot at x.
 
     Rule "coupled": token y = argmax_v log p(v) + Gumbel noise keyed by the sequence's seed, the
     absolute position and v alone; drafted tokens are accepted while they equal y. The text is,
@@ -62,19 +63,19 @@ def verify(
 
     Rule "lenient" (Yin et al. 2411.00841) accepts x iff u q(x) < p'(x), where `lenience` says how
     p' exceeds p, and is the token rule in all else. It is biased, and returns by how much: at an
-    examined position the law of the emitted token is sum_v (min(q(v), p'(v)) - p(v))+ away from
-    the target's in total variation, which is what its rejections become fewer by.
+    examined position the distribution of the emitted token is sum_v (min(q(v), p'(v)) - p(v))+ away
+    from the target's in total variation, which is what its rejections become fewer by.
 
     Args:
         target_logits: [B, K + 1, V] f32, bf16 or f16, any strides with contiguous rows; row i is
-            the target's law of drafted token i, row K that of the bonus token. V < 2^19.
+            the target's distribution of drafted token i, row K that of the bonus token. V < 2^19.
         draft: Draft of [B, K] tokens. K = 0 is plain sampling.
-        temperature, top_k, top_p, min_p: of the target's law, a number or a tensor [B]; see
-            `row_law`. Temperature 0 accepts the longest prefix equal to the argmax; greedy and
-            sampled sequences may be mixed.
+        temperature, top_k, top_p, min_p: of the target's distribution, a number or a tensor [B];
+            see `row_distribution`. Temperature 0 accepts the longest prefix equal to the argmax;
+            greedy and sampled sequences may be mixed.
         rule: "token", "block", "coupled", "lenient", or "greedy", which means temperature 0.
         record: which recorded q count: "running-max", "final", "one-hot" or "entangled"; None is
-            the strongest that keeps the law, given how the draft came about. See
+            the strongest that keeps the distribution, given how the draft came about. See
             docs/losslessness.md.
         lenience: Lenience(kind, amount) for rule "lenient" alone, which needs it: "lenience",
             "additive" or "ensemble", and a number or an f64 tensor [B]. Temperature 0 stays exact.
@@ -83,7 +84,7 @@ def verify(
             the coupled rule.
         words: i64 [B, K + 1] random words in place of seed and round: one for each acceptance,
             the last for the token that ends the round. Coupled: [B, K + 1, V], one for each token.
-        backend, out, workspace: as in `row_law`.
+        backend, out, workspace: as in `row_distribution`.
 
     Returns:
         Verified(accepted i64 [B], emitted i64 [B, K + 1] padded with -1, status i32 [B],
@@ -121,7 +122,7 @@ def verify(
         draft.tau,
         draft.rows,
         draft.logits,
-        *(draft.law or (None,) * len(RowLaw._fields)),
+        *(draft.distribution or (None,) * len(RowDistribution._fields)),
         draft.draft_ids,
         draft.lengths,
         draft.final_step or 0,
@@ -164,22 +165,32 @@ def check_draft(draft: Draft, B: int, K: int, V: int | None, device: torch.devic
     check_tensor("draft.rows", draft.rows, (B, K), INT64, device)
     if draft.lengths is not None:
         check_tensor("draft.lengths", draft.lengths, (B,), INT64, device)
-    logits, law, ids = draft.logits, draft.law, draft.draft_ids
+    logits, distribution, ids = draft.logits, draft.distribution, draft.draft_ids
     if ids is not None:
         check_tensor("draft.draft_ids", ids, (None,), INT64, device)
-    if (logits is None) != (law is None):
-        raise ValueError("draft: expected logits and law together, or neither; got one of them")
-    if logits is not None and law is not None:
+    if (logits is None) != (distribution is None):
+        raise ValueError(
+            "draft: expected logits and distribution together, or neither; got one of them"
+        )
+    if logits is not None and distribution is not None:
         Vd = V if ids is None else ids.shape[0]
         logits = check_logits("draft.logits", logits, (None, Vd), device)
-        law = check_law("draft.law", law, logits.shape[0], device)
+        distribution = check_distribution(
+            "draft.distribution", distribution, logits.shape[0], device
+        )
     if ids is not None:
         check_increasing("draft.draft_ids", ids, V or 2**31)
     tokens, tau, rows, ids, lengths = contiguous(
         draft.tokens, draft.tau, draft.rows, ids, draft.lengths
     )
     return draft._replace(
-        tokens=tokens, tau=tau, rows=rows, logits=logits, law=law, draft_ids=ids, lengths=lengths
+        tokens=tokens,
+        tau=tau,
+        rows=rows,
+        logits=logits,
+        distribution=distribution,
+        draft_ids=ids,
+        lengths=lengths,
     )
 
 
@@ -194,9 +205,11 @@ def _outputs(target_logits: Tensor, *_: Any) -> Outputs:
 
 
 def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out: Any) -> None:
-    logits, law = args[3], args[4:9]
-    laws = None if logits is None else RowLaw(*law)
-    draft = Draft(args[0], args[1], args[2], logits, laws, args[9], args[10], final_step=args[11])
+    logits, distribution = args[3], args[4:9]
+    distributions = None if logits is None else RowDistribution(*distribution)
+    draft = Draft(
+        args[0], args[1], args[2], logits, distributions, args[9], args[10], final_step=args[11]
+    )
     rule, record = RULES[args[12]], Record(args[13])
     lenience = None if args[15] is None else Lenience(list(KINDS)[args[14]], args[15])
     function(target_logits, draft, rule, record, lenience, *args[16:], out=Verified(*out))
@@ -205,7 +218,7 @@ def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out:
 OP = define(
     "verify",
     "Tensor target_logits, Tensor tokens, Tensor tau, Tensor rows, Tensor? draft_logits, "
-    "Tensor? max, Tensor? scale, Tensor? threshold, Tensor? total, Tensor? law_status, "
+    "Tensor? max, Tensor? scale, Tensor? threshold, Tensor? total, Tensor? distribution_status, "
     "Tensor? draft_ids, Tensor? lengths, SymInt final_step, int rule, int record, "
     "int lenience, Tensor? amount, "
     "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "

@@ -2,8 +2,8 @@
 
 from .commit import commit
 from .denoise_step import denoise_step
+from .row_distribution import row_distribution
 from .row_divergence import row_divergence, row_divergence_backward
-from .row_law import row_law
 from .sample import sample
 from .skinny_linear import skinny_linear
 from .verify import verify
@@ -11,9 +11,9 @@ from .verify import verify
 __all__ = [
     "commit",
     "denoise_step",
+    "row_distribution",
     "row_divergence",
     "row_divergence_backward",
-    "row_law",
     "sample",
     "skinny_linear",
     "verify",

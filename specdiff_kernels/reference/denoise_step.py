@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reveal import Order, Reveal
-from ..types import Pending, Purpose, RowLaw, Status
+from ..types import Pending, Purpose, RowDistribution, Status
 from .numerics import (
     draw,
     entropy,
@@ -21,8 +21,8 @@ from .numerics import (
     unit,
     weights,
 )
-from .row_law import row_law
-from .verify import empty_law
+from .row_distribution import row_distribution
+from .verify import empty_distribution
 
 
 def denoise_step(
@@ -52,18 +52,21 @@ def denoise_step(
     random = Random(seed, round, position, words, step)
     masked = masked_positions(draft.tokens, lengths, pool_rows, R)  # [B, K]
     tokens = torch.full_like(draft.tokens, -1)  # what each position would become
-    rows, law = draft.rows.clone(), RowLaw(*(field.clone() for field in draft.law))
+    rows, distribution = (
+        draft.rows.clone(),
+        RowDistribution(*(field.clone() for field in draft.distribution)),
+    )
     measured = torch.full_like(tokens, float("nan"), dtype=torch.float64)
     rank = torch.full_like(measured, float("inf"))  # the lowest are revealed first
 
     for i in range(K):
         row = pool_rows[:, i].clamp(0, R - 1)
         x = logits[row]  # [B, V]
-        drawn_from, raw = (empty_law(len(row), row.device) for _ in range(2))
-        row_law(x, temperature, top_k, top_p, min_p, out=drawn_from)
-        row_law(x, torch.ones_like(temperature), None, None, None, out=raw)
+        drawn_from, raw = (empty_distribution(len(row), row.device) for _ in range(2))
+        row_distribution(x, temperature, top_k, top_p, min_p, out=drawn_from)
+        row_distribution(x, torch.ones_like(temperature), None, None, None, out=raw)
         read = masked[:, i] & considered(reveal, rate, masked, i, random)
-        for field, new in zip(law, drawn_from, strict=True):
+        for field, new in zip(distribution, drawn_from, strict=True):
             field[row[read]] = new[read]
 
         good = read & (drawn_from.status == Status.OK.value)
@@ -88,7 +91,7 @@ def denoise_step(
     out.tokens.copy_(torch.where(chosen, tokens, draft.tokens))
     out.tau.copy_(torch.where(chosen, step, draft.tau))
     out.rows.copy_(torch.where(chosen, rows, draft.rows))
-    for field, new in zip(out.law, law, strict=True):
+    for field, new in zip(out.distribution, distribution, strict=True):
         field.copy_(new)
     out.entropy.copy_(measured)
 

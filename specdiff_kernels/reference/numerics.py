@@ -1,4 +1,4 @@
-"""The exact sampling law in plain PyTorch: weights, random words, integer draws.
+"""The exact sampling distribution in plain PyTorch: weights, random words, integer draws.
 
 This is the specification. Every float operation below is one IEEE operation of its own, every sum
 is a sum of integers, so that any backend can reproduce it bit for bit.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import Purpose, RowLaw
+from ..types import Purpose, RowDistribution
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -41,15 +41,18 @@ def exp2_weight(t: Tensor) -> Tensor:
     return torch.where(inside, weight, torch.zeros_like(weight))
 
 
-def weights(logits: Tensor, law: RowLaw) -> Tensor:
-    """Integer weights of every token. [N, V] logits -> i64 [N, V]; a row without law gets 0."""
+def weights(logits: Tensor, distribution: RowDistribution) -> Tensor:
+    """Integer weights of every token. [N, V] logits -> i64 [N, V]; a row without distribution gets
+    0."""
     columns = torch.arange(logits.shape[-1], device=logits.device)
-    greedy = (columns == law.threshold[:, None]).long() * ONE
-    shifted = logits.float() - law.max[:, None]
-    e = exp2_weight(torch.nan_to_num(shifted * law.scale[:, None], nan=-100.0, neginf=-100.0))
-    e = torch.where(e < law.threshold[:, None], torch.zeros_like(e), e)
-    e = torch.where(law.scale[:, None] == 0, greedy, e)
-    return torch.where(law.status[:, None] == 0, e, torch.zeros_like(e))
+    greedy = (columns == distribution.threshold[:, None]).long() * ONE
+    shifted = logits.float() - distribution.max[:, None]
+    e = exp2_weight(
+        torch.nan_to_num(shifted * distribution.scale[:, None], nan=-100.0, neginf=-100.0)
+    )
+    e = torch.where(e < distribution.threshold[:, None], torch.zeros_like(e), e)
+    e = torch.where(distribution.scale[:, None] == 0, greedy, e)
+    return torch.where(distribution.status[:, None] == 0, e, torch.zeros_like(e))
 
 
 def probability(weight: Tensor, total: Tensor) -> Tensor:
@@ -152,21 +155,24 @@ def exp2(t: Tensor) -> Tensor:
     return p * ((n.long() + 1023) << 52).view(torch.float64)
 
 
-def mean_exp(law: RowLaw, V: int) -> Tensor:
-    """m = (1/V) sum_v exp(l_v) from the untruncated law at temperature 1. -> f64 [N]"""
-    share = law.total.double() * 2.0**-44 / float(V)
-    return exp2(law.max.double() * LOG2_E) * share
+def mean_exp(distribution: RowDistribution, V: int) -> Tensor:
+    """m = (1/V) sum_v exp(l_v) from the untruncated distribution at temperature 1. -> f64 [N]"""
+    share = distribution.total.double() * 2.0**-44 / float(V)
+    return exp2(distribution.max.double() * LOG2_E) * share
 
 
-def entropy(logits: Tensor, law: RowLaw) -> Tensor:
-    """Entropy in nats of untruncated laws at temperature 1, to about 1e-3. [N, V] -> f64 [N]
+def entropy(logits: Tensor, distribution: RowDistribution) -> Tensor:
+    """Entropy in nats of untruncated distributions at temperature 1, to about 1e-3. [N, V] -> f64
+    [N]
 
     ln Z + ln 2 sum_v e(v) (-t(v)) / Z, with the sum over integers: e in units of 2^16, t of 2^-10.
     """
-    t = ((logits.float() - law.max[:, None]) * law.scale[:, None]).nan_to_num(neginf=-46.0)
+    t = ((logits.float() - distribution.max[:, None]) * distribution.scale[:, None]).nan_to_num(
+        neginf=-46.0
+    )
     spread = (-t.clamp(min=-46.0) * 1024.0).to(torch.int64)
-    S = ((weights(logits, law) >> 16) * spread).sum(-1)
-    Z = law.total.double()
+    S = ((weights(logits, distribution) >> 16) * spread).sum(-1)
+    Z = distribution.total.double()
     return log(Z * 2.0**-44) + S.double() / Z * (64.0 * LN_2)
 
 

@@ -1,4 +1,4 @@
-"""How far the draft's law is from the target's, and its gradient, in fp64."""
+"""How far the draft's distribution is from the target's, and its gradient, in fp64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..types import RowStatistics
-from .row_law import TEMPERATURE_RANGE
+from .row_distribution import TEMPERATURE_RANGE
 
 NAN, INF = float("nan"), float("inf")
 

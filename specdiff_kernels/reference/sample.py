@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import RowLaw
+from ..types import RowDistribution
 from .numerics import draw, race, race_words, random_word, weights
 
 
 def sample(
     logits: Tensor,
-    law: RowLaw,
+    distribution: RowDistribution,
     seed: Tensor | None,
     round: Tensor | None,
     slot: Tensor | None,
@@ -22,9 +22,9 @@ def sample(
     *,
     out: Tensor,
 ) -> None:
-    """[N, V] logits and their law -> i64 [N], -1 where the row has no law."""
+    """[N, V] logits and their distribution -> i64 [N], -1 where the row has no distribution."""
     V = logits.shape[-1]
-    e = weights(logits, law)
+    e = weights(logits, distribution)
     if position is not None:
         ids = torch.arange(V, device=e.device) if draft_ids is None else draft_ids
         column = race(e, race_words(seed, position, ids) if words is None else words)
@@ -32,4 +32,4 @@ def sample(
         word = random_word(seed, slot, round, purpose) if words is None else words
         column = draw(e, word).clamp(max=V - 1)
     token = column if draft_ids is None else draft_ids[column]
-    out.copy_(torch.where(law.status == 0, token, -1))
+    out.copy_(torch.where(distribution.status == 0, token, -1))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..lenience import KINDS
 from ..records import Record
-from ..types import LAW_DTYPES, Draft, Lenience, Purpose, RowLaw, Status, Verified
+from ..types import DISTRIBUTION_DTYPES, Draft, Lenience, Purpose, RowDistribution, Status, Verified
 from .numerics import ONE, draw, probability, race, race_words, random_word, unit, weights
-from .row_law import row_law
+from .row_distribution import row_distribution
 
 
 def verify(
@@ -40,12 +40,14 @@ def verify(
         _, allows = KINDS[lenience.kind]
         unfit = (status == Status.OK.value) & ~allows(torch.as_tensor(lenience.amount))
         status = torch.where(unfit, int(Status.PARAMETER), status)
-    laws = []
+    distributions = []
     for i in range(positions):
-        laws.append(empty_law(B, target_logits.device))
-        row_law(target_logits[:, i], temperature, top_k, top_p, min_p, out=laws[i])
-    e_p = [weights(target_logits[:, i], laws[i]) for i in range(positions)]  # each [B, V]
-    round_ = Round(draft, lengths, recorded_positions(draft, record), laws, e_p, status)
+        distributions.append(empty_distribution(B, target_logits.device))
+        row_distribution(
+            target_logits[:, i], temperature, top_k, top_p, min_p, out=distributions[i]
+        )
+    e_p = [weights(target_logits[:, i], distributions[i]) for i in range(positions)]  # each [B, V]
+    round_ = Round(draft, lengths, recorded_positions(draft, record), distributions, e_p, status)
     random, bias = Random(seed, round, words), torch.zeros_like(lengths, dtype=torch.float64)
     if rule == "coupled":
         accepted, token, status = coupled_rule(round_, seed, position, words)
@@ -71,7 +73,7 @@ class Round(NamedTuple):
     draft: Draft
     lengths: Tensor  # i64 [B]
     recorded: Tensor  # bool [B, K]
-    laws: list[RowLaw]  # of the K + 1 target rows
+    distributions: list[RowDistribution]  # of the K + 1 target rows
     e_p: list[Tensor]  # their weights [B, V]
     status: Tensor  # i32 [B], faults of the arguments
 
@@ -108,15 +110,15 @@ def token_rule(
     bias = torch.zeros_like(r.lengths, dtype=torch.float64)
     status, accepted, token = r.status, torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
     running = status == Status.OK.value
-    for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
-        status = torch.where(running, law.status, status)
+    for i, (distribution, e_p) in enumerate(zip(r.distributions, r.e_p, strict=True)):
+        status = torch.where(running, distribution.status, status)
         drafted = running & (i < r.lengths)
         accept, residual, spent = torch.zeros_like(drafted), e_p, torch.zeros_like(bias)
         if i < r.draft.tokens.shape[1]:
             e_q, q_total, fault = draft_weights(r.draft, i, r.recorded[:, i], e_p.shape[1])
             status = torch.where(drafted & (status == Status.OK.value), fault, status)
             x = r.draft.tokens[:, i].clamp(0, e_p.shape[1] - 1)[:, None]
-            p, q = probability(e_p, law.total[:, None]), probability(e_q, q_total[:, None])
+            p, q = probability(e_p, distribution.total[:, None]), probability(e_q, q_total[:, None])
             chance = p
             if lenience is not None:
                 chance = raised(p, q, lenience)
@@ -159,16 +161,16 @@ def block_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
     accepted, token = torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
     last_fault = torch.zeros_like(status)  # of the bonus row, if it comes to that
     P = torch.ones_like(r.lengths, dtype=torch.float64)
-    for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
+    for i, (distribution, e_p) in enumerate(zip(r.distributions, r.e_p, strict=True)):
         running = (status == Status.OK.value) & (P > 0) & (i <= r.lengths)
         drafted = running & (i < r.lengths)
-        status = torch.where(drafted, law.status, status)
+        status = torch.where(drafted, distribution.status, status)
         S, residual, p_x, q_x = torch.zeros_like(P), e_p, P, P
         if i < r.draft.tokens.shape[1]:
             e_q, q_total, fault = draft_weights(r.draft, i, r.recorded[:, i], V)
             status = torch.where(drafted & (status == Status.OK.value), fault, status)
             x = r.draft.tokens[:, i].clamp(0, V - 1)[:, None]
-            p, q = probability(e_p, law.total[:, None]), probability(e_q, q_total[:, None])
+            p, q = probability(e_p, distribution.total[:, None]), probability(e_q, q_total[:, None])
             residual = excess(P[:, None] * p, q)
             S = residual.sum(-1).double() * 2.0**-60
             p_x, q_x = p.gather(1, x)[:, 0], q.gather(1, x)[:, 0]
@@ -178,7 +180,7 @@ def block_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
         last = torch.where(drafted[:, None], or_else(residual, e_p), e_p)
         drawn = draw(last, random.last(i, drafted))
         accepted, token = torch.where(here, i, accepted), torch.where(here, drawn, token)
-        last_fault = torch.where(here, law.status, last_fault)
+        last_fault = torch.where(here, distribution.status, last_fault)
         P = torch.where(drafted, (P * p_x / q_x).clamp(max=1.0), P)
     return accepted, token, torch.where(status == Status.OK.value, last_fault, status)
 
@@ -192,8 +194,8 @@ def coupled_rule(
     status, accepted, token = r.status, torch.zeros_like(r.lengths), torch.zeros_like(r.lengths)
     running = status == Status.OK.value
     V = r.e_p[0].shape[1]
-    for i, (law, e_p) in enumerate(zip(r.laws, r.e_p, strict=True)):
-        status = torch.where(running, law.status, status)
+    for i, (distribution, e_p) in enumerate(zip(r.distributions, r.e_p, strict=True)):
+        status = torch.where(running, distribution.status, status)
         drafted = running & (i < r.lengths)
         ids = torch.arange(V, device=e_p.device)
         at = None if position is None else position + i
@@ -227,7 +229,7 @@ def draft_lengths(draft: Draft, B: int, K: int) -> Tensor:
 
 
 def recorded_positions(draft: Draft, record: Record) -> Tensor:
-    """Where the recorded law is used. -> bool [B, K]"""
+    """Where the recorded distribution is used. -> bool [B, K]"""
     recorded = draft.rows >= 0
     if record == Record.ONE_HOT or draft.tokens.shape[1] == 0:
         return torch.zeros_like(recorded)
@@ -239,7 +241,8 @@ def recorded_positions(draft: Draft, record: Record) -> Tensor:
 
 
 def draft_weights(draft: Draft, i: int, recorded: Tensor, V: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of position i's laws over the target's ids: the recorded one, or all on the token.
+    """Weights of position i's distributions over the target's ids: the recorded one, or all on the
+    token.
 
     Returns:
         e_q [B, V], its total and the fault of the record [B].
@@ -249,23 +252,25 @@ def draft_weights(draft: Draft, i: int, recorded: Tensor, V: int) -> tuple[Tenso
     one_hot = torch.zeros((len(x), V), dtype=torch.int64, device=x.device)
     one_hot.scatter_(1, x.clamp(0, V - 1)[:, None], ONE)
     total = torch.full_like(x, ONE)
-    if draft.logits is None or draft.law is None or len(draft.logits) == 0:
+    if draft.logits is None or draft.distribution is None or len(draft.logits) == 0:
         return one_hot, total, torch.where(recorded, int(Status.TOKEN), fault)
     R = len(draft.logits)
     fault = torch.where(recorded & (draft.rows[:, i] >= R), int(Status.TOKEN), fault)
     row = draft.rows[:, i].clamp(0, R - 1)
-    law = RowLaw(*(field[row] for field in draft.law))
+    distribution = RowDistribution(*(field[row] for field in draft.distribution))
     ids = torch.arange(V, device=x.device) if draft.draft_ids is None else draft.draft_ids
     e = one_hot.new_zeros(len(x), V + 1)  # a column too many, for ids that the target does not have
-    e[:, torch.where((ids >= 0) & (ids < V), ids, V)] = weights(draft.logits[row], law)
+    e[:, torch.where((ids >= 0) & (ids < V), ids, V)] = weights(draft.logits[row], distribution)
     e = e[:, :V]
     weightless = e.gather(1, x.clamp(0, V - 1)[:, None])[:, 0] == 0
     contradiction = recorded & weightless & (fault == Status.OK.value)
     fault = torch.where(contradiction, int(Status.DRAFT), fault)
     e = torch.where(recorded[:, None], e, one_hot)
-    return e, torch.where(recorded & (law.status == 0), law.total, total), fault
+    return e, torch.where(recorded & (distribution.status == 0), distribution.total, total), fault
 
 
-def empty_law(N: int, device: torch.device) -> RowLaw:
-    """A RowLaw of N rows to write into."""
-    return RowLaw(*(torch.empty(N, dtype=dtype, device=device) for dtype in LAW_DTYPES))
+def empty_distribution(N: int, device: torch.device) -> RowDistribution:
+    """A RowDistribution of N rows to write into."""
+    return RowDistribution(
+        *(torch.empty(N, dtype=dtype, device=device) for dtype in DISTRIBUTION_DTYPES)
+    )

@@ -1,4 +1,4 @@
-"""Does a verifier leave the target's law as it was? A test for anybody's, ours included.
+"""Does a verifier leave the target's distribution as it was? A test for anybody's, ours included.
 
     from specdiff_kernels.testing import check_verifier
 
@@ -7,10 +7,10 @@
     print(check_verifier(verify))
 
 A draft of two tokens over a vocabulary of three is verified some ten thousand times in worlds whose
-every outcome can be counted by hand. What comes back is compared with the exact law by Pearson's
-chi-squared: the text (lossless, whatever the rule), and the pair of accepted count and tokens (the
-rule of Leviathan et al., Chen et al.). `MUTANTS` are verifiers with one known mistake each, and
-`power` says how often a number of draws finds them.
+every outcome can be counted by hand. What comes back is compared with the exact distribution by
+Pearson's chi-squared: the text (lossless, whatever the rule), and the pair of accepted count and
+tokens (the rule of Leviathan et al., Chen et al.). `MUTANTS` are verifiers with one known mistake
+each, and `power` says how often a number of draws finds them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .comparison import Finding, Report, compare
 from .mutants import MUTANTS, Outcome, Verifier, token_rule
-from .worlds import CASES, NEVER, Case, Drafted, K, Law, Sampler, Text, V
+from .worlds import CASES, NEVER, Case, Distribution, Drafted, K, Sampler, Text, V
 
 __all__ = [
     "CASES",
@@ -61,7 +61,7 @@ def check_verifier(
     alarm: float = 1e-6,
     cases: Sequence[Case] = CASES,
 ) -> Report:
-    """Compare a verifier's outcomes with their exact laws.
+    """Compare a verifier's outcomes with their exact distributions.
 
     Args:
         verify: called with drafts of `batch` rows, makes its own random choices.
@@ -78,9 +78,10 @@ def check_verifier(
 
     Returns:
         For each case a finding "text": the emitted tokens, continued by the target to K + 1, follow
-        the target's law (Leviathan et al. 2023, Appendix A.1). With a rule also one "outcome". Last
-        "u = 0": with every uniform number 0, no impossible token is emitted. That means nothing for
-        a verifier with a generator of its own that does not look at `Drafted.zero`.
+        the target's distribution (Leviathan et al. 2023, Appendix A.1). With a rule also one
+        "outcome". Last "u = 0": with every uniform number 0, no impossible token is emitted. That
+        means nothing for a verifier with a generator of its own that does not look at
+        `Drafted.zero`.
 
     Raises:
         ValueError, TypeError: an outcome that is none: a count outside 0 .. K, a token outside
@@ -100,13 +101,13 @@ def check_verifier(
     for case in cases:
         draft, outcome = _outcomes(case, verify, sample, draws, batch)
         texts = _completed(case, draft, outcome)
-        findings.append(compare(case.name, "text", texts, case.text_law()))
+        findings.append(compare(case.name, "text", texts, case.text_distribution()))
         if rule is not None:
             outcomes = [
                 (a, *text[: a + 1])
                 for a, text in zip(outcome.accepted.tolist(), texts, strict=True)
             ]
-            findings.append(compare(case.name, "outcome", outcomes, case.outcome_law()))
+            findings.append(compare(case.name, "outcome", outcomes, case.outcome_distribution()))
         if (forced := _forced_zero(case, verify, batch)) is not None:
             findings.append(forced)
     return Report(tuple(findings), draws, alarm)
@@ -145,8 +146,10 @@ def check_sampler(sample: Sampler, *, draws: int = 100_000, alarm: float = 1e-6)
     for name, row in rows.items():
         tokens = sample(row.expand(draws, -1).contiguous())
         tokens = _integers(tokens, "token", draws, len(row) - 1)
-        law: Law = {(v,): p for v, p in enumerate(row.double().softmax(-1).tolist())}
-        findings.append(compare(name, "token", [(t,) for t in tokens.tolist()], law))
+        distribution: Distribution = {
+            (v,): p for v, p in enumerate(row.double().softmax(-1).tolist())
+        }
+        findings.append(compare(name, "token", [(t,) for t in tokens.tolist()], distribution))
     return Report(tuple(findings), draws, alarm)
 
 

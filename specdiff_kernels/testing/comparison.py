@@ -1,4 +1,4 @@
-"""Pearson's chi-squared of what was seen and an exact law."""
+"""Pearson's chi-squared of what was seen and an exact distribution."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import NamedTuple
 
 import torch
 
-from .worlds import Law, Text
+from .worlds import Distribution, Text
 
 FEWEST = 5  # expected outcomes in a cell of Pearson's chi-squared
 
 
 class Finding(NamedTuple):
-    """One comparison with an exact law."""
+    """One comparison with an exact distribution."""
 
     case: str
     what: str  # "text", "outcome", "u = 0" or "token"
-    p_value: float  # chance of a deviation as large under the exact law; 0: the impossible came
-    distance: float  # total variation between what came and the law; sampling noise included
+    p_value: (
+        float  # chance of a deviation as large under the exact distribution; 0: the impossible came
+    )
+    distance: (
+        float  # total variation between what came and the distribution; sampling noise included
+    )
 
 
 class Report(NamedTuple):
@@ -40,21 +44,21 @@ class Report(NamedTuple):
         )  # fmt: skip
 
     def __str__(self) -> str:
-        lines = [f"{'case':20} {'law of':8} {'p value':>8} {'distance':>9}"]
+        lines = [f"{'case':20} {'distribution of':8} {'p value':>8} {'distance':>9}"]
         for f in self.findings:
             verdict = "FAILED" if f.p_value < self.alarm else "ok"
             lines.append(f"{f.case:20} {f.what:8} {f.p_value:8.1e} {f.distance:9.4f} {verdict}")
         return "\n".join(lines)
 
 
-def compare(case: str, what: str, seen: Sequence[Text], law: Law) -> Finding:
-    """Pearson's chi-squared of outcomes with their law."""
+def compare(case: str, what: str, seen: Sequence[Text], distribution: Distribution) -> Finding:
+    """Pearson's chi-squared of outcomes with their distribution."""
     N = len(seen)
-    counts = {**dict.fromkeys(law, 0), **Counter(seen)}
-    distance = sum(abs(n / N - law.get(outcome, 0.0)) for outcome, n in counts.items()) / 2
-    if any(n > 0 and law.get(outcome, 0.0) == 0 for outcome, n in counts.items()):
+    counts = {**dict.fromkeys(distribution, 0), **Counter(seen)}
+    distance = sum(abs(n / N - distribution.get(outcome, 0.0)) for outcome, n in counts.items()) / 2
+    if any(n > 0 and distribution.get(outcome, 0.0) == 0 for outcome, n in counts.items()):
         return Finding(case, what, 0.0, distance)
-    cells = pooled([(law[outcome] * N, n) for outcome, n in counts.items()])
+    cells = pooled([(distribution[outcome] * N, n) for outcome, n in counts.items()])
     statistic = sum((n - e) ** 2 / e for e, n in cells)
     if len(cells) < 2:
         return Finding(case, what, 1.0, distance)

@@ -12,7 +12,7 @@ from torch import Tensor
 V, K = 3, 2
 NEVER = float("-inf")
 Text = tuple[int, ...]
-Law = dict[Text, float]
+Distribution = dict[Text, float]
 Sampler = Callable[[Tensor], Tensor]  # f32 [N, V] -> one token of each row's softmax, [N]
 
 
@@ -72,28 +72,29 @@ class Case(NamedTuple):
         return self.drafted(tokens)
 
     def drafts(self) -> Iterator[tuple[Text, float, Tensor, Tensor]]:
-        """Every draft with its chance, and the laws q f64 [K, V] and p f64 [K + 1, V] around it."""
+        """Every draft with its chance, and the distributions q f64 [K, V] and p f64 [K + 1, V]
+        around it."""
         for text in itertools.product(range(V), repeat=K):
             rows = self.rows(torch.tensor([text]))
             q, p = (row[0].double().softmax(-1) for row in rows)
             if (chance := _product(q, text)) > 0:
                 yield text, chance, q, p
 
-    def text_law(self) -> Law:
+    def text_distribution(self) -> Distribution:
         """What K + 1 tokens of the target are: product of its rows."""
-        law: Law = {}
+        distribution: Distribution = {}
         for text in itertools.product(range(V), repeat=K + 1):
             p = self.rows(torch.tensor([text[:K]]))[1][0].double().softmax(-1)
-            law[text] = _product(p, text)
-        return law
+            distribution[text] = _product(p, text)
+        return distribution
 
-    def outcome_law(self) -> Law:
+    def outcome_distribution(self) -> Distribution:
         """The accepted count and the emitted tokens under the token rule, as one tuple.
 
         Leviathan et al. 2023, Algorithm 1; Chen et al. 2023, Theorem 1. A token without a usable
         row counts as a bare guess: q is 1 on it.
         """
-        law: Law = {}
+        distribution: Distribution = {}
         for text, chance, q, p in self.drafts():
             for i, token in enumerate(text):
                 guess = torch.eye(V, dtype=torch.float64)[token]
@@ -103,12 +104,12 @@ class Case(NamedTuple):
                 for v in range(V) if left.sum() > 0 else ():
                     here = (i, *text[:i], v)
                     rejected = chance * (1 - stays) * (left[v] / left.sum()).item()
-                    law[here] = law.get(here, 0.0) + rejected
+                    distribution[here] = distribution.get(here, 0.0) + rejected
                 chance *= stays
             for v in range(V):
                 whole = (K, *text, v)
-                law[whole] = law.get(whole, 0.0) + chance * p[K, v].item()
-        return law
+                distribution[whole] = distribution.get(whole, 0.0) + chance * p[K, v].item()
+        return distribution
 
 
 def _product(rows: Tensor, text: Text) -> float:

@@ -3,8 +3,8 @@
 from .arguments import workspace_size
 from .commit import commit
 from .denoise_step import denoise_step
-from .row_law import row_law
+from .row_distribution import row_distribution
 from .sample import sample
 from .verify import verify
 
-__all__ = ["commit", "denoise_step", "row_law", "sample", "verify", "workspace_size"]
+__all__ = ["commit", "denoise_step", "row_distribution", "sample", "verify", "workspace_size"]

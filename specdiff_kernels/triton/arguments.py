@@ -23,7 +23,7 @@ TILE_ARRAYS = tl.constexpr(4)
 
 # words of an area's header
 ARRIVED = tl.constexpr(0)  # programs that are done with the row
-MAX = tl.constexpr(1)  # to 5: its law
+MAX = tl.constexpr(1)  # to 5: its distribution
 SCALE = tl.constexpr(2)
 THRESHOLD = tl.constexpr(3)
 TOTAL = tl.constexpr(4)
@@ -36,7 +36,7 @@ DRAFT_CHANCE = tl.constexpr(9)
 PREFIX_CHANCE = tl.constexpr(10)  # P_i, f64
 EXCESS = tl.constexpr(11)  # 2^60 S_i, or 2^60 times the bias of the lenient rule
 # of denoise_step
-RAW_TOTAL = tl.constexpr(7)  # of the model's own law
+RAW_TOTAL = tl.constexpr(7)  # of the model's own distribution
 SPREAD = tl.constexpr(8)
 RANK = tl.constexpr(9)  # f64
 # of a sequence
@@ -92,7 +92,7 @@ class DraftArrays(NamedTuple):
     tau: Any
     rows: Any
     logits: Any  # Logits, or None: nothing is recorded
-    law: Any  # RowLaw of [R]
+    distribution: Any  # RowDistribution of [R]
     draft_ids: Any
     lengths: Any
 
@@ -101,7 +101,7 @@ class DraftArrays(NamedTuple):
         pool = draft.logits if draft.logits is not None and len(draft.logits) else None
         return cls(
             draft.tokens, draft.tau, draft.rows,
-            None if pool is None else Logits.of(pool), None if pool is None else draft.law,
+            None if pool is None else Logits.of(pool), None if pool is None else draft.distribution,
             draft.draft_ids, draft.lengths,
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """One reverse step of absorbing-state diffusion in two launches.
 
 1. `maxima`: the largest logit of each tile of each row that the step reads.
-2. `reveal_rows`: sums of weights of each tile; the last program of a row knows its law and draws
-   its token, the last of a sequence decides which positions are revealed.
+2. `reveal_rows`: sums of weights of each tile; the last program of a row knows its distribution and
+   draws its token, the last of a sequence decides which positions are revealed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reveal import Order, Reveal
-from ..types import Pending, Purpose, RowLaw
+from ..types import Pending, Purpose, RowDistribution
 from .arguments import (
     ARRIVED,
     RANK,
@@ -45,15 +45,15 @@ from .row import (
     OK,
     area_of,
     arrives_last,
-    begin_law,
+    begin_distribution,
     draw,
-    end_law,
+    end_distribution,
     end_race,
     load_tile,
     store_tile_max,
     store_tile_races,
     store_tile_sums,
-    write_law,
+    write_distribution,
 )
 
 CHUNK = tl.constexpr(int(Order.CHUNK))
@@ -64,7 +64,7 @@ ENTROPY = tl.constexpr(int(Order.ENTROPY))
 CONFIDENCE = tl.constexpr(int(Order.CONFIDENCE))
 REVEAL = tl.constexpr(int(Purpose.REVEAL))
 DRAFT = tl.constexpr(int(Purpose.DRAFT))
-COPIED = tl.constexpr(256)  # laws that a program copies
+COPIED = tl.constexpr(256)  # distributions that a program copies
 
 
 def denoise_step(
@@ -97,11 +97,11 @@ def denoise_step(
     split = Split.of(V, whole=parameters.selects)
     sizes = Sizes(B, K, R, split.parts, step, reveal.lo, reveal.hi, reveal.number)
     workspace = scratch(workspace, B * K, V, device)
-    copies = any(a is not b for a, b in zip(draft.law, out.law, strict=True))
+    copies = any(a is not b for a, b in zip(draft.distribution, out.distribution, strict=True))
     programs = max(B * K * split.tiles, triton.cdiv(R, COPIED.value) if copies else 0)
     constants = {"ORDER": int(reveal.order), "POSITIONS": triton.next_power_of_2(max(K, 1))}
-    launch(maxima, programs, device, pool, positions, random, draft.law, out.law, workspace,
-           *sizes, COPIES=copies, TILE=split.tile, **constants)  # fmt: skip
+    launch(maxima, programs, device, pool, positions, random, draft.distribution, out.distribution,
+           workspace, *sizes, COPIES=copies, TILE=split.tile, **constants)  # fmt: skip
     launch(reveal_rows, B * K * split.parts, device, pool, positions, draft, parameters, random,
            draft_ids, out, workspace, *sizes, ENTROPIES=entropies,
            **split.constants, **constants)  # fmt: skip
@@ -176,7 +176,7 @@ def is_read(positions, random, sizes, at, V, ORDER: tl.constexpr, POSITIONS: tl.
 
 @triton.jit(do_not_specialize=SIZES)
 def maxima(
-    pool, positions, random, old_law, new_law, workspace,
+    pool, positions, random, old_distribution, new_distribution, workspace,
     B, K, R, parts, step, lo, hi, number,
     COPIES: tl.constexpr, ORDER: tl.constexpr, TILE: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +185,9 @@ def maxima(
     program = tl.program_id(0).to(tl.int64)
     at, tile = program // tiles, program % tiles
     if COPIES:
-        copy_laws(old_law, new_law, program * COPIED + tl.arange(0, COPIED), sizes.R)
+        copy_distributions(
+            old_distribution, new_distribution, program * COPIED + tl.arange(0, COPIED), sizes.R
+        )
     if at < sizes.B * sizes.K:
         area = area_of(workspace, at, tiles)
         if tile == 0:
@@ -200,20 +202,20 @@ def maxima(
 
 
 @triton.jit
-def copy_laws(old, new, row, R):
+def copy_distributions(old, new, row, R):
     inside = row < R
-    law = RowLaw(
+    distribution = RowDistribution(
         tl.load(old.max + row, mask=inside),
         tl.load(old.scale + row, mask=inside),
         tl.load(old.threshold + row, mask=inside),
         tl.load(old.total + row, mask=inside),
         tl.load(old.status + row, mask=inside),
     )
-    tl.store(new.max + row, law.max, mask=inside)
-    tl.store(new.scale + row, law.scale, mask=inside)
-    tl.store(new.threshold + row, law.threshold, mask=inside)
-    tl.store(new.total + row, law.total, mask=inside)
-    tl.store(new.status + row, law.status, mask=inside)
+    tl.store(new.max + row, distribution.max, mask=inside)
+    tl.store(new.scale + row, distribution.scale, mask=inside)
+    tl.store(new.threshold + row, distribution.threshold, mask=inside)
+    tl.store(new.total + row, distribution.total, mask=inside)
+    tl.store(new.status + row, distribution.status, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -223,7 +225,7 @@ def reveal_rows(
     ORDER: tl.constexpr, ENTROPIES: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """The law and the token of each row read; then the sequence's revealed positions."""
+    """The distribution and the token of each row read; then the sequence's revealed positions."""
     sizes = Sizes(B, K, R, parts, step, lo, hi, number)
     tiles = tl.cdiv(pool.V, TILE)
     at, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
@@ -232,21 +234,21 @@ def reveal_rows(
     if is_read(positions, random, sizes, at, pool.V, ORDER, POSITIONS):
         index = tl.load(positions.pool_rows + at)
         row = pool.data + index * pool.row_stride
-        law = begin_law(area, row, pool.V, parameters, b, tiles, TILE, TILES)
-        if law.status == OK:
+        distribution = begin_distribution(area, row, pool.V, parameters, b, tiles, TILE, TILES)
+        if distribution.status == OK:
             first, last = part * tiles // parts, (part + 1) * tiles // parts
-            store_tile_sums(area, row, pool.V, law, parameters, first, last, tiles, TILE)
+            store_tile_sums(area, row, pool.V, distribution, parameters, first, last, tiles, TILE)
             if ENTROPIES or (ORDER == SEDD) or (ORDER == CONFIDENCE):
-                add_raw_sums(area, row, pool.V, law, first, last, ENTROPIES, TILE)
+                add_raw_sums(area, row, pool.V, distribution, first, last, ENTROPIES, TILE)
             if random.position is not None:
-                race(area, row, pool.V, law, draft_ids, random, sizes, at, first, last, tiles,
-                     TILE)  # fmt: skip
+                race(area, row, pool.V, distribution, draft_ids, random, sizes, at, first, last,
+                     tiles, TILE)  # fmt: skip
         if arrives_last(area + ARRIVED, parts):
-            law = end_law(area, law, tiles, TILE, TILES)
-            write_law(out.law, index, law)
-            if law.status == OK:
-                draw_token(area, row, pool.V, law, positions, random, draft_ids, out, sizes, at,
-                           tiles, ORDER, ENTROPIES, TILE, TILES)  # fmt: skip
+            distribution = end_distribution(area, distribution, tiles, TILE, TILES)
+            write_distribution(out.distribution, index, distribution)
+            if distribution.status == OK:
+                draw_token(area, row, pool.V, distribution, positions, random, draft_ids, out,
+                           sizes, at, tiles, ORDER, ENTROPIES, TILE, TILES)  # fmt: skip
             else:
                 tl.store(out.entropy + at, float("nan"))
     elif part == 0:
@@ -257,16 +259,20 @@ def reveal_rows(
 
 
 @triton.jit
-def raw_law(law, total):
-    """The model's own law: temperature 1, nothing cut off."""
+def raw_distribution(distribution, total):
+    """The model's own distribution: temperature 1, nothing cut off."""
     zero = tl.full([], 0, tl.int64)
-    return RowLaw(law.max, tl.full([], LOG2_E, tl.float32), zero, total, law.status)
+    return RowDistribution(
+        distribution.max, tl.full([], LOG2_E, tl.float32), zero, total, distribution.status
+    )
 
 
 @triton.jit
-def add_raw_sums(area, row, V, law, first, last, ENTROPIES: tl.constexpr, TILE: tl.constexpr):
+def add_raw_sums(
+    area, row, V, distribution, first, last, ENTROPIES: tl.constexpr, TILE: tl.constexpr
+):
     """Add what tiles contribute to the model's own total and to its entropy."""
-    raw = raw_law(law, law.total)
+    raw = raw_distribution(distribution, distribution.total)
     for tile in range(first, last):
         columns, l = load_tile(row, V, tile, TILE)
         tl.atomic_add(area + RAW_TOTAL, tl.sum(weight(l, columns, raw)), sem="relaxed")
@@ -275,26 +281,30 @@ def add_raw_sums(area, row, V, law, first, last, ENTROPIES: tl.constexpr, TILE: 
 
 
 @triton.jit
-def race(area, row, V, law, draft_ids, random, sizes, at, first, last, tiles, TILE: tl.constexpr):
+def race(
+    area, row, V, distribution, draft_ids, random, sizes, at, first, last, tiles, TILE: tl.constexpr
+):
     if random.words is not None:
         words = random.words + at * (V + 1) + 1
-        store_tile_races(area, row, V, law, None, words, None, None, first, last, tiles, TILE)
+        store_tile_races(
+            area, row, V, distribution, None, words, None, None, first, last, tiles, TILE
+        )
     else:
         b = at // sizes.K
         seed, position = tl.load(random.seed + b), tl.load(random.position + b) + at % sizes.K
         store_tile_races(
-            area, row, V, law, draft_ids, None, seed, position, first, last, tiles, TILE
+            area, row, V, distribution, draft_ids, None, seed, position, first, last, tiles, TILE
         )
 
 
 @triton.jit
 def draw_token(
-    area, row, V, law, positions, random, draft_ids, out, sizes, at, tiles,
+    area, row, V, distribution, positions, random, draft_ids, out, sizes, at, tiles,
     ORDER: tl.constexpr, ENTROPIES: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """What the position would become: its token, if its own coin allows it, and its rank."""
     b, i = at // sizes.K, at % sizes.K
-    raw = raw_law(law, tl.load(area + RAW_TOTAL, cache_modifier=".cg"))
+    raw = raw_distribution(distribution, tl.load(area + RAW_TOTAL, cache_modifier=".cg"))
     measured = tl.full([], float("nan"), tl.float64)
     if ENTROPIES:
         measured = entropy(tl.load(area + SPREAD, cache_modifier=".cg"), raw.total)
@@ -307,7 +317,7 @@ def draw_token(
         else:
             seed, round = tl.load(random.seed + b), tl.load(random.round + b)
             word = random_word(seed, i, round, DRAFT, sizes.step)
-        column = draw(area, row, V, law, word, tiles, TILE, TILES)
+        column = draw(area, row, V, distribution, word, tiles, TILE, TILES)
     token = column
     if draft_ids is not None:
         token = tl.load(draft_ids + column)
@@ -337,7 +347,7 @@ def end_step(
     if ORDER == ENTROPY or ORDER == CONFIDENCE:
         chosen = chosen & (places(areas, token, workspace, K, b, tiles, POSITIONS) < sizes.number)
     row = tl.load(positions.pool_rows + at, mask=inside, other=0)
-    scale = tl.load(out.law.scale + row, mask=chosen, other=0.0, cache_modifier=".cg")
+    scale = tl.load(out.distribution.scale + row, mask=chosen, other=0.0, cache_modifier=".cg")
     old = tl.load(draft.tokens + at, mask=inside)
     tl.store(out.tokens + at, tl.where(chosen, token, old), mask=inside)
     old = tl.load(draft.tau + at, mask=inside)

@@ -1,4 +1,4 @@
-"""The exact sampling law on a GPU: weights, random words, accept rule, logarithm.
+"""The exact sampling distribution on a GPU: weights, random words, accept rule, logarithm.
 
 Every float operation is one IEEE operation: kernels are launched with `enable_fp_fusion=False`,
 divide fp32 by `tl.div_rn`, and call no other function of a maths library than `floor`.
@@ -46,11 +46,11 @@ def exp2_weight(t):
 
 
 @triton.jit
-def weight(l, column, law):
-    """Integer weight of a column with logit l under a law without fault. -> i64"""
-    e = exp2_weight((l - law.max) * law.scale)
-    e = tl.where(e < law.threshold, 0, e)
-    return tl.where(law.scale == 0, tl.where(column == law.threshold, ONE, 0), e)
+def weight(l, column, distribution):
+    """Integer weight of a column with logit l under a distribution without fault. -> i64"""
+    e = exp2_weight((l - distribution.max) * distribution.scale)
+    e = tl.where(e < distribution.threshold, 0, e)
+    return tl.where(distribution.scale == 0, tl.where(column == distribution.threshold, ONE, 0), e)
 
 
 @triton.jit
@@ -172,17 +172,17 @@ def exponential(word):
 
 
 @triton.jit
-def mean_exp(law, V):
-    """m = (1/V) sum_v exp(l_v) from the untruncated law at temperature 1. -> f64"""
-    share = law.total.to(tl.float64) * 5.684341886080802e-14  # 2^-44
+def mean_exp(distribution, V):
+    """m = (1/V) sum_v exp(l_v) from the untruncated distribution at temperature 1. -> f64"""
+    share = distribution.total.to(tl.float64) * 5.684341886080802e-14  # 2^-44
     share = share / tl.full([], V, tl.float64)
-    return exp2(law.max.to(tl.float64) * LOG2_E) * share
+    return exp2(distribution.max.to(tl.float64) * LOG2_E) * share
 
 
 @triton.jit
-def spread(l, law):
+def spread(l, distribution):
     """e in units of 2^16 times -log2 of e / 2^44 in units of 2^-10. -> i64"""
-    t = tl.maximum((l - law.max) * law.scale, -46.0)
+    t = tl.maximum((l - distribution.max) * distribution.scale, -46.0)
     return (exp2_weight(t) >> 16) * (-t * 1024.0).to(tl.int32).to(tl.int64)
 
 

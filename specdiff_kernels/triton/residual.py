@@ -1,4 +1,4 @@
-"""The laws that drafted tokens were drawn from, and residuals behind them, on a GPU."""
+"""The distributions that drafted tokens were drawn from, and residuals behind them, on a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from ..records import Record
 from ..types import Status
 from .numerics import ONE, bias_weight, excess, inverse, probability, weight
-from .row import OK, load_tile, read_law
+from .row import OK, load_tile, read_distribution
 
 DRAFT_FAULT = tl.constexpr(int(Status.DRAFT))
 TOKEN_FAULT = tl.constexpr(int(Status.TOKEN))
@@ -53,15 +53,15 @@ def column_of(ids, columns, steps, v):
 @triton.jit
 def draft_weights(draft, sizes, row, v, V):
     """Weights that pool row `row` gives to ids v of the target's V, 0 outside of them. -> i64"""
-    law = read_law(draft.law, row)
+    distribution = read_distribution(draft.distribution, row)
     column = v
-    exists = v < tl.where(law.status == OK, V, 0)
+    exists = v < tl.where(distribution.status == OK, V, 0)
     if draft.draft_ids is not None:
         column, found = column_of(draft.draft_ids, draft.logits.V, sizes.steps, v)
         exists = exists & found
     logits = draft.logits.data + row * draft.logits.row_stride
     l = tl.load(logits + column, mask=exists, other=float("-inf")).to(tl.float32)
-    return tl.where(exists, weight(l, column, law), 0)
+    return tl.where(exists, weight(l, column, distribution), 0)
 
 
 @triton.jit
@@ -80,53 +80,55 @@ def draft_chance(draft, sizes, at, recorded, V):
             if fault == OK:
                 e = draft_weights(draft, sizes, row, x, V)
                 fault = tl.where(e == 0, DRAFT_FAULT, OK)
-                q = probability(e, inverse(tl.load(draft.law.total + row)))
+                q = probability(e, inverse(tl.load(draft.distribution.total + row)))
     return q, fault
 
 
 @triton.jit
-def chances(target, V, law, draft, sizes, at, recorded, tile, TILE: tl.constexpr):
-    """p and q of one tile, q the law of the drafted token at [b, k] = at."""
+def chances(target, V, distribution, draft, sizes, at, recorded, tile, TILE: tl.constexpr):
+    """p and q of one tile, q the distribution of the drafted token at [b, k] = at."""
     columns, l = load_tile(target, V, tile, TILE)
-    p = probability(weight(l, columns, law), inverse(law.total))
+    p = probability(weight(l, columns, distribution), inverse(distribution.total))
     e_q = tl.where(columns == tl.load(draft.tokens + at), ONE, 0)
     total = tl.full([], ONE, tl.int64)
     if draft.logits is not None:
         if recorded:
             row = tl.load(draft.rows + at)
             e_q = draft_weights(draft, sizes, row, columns, V)
-            total = tl.load(draft.law.total + row)
+            total = tl.load(draft.distribution.total + row)
     return p, probability(e_q, inverse(total))
 
 
 @triton.jit
-def residual_weights(target, V, law, draft, sizes, at, recorded, a, tile, TILE: tl.constexpr):
+def residual_weights(
+    target, V, distribution, draft, sizes, at, recorded, a, tile, TILE: tl.constexpr
+):
     """int(max(a p - q, 0) 2^60) of one tile."""
-    p, q = chances(target, V, law, draft, sizes, at, recorded, tile, TILE)
+    p, q = chances(target, V, distribution, draft, sizes, at, recorded, tile, TILE)
     return excess(a * p, q)
 
 
 @triton.jit
-def residual_sum(target, V, law, draft, sizes, at, recorded, a, tile, TILE: tl.constexpr):
+def residual_sum(target, V, distribution, draft, sizes, at, recorded, a, tile, TILE: tl.constexpr):
     """The sum of one tile's residual weights."""
     WIDTH: tl.constexpr = min(TILE, RESIDUAL_WIDTH)
     total = tl.full([], 0, tl.int64)
     for slice in range(TILE // WIDTH):
         place = tile * (TILE // WIDTH) + slice
         total += tl.sum(
-            residual_weights(target, V, law, draft, sizes, at, recorded, a, place, WIDTH)
+            residual_weights(target, V, distribution, draft, sizes, at, recorded, a, place, WIDTH)
         )
     return total
 
 
 @triton.jit
-def bias_sum(target, V, law, draft, sizes, at, amount, tile, KIND: tl.constexpr,
+def bias_sum(target, V, distribution, draft, sizes, at, amount, tile, KIND: tl.constexpr,
              TILE: tl.constexpr):  # fmt: skip
     """The sum of one tile's bias weights, at a position that is recorded."""
     WIDTH: tl.constexpr = min(TILE, RESIDUAL_WIDTH)
     total = tl.full([], 0, tl.int64)
     for slice in range(TILE // WIDTH):
         place = tile * (TILE // WIDTH) + slice
-        p, q = chances(target, V, law, draft, sizes, at, True, place, WIDTH)
+        p, q = chances(target, V, distribution, draft, sizes, at, True, place, WIDTH)
         total += tl.sum(bias_weight(p, q, amount, KIND))
     return total

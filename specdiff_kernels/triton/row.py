@@ -1,11 +1,11 @@
-"""One row of logits on a GPU: tiles, status, threshold, law, and the draw."""
+"""One row of logits on a GPU: tiles, status, threshold, distribution, and the draw."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..types import RowLaw, Status
+from ..types import RowDistribution, Status
 from .arguments import BINS, HEADER, MAX, SCALE, STATUS, THRESHOLD, TILE_ARRAYS, TOTAL
 from .numerics import LOG2_E, ONE, exp2_weight, exponential, mulhi, race_words, weight
 
@@ -83,7 +83,7 @@ def load_max(area, tiles, TILES: tl.constexpr):
 
 @triton.jit
 def status_of(highest, parameters, b):
-    """The first reason why a row has no law, else OK."""
+    """The first reason why a row has no distribution, else OK."""
     temperature = tl.load(parameters.temperature + b)
     in_range = (temperature >= 2.524354896707238e-29) & (temperature <= 3.961408125713217e28)
     valid = (temperature == 0) | in_range  # 2^-95 to 2^95
@@ -110,7 +110,7 @@ def ceil_share(share, total):
 
 
 @triton.jit
-def select(row, V, law, need, bins, BY_WEIGHT: tl.constexpr, TILE: tl.constexpr):
+def select(row, V, distribution, need, bins, BY_WEIGHT: tl.constexpr, TILE: tl.constexpr):
     """The largest threshold t such that the weights e >= t sum to at least `need`, or number that.
 
     Radix selection, 9 of the 45 bits at a time. bins: BINS words of scratch. Bin 0 is what is left.
@@ -125,7 +125,7 @@ def select(row, V, law, need, bins, BY_WEIGHT: tl.constexpr, TILE: tl.constexpr)
         tl.debug_barrier()
         for tile in range(tl.cdiv(V, WIDTH)):
             columns, l = load_tile(row, V, tile, WIDTH)
-            e = exp2_weight((l - law.max) * law.scale)
+            e = exp2_weight((l - distribution.max) * distribution.scale)
             digit = (e >> shift).to(tl.int32) & (BINS - 1)
             counted = (columns < V) & ((e >> (shift + 9)) == prefix) & (digit > 0)
             amount = e if BY_WEIGHT else tl.full([WIDTH], 1, tl.int64)
@@ -141,29 +141,29 @@ def select(row, V, law, need, bins, BY_WEIGHT: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def sum_from(row, V, law, threshold, TILE: tl.constexpr):
+def sum_from(row, V, distribution, threshold, TILE: tl.constexpr):
     """The sum of a row's weights that reach the threshold."""
     total = tl.full([], 0, tl.int64)
     for tile in range(tl.cdiv(V, TILE)):
         _, l = load_tile(row, V, tile, TILE)
-        e = exp2_weight((l - law.max) * law.scale)
+        e = exp2_weight((l - distribution.max) * distribution.scale)
         total += tl.sum(tl.where(e >= threshold, e, 0))
     return total
 
 
 @triton.jit
-def threshold_of(row, V, law, parameters, b, bins, TILE: tl.constexpr):
+def threshold_of(row, V, distribution, parameters, b, bins, TILE: tl.constexpr):
     """Smallest weight that survives top-k, then top-p, then min-p (0: off). -> i64"""
     threshold = tl.full([], 0, tl.int64)
     if parameters.top_k is not None:
         top_k = tl.load(parameters.top_k + b)
         if (top_k > 0) & (top_k < V):
-            threshold = select(row, V, law, top_k, bins, False, TILE)
+            threshold = select(row, V, distribution, top_k, bins, False, TILE)
     if parameters.top_p is not None:
         top_p = tl.load(parameters.top_p + b)
         if top_p < 1:
-            need = ceil_share(top_p, sum_from(row, V, law, threshold, TILE))
-            nucleus = select(row, V, law, need, bins, True, TILE)
+            need = ceil_share(top_p, sum_from(row, V, distribution, threshold, TILE))
+            nucleus = select(row, V, distribution, need, bins, True, TILE)
             threshold = tl.maximum(threshold, nucleus)
     if parameters.min_p is not None:
         floor = (tl.load(parameters.min_p + b).to(tl.float64) * ONE).to(tl.int64)
@@ -172,72 +172,77 @@ def threshold_of(row, V, law, parameters, b, bins, TILE: tl.constexpr):
 
 
 @triton.jit
-def begin_law(area, row, V, parameters, b, tiles, TILE: tl.constexpr, TILES: tl.constexpr):
-    """A row's law but for what takes all its tiles: the total, and a greedy row's threshold."""
+def begin_distribution(area, row, V, parameters, b, tiles, TILE: tl.constexpr, TILES: tl.constexpr):
+    """A row's distribution but for what takes all its tiles: the total, and a greedy row's
+    threshold."""
     largest = load_max(area, tiles, TILES)
     status = status_of(largest, parameters, b)
     temperature = tl.load(parameters.temperature + b)
     sampled = (status == OK) & (temperature != 0)
     scale = tl.div_rn(tl.full([], LOG2_E, tl.float32), tl.where(sampled, temperature, 1.0))
-    law = RowLaw(
+    distribution = RowDistribution(
         tl.where(status == OK, largest + 0.0, 0.0),  # never -0
         tl.where(sampled, scale, 0.0),
         tl.full([], 0, tl.int64),
         tl.full([], 0, tl.int64),
         status,
     )
-    threshold = law.threshold
+    threshold = distribution.threshold
     if sampled:
         bins = area + HEADER + TILE_ARRAYS * tiles
-        threshold = threshold_of(row, V, law, parameters, b, bins, TILE)
-    return RowLaw(law.max, law.scale, threshold, law.total, law.status)
+        threshold = threshold_of(row, V, distribution, parameters, b, bins, TILE)
+    return RowDistribution(
+        distribution.max, distribution.scale, threshold, distribution.total, distribution.status
+    )
 
 
 @triton.jit
-def store_tile_sums(area, row, V, law, parameters, first, last, tiles, TILE: tl.constexpr):
+def store_tile_sums(area, row, V, distribution, parameters, first, last, tiles, TILE: tl.constexpr):
     """Sums of weights of the tiles first <= tile < last; of a greedy row the first column that
     holds its largest logit."""
     for tile in range(first, last):
         columns, l = load_tile(row, V, tile, TILE)
-        if law.scale == 0:
-            found = tl.min(tl.where(l == law.max, columns, NO_COLUMN)).to(tl.int64)
+        if distribution.scale == 0:
+            found = tl.min(tl.where(l == distribution.max, columns, NO_COLUMN)).to(tl.int64)
         else:
-            e = exp2_weight((l - law.max) * law.scale)
+            e = exp2_weight((l - distribution.max) * distribution.scale)
             truncates = (parameters.top_k is not None) or (parameters.top_p is not None)
             if truncates or (parameters.min_p is not None):
-                e = tl.where(e < law.threshold, 0, e)
+                e = tl.where(e < distribution.threshold, 0, e)
             found = tl.sum(e)
         tl.store(tile_sums(area, tiles) + tile, found)
 
 
 @triton.jit
-def end_law(area, law, tiles, TILE: tl.constexpr, TILES: tl.constexpr):
-    """The law of a row, all of whose tiles are summed; kept in the row's area."""
+def end_distribution(area, distribution, tiles, TILE: tl.constexpr, TILES: tl.constexpr):
+    """The distribution of a row, all of whose tiles are summed; kept in the row's area."""
     tile = tl.arange(0, TILES)
     sums = tile_sums(area, tiles)
     found = load_sums(sums, tiles, TILES)
     total = tl.sum(found)
-    threshold = law.threshold
-    if (law.status == OK) & (law.scale == 0):
+    threshold = distribution.threshold
+    if (distribution.status == OK) & (distribution.scale == 0):
         threshold = tl.min(tl.where(tile < tiles, found, NO_COLUMN))
         total = tl.full([], ONE, tl.int64)
         tl.debug_barrier()  # every thread has read the sums
         tl.store(sums + tile, tl.where(tile == threshold // TILE, total, 0), mask=tile < tiles)
         tl.debug_barrier()  # and will read these
-    total = tl.where(law.status == OK, total, 0)
-    law = RowLaw(law.max, law.scale, threshold, total, law.status)
-    tl.store(area + MAX, law.max.to(tl.int32, bitcast=True).to(tl.int64))
-    tl.store(area + SCALE, law.scale.to(tl.int32, bitcast=True).to(tl.int64))
-    tl.store(area + THRESHOLD, law.threshold)
-    tl.store(area + TOTAL, law.total)
-    tl.store(area + STATUS, law.status.to(tl.int64))
-    return law
+    total = tl.where(distribution.status == OK, total, 0)
+    distribution = RowDistribution(
+        distribution.max, distribution.scale, threshold, total, distribution.status
+    )
+    tl.store(area + MAX, distribution.max.to(tl.int32, bitcast=True).to(tl.int64))
+    tl.store(area + SCALE, distribution.scale.to(tl.int32, bitcast=True).to(tl.int64))
+    tl.store(area + THRESHOLD, distribution.threshold)
+    tl.store(area + TOTAL, distribution.total)
+    tl.store(area + STATUS, distribution.status.to(tl.int64))
+    return distribution
 
 
 @triton.jit
-def load_law(area):
-    """The law that `end_law` kept."""
-    return RowLaw(
+def load_distribution(area):
+    """The distribution that `end_distribution` kept."""
+    return RowDistribution(
         tl.load(area + MAX).to(tl.int32).to(tl.float32, bitcast=True),
         tl.load(area + SCALE).to(tl.int32).to(tl.float32, bitcast=True),
         tl.load(area + THRESHOLD),
@@ -247,9 +252,9 @@ def load_law(area):
 
 
 @triton.jit
-def read_law(arrays, row):
-    """One row's law out of arrays [R]."""
-    return RowLaw(
+def read_distribution(arrays, row):
+    """One row's distribution out of arrays [R]."""
+    return RowDistribution(
         tl.load(arrays.max + row),
         tl.load(arrays.scale + row),
         tl.load(arrays.threshold + row),
@@ -259,12 +264,12 @@ def read_law(arrays, row):
 
 
 @triton.jit
-def write_law(arrays, row, law):
-    tl.store(arrays.max + row, law.max)
-    tl.store(arrays.scale + row, law.scale)
-    tl.store(arrays.threshold + row, law.threshold)
-    tl.store(arrays.total + row, law.total)
-    tl.store(arrays.status + row, law.status)
+def write_distribution(arrays, row, distribution):
+    tl.store(arrays.max + row, distribution.max)
+    tl.store(arrays.scale + row, distribution.scale)
+    tl.store(arrays.threshold + row, distribution.threshold)
+    tl.store(arrays.total + row, distribution.total)
+    tl.store(arrays.status + row, distribution.status)
 
 
 @triton.jit
@@ -289,15 +294,15 @@ def find_column(e, r):
 
 
 @triton.jit
-def draw(area, row, V, law, word, tiles, TILE: tl.constexpr, TILES: tl.constexpr):
+def draw(area, row, V, distribution, word, tiles, TILE: tl.constexpr, TILES: tl.constexpr):
     """The column of mulhi(word, total), by the sums of the row's tiles. -> i64"""
     tile, r = find_tile(load_sums(tile_sums(area, tiles), tiles, TILES), word, TILES)
     columns, l = load_tile(row, V, tile, TILE)
-    return (tile * TILE + find_column(weight(l, columns, law), r)).to(tl.int64)
+    return (tile * TILE + find_column(weight(l, columns, distribution), r)).to(tl.int64)
 
 
 @triton.jit
-def store_tile_races(area, row, V, law, ids, words, seed, position, first, last, tiles,
+def store_tile_races(area, row, V, distribution, ids, words, seed, position, first, last, tiles,
                      TILE: tl.constexpr):  # fmt: skip
     """In each tile the least E_v / e_v, and the first column that reaches it; of a greedy row the
     first column that holds its largest logit. words, ids: of the columns, or None."""
@@ -307,10 +312,10 @@ def store_tile_races(area, row, V, law, ids, words, seed, position, first, last,
         winner = tl.full([], NO_COLUMN, tl.int32)
         for slice in range(TILE // WIDTH):
             columns, l = load_tile(row, V, tile * (TILE // WIDTH) + slice, WIDTH)
-            if law.scale == 0:
-                times = tl.where(l == law.max, 0.0, float("inf")).to(tl.float64)
+            if distribution.scale == 0:
+                times = tl.where(l == distribution.max, 0.0, float("inf")).to(tl.float64)
             else:
-                times = race_times(columns, l, V, law, ids, words, seed, position)
+                times = race_times(columns, l, V, distribution, ids, words, seed, position)
             best = tl.min(times)
             column = tl.min(tl.where(times == best, columns, NO_COLUMN))
             winner = tl.where(best < least, column, winner)
@@ -320,7 +325,7 @@ def store_tile_races(area, row, V, law, ids, words, seed, position, first, last,
 
 
 @triton.jit
-def race_times(columns, l, V, law, ids, words, seed, position):
+def race_times(columns, l, V, distribution, ids, words, seed, position):
     """E_v / e_v, infinite where e_v = 0. -> f64"""
     if words is not None:
         word = tl.load(words + columns, mask=columns < V, other=0)
@@ -329,7 +334,7 @@ def race_times(columns, l, V, law, ids, words, seed, position):
         if ids is not None:
             id = tl.load(ids + columns, mask=columns < V, other=0)
         word = race_words(seed, position, id)
-    e = weight(l, columns, law)
+    e = weight(l, columns, distribution)
     times = exponential(word) / tl.where(e > 0, e, 1).to(tl.float64)
     return tl.where(e > 0, times, float("inf"))
 

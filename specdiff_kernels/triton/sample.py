@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import RowLaw
+from ..types import RowDistribution
 from .arguments import Logits, Randomness, Split, launch, scratch
 from .numerics import random_word, weight
 from .row import (
@@ -18,7 +18,7 @@ from .row import (
     draw,
     end_race,
     load_tile,
-    read_law,
+    read_distribution,
     store_tile_races,
     tile_sums,
 )
@@ -26,7 +26,7 @@ from .row import (
 
 def sample(
     logits: Tensor,
-    law: RowLaw,
+    distribution: RowDistribution,
     seed: Tensor | None,
     round: Tensor | None,
     slot: Tensor | None,
@@ -42,43 +42,45 @@ def sample(
     rows, device, split = Logits.of(logits), logits.device, Split.of(V)
     workspace = scratch(workspace, N, V, device)
     random = Randomness(words, seed, round, position)
-    launch(search, N * split.tiles, device, rows, law, random, draft_ids, workspace,
+    launch(search, N * split.tiles, device, rows, distribution, random, draft_ids, workspace,
            RACE=position is not None, TILE=split.tile)  # fmt: skip
-    launch(tokens, N, device, rows, law, random, slot, purpose, draft_ids, workspace, out,
+    launch(tokens, N, device, rows, distribution, random, slot, purpose, draft_ids, workspace, out,
            RACE=position is not None, **split.constants)  # fmt: skip
 
 
 @triton.jit
-def search(logits, law, random, draft_ids, workspace, RACE: tl.constexpr, TILE: tl.constexpr):
+def search(
+    logits, distribution, random, draft_ids, workspace, RACE: tl.constexpr, TILE: tl.constexpr
+):
     tiles = tl.cdiv(logits.V, TILE)
     index, tile = tl.program_id(0).to(tl.int64) // tiles, tl.program_id(0) % tiles
     area, row = area_of(workspace, index, tiles), logits.data + index * logits.row_stride
-    law = read_law(law, index)
-    if law.status == OK:
+    distribution = read_distribution(distribution, index)
+    if distribution.status == OK:
         if not RACE:
             columns, l = load_tile(row, logits.V, tile, TILE)
-            tl.store(tile_sums(area, tiles) + tile, tl.sum(weight(l, columns, law)))
+            tl.store(tile_sums(area, tiles) + tile, tl.sum(weight(l, columns, distribution)))
         elif random.words is not None:
             words = random.words + index * logits.V
-            store_tile_races(area, row, logits.V, law, None, words, None, None, tile, tile + 1,
-                             tiles, TILE)  # fmt: skip
+            store_tile_races(area, row, logits.V, distribution, None, words, None, None, tile,
+                             tile + 1, tiles, TILE)  # fmt: skip
         else:
             seed, position = tl.load(random.seed + index), tl.load(random.position + index)
-            store_tile_races(area, row, logits.V, law, draft_ids, None, seed, position, tile,
-                             tile + 1, tiles, TILE)  # fmt: skip
+            store_tile_races(area, row, logits.V, distribution, draft_ids, None, seed, position,
+                             tile, tile + 1, tiles, TILE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["purpose"])
 def tokens(
-    logits, law, random, slot, purpose, draft_ids, workspace, out,
+    logits, distribution, random, slot, purpose, draft_ids, workspace, out,
     RACE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(logits.V, TILE)
     index = tl.program_id(0).to(tl.int64)
     area, row = area_of(workspace, index, tiles), logits.data + index * logits.row_stride
-    law = read_law(law, index)
+    distribution = read_distribution(distribution, index)
     token = tl.full([], -1, tl.int64)
-    if law.status == OK:
+    if distribution.status == OK:
         if RACE:
             column = end_race(area, tiles, TILES)
         else:
@@ -87,8 +89,8 @@ def tokens(
             else:
                 seed, round = tl.load(random.seed + index), tl.load(random.round + index)
                 word = random_word(seed, tl.load(slot + index), round, purpose, 0)
-            column = draw(area, row, logits.V, law, word, tiles, TILE, TILES)
-        token = tl.minimum(column, logits.V - 1)  # only if the law is not this row's
+            column = draw(area, row, logits.V, distribution, word, tiles, TILE, TILES)
+        token = tl.minimum(column, logits.V - 1)  # only if the distribution is not this row's
         if draft_ids is not None:
             token = tl.load(draft_ids + token)
     tl.store(out + index, token)

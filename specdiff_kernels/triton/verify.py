@@ -1,8 +1,8 @@
 """Verification of a draft in three launches (two under the coupled rule).
 
 1. `maxima`: the largest logit of each tile of each target row.
-2. `judge`: sums of weights of each tile; the last program of a row knows its law and judges the
-   drafted token. Rows behind one that ended the round are left out if they come later.
+2. `judge`: sums of weights of each tile; the last program of a row knows its distribution and
+   judges the drafted token. Rows behind one that ended the round are left out if they come later.
    Under the coupled rule `race_rows` instead, which ends the round.
 3. `end_round`: residual weights of each tile, under the lenient rule bias weights of all examined
    rows; the last program of a sequence draws the last token.
@@ -67,12 +67,12 @@ from .row import (
     PARAMETER,
     area_of,
     arrives_last,
-    begin_law,
-    end_law,
+    begin_distribution,
+    end_distribution,
     end_race,
     find_column,
     find_tile,
-    load_law,
+    load_distribution,
     load_sums,
     load_tile,
     store_tile_max,
@@ -199,7 +199,7 @@ def judge(
     RECORD: tl.constexpr, BLOCK_RULE: tl.constexpr, KIND: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """The law of each target row, and whether its drafted token ends the round."""
+    """The distribution of each target row, and whether its drafted token ends the round."""
     sizes = Sizes(B, K, parts, R, steps, final_step)
     tiles = tl.cdiv(target.V, TILE)
     place, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
@@ -209,18 +209,18 @@ def judge(
     length = length_of(draft.lengths, b, K)
     if (i <= length) & (i <= read_stop(head, K)):
         row = target.data + b * target.batch_stride + i * target.row_stride
-        law = begin_law(area, row, target.V, parameters, b, tiles, TILE, TILES)
-        if law.status == OK:
+        distribution = begin_distribution(area, row, target.V, parameters, b, tiles, TILE, TILES)
+        if distribution.status == OK:
             first, last = part * tiles // parts, (part + 1) * tiles // parts
-            store_tile_sums(area, row, target.V, law, parameters, first, last, tiles, TILE)
+            store_tile_sums(area, row, target.V, distribution, parameters, first, last, tiles, TILE)
         if arrives_last(area + ARRIVED, parts):
-            law = end_law(area, law, tiles, TILE, TILES)
+            distribution = end_distribution(area, distribution, tiles, TILE, TILES)
             if i < length:
                 recorded = is_recorded(draft, sizes, b, i, RECORD, POSITIONS)
                 tl.store(area + RECORDED, recorded.to(tl.int64))
                 word = position_word(random, b, i, i, ACCEPT, K)
                 amount = None if amounts is None else tl.load(amounts + b)
-                if ends_round(area, row, target.V, law, draft, sizes, b * K + i, recorded,
+                if ends_round(area, row, target.V, distribution, draft, sizes, b * K + i, recorded,
                               word, amount, BLOCK_RULE, KIND):  # fmt: skip
                     tl.atomic_min(head + STOP, i, sem="relaxed")
     if BLOCK_RULE:
@@ -229,18 +229,18 @@ def judge(
 
 
 @triton.jit
-def ends_round(area, row, V, law, draft, sizes, at, recorded, word, amount,
+def ends_round(area, row, V, distribution, draft, sizes, at, recorded, word, amount,
                BLOCK_RULE: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
     """Whether no later row can matter: the token at [b, k] = at is rejected, has no chance in the
     block rule, or something is wrong."""
     q, fault = draft_chance(draft, sizes, at, recorded, V)
-    status = tl.where(law.status == OK, fault, law.status)
+    status = tl.where(distribution.status == OK, fault, distribution.status)
     tl.store(area + STATUS, status.to(tl.int64))
     ends = status != OK
     if status == OK:
         x = tl.load(draft.tokens + at)
-        e = weight(tl.load(row + x).to(tl.float32), x, law)
-        p = probability(e, inverse(law.total))
+        e = weight(tl.load(row + x).to(tl.float32), x, distribution)
+        p = probability(e, inverse(distribution.total))
         if BLOCK_RULE:
             tl.store(area + TARGET_CHANCE, p.to(tl.int64, bitcast=True))
             tl.store(area + DRAFT_CHANCE, q.to(tl.int64, bitcast=True))
@@ -322,8 +322,8 @@ def end_round(
             if (status == OK) & recorded:
                 area = area_of(workspace, b * (K + 1) + i, tiles)
                 row = target.data + b * target.batch_stride + i * target.row_stride
-                spent = bias_sum(row, target.V, load_law(area), draft, sizes, b * K + i, amount,
-                                 tile, KIND, TILE)  # fmt: skip
+                spent = bias_sum(row, target.V, load_distribution(area), draft, sizes, b * K + i,
+                                 amount, tile, KIND, TILE)  # fmt: skip
                 tl.atomic_add(area + EXCESS, spent, sem="relaxed")
     area = area_of(workspace, b * (K + 1) + i, tiles)
     if (status == OK) & drawn_from:
@@ -331,7 +331,7 @@ def end_round(
         row = target.data + b * target.batch_stride + i * target.row_stride
         recorded = tl.load(area + RECORDED) != 0
         found = residual_sum(
-            row, target.V, load_law(area), draft, sizes, b * K + i, recorded, a, tile, TILE
+            row, target.V, load_distribution(area), draft, sizes, b * K + i, recorded, a, tile, TILE
         )
         tl.store(tile_partials(area, tiles) + tile, found)
         if BLOCK_RULE:
@@ -405,7 +405,7 @@ def last_token(
     """Draw behind i accepted tokens: from the residual, or from p without x, or from p. -> i64"""
     K = sizes.K
     row = target.data + b * target.batch_stride + i * target.row_stride
-    law = load_law(area)
+    distribution = load_distribution(area)
     drafted = i < length
     recorded = drafted & (tl.load(area + RECORDED) != 0)
     residual = drafted if BLOCK_RULE else recorded
@@ -416,7 +416,7 @@ def last_token(
     if residual:
         kept = load_sums(tile_partials(area, tiles), tiles, TILES)
     if x >= 0:
-        e_x = weight(tl.load(row + x).to(tl.float32), x, law)
+        e_x = weight(tl.load(row + x).to(tl.float32), x, distribution)
         kept = held - tl.where(tl.arange(0, TILES) == x // TILE, e_x, 0)
     empty = tl.sum(kept) == 0
     word = position_word(random, b, i, K, tl.where(drafted, RESIDUAL, BONUS), K)
@@ -427,11 +427,11 @@ def last_token(
         place = tile * (TILE // WIDTH) + slice
         if residual & ~empty:
             e = residual_weights(
-                row, target.V, law, draft, sizes, b * K + i, recorded, a, place, WIDTH
+                row, target.V, distribution, draft, sizes, b * K + i, recorded, a, place, WIDTH
             )
         else:
             columns, l = load_tile(row, target.V, place, WIDTH)
-            e = tl.where((columns == x) & ~empty, 0, weight(l, columns, law))
+            e = tl.where((columns == x) & ~empty, 0, weight(l, columns, distribution))
         column += find_column(e, r)
         r -= tl.sum(e)
     return column.to(tl.int64)
@@ -464,24 +464,26 @@ def race_rows(
     length = length_of(draft.lengths, b, K)
     if (i <= length) & (i <= read_stop(head, K)):
         row = target.data + b * target.batch_stride + i * target.row_stride
-        law = begin_law(area, row, target.V, parameters, b, tiles, TILE, TILES)
-        if law.status == OK:
+        distribution = begin_distribution(area, row, target.V, parameters, b, tiles, TILE, TILES)
+        if distribution.status == OK:
             first, last = part * tiles // parts, (part + 1) * tiles // parts
             if random.words is not None:
                 words = random.words + (b * (K + 1) + i) * target.V
-                store_tile_races(area, row, target.V, law, None, words, None, None, first, last,
-                                 tiles, TILE)  # fmt: skip
+                store_tile_races(area, row, target.V, distribution, None, words, None, None, first,
+                                 last, tiles, TILE)  # fmt: skip
             else:
                 seed, position = tl.load(random.seed + b), tl.load(random.position + b) + i
-                store_tile_races(area, row, target.V, law, None, None, seed, position, first, last,
-                                 tiles, TILE)  # fmt: skip
+                store_tile_races(area, row, target.V, distribution, None, None, seed, position,
+                                 first, last, tiles, TILE)  # fmt: skip
         if arrives_last(area + ARRIVED, parts):
             y = tl.full([], -1, tl.int64)
-            if law.status == OK:
+            if distribution.status == OK:
                 y = end_race(area, tiles, TILES)
             x = tl.load(draft.tokens + b * K + i, mask=i < length, other=0)
             possible = (x >= 0) & (x < target.V)
-            status = tl.where((law.status == OK) & ~possible, TOKEN_FAULT, law.status)
+            status = tl.where(
+                (distribution.status == OK) & ~possible, TOKEN_FAULT, distribution.status
+            )
             tl.store(area + STATUS, status.to(tl.int64))
             tl.store(area + TOKEN, y)
             if (i < length) & ((status != OK) | (x != y)):

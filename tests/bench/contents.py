@@ -42,7 +42,13 @@ def case(method: str = "block-diffusion", speedup: float = 1.2, **more: Any) -> 
     plain = method == "plain"
     k, steps = more.pop("k", None if plain else 4), more.pop("steps", None)
     alpha, temperature = more.pop("alpha", None if plain else 0.25), more.get("temperature", 0.0)
-    law = {"kind": "law", "passed": True, "texts": 16, "identical": None, "z": 0.7}
+    distribution = {
+        "kind": "distribution",
+        "passed": True,
+        "texts": 16,
+        "identical": None,
+        "z": 0.7,
+    }
     same = {"kind": "identical", "passed": True, "texts": 16, "identical": 16, "z": None}
     drafted = None if plain else k if isinstance(k, int) else 4
     return {
@@ -73,7 +79,7 @@ def case(method: str = "block-diffusion", speedup: float = 1.2, **more: Any) -> 
         },
         "peak_mb": 12.3,
         "ceiling": None,
-        "check": law if temperature else same,
+        "check": distribution if temperature else same,
         "refused": None,
         **more,
     }
@@ -99,7 +105,13 @@ def methods() -> dict[str, Any]:
                 case("prompt-lookup", 1.0 + 2 * harder, k=8, alpha=0.08, **own),
             ]  # fmt: skip
     cases.append(refused("the drafter has <no> weights & no vocabulary", method="sedd", steps=4))
-    cases[-2]["check"] = {"kind": "law", "passed": False, "texts": 16, "identical": None, "z": 5.1}
+    cases[-2]["check"] = {
+        "kind": "distribution",
+        "passed": False,
+        "texts": 16,
+        "identical": None,
+        "z": 5.1,
+    }
     return content("methods", cases)
 
 

@@ -11,7 +11,7 @@ from specdiff import Decoder, Sampling
 from specdiff.bench.checks import (
     DEVIATIONS,
     ROUNDING,
-    follows_law,
+    follows_distribution,
     next_logits,
     same_texts,
     surprise,
@@ -36,23 +36,25 @@ def texts(decoder, sampling, count, tokens=24):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("drafter", [None, PromptLookup()])
-def test_sampled_text_follows_the_law(models, temperature, drafter):
+def test_sampled_text_follows_the_distribution(models, temperature, drafter):
     sampling = Sampling(temperature)
-    check = follows_law(
+    check = follows_distribution(
         models.target, *texts(Decoder(models.target, drafter), sampling, 10), sampling
     )
-    assert check.passed and abs(check.z) < DEVIATIONS and check.kind == "law"
+    assert check.passed and abs(check.z) < DEVIATIONS and check.kind == "distribution"
 
 
 @pytest.mark.parametrize("mutant", ["cooler", "warmer", "lenient", "top-k"])
-def test_text_of_another_law_is_refused(models, mutant):
-    law, decoder, count = Sampling(1.0), Decoder(models.target), 10
+def test_text_of_another_distribution_is_refused(models, mutant):
+    distribution, decoder, count = Sampling(1.0), Decoder(models.target), 10
     own = {"cooler": Sampling(0.8), "warmer": Sampling(1.3), "top-k": Sampling(1.0, top_k=40)}
     if mutant == "lenient":  # all that the drafter says is taken
         lenience = Lenience("ensemble", 0.0)
         decoder = Decoder(models.target, PromptLookup(), 4, "lenient", lenience=lenience)
         count = 40
-    check = follows_law(models.target, *texts(decoder, own.get(mutant, law), count), law)
+    check = follows_distribution(
+        models.target, *texts(decoder, own.get(mutant, distribution), count), distribution
+    )
     assert not check.passed and abs(check.z) > DEVIATIONS
     assert "standard deviations" in check.reason
 
@@ -69,9 +71,9 @@ def test_surprise_is_what_its_name_says():
     assert surprise(logits, torch.tensor([0]))[1] == pytest.approx(variance, rel=1e-12)
 
 
-def test_truncated_laws_are_not_checked(models):
+def test_truncated_distributions_are_not_checked(models):
     with pytest.raises(ValueError, match="temperature alone"):
-        follows_law(models.target, [], [], Sampling(1.0, top_k=3))
+        follows_distribution(models.target, [], [], Sampling(1.0, top_k=3))
 
 
 def test_greedy_texts(models):

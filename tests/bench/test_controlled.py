@@ -21,7 +21,7 @@ from tests.tiny import tiny_model, tiny_network
 V, K = 50, 4
 CHANCES = [0.9, 0.75, 0.6, 0.45]
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3], [7, 7]]
-LAWS = {"greedy": (Sampling(), "token"), "coupled": (Sampling(1.0), "coupled")}
+DISTRIBUTIONS = {"greedy": (Sampling(), "token"), "coupled": (Sampling(1.0), "coupled")}
 RUNS = 8  # of the statistical tests
 
 
@@ -51,8 +51,8 @@ def make(name: str, target: Target):
 class Case:
     """Prompts decoded by plain decoding, and options to decode them again."""
 
-    def __init__(self, target, law="greedy", *, seed=0, prompts=PROMPTS, tokens=40):
-        sampling, self.rule = LAWS[law]
+    def __init__(self, target, distribution="greedy", *, seed=0, prompts=PROMPTS, tokens=40):
+        sampling, self.rule = DISTRIBUTIONS[distribution]
         self.target, self.prompts = target, prompts
         self.options = dict(max_new_tokens=tokens, sampling=sampling, seed=seed, stop_tokens=())
         plain = Decoder(target, rule=self.rule).generate(prompts, **self.options)
@@ -64,17 +64,17 @@ class Case:
         return decoder.generate(self.prompts, **self.options, **options)
 
 
-@pytest.fixture(scope="module", params=LAWS)
+@pytest.fixture(scope="module", params=DISTRIBUTIONS)
 def cases(request, target):
     if request.param == "greedy":
         return [Case(target)] * RUNS  # whose draws differ by the drafter's seed
     return [Case(target, request.param, seed=seed) for seed in range(RUNS)]
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("name", ["sedd", "block-diffusion", "autoregressive", "lookup"])
-def test_the_text_is_plain_decodings(target, law, name):
-    case = Case(target, law)
+def test_the_text_is_plain_decodings(target, distribution, name):
+    case = Case(target, distribution)
     for look_every in (1, 3) if name in ("block-diffusion", "autoregressive") else (1,):
         run = case.run(Controlled(make(name, target), case.texts, 0.7), look_every=look_every)
         assert run.sequences == case.plain
@@ -82,7 +82,7 @@ def test_the_text_is_plain_decodings(target, law, name):
 
 
 def within(examined: list[int], accepted: list[int], chances: list[float]) -> None:
-    """Each position's count is within 4.5 standard deviations of a binomial law's mean."""
+    """Each position's count is within 4.5 standard deviations of a binomial distribution's mean."""
     for n, a, c in zip(examined, accepted, chances, strict=True):
         assert abs(a - n * c) <= 4.5 * math.sqrt(n * c * (1 - c)), (examined, accepted)
     assert min(examined) > 100
@@ -165,9 +165,9 @@ def test_share_of_drafted_tokens_is_alpha(target):
     assert abs(accepted - drafts * mean) < 4.5 * math.sqrt(drafts * variance)
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_chance_one_accepts_everything_and_chance_zero_nothing(target, law):
-    case = Case(target, law)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_chance_one_accepts_everything_and_chance_zero_nothing(target, distribution):
+    case = Case(target, distribution)
     drafter = make("autoregressive", target)
     everything = case.run(Controlled(drafter, case.texts, 1)).stats
     assert everything.accepted == everything.drafted > 0
@@ -272,10 +272,10 @@ class NowAndThen:
         return Wanted([width] * len(PROMPTS), width)
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_rounds_without_a_draft(target, law):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_rounds_without_a_draft(target, distribution):
     """Also the first ones, so that the prompts come together with what follows them."""
-    case = Case(target, law)
+    case = Case(target, distribution)
     run = case.run(Controlled(make("block-diffusion", target), case.texts, 1), NowAndThen())
     assert run.sequences == case.plain
     assert run.stats.accepted == run.stats.drafted > 0

@@ -106,7 +106,7 @@ def test_compare(models, temperature):
         assert case["emitted"] == 2 * sum(len(PROMPTS) * [10]) or temperature
         assert case["prompts"] == 4 and case["batch"] == 2 and case["target"] == "tiny-llama"
     assert plain["speedup"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
-    assert lookup["check"]["kind"] == ("law" if temperature else "identical")
+    assert lookup["check"]["kind"] == ("distribution" if temperature else "identical")
     assert lookup["ceiling"]["speedup"] > 0 and theirs["ms_per_forward"] is None
 
 

@@ -144,7 +144,7 @@ def test_cases(one):
     assert auto["K"] == "auto" and auto["ceiling"] == "1.30x"
     assert dict(zip(head, read.cells("plain")[0], strict=True))["speed-up"] == "1.00x"
     last = read.cells("prompt-lookup")[-1]
-    assert "law BROKEN, z = 5.1" in last
+    assert "distribution BROKEN, z = 5.1" in last
     assert [cell[1] for row in read.rows for cell in row if "BROKEN" in cell[0]] == ["bad"]
     assert ["sedd", "4", "4", "refused: the drafter has <no> weights & no vocabulary"] in (
         read.cells("sedd")
@@ -204,7 +204,7 @@ def test_published_values_stand_beside_the_measured_ones(one):
          "10", dash, "0.90", dash, "9.00", dash, "3.10x", dash, "refused: no checkpoint"],
         ["some-xl", "specdiff", "mdlm, T = 10, temperature 1",
          "40", "40", "0.89", "0.31", "35.60", "12.40", "7.59x", "1.75x (1.57-1.93)",
-         "law, z = 0.7"],
+         "distribution, z = 0.7"],
         ["openwebtext"],
         ["other-neo", "specdiff", "",
          "30", dash, "0.87", dash, "26.10", dash, "6.43x", dash, ""],

@@ -34,7 +34,7 @@ def test_a_section_for_each_task_and_temperature():
                        "45 38 35 33", "identical 16/16"]  # fmt: skip
     assert rows[5] == ["prompt-lookup", "8", "", "28.0", "1.00x (0.90-1.10)", "1.64", "0.64",
                        "28 21 18 16", "identical 16/16"]  # fmt: skip
-    assert rows[-1][-1] == "law BROKEN, z = 5.1"
+    assert rows[-1][-1] == "distribution BROKEN, z = 5.1"
 
 
 def test_refused_rows_are_dim_and_say_why():

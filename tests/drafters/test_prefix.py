@@ -22,7 +22,7 @@ from specdiff.drafters import (
 from specdiff.drafters.network import DraftNetwork
 from specdiff.schedule import chunk
 from specdiff.training.groups import Groups, forward_groups
-from specdiff_kernels import Purpose, row_law, sample
+from specdiff_kernels import Purpose, row_distribution, sample
 from specdiff_kernels.reference.numerics import random_word
 from tests.tiny import tiny_model, tiny_network
 
@@ -83,7 +83,8 @@ def recomputed(network, target, tokens, before, revealed, k) -> torch.Tensor:
 @pytest.mark.parametrize("k", [1, 3, K])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=10)], ids=repr)
 def test_draft_equals_a_fresh_forward(target, kind, steps, more, k, sampling):
-    """Ragged news through the cache: logits of the trainer's forward, tokens by their law."""
+    """Ragged news through the cache: logits of the trainer's forward, tokens by their
+    distribution."""
     drafter = make(kind, target, steps, **more)
     width = (len(drafter.target_layers) + 1) * SIZE
     drafter.start(3, 40, sampling)
@@ -117,13 +118,16 @@ def test_draft_equals_a_fresh_forward(target, kind, steps, more, k, sampling):
                 rows = list(range(b * k + lo, b * k + hi))
                 assert draft.rows[b, lo:hi].tolist() == (guess if sampling.greedy else rows)
         rows = torch.arange(3 * k).view(3, k)[lengths > 0].flatten()
-        law = row_law(draft.logits[rows], *sampling.parameters)
-        assert all(torch.equal(have[rows], want) for have, want in zip(draft.law, law, strict=True))
+        distribution = row_distribution(draft.logits[rows], *sampling.parameters)
+        assert all(
+            torch.equal(have[rows], want)
+            for have, want in zip(draft.distribution, distribution, strict=True)
+        )
         sequence = rows // k
         words = random_word(
             seed[sequence], rows % k, round[sequence], Purpose.DRAFT, draft.tau.flatten()[rows]
         )
-        again = sample(draft.logits[rows], law, words=words, draft_ids=DRAFT_IDS)
+        again = sample(draft.logits[rows], distribution, words=words, draft_ids=DRAFT_IDS)
         assert torch.equal(draft.tokens.flatten()[rows], again)
 
 

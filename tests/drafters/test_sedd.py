@@ -16,7 +16,7 @@ from specdiff.drafters.sedd import MDLM, SEDD
 from specdiff.noise import LogLinear, ancestral_rate, times
 from specdiff.planner import Costs, Plan, Planner
 from specdiff.schedule import ORDERS, schedule
-from specdiff_kernels import LawError, Order, row_law
+from specdiff_kernels import DistributionError, Order, row_distribution
 from tests.tiny import tiny_model
 
 V, LENGTH, K = 50, 24, 4
@@ -79,9 +79,10 @@ def test_draft_equals_fresh_forwards(network, order, steps):
                     want = logits_of(network, window, seen, sigmas[step])[i]
                 row = draft.rows[b, i]
                 torch.testing.assert_close(draft.logits[row], want, atol=1e-4, rtol=1e-4)
-                law = row_law(draft.logits[row][None], 0.9)
+                distribution = row_distribution(draft.logits[row][None], 0.9)
                 assert all(
-                    have[row] == field[0] for have, field in zip(draft.law, law, strict=True)
+                    have[row] == field[0]
+                    for have, field in zip(draft.distribution, distribution, strict=True)
                 )
         assert (draft.tokens[lengths == 0] == -1).all()
 
@@ -149,7 +150,7 @@ def test_what_entangled_drafts_keep(network, target):
                 assert new.tokens[b, i] == old.tokens[b, at] and new.tau[b, i] == -1
                 row, before = new.rows[b, i], old.rows[b, at]
                 assert torch.equal(new.logits[row], old.logits[before])
-                assert new.law.total[row] == old.law.total[before]
+                assert new.distribution.total[row] == old.distribution.total[before]
     assert kept > 20 and again > 0
 
 
@@ -188,7 +189,7 @@ class Forgets(SEDD):
 @pytest.mark.parametrize(
     ("kind", "hot_start"), [(SEDD, None), (SEDD, "entangled"), (SEDD, "recycled"), (Forgets, None)]
 )
-def test_sampled_text_follows_the_targets_law(kind, hot_start):
+def test_sampled_text_follows_the_targets_distribution(kind, hot_start):
     """Chi-squared of three tokens over 3 ids, 8000 texts, false alarm 1e-5; a mutant fails it."""
     N, V = 8000, 3
     small = Target(tiny_model("gpt2", vocab=V, seed=3, initializer_range=0.15))
@@ -197,8 +198,10 @@ def test_sampled_text_follows_the_targets_law(kind, hot_start):
     options = {"max_new_tokens": 4, "sampling": Sampling(temperature=1.0), "seed": range(N)}
     got = Decoder(small, drafter, 3).generate([[1]] * N, **options).new_tokens
     counts = Counter(tuple(row[:3]) for row in got)
-    law = text_law(small, V)
-    chance = chisquare([counts[text] for text in law], [N * p for p in law.values()]).pvalue
+    distribution = text_distribution(small, V)
+    chance = chisquare(
+        [counts[text] for text in distribution], [N * p for p in distribution.values()]
+    ).pvalue
     assert (chance > 1e-5) == (kind is SEDD), chance
 
 
@@ -211,7 +214,7 @@ class Peeks(Planner):
 
 
 @pytest.mark.parametrize("kind", [Planner, Peeks])
-def test_sampled_text_under_a_planner_follows_the_targets_law(kind):
+def test_sampled_text_under_a_planner_follows_the_targets_distribution(kind):
     """The same test; K and T change from round to round."""
     N, V = 8000, 3
     small = Target(tiny_model("gpt2", vocab=V, seed=3, initializer_range=0.15))
@@ -226,22 +229,24 @@ def test_sampled_text_under_a_planner_follows_the_targets_law(kind):
     got = Decoder(small, SEDD(copying), planner).generate([[1]] * N, **options).new_tokens
     assert any(wanted.width > 1 for wanted in used)
     counts = Counter(tuple(row[:3]) for row in got)
-    law = text_law(small, V)
-    chance = chisquare([counts[text] for text in law], [N * p for p in law.values()]).pvalue
+    distribution = text_distribution(small, V)
+    chance = chisquare(
+        [counts[text] for text in distribution], [N * p for p in distribution.values()]
+    ).pvalue
     assert (chance > 1e-5) == (kind is Planner), chance
 
 
-def text_law(target: Target, V: int) -> dict[tuple, float]:
-    law: dict[tuple, float] = {(): 1.0}
+def text_distribution(target: Target, V: int) -> dict[tuple, float]:
+    distribution: dict[tuple, float] = {(): 1.0}
     for _ in range(3):
-        rows = torch.tensor([[1, *text] for text in law])
+        rows = torch.tensor([[1, *text] for text in distribution])
         with torch.inference_mode():
             chances = target.model(rows).logits[:, -1].double().softmax(-1).tolist()
-        law = {
-            (*text, v): p * chances[n][v] for n, (text, p) in enumerate(law.items())
+        distribution = {
+            (*text, v): p * chances[n][v] for n, (text, p) in enumerate(distribution.items())
             for v in range(V)
         }  # fmt: skip
-    return law
+    return distribution
 
 
 def test_load_drafter(network, target, tmp_path):
@@ -261,13 +266,13 @@ def test_load_drafter(network, target, tmp_path):
         Decoder(other, SEDD(network))
 
 
-def test_a_network_without_a_law_is_an_error(network, target):
+def test_a_network_without_a_distribution_is_an_error(network, target):
     class Broken(DDiT):
         def head(self, states):
             return super().head(states) * float("nan")
 
     broken = Broken(network.config)
-    with pytest.raises(LawError, match="the drafter's logits: sequence 0"):
+    with pytest.raises(DistributionError, match="the drafter's logits: sequence 0"):
         Decoder(target, SEDD(broken), 3).generate([1, 2])
 
 

@@ -1,6 +1,7 @@
-"""The loop: greedy text is plain decoding's, sampled text follows the target's exact law.
+"""The loop: greedy text is plain decoding's, sampled text follows the target's exact distribution.
 
-Rows of a batch are checked against each row alone, and the law by chi-squared with mutants.
+Rows of a batch are checked against each row alone, and the distribution by chi-squared with
+mutants.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from specdiff import session as session_module
 from specdiff.adaptive import AdaptiveK
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.sampling import row_seeds
-from specdiff_kernels import Draft, LawError, RowLaw, row_law, sample, verify
+from specdiff_kernels import (
+    DistributionError,
+    Draft,
+    RowDistribution,
+    row_distribution,
+    sample,
+    verify,
+)
 from tests.tiny import ALIKE, tiny_model
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
@@ -28,7 +36,7 @@ DRAFTERS = ("prompt-lookup", "autoregressive", "scripted", "scripted-ragged")
 
 
 def one_hot(proposals: list[list[int]], k: int) -> Draft:
-    """A ragged draft without recorded laws; padding is an id that no model has."""
+    """A ragged draft without recorded distributions; padding is an id that no model has."""
     B = len(proposals)
     return Draft(
         tokens=torch.tensor([row + [10**6] * (k - len(row)) for row in proposals]),
@@ -358,42 +366,42 @@ def test_a_compiled_target_gives_the_same_text(family, monkeypatch):
     assert 1 <= counter.frame_count <= 4 < want.stats.target_forwards
 
 
-# --- the exact law ---
+# --- the exact distribution ---
 
 SAMPLES, LENGTH = 3000, 3
 
 
-def exact_law(target: Target, prompt: list[int], sampling: Sampling) -> dict[tuple, float]:
+def exact_distribution(target: Target, prompt: list[int], sampling: Sampling) -> dict[tuple, float]:
     """Probability of every continuation of LENGTH tokens, in fp64, from the model's own logits."""
     V = target.vocab_size
-    law = {(): 1.0}
+    distribution = {(): 1.0}
     for _ in range(LENGTH):
-        prefixes = list(law)
+        prefixes = list(distribution)
         with torch.inference_mode():
             logits = target.model(torch.tensor([prompt + list(p) for p in prefixes])).logits[:, -1]
         logits = logits.double() / sampling.temperature
         if sampling.top_k:
             logits[logits < logits.topk(sampling.top_k).values[:, -1:]] = -torch.inf
         rows = logits.softmax(-1).tolist()
-        law = {
-            (*p, v): law[p] * row[v]
+        distribution = {
+            (*p, v): distribution[p] * row[v]
             for p, row in zip(prefixes, rows, strict=True)
             for v in range(V)
         }
-    return law
+    return distribution
 
 
 def p_value(target, drafter, sampling, rule="token", k=3, seed=0) -> float:
-    """Of chi-squared between sampled continuations and the exact law."""
+    """Of chi-squared between sampled continuations and the exact distribution."""
     prompt = [1, 2]
-    law = exact_law(target, prompt, sampling)
+    distribution = exact_distribution(target, prompt, sampling)
     decoder = Decoder(target, drafter, k, rule)
     prompts = [prompt] * SAMPLES
     rows = decoder.generate(prompts, max_new_tokens=LENGTH, sampling=sampling, seed=seed).new_tokens
     counts = Counter(map(tuple, rows))
-    if any(law[row] == 0 for row in counts):
+    if any(distribution[row] == 0 for row in counts):
         return 0.0
-    cells = sorted((p, counts[row]) for row, p in law.items() if p > 0)
+    cells = sorted((p, counts[row]) for row, p in distribution.items() if p > 0)
     rare = list(itertools.takewhile(lambda c: c[0] * SAMPLES < 5, cells))
     cells = cells[len(rare) :]
     rest = sum(p for p, _ in rare)
@@ -426,7 +434,9 @@ def without_residual(logits, draft, *parameters, **options):
     verified = verify(logits, draft, *parameters, **options)
     at = verified.accepted[:, None]
     rejected = logits.gather(1, at[:, :, None].expand(-1, 1, logits.shape[-1]))[:, 0]
-    token = sample(rejected, row_law(rejected, *parameters), words=random_words(len(at), 1)[:, 0])
+    token = sample(
+        rejected, row_distribution(rejected, *parameters), words=random_words(len(at), 1)[:, 0]
+    )
     return verified._replace(emitted=verified.emitted.scatter(1, at, token[:, None]))
 
 
@@ -454,14 +464,14 @@ SAMPLINGS = [Sampling(temperature=1.0), Sampling(temperature=1.5, top_k=3)]
         ("coupled", "autoregressive"),  # the text of any other drafter is the same
     ],
 )
-def test_sampled_text_follows_the_exact_law(five, sampling, rule, name):
+def test_sampled_text_follows_the_exact_distribution(five, sampling, rule, name):
     target, autoregressive = five
     drafters = {"none": None, "autoregressive": autoregressive, "constant": Constant(2)}
     assert p_value(target, drafters.get(name, PromptLookup()), sampling, rule) > 1e-3
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
-def test_lengths_that_adapt_keep_the_exact_law(five, rule):
+def test_lengths_that_adapt_keep_the_exact_distribution(five, rule):
     target, drafter = five
     assert p_value(target, drafter, Sampling(temperature=1.0), rule, k=AdaptiveK(2, 0.3)) > 1e-3
 
@@ -581,14 +591,14 @@ def test_bad_sampling(values, message):
 def test_a_sick_model_is_named_by_row_and_reason(value, reason):
     model = tiny_model("llama")
     model.model.embed_tokens.weight.data[7] = value
-    with pytest.raises(LawError, match=f"sequence 1 .*({reason})"):
+    with pytest.raises(DistributionError, match=f"sequence 1 .*({reason})"):
         Decoder(Target(model), PromptLookup()).generate([[1, 2], [3, 7], [4]])
-    with pytest.raises(LawError, match=f"drafter's logits: sequence 1 .*({reason})"):
+    with pytest.raises(DistributionError, match=f"drafter's logits: sequence 1 .*({reason})"):
         Decoder(Target(tiny_model("gpt2")), Autoregressive(model)).generate([[1, 2], [3, 7]])
 
 
 def test_a_drafter_out_of_bounds_is_named(target):
-    with pytest.raises(LawError, match=r"sequence 0 .*out of range"):
+    with pytest.raises(DistributionError, match=r"sequence 0 .*out of range"):
         Decoder(target, Constant(50), 3).generate([1, 2])
 
     class TooLong(Constant):
@@ -599,16 +609,18 @@ def test_a_drafter_out_of_bounds_is_named(target):
         Decoder(target, TooLong(1), 3).generate([1, 2])
 
 
-def test_a_law_that_contradicts_the_draft_is_an_error(target):
+def test_a_distribution_that_contradicts_the_draft_is_an_error(target):
     class Liar(Constant):
-        """Records a law that gives its own token no weight."""
+        """Records a distribution that gives its own token no weight."""
 
         def draft(self, news, k, lengths, draws):
             draft = super().draft(news, k, lengths, draws)
             logits = torch.zeros(1, 50)
             logits[0, self.token] = -torch.inf
-            law = RowLaw(*row_law(logits))
-            return draft._replace(rows=torch.zeros_like(draft.rows), logits=logits, law=law)
+            distribution = RowDistribution(*row_distribution(logits))
+            return draft._replace(
+                rows=torch.zeros_like(draft.rows), logits=logits, distribution=distribution
+            )
 
-    with pytest.raises(LawError, match="no weight in the draft law"):
+    with pytest.raises(DistributionError, match="no weight in the draft distribution"):
         Decoder(target, Liar(3), 2).generate([1, 2])

@@ -7,7 +7,7 @@ import torch
 
 from specdiff import Decoder, Sampling
 from specdiff.drafters import Autoregressive, Draws, News, PromptLookup, load_drafter
-from specdiff_kernels import Purpose, row_law, sample
+from specdiff_kernels import Purpose, row_distribution, sample
 
 
 def news_of(rows: list[list[int]]) -> News:
@@ -65,7 +65,7 @@ def test_prompt_lookup_equals_a_search_of_everything():
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, top_k=20)], ids=repr)
-def test_autoregressive_records_the_law_of_every_token(model, sampling):
+def test_autoregressive_records_the_distribution_of_every_token(model, sampling):
     """After ragged news, rows and tokens are those of a fresh forward over the committed prefix."""
     drafter = Autoregressive(model)
     drafter.start(3, 60, sampling)
@@ -90,10 +90,14 @@ def test_autoregressive_records_the_law_of_every_token(model, sampling):
                     want = model(torch.tensor([prefix])).logits[0, -1:]
                 at = draft.rows[b, i]
                 torch.testing.assert_close(draft.logits[at], want[0], atol=1e-4, rtol=1e-4)
-                law = row_law(draft.logits[at][None], *sampling.parameters)
-                assert all(a[at] == w[0] for a, w in zip(draft.law, law, strict=True))
+                distribution = row_distribution(draft.logits[at][None], *sampling.parameters)
+                assert all(
+                    a[at] == w[0] for a, w in zip(draft.distribution, distribution, strict=True)
+                )
                 options = dict(seed=seed[b : b + 1], round=round[:1], slot=torch.tensor([i]))
-                token = sample(draft.logits[at][None], law, purpose=Purpose.DRAFT, **options)
+                token = sample(
+                    draft.logits[at][None], distribution, purpose=Purpose.DRAFT, **options
+                )
                 assert draft.tokens[b, i] == token
 
 

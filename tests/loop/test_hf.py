@@ -200,11 +200,11 @@ SAMPLED = {
 N, LENGTH = 3000, 3
 
 
-def exact_law(model, prompt, options) -> dict[tuple, float]:
+def exact_distribution(model, prompt, options) -> dict[tuple, float]:
     """Of the next LENGTH tokens, by transformers' own processors over the tree of all texts."""
-    law = {(): 1.0}
+    distribution = {(): 1.0}
     for _ in range(LENGTH):
-        texts = torch.tensor([[*prompt, *text] for text in law])
+        texts = torch.tensor([[*prompt, *text] for text in distribution])
         scores = []
         config = {"do_sample": True, "max_new_tokens": 1, "pad_token_id": 0, "top_k": 0, **options}
         for text in texts[:, None]:
@@ -213,13 +213,13 @@ def exact_law(model, prompt, options) -> dict[tuple, float]:
                 output_scores=True, **config,
             )  # fmt: skip
             scores.append(out.scores[0][0].double().softmax(-1))
-        law = {
+        distribution = {
             (*text, v): chance * p
-            for (text, chance), row in zip(law.items(), scores, strict=True)
+            for (text, chance), row in zip(distribution.items(), scores, strict=True)
             for v, p in enumerate(row.tolist())
             if chance * p > 0
         }
-    return law
+    return distribution
 
 
 @pytest.fixture(scope="module")
@@ -227,37 +227,37 @@ def five():
     return tiny_model("llama", vocab=5), Autoregressive(tiny_model("llama", vocab=5, seed=3))
 
 
-def p_value(five, options, law) -> float:
+def p_value(five, options, distribution) -> float:
     model, drafter = five
     got = model.generate(
         torch.tensor([[1, 2]]), custom_generate=specdiff.hf.generate, drafter=drafter, k=3,
         do_sample=True, max_new_tokens=LENGTH, num_return_sequences=N, seed=1, pad_token_id=0,
         **{"top_k": 0, **options},
     )  # fmt: skip
-    counts = dict.fromkeys(law, 0)
+    counts = dict.fromkeys(distribution, 0)
     for row in got[:, 2:].tolist():
         if tuple(row) not in counts:
             return 0.0  # impossible
         counts[tuple(row)] += 1
-    likely = [t for t in law if N * law[t] >= 5]
-    rest = sum(law.values()) - sum(law[t] for t in likely)
+    likely = [t for t in distribution if N * distribution[t] >= 5]
+    rest = sum(distribution.values()) - sum(distribution[t] for t in likely)
     have = [*(counts[t] for t in likely), N - sum(counts[t] for t in likely)]
-    want = [*(N * law[t] for t in likely), N * rest]
+    want = [*(N * distribution[t] for t in likely), N * rest]
     if want[-1] < 5:
         have, want = [*have[:-2], sum(have[-2:])], [*want[:-2], sum(want[-2:])]
     return chisquare(have, [w * sum(have) / sum(want) for w in want]).pvalue
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_sampled_text_follows_the_law_of_transformers(five, name):
-    law = exact_law(five[0], [1, 2], SAMPLED[name])
-    assert abs(sum(law.values()) - 1) < 1e-9 and len(law) > 4
-    assert p_value(five, SAMPLED[name], law) > 1e-3
+def test_sampled_text_follows_the_distribution_of_transformers(five, name):
+    distribution = exact_distribution(five[0], [1, 2], SAMPLED[name])
+    assert abs(sum(distribution.values()) - 1) < 1e-9 and len(distribution) > 4
+    assert p_value(five, SAMPLED[name], distribution) > 1e-3
 
 
 def test_history_of_another_row_is_caught(five, monkeypatch):
     """The mutant shows every row of a round the history of the first."""
-    law = exact_law(five[0], [1, 2], SAMPLED["penalty"])
+    distribution = exact_distribution(five[0], [1, 2], SAMPLED["penalty"])
     inner = specdiff.hf.Processing._sequence
 
     def stale(self, b, processor, text, drafted, scores):
@@ -266,7 +266,7 @@ def test_history_of_another_row_is_caught(five, monkeypatch):
         )
 
     monkeypatch.setattr(specdiff.hf.Processing, "_sequence", stale)
-    assert p_value(five, SAMPLED["penalty"], law) < 1e-9
+    assert p_value(five, SAMPLED["penalty"], distribution) < 1e-9
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5, "temperature": 0.7}])

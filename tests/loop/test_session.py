@@ -19,7 +19,7 @@ from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import SEDD
 from specdiff.replay import Replay
-from specdiff_kernels import LawError
+from specdiff_kernels import DistributionError
 from tests.tiny import tiny_model
 
 from .test_adaptive import block_diffusion, eagle, parallel
@@ -276,7 +276,7 @@ def test_a_sick_row_is_named_and_the_others_go_on_without_it(look_every):
     want = decoder.generate([1, 2], max_new_tokens=9).sequences[0]
     session = decoder.open(2, 20, look_every=look_every, block_size=4)
     session.admit([[1, 2], [7]], max_new_tokens=9)
-    with pytest.raises(LawError, match=r"sequence 1 .*NaN"):
+    with pytest.raises(DistributionError, match=r"sequence 1 .*NaN"):
         session.step()
     assert session.texts == [want[: 2 + look_every], [7]]
     session.abort(1)
@@ -302,7 +302,7 @@ def test_a_row_without_a_draft_is_named_and_the_others_go_on(target, name):
     handle = head.register_forward_hook(sick)
     session = Decoder(target, drafter, 3).open(2, 40, stop_tokens=())
     session.admit([[1, 2], [7, 8]], max_new_tokens=30)
-    with pytest.raises(LawError, match=r"the drafter's logits: sequence 1 .*NaN"):
+    with pytest.raises(DistributionError, match=r"the drafter's logits: sequence 1 .*NaN"):
         while not all(session.done):
             session.step()
     session.abort(1)

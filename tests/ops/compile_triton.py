@@ -29,7 +29,7 @@ from specdiff_kernels import (
     backends,
     commit,
     denoise_step,
-    row_law,
+    row_distribution,
     sample,
     use_backend,
     verify,
@@ -112,13 +112,13 @@ def run_rows() -> None:
     zero = torch.zeros(B, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         logits = torch.zeros(B, V, dtype=dtype)
-        law = row_law(logits)
-    row_law(logits, min_p=0.1)
-    row_law(logits, **options(True))
-    sample(logits, law, seed=zero, round=zero)
-    sample(logits, law, words=zero, draft_ids=torch.arange(V))
-    sample(logits, law, seed=zero, position=zero, draft_ids=torch.arange(V))
-    sample(logits, law, position=zero, words=torch.zeros(B, V, dtype=torch.int64))
+        distribution = row_distribution(logits)
+    row_distribution(logits, min_p=0.1)
+    row_distribution(logits, **options(True))
+    sample(logits, distribution, seed=zero, round=zero)
+    sample(logits, distribution, words=zero, draft_ids=torch.arange(V))
+    sample(logits, distribution, seed=zero, position=zero, draft_ids=torch.arange(V))
+    sample(logits, distribution, position=zero, words=torch.zeros(B, V, dtype=torch.int64))
 
 
 def run_commit(b: int = B, k: int = K, positions: int = 64, columns: int = 16) -> None:
@@ -149,7 +149,7 @@ def run_verify() -> None:
             pool = torch.zeros(B * K, columns or width, dtype=torch.bfloat16)
             ids = None if columns is None else torch.arange(columns)
             rows = torch.arange(B * K).view(B, K)
-            draft = Draft(zero, zero.int(), rows, pool, row_law(pool), ids, zero[:, 0])
+            draft = Draft(zero, zero.int(), rows, pool, row_distribution(pool), ids, zero[:, 0])
             for lenience in leniences(rule):
                 verify(target, draft, rule=rule, lenience=lenience, **options(truncated),
                        **keys(rule, width, words))  # fmt: skip
@@ -183,7 +183,7 @@ def run_again() -> None:
         lengths = torch.zeros(b, dtype=torch.int64)
         tokens = torch.zeros(b, k, dtype=torch.int64)
         rows = torch.arange(b * k).view(b, k)
-        draft = Draft(tokens, tokens.int(), rows, pool, row_law(pool), None, lengths)
+        draft = Draft(tokens, tokens.int(), rows, pool, row_distribution(pool), None, lengths)
         for rule in ("token", "block", "coupled", "lenient"):
             key = "position" if rule == "coupled" else "round"
             verify(target, draft, rule=rule, lenience=leniences(rule)[-1],
@@ -202,7 +202,7 @@ def main() -> None:
     found = record_launches(arch, fuse)
     with use_backend("triton"):
         if fuse:
-            row_law(torch.zeros(B, V))
+            row_distribution(torch.zeros(B, V))
         else:
             run_rows()
             run_commit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Draft, RowLaw
+from specdiff_kernels import Draft, RowDistribution
 
 LAST_WORD = -1  # the largest 64-bit word, as an int64 pattern
 
@@ -20,10 +20,14 @@ def one_hot_draft(tokens: Tensor, **fields) -> Draft:
     return Draft(tokens, tau, torch.full_like(tokens, -1), **fields)
 
 
-def recorded_draft(tokens: Tensor, logits: Tensor, law: RowLaw, **fields) -> Draft:
+def recorded_draft(
+    tokens: Tensor, logits: Tensor, distribution: RowDistribution, **fields
+) -> Draft:
     """A one-step draft, position (b, i) drawn from pool row b K + i."""
     rows = torch.arange(tokens.numel()).view_as(tokens)
-    return Draft(tokens, torch.zeros_like(tokens, dtype=torch.int32), rows, logits, law, **fields)
+    return Draft(
+        tokens, torch.zeros_like(tokens, dtype=torch.int32), rows, logits, distribution, **fields
+    )
 
 
 def assert_same(a: tuple, b: tuple) -> None:

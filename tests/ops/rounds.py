@@ -17,7 +17,7 @@ from specdiff_kernels import (
     Verified,
     commit,
     denoise_step,
-    row_law,
+    row_distribution,
     sample,
     verify,
 )
@@ -32,11 +32,11 @@ def a_round(rule: str, V: int, seed: int = 0) -> tuple[torch.Tensor, Draft, dict
     torch.manual_seed(seed)
     target = torch.randn(B, K + 1, V)
     pool = target[:, :K].reshape(B * K, V) + 0.5 * torch.randn(B * K, V)
-    law = row_law(pool, backend="reference")
-    tokens = sample(pool, law, seed=torch.arange(B * K), round=torch.zeros(B * K).long(),
+    distribution = row_distribution(pool, backend="reference")
+    tokens = sample(pool, distribution, seed=torch.arange(B * K), round=torch.zeros(B * K).long(),
                     backend="reference")  # fmt: skip
     draft = Draft(tokens.view(B, K), torch.zeros(B, K).int(), torch.arange(B * K).view(B, K), pool,
-                  law)  # fmt: skip
+                  distribution)  # fmt: skip
     temperature = torch.full((B,), 0.0 if rule == "greedy" else 0.9)
     temperature[1:] *= rule != "lenient"  # there the other rows are greedy
     key = {"seed": torch.arange(B), "position" if rule == "coupled" else "round": torch.arange(B)}
@@ -58,10 +58,10 @@ def every_op(V: int) -> Iterator[Callable[[], tuple]]:
             target, draft, options = a_round(rule, V)
             yield partial(verify, target, draft, **options, **truncation)
         mixed, rows = torch.tensor([0.0, 1.0]), target[:, 0]
-        yield partial(row_law, rows, mixed, **truncation)
-        law = row_law(rows, mixed, **truncation, backend="reference")
-        yield partial(sample, rows, law, seed=zero, round=zero)
-        yield partial(sample, rows, law, seed=zero, position=zero)
+        yield partial(row_distribution, rows, mixed, **truncation)
+        distribution = row_distribution(rows, mixed, **truncation, backend="reference")
+        yield partial(sample, rows, distribution, seed=zero, round=zero)
+        yield partial(sample, rows, distribution, seed=zero, position=zero)
         for reveal in (Reveal.sedd(0.5), Reveal.highest_confidence(2), Reveal.first_hitting()):
             empty = torch.ones(B, K, dtype=torch.float64)
             own = Draft.masked(B, K, draft.logits)._replace(entropy=empty)

@@ -16,14 +16,14 @@ from specdiff_kernels import (
     BackendError,
     available_backends,
     backends,
+    row_distribution,
     row_divergence,
-    row_law,
     skinny_linear,
     use_backend,
     workspace_size,
 )
 from specdiff_kernels.__main__ import report
-from specdiff_kernels.arguments import row_law_arguments
+from specdiff_kernels.arguments import row_distribution_arguments
 
 LOGITS = torch.zeros(1, 4)
 
@@ -62,17 +62,17 @@ def ran(monkeypatch):
 
 
 def test_cpp_is_the_default_on_a_cpu(ran):
-    row_law(LOGITS)
+    row_distribution(LOGITS)
     assert ran == ["cpp"]
 
 
 def test_argument_beats_block_beats_environment(ran, monkeypatch):
     monkeypatch.setenv("SPECDIFF_BACKEND", "reference")
-    row_law(LOGITS)
+    row_distribution(LOGITS)
     with use_backend("cpp"):
-        row_law(LOGITS)
-        row_law(LOGITS, backend="reference")
-    row_law(LOGITS)
+        row_distribution(LOGITS)
+        row_distribution(LOGITS, backend="reference")
+    row_distribution(LOGITS)
     assert ran == ["reference", "cpp", "reference", "reference"]
 
 
@@ -80,13 +80,13 @@ def test_argument_beats_block_beats_environment(ran, monkeypatch):
 def test_unknown_names(force, monkeypatch):
     with pytest.raises(BackendError, match="expected one of cpp, triton, cuda, reference"):
         if force == "argument":
-            row_law(LOGITS, backend="cuda-12")
+            row_distribution(LOGITS, backend="cuda-12")
         elif force == "block":
             with use_backend("cuda-12"):
                 pass
         else:
             monkeypatch.setenv("SPECDIFF_BACKEND", "cuda-12")
-            row_law(LOGITS)
+            row_distribution(LOGITS)
 
 
 def test_triton_is_the_default_on_a_gpu(monkeypatch, caplog):
@@ -107,7 +107,7 @@ def test_triton_is_the_default_on_a_gpu(monkeypatch, caplog):
 def test_what_triton_cannot_do_is_said(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match="under Triton's interpreter alone: set TRITON_INTERPR"):
-        row_law(LOGITS, backend="triton")
+        row_distribution(LOGITS, backend="triton")
     pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match="'triton' was asked for, but it has no skinny_linear"):
@@ -127,18 +127,18 @@ def broken_cpp(monkeypatch):
 @pytest.mark.usefixtures("broken_cpp")
 def test_fallback_is_logged_once_with_its_reason(caplog):
     with caplog.at_level(logging.WARNING, "specdiff_kernels"):
-        row_law(LOGITS)
-        row_law(LOGITS)
+        row_distribution(LOGITS)
+        row_distribution(LOGITS)
     assert [r.getMessage() for r in caplog.records] == [
-        "backend cpp is not used for row_law: it did not load (undefined symbol); reinstall with: "
-        "pip install --force-reinstall ."
+        "backend cpp is not used for row_distribution: it did not load (undefined symbol); "
+        "reinstall with: pip install --force-reinstall ."
     ]
 
 
 @pytest.mark.usefixtures("broken_cpp")
 def test_a_forced_backend_never_falls_back():
     with pytest.raises(BackendError, match=r"'cpp' was asked for, but it did not load"):
-        row_law(LOGITS, backend="cpp")
+        row_distribution(LOGITS, backend="cpp")
     assert "undefined symbol" in available_backends()["cpp"]
     assert "undefined symbol" in report()
 
@@ -169,7 +169,11 @@ def test_report():
 
 def test_unknown_instruction_set_is_an_error():
     result = subprocess.run(
-        [sys.executable, "-c", "import torch, specdiff_kernels as s; s.row_law(torch.zeros(1, 4))"],
+        [
+            sys.executable,
+            "-c",
+            "import torch, specdiff_kernels as s; s.row_distribution(torch.zeros(1, 4))",
+        ],
         env={**os.environ, "SPECDIFF_CPU_ISA": "avx3", "SPECDIFF_BACKEND": "cpp"},
         capture_output=True,
         text=True,
@@ -194,10 +198,10 @@ def runs_beside(function) -> bool:
 
 def test_native_code_releases_the_gil():
     logits = torch.randn(4, 400_000)
-    law, temperature, top_k = row_law(logits), torch.ones(4), torch.full((4,), 9)
+    distribution, temperature, top_k = row_distribution(logits), torch.ones(4), torch.full((4,), 9)
     scratch = torch.empty(1, 400_000, dtype=torch.int64)
-    arguments = row_law_arguments(logits, temperature, top_k, None, None, out=law)
-    assert runs_beside(lambda: _C.row_law(arguments, scratch.data_ptr(), 1))
+    arguments = row_distribution_arguments(logits, temperature, top_k, None, None, out=distribution)
+    assert runs_beside(lambda: _C.row_distribution(arguments, scratch.data_ptr(), 1))
     assert not runs_beside(lambda: sum(range(10**6)))
 
 
@@ -205,11 +209,13 @@ def test_what_watches_sees_the_call():
     """Transforms, views of a sign, subclasses and autograd get what the dispatcher gives."""
     logits = torch.randn(2, 3, 8)
     negated = torch._neg_view(logits[0])
-    assert torch.equal(row_law(negated).max, row_law(-logits[0]).max)
-    assert torch.equal(torch.vmap(row_law)(logits).total[1], row_law(logits[1]).total)
+    assert torch.equal(row_distribution(negated).max, row_distribution(-logits[0]).max)
+    assert torch.equal(
+        torch.vmap(row_distribution)(logits).total[1], row_distribution(logits[1]).total
+    )
     with torch.profiler.profile() as profile:
-        row_law(logits[0])
-    assert "specdiff::row_law" in {event.key for event in profile.key_averages()}
+        row_distribution(logits[0])
+    assert "specdiff::row_distribution" in {event.key for event in profile.key_averages()}
 
 
 def test_report_with_a_wrong_setting():

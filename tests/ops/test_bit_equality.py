@@ -19,7 +19,7 @@ from specdiff_kernels import (
     Reveal,
     commit,
     denoise_step,
-    row_law,
+    row_distribution,
     sample,
     use_backend,
     verify,
@@ -143,20 +143,22 @@ def run(case: Case) -> list:
     """Outputs of every op, in the order in which a round calls them."""
     B, positions, V = case.target.shape
     K = positions - 1
-    target_law = row_law(case.target.reshape(-1, V), **repeat(case.parameters, positions))
-    law = row_law(case.drafted, **repeat(case.parameters, K))
-    tokens = sample(case.drafted, law, words=case.draft_words, draft_ids=case.draft_ids)
+    target_distribution = row_distribution(
+        case.target.reshape(-1, V), **repeat(case.parameters, positions)
+    )
+    distribution = row_distribution(case.drafted, **repeat(case.parameters, K))
+    tokens = sample(case.drafted, distribution, words=case.draft_words, draft_ids=case.draft_ids)
     seed, round = torch.arange(B) * 2**40 - 3, torch.arange(B)
     keyed = sample(
         case.drafted,
-        law,
+        distribution,
         seed=seed.repeat_interleave(K),
         round=round.repeat_interleave(K),
         slot=torch.arange(B * K),
     )
     raced = sample(
         case.drafted,
-        law,
+        distribution,
         seed=seed.repeat_interleave(K),
         position=torch.arange(B * K),
         draft_ids=case.draft_ids,
@@ -164,8 +166,8 @@ def run(case: Case) -> list:
     drafted = tokens.view(B, K) if case.damage is None else case.damage
     if case.rule == "coupled" and case.damage is None:
         drafted = raced.view(B, K)
-    draft = Draft(drafted, case.tau, case.rows, case.drafted, law, case.draft_ids, case.lengths,
-                  **case.record)  # fmt: skip
+    draft = Draft(drafted, case.tau, case.rows, case.drafted, distribution, case.draft_ids,
+                  case.lengths, **case.record)  # fmt: skip
     random = {"seed": seed, "round": round}
     if case.words is not None:
         random = {"words": case.words}
@@ -177,7 +179,7 @@ def run(case: Case) -> list:
         torch.arange(B), verified.emitted, stop_tokens=torch.arange(0, V, 3),
         limit=torch.arange(B) + K,
     )  # fmt: skip
-    return [target_law, law, (tokens, keyed, raced), verified, committed]
+    return [target_distribution, distribution, (tokens, keyed, raced), verified, committed]
 
 
 @pytest.mark.parametrize("implementation", NATIVE)
@@ -259,8 +261,8 @@ def test_same_bits_of_a_whole_vocabulary_by_triton(implementation):
     results = []
     for name in ("reference", implementation):
         with forced(name):
-            draft = Draft(token, nothing.int(), nothing, pool, row_law(pool))
-            results.append((draft.law, verify(target, draft, words=words)))
+            draft = Draft(token, nothing.int(), nothing, pool, row_distribution(pool))
+            results.append((draft.distribution, verify(target, draft, words=words)))
     for a, b in zip(*results, strict=True):
         assert_same(a, b)
     assert results[0][1].accepted.item() == 0
@@ -334,7 +336,7 @@ def denoisings(draw) -> Denoising:
 
 def tensors_of(draft: Draft) -> list[Tensor]:
     entropy = [] if draft.entropy is None else [draft.entropy.nan_to_num(-1.0)]
-    return [draft.tokens, draft.tau, draft.rows, *draft.law, *entropy]
+    return [draft.tokens, draft.tau, draft.rows, *draft.distribution, *entropy]
 
 
 @pytest.mark.parametrize("implementation", NATIVE)
@@ -399,9 +401,9 @@ def test_threads_do_not_matter(implementation):
     try:
         with forced(implementation):
             torch.set_num_threads(1)
-            one = row_law(logits, top_p=0.9)
+            one = row_distribution(logits, top_p=0.9)
             torch.set_num_threads(3)
-            assert_same(row_law(logits, top_p=0.9), one)
+            assert_same(row_distribution(logits, top_p=0.9), one)
     finally:
         torch.set_num_threads(before)
 
@@ -417,9 +419,9 @@ def test_same_residual_to_the_unit(implementation, top_k):
     token = (pool - target[0, :1]).argmax(-1)[None]
 
     def boundaries():
-        law = row_law(pool)
+        distribution = row_distribution(pool)
         rows = torch.zeros(len(seen), 1, dtype=torch.int64)
-        draft = Draft(token.expand(len(seen), 1), rows.int(), rows, pool, law)
+        draft = Draft(token.expand(len(seen), 1), rows.int(), rows, pool, distribution)
 
         def behind(last):
             words = torch.stack((torch.full_like(last, -1), last), 1)

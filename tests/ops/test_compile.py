@@ -23,8 +23,8 @@ from specdiff_kernels import (
     backends,
     commit,
     denoise_step,
+    row_distribution,
     row_divergence,
-    row_law,
     sample,
     skinny_linear,
     verify,
@@ -42,8 +42,8 @@ OVERLOADS = sorted(
 
 
 def test_every_op_has_both_overloads():
-    ops = ("commit", "denoise_step", "row_divergence", "row_divergence_backward", "row_law",
-           "sample", "skinny_linear", "verify")  # fmt: skip
+    ops = ("commit", "denoise_step", "row_divergence", "row_divergence_backward",
+           "row_distribution", "sample", "skinny_linear", "verify")  # fmt: skip
     assert [f"{op}.{form}" for op in ops for form in ("default", "out")] == OVERLOADS
 
 
@@ -58,12 +58,12 @@ def every_call() -> Iterator[partial]:
     def truncation(N: int) -> dict:
         return {"temperature": torch.full((N,), 0.9), "top_k": 5, "top_p": 0.9, "min_p": 0.01}
 
-    yield partial(row_law, pool)
-    yield partial(row_law, pool, **truncation(B * K), **forced)
+    yield partial(row_distribution, pool)
+    yield partial(row_distribution, pool, **truncation(B * K), **forced)
 
-    law = row_law(pool)
-    yield partial(sample, pool, law, words=rows)
-    yield partial(sample, pool, law, seed=rows, round=per_row, slot=per_row, position=rows,
+    distribution = row_distribution(pool)
+    yield partial(sample, pool, distribution, words=rows)
+    yield partial(sample, pool, distribution, seed=rows, round=per_row, slot=per_row, position=rows,
                   draft_ids=column, **forced)  # fmt: skip
 
     masked = Draft.masked(B, K, pool)
@@ -77,7 +77,7 @@ def every_call() -> Iterator[partial]:
     tokens = rows.view(B, K)
     guess = Draft(tokens, torch.zeros(B, K).int(), torch.full((B, K), -1))
     yield partial(verify, target, guess, words=torch.arange(B * (K + 1)).view(B, K + 1))
-    drawn = guess._replace(rows=tokens, logits=pool, law=law, draft_ids=column,
+    drawn = guess._replace(rows=tokens, logits=pool, distribution=distribution, draft_ids=column,
                            lengths=reduced.lengths)  # fmt: skip
     yield partial(verify, target, drawn, **truncation(B), rule="coupled", seed=row, round=row,
                   position=row, **forced)  # fmt: skip
@@ -195,9 +195,9 @@ def test_outputs_require_no_gradient(name):
     assert learns == (name in known)
 
 
-def test_laws_of_logits_that_require_a_gradient_can_be_looked_at():
+def test_distributions_of_logits_that_require_a_gradient_can_be_looked_at():
     logits = torch.randn(2, 9, requires_grad=True)
-    assert row_law(logits).max.numpy().tolist() == logits.max(-1).values.tolist()
+    assert row_distribution(logits).max.numpy().tolist() == logits.max(-1).values.tolist()
 
 
 # --- torch.compile ---
@@ -235,10 +235,10 @@ def one_round(hidden, head, pool, lengths, key, pages, path, caches):
     verified = verify(target, draft, rule="block", **key)
     committed = commit(lengths, verified.emitted, limit=lengths + 3, pages=pages,
                        release=pages is not None, path=path, caches=caches)  # fmt: skip
-    bonus = sample(target[:, -1], row_law(target[:, -1]), **key)
+    bonus = sample(target[:, -1], row_distribution(target[:, -1]), **key)
     distance = row_divergence(target[:, :-1].flatten(0, 1), pool)
-    return (draft.tokens, draft.law, draft.entropy.nan_to_num(), verified, committed, bonus,
-            missing, distance)  # fmt: skip
+    return (draft.tokens, draft.distribution, draft.entropy.nan_to_num(), verified, committed,
+            bonus, missing, distance)  # fmt: skip
 
 
 def assert_like_eager(compiled, *size) -> None:
@@ -308,12 +308,12 @@ def test_a_target_that_is_trained_is_refused_by_the_compiler_too():
 
 def test_numbers_may_be_symbols():
     torch._dynamo.reset()
-    compiled = torch.compile(row_law, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(row_distribution, fullgraph=True, dynamic=True, backend="eager")
     logits = torch.randn(3, 40)
     for i, (top_k, heat) in enumerate([(5, 0.5), (7, 0.25), (9, 2.0)]):
         with torch._dynamo.config.patch(error_on_recompile=i > 1):
             have = compiled(logits, heat, top_k)
-        assert torch.equal(have.total, row_law(logits, heat, top_k).total)
+        assert torch.equal(have.total, row_distribution(logits, heat, top_k).total)
 
 
 def test_a_cache_listed_twice_is_moved_once_by_compiled_code_too():

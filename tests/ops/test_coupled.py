@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdiff_kernels import Status, row_law, sample, verify
+from specdiff_kernels import Status, row_distribution, sample, verify
 from specdiff_kernels.reference.numerics import exponential, weights
 from tests.enumeration import first_word, patterns
 
@@ -25,7 +25,7 @@ def laguerre() -> tuple[list[int], list[float]]:
 
 
 @pytest.mark.parametrize("V", [2, 3, 5])
-def test_a_row_races_by_its_law(V):
+def test_a_row_races_by_its_distribution(V):
     """P(token 0 wins) = e(0) / Z to 1e-12.
 
     For each variate of token 0 the op itself says from which word on another token beats it, the
@@ -33,7 +33,7 @@ def test_a_row_races_by_its_law(V):
     """
     torch.manual_seed(V)
     row = torch.randn(1, 1, V).sort(descending=True).values  # token 0 the likeliest
-    e = weights(row[0], row_law(row[0]))[0].tolist()
+    e = weights(row[0], row_distribution(row[0]))[0].tolist()
     words, shares = laguerre()
     n = NODES * (V - 1)
     other = torch.arange(1, V).repeat(NODES)
@@ -96,12 +96,15 @@ def test_drafts_by_the_same_noise_agree():
     match = (1 / ratios.sum(1)).sum().item()
     position = torch.arange(N)
     key = {"seed": torch.full((N,), 7), "position": position}
-    drawn = [sample(row.expand(N, V), row_law(row.expand(N, V)), **key) for row in (p_row, q_row)]
+    drawn = [
+        sample(row.expand(N, V), row_distribution(row.expand(N, V)), **key)
+        for row in (p_row, q_row)
+    ]
     share = (drawn[0] == drawn[1]).double().mean().item()
     allowed = 4.5 * (match * (1 - match) / N) ** 0.5
     assert abs(share - match) < allowed
     apart = sample(
-        q_row.expand(N, V), row_law(q_row.expand(N, V)), seed=key["seed"], round=position
+        q_row.expand(N, V), row_distribution(q_row.expand(N, V)), seed=key["seed"], round=position
     )
     assert (drawn[0] == apart).double().mean().item() < match - allowed
     counts = torch.bincount(drawn[0], minlength=V).double() / N
@@ -115,16 +118,16 @@ def test_a_reduced_vocabulary_races_with_its_own_ids():
     full = torch.full((20, 12), float("-inf"))
     full[:, ids] = small
     key = {"seed": torch.arange(20), "position": torch.arange(20) * 5}
-    tokens = sample(small, row_law(small), draft_ids=ids, **key)
-    assert torch.equal(tokens, sample(full, row_law(full), **key))
+    tokens = sample(small, row_distribution(small), draft_ids=ids, **key)
+    assert torch.equal(tokens, sample(full, row_distribution(full), **key))
 
 
 def test_one_word_for_each_token_and_position():
     """Tokens 2 n and 2 n + 1 share a Philox block, no more; the round is no part of the key."""
     row = torch.zeros(1, 64)
-    law = row_law(row)
+    distribution = row_distribution(row)
     winners = [
-        sample(row, law, seed=i64(5), position=i64(at), round=i64(r)).item()
+        sample(row, distribution, seed=i64(5), position=i64(at), round=i64(r)).item()
         for at in range(40)
         for r in (0, 9)
     ]
@@ -134,9 +137,9 @@ def test_one_word_for_each_token_and_position():
 def test_ends_of_the_word():
     """The largest word makes E = 0, which wins; among equals the lowest index does."""
     row = torch.tensor([[0.0, -9.0, 5.0, float("-inf")]])
-    law = row_law(row)
+    distribution = row_distribution(row)
     for words, token in [((0, -1, 0, -1), 1), ((-1, -1, -1, -1), 0), ((0, 0, 0, 0), 2)]:
-        assert sample(row, law, position=i64(0), words=i64(*words)[None]).item() == token
+        assert sample(row, distribution, position=i64(0), words=i64(*words)[None]).item() == token
     assert (exponential(i64(0, 1, -1)) >= 0).all() and exponential(i64(-1)).item() == 0
     assert exponential(i64(0)).item() == pytest.approx(53 * np.log(2), rel=1e-15)
 
@@ -146,10 +149,10 @@ def test_greedy_and_truncated_rows():
     N = sized(50, interpreted=10)
     logits = torch.randn(N, 40)
     key = {"seed": torch.arange(N), "position": torch.arange(N)}
-    assert torch.equal(sample(logits, row_law(logits, 0.0), **key), logits.argmax(-1))
-    law = row_law(logits, top_k=3)
-    kept = weights(logits, law) > 0
-    assert kept.gather(1, sample(logits, law, **key)[:, None]).all()
+    assert torch.equal(sample(logits, row_distribution(logits, 0.0), **key), logits.argmax(-1))
+    distribution = row_distribution(logits, top_k=3)
+    kept = weights(logits, distribution) > 0
+    assert kept.gather(1, sample(logits, distribution, **key)[:, None]).all()
 
 
 @pytest.mark.parametrize(("token", "status"), [(-1, Status.TOKEN), (2, Status.TOKEN)])

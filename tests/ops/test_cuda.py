@@ -21,7 +21,7 @@ from specdiff_kernels import (
     backends,
     commit,
     denoise_step,
-    row_law,
+    row_distribution,
     sample,
     verify,
     workspace_size,
@@ -158,10 +158,10 @@ def test_the_weight_of_every_logit_of_16_bits(dtype, steering):
     rows = torch.stack([every.roll(shift) for shift in range(9)])[:, 3:]
     for temperature in (1e3, 1.0, 0.07):
         for scaled in (rows, rows * 2.0**-20):
-            want = row_law(scaled, temperature, backend="reference")
+            want = row_distribution(scaled, temperature, backend="reference")
             for device in DEVICES:
                 emulator.use_device(device)
-                assert_same(row_law(scaled, temperature), want)
+                assert_same(row_distribution(scaled, temperature), want)
 
 
 @pytest.mark.parametrize("rule", ["token", "block", "greedy", "lenient"])
@@ -187,15 +187,15 @@ def test_launches_of_the_other_ops(launches):
     zero = torch.zeros(B, dtype=torch.int64)
     verify(target, draft, rule="coupled", seed=zero, position=zero)
     assert launches() == (1, 0)
-    law = row_law(target[:, 0])
+    distribution = row_distribution(target[:, 0])
     assert launches() == (1, 0)
-    sample(target[:, 0], law, seed=zero, round=zero)
+    sample(target[:, 0], distribution, seed=zero, round=zero)
     assert launches() == (1, 0)
     own = Draft.masked(B, K, draft.logits)._replace(entropy=torch.zeros(B, K).double())
     denoise_step(own, Reveal.sedd(0.5), 0, entropies=True, out=own, seed=zero, round=zero)
     assert launches() == (1, 0)
     denoise_step(own, Reveal.sedd(0.5), 1, seed=zero, round=zero)
-    assert launches() == (2, 0)  # one copies the laws of rows that are not read
+    assert launches() == (2, 0)  # one copies the distributions of rows that are not read
     commit(zero, draft.tokens)
     assert launches() == (1, 0)
 
@@ -307,13 +307,13 @@ def test_a_missing_barrier_is_a_wrong_answer(steering):
     lines = body.split("\n}")[0].splitlines()
     last = max(n for n, text in enumerate(lines) if "__syncthreads();" in text)
     logits = torch.randn(4, V)
-    want = row_law(logits, backend="reference")
-    assert_same(row_law(logits), want)
+    want = row_distribution(logits, backend="reference")
+    assert_same(row_distribution(logits), want)
     steering.leave_out(str(source), len(before.splitlines()) + last)
     wrong = 0
     for seed in range(10):
         steering.seed(seed)
-        wrong += not torch.equal(row_law(logits).total, want.total)
+        wrong += not torch.equal(row_distribution(logits).total, want.total)
     steering.leave_out("", 0)
     assert wrong > 0
 
@@ -340,8 +340,8 @@ def test_few_rows_are_divided_among_many_blocks(steering):
 
 def test_no_rows_are_no_launch(launches):
     nothing = torch.zeros(0, dtype=torch.int64)
-    law = row_law(torch.zeros(0, V))
-    sample(torch.zeros(0, V), law, seed=nothing, round=nothing)
+    distribution = row_distribution(torch.zeros(0, V))
+    sample(torch.zeros(0, V), distribution, seed=nothing, round=nothing)
     draft = Draft(nothing.view(0, 2), nothing.view(0, 2).int(), nothing.view(0, 2))
     assert verify(torch.zeros(0, 3, V), draft, seed=nothing, round=nothing).emitted.shape == (0, 3)
     assert launches() == (0, 0)

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from specdiff.noise import Geometric, LogLinear, ancestral_rate, euler_rate
-from specdiff_kernels import Draft, Order, Reveal, Status, denoise_step, row_law, sample, verify
+from specdiff_kernels import (
+    Draft,
+    Order,
+    Reveal,
+    Status,
+    denoise_step,
+    row_distribution,
+    sample,
+    verify,
+)
 from specdiff_kernels.reference.numerics import weights
 from tests.enumeration import WORDS, first_word, probabilities
 
@@ -37,8 +46,8 @@ def reveal_chance(draft: Draft, reveal: Reveal) -> list[Fraction]:
     return [Fraction(edge, WORDS) for edge in first_word(hidden, draft.tokens.numel())]
 
 
-def token_law(draft: Draft, V: int, **options) -> list[list[Fraction]]:
-    """Exact law of each position's token, given that it is revealed."""
+def token_distribution(draft: Draft, V: int, **options) -> list[list[Fraction]]:
+    """Exact distribution of each position's token, given that it is revealed."""
 
     def drawn(words):
         both = torch.stack((torch.zeros_like(words), words), 1).view(*draft.tokens.shape, 2)
@@ -61,7 +70,7 @@ def staggered_score(row: torch.Tensor, sigma: float, dsigma: float) -> torch.Ten
 
 @pytest.mark.parametrize("noise", [LogLinear(), Geometric()], ids=repr)
 def test_sedd_is_staggered_score_times_transition(noise):
-    """Random steps: the reveal probability and the token's law, to 1e-6."""
+    """Random steps: the reveal probability and the token's distribution, to 1e-6."""
     V, N = 7, sized(100, interpreted=6)
     generator = torch.Generator().manual_seed(0)
     times = torch.rand(N, 2, generator=generator, dtype=torch.float64).sort(descending=True)
@@ -69,15 +78,15 @@ def test_sedd_is_staggered_score_times_transition(noise):
     logits = torch.randn(N, V, generator=generator) * 1.5 - 1  # m around 1, and far from it
     draft = Draft.masked(N, 1, logits)
     rate = torch.tensor([ancestral_rate(noise, t, s) for t, s in steps], dtype=torch.float64)
-    chances, laws = reveal_chance(draft, Reveal.sedd(rate)), token_law(draft, V)
-    for (t, s), row, rho, law in zip(steps, logits, chances, laws, strict=True):
+    chances, distributions = reveal_chance(draft, Reveal.sedd(rate)), token_distribution(draft, V)
+    for (t, s), row, rho, distribution in zip(steps, logits, chances, distributions, strict=True):
         direct = staggered_score(row, noise.sigma(t), noise.sigma(t) - noise.sigma(s))
         assert direct.sum().item() == pytest.approx(1)
         # a negative chance to stay masked never wins SEDD's draw: then all is revealed
         total = direct[:V].sum().item()
         revealed = min(1.0, total)
         assert float(rho) == pytest.approx(revealed, abs=1e-6)
-        joint = [float(rho * q) for q in law]
+        joint = [float(rho * q) for q in distribution]
         assert joint == pytest.approx((direct[:V] * revealed / total).tolist(), abs=1e-6)
 
 
@@ -116,18 +125,19 @@ def test_extreme_mean_exp(shift):
     assert reveal_chance(draft, Reveal.sedd(0.0)) == [0]
 
 
-def test_tokens_follow_the_rows_law():
+def test_tokens_follow_the_rows_distribution():
     draft = fresh(2, 2, V=6)
     for options in ({}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.6}):
-        laws = token_law(draft, 6, **options)
-        e = weights(draft.logits, row_law(draft.logits, **options)).double()
+        distributions = token_distribution(draft, 6, **options)
+        e = weights(draft.logits, row_distribution(draft.logits, **options)).double()
         want = e / e.sum(1, keepdim=True)
-        for have, row in zip(laws, want, strict=True):
+        for have, row in zip(distributions, want, strict=True):
             assert [float(q) for q in have] == pytest.approx(row.tolist(), abs=1e-14)
 
 
 def test_what_is_recorded():
-    """Tokens by `sample` with the step in the key, tau, rows, the laws of `row_law`."""
+    """Tokens by `sample` with the step in the key, tau, rows, the distributions of
+    `row_distribution`."""
     draft = fresh()
     first = denoise_step(draft, Reveal.chunk(1, 3), 5, **KEY)
     assert (first.tokens >= 0).tolist() == [[False, True, True, False]] * 2
@@ -137,11 +147,11 @@ def test_what_is_recorded():
     done = denoise_step(first, Reveal.all(), 6, **KEY)
     assert torch.equal(done.tokens[:, 1:3], first.tokens[:, 1:3])
     assert done.tau.tolist() == [[6, 5, 5, 6]] * 2 and done.final_step == 6
-    assert_same(done.law, row_law(draft.logits))
-    assert (draft.tokens == -1).all() and (draft.law.total == 0).all()  # inputs stay
+    assert_same(done.distribution, row_distribution(draft.logits))
+    assert (draft.tokens == -1).all() and (draft.distribution.total == 0).all()  # inputs stay
     zero = denoise_step(fresh(), Reveal.all(), 0, **KEY)
     again = sample(
-        draft.logits, zero.law, slot=torch.arange(4).repeat(2),
+        draft.logits, zero.distribution, slot=torch.arange(4).repeat(2),
         seed=KEY["seed"].repeat_interleave(4), round=KEY["round"].repeat_interleave(4),
     )  # fmt: skip
     assert torch.equal(zero.tokens.flatten(), again)
@@ -161,12 +171,12 @@ def test_revealed_rows_and_rows_out_of_turn_are_not_read():
     draft.logits[:2] = NAN  # of revealed positions
     draft.logits[3] = NAN
     key = {"seed": i64(0), "round": i64(1)}
-    before = draft.law.total.clone()
+    before = draft.distribution.total.clone()
     done = denoise_step(draft, Reveal.chunk(2, 3), 1, **key)
-    assert done.tokens[0, 2] >= 0 and (done.law.status == 0).all()
-    assert torch.equal(done.law.total[:2], before[:2])
+    assert done.tokens[0, 2] >= 0 and (done.distribution.status == 0).all()
+    assert torch.equal(done.distribution.total[:2], before[:2])
     never = denoise_step(draft, Reveal.mdlm(0.0), 1, **key)
-    assert (never.law.status == 0).all() and torch.equal(never.tokens, draft.tokens)
+    assert (never.distribution.status == 0).all() and torch.equal(never.tokens, draft.tokens)
     short = draft._replace(lengths=i64(3))
     assert denoise_step(short, Reveal.all(), 1, **key).tokens[0].tolist()[3] == -1
 
@@ -180,7 +190,7 @@ def test_columns_that_are_no_tokens_get_no_weight(value):
     pool[:, 20:] = value
     done = denoise_step(Draft.masked(2, 4, pool[:, :20]), Reveal.sedd(0.5), 0, **KEY)
     assert torch.equal(done.tokens, expected.tokens)
-    assert_same(done.law, expected.law)
+    assert_same(done.distribution, expected.distribution)
     target = torch.randn(2, 5, 20)
     whole = denoise_step(done, Reveal.all(), 1, **KEY)
     assert (verify(target, whole, **KEY).status == 0).all()
@@ -199,12 +209,12 @@ def test_first_hitting_takes_one_masked_position_uniformly():
         return fresh_ones.long().argmax(1)
 
     quarter = Fraction(1, 4)
-    law = probabilities(which, 1, 5)[0]
-    assert law == [quarter, 0, quarter, quarter, quarter]
+    distribution = probabilities(which, 1, 5)[0]
+    assert distribution == [quarter, 0, quarter, quarter, quarter]
 
 
 def test_lowest_entropy():
-    """Of the model's own law, whatever the draft's temperature; ties go to the left."""
+    """Of the model's own distribution, whatever the draft's temperature; ties go to the left."""
     torch.manual_seed(2)
     logits = torch.randn(6, 30) * torch.tensor([1.0, 3.0, 0.2, 3.0, 2.0, 5.0])[:, None]
     logits[3] = logits[1]
@@ -236,7 +246,7 @@ def test_highest_confidence():
 
 
 @pytest.mark.parametrize("order", list(Order), ids=lambda order: order.name)
-def test_a_row_without_a_law_stays_masked_and_says_so(order):
+def test_a_row_without_a_distribution_stays_masked_and_says_so(order):
     reveal = {
         Order.ALL: Reveal.all(), Order.CHUNK: Reveal.chunk(0, 4), Order.MDLM: Reveal.mdlm(1.0),
         Order.SEDD: Reveal.sedd(1e9), Order.FIRST_HITTING: Reveal.first_hitting(),
@@ -249,10 +259,10 @@ def test_a_row_without_a_law_stays_masked_and_says_so(order):
     done = denoise_step(draft, reveal, 0, seed=i64(0), round=i64(0))
     assert (done.tokens[0, :3] == -1).all()
     if order is Order.FIRST_HITTING:
-        assert (done.tokens == -1).all() and (done.law.status != 0).sum() == 1
+        assert (done.tokens == -1).all() and (done.distribution.status != 0).sum() == 1
     else:
         assert done.tokens[0, 3] >= 0
-        assert done.law.status.tolist() == [Status.NAN, Status.EMPTY, Status.POS_INF, 0]
+        assert done.distribution.status.tolist() == [Status.NAN, Status.EMPTY, Status.POS_INF, 0]
 
 
 def test_coupled_draws_are_those_of_sample():
@@ -260,7 +270,9 @@ def test_coupled_draws_are_those_of_sample():
     position = i64(10, 200)
     done = denoise_step(draft, Reveal.all(), 0, position=position, **KEY)
     at = (position[:, None] + torch.arange(3)).flatten()
-    drawn = sample(draft.logits, done.law, seed=KEY["seed"].repeat_interleave(3), position=at)
+    drawn = sample(
+        draft.logits, done.distribution, seed=KEY["seed"].repeat_interleave(3), position=at
+    )
     assert torch.equal(done.tokens.flatten(), drawn)
     assert done.coupled and not denoise_step(draft, Reveal.all(), 0, **KEY).coupled
     # another round of the drafter draws the same
@@ -288,11 +300,11 @@ def test_in_place_and_other_pool_rows():
     assert torch.equal(expected.rows[read], rows[read])
     own = Draft.masked(2, 4, draft.logits)._replace(entropy=torch.zeros(2, 4).double())
     done = denoise_step(own, Reveal.mdlm(0.5), 0, pool_rows=rows, entropies=True, out=own, **KEY)
-    for a, b in zip((done.tokens, done.rows, *done.law), (own.tokens, own.rows, *own.law),
-                    strict=True):  # fmt: skip
+    found, wanted = ((each.tokens, each.rows, *each.distribution) for each in (done, own))
+    for a, b in zip(found, wanted, strict=True):
         assert a.data_ptr() == b.data_ptr()
     assert torch.equal(done.tokens, expected.tokens) and torch.equal(done.rows, expected.rows)
-    assert_same(done.law, expected.law)
+    assert_same(done.distribution, expected.distribution)
     assert torch.equal(done.entropy.isnan(), ~read)
 
 
@@ -336,14 +348,14 @@ def test_a_step_may_be_numbered_by_numpy():
         ({"words": torch.zeros(2, 4, dtype=torch.int64)}, "words: expected shape"),
         ({"reveal": Reveal.mdlm(torch.ones(3).double())}, r"rate: expected shape \[2\]"),
         ({"words": torch.zeros(2, 4, 2).long(), "seed": [3, 4]}, "seed: expected a tensor, got li"),
-        ({"out": fresh()}, "out: expected a Draft with law and entropy, got None"),
+        ({"out": fresh()}, "out: expected a Draft with distribution and entropy, got None"),
         (
             {
                 "out": (out := fresh()._replace(entropy=torch.zeros(2, 4).double()))._replace(
-                    law=out.law._replace(max=torch.zeros(3))
+                    distribution=out.distribution._replace(max=torch.zeros(3))
                 )
             },
-            r"^out\.law\.max: expected shape \[8\], got \[3\]",
+            r"^out\.distribution\.max: expected shape \[8\], got \[3\]",
         ),
     ],
 )
@@ -374,5 +386,5 @@ def test_bad_reveals_are_named():
     ):
         denoise_step(Draft.masked(2, 4, torch.zeros(7, 5)), Reveal.all(), 0, **KEY)
     with pytest.raises(ValueError, match=r"draft\.logits: expected the pool"):
-        nothing = fresh()._replace(logits=None, law=None)
+        nothing = fresh()._replace(logits=None, distribution=None)
         denoise_step(nothing, Reveal.all(), 0, **KEY)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from specdiff_kernels import (
+    DistributionError,
     Draft,
-    LawError,
     Lenience,
     Status,
     check_status,
-    row_law,
+    row_distribution,
     sample,
     verify,
 )
@@ -36,13 +36,13 @@ def a_round(B: int, K: int, V: int, *, reduced: bool = False) -> tuple[torch.Ten
     ids = torch.arange(V)[:: 2 if reduced else 1]
     target = normal(B, K + 1, V)
     pool = target[:, :K].reshape(B * K, V)[:, ids] + normal(B * K, len(ids))
-    law = row_law(pool, backend="reference")
-    drawn = sample(pool, law, words=integers(-(2**63), 2**63 - 1, B * K), draft_ids=ids,
+    distribution = row_distribution(pool, backend="reference")
+    drawn = sample(pool, distribution, words=integers(-(2**63), 2**63 - 1, B * K), draft_ids=ids,
                    backend="reference")  # fmt: skip
     rows = torch.arange(B * K).view(B, K)
     rows = rows.masked_fill(torch.rand(B, K, generator=random) < 0.3, -1)
     draft = Draft(
-        drawn.view(B, K), torch.zeros(B, K).int(), rows, pool, law,
+        drawn.view(B, K), torch.zeros(B, K).int(), rows, pool, distribution,
         ids if reduced else None, integers(0, K + 1, B),
     )  # fmt: skip
     temperature = torch.where(torch.rand(B, generator=random) < 0.3, 0.0, 0.8)
@@ -53,18 +53,20 @@ def a_round(B: int, K: int, V: int, *, reduced: bool = False) -> tuple[torch.Ten
     )
 
 
-def laws(target: torch.Tensor, draft: Draft, b: int, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+def distributions(
+    target: torch.Tensor, draft: Draft, b: int, i: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """p and q of one position, f64 [V]; q is 1 at a bare guess."""
     V = target.shape[-1]
-    law = row_law(target[b, i][None], 0.8, backend="reference")
-    p = weights(target[b, i][None], law)[0].double() / law.total.double()
+    distribution = row_distribution(target[b, i][None], 0.8, backend="reference")
+    p = weights(target[b, i][None], distribution)[0].double() / distribution.total.double()
     q = torch.zeros(V, dtype=torch.float64)
     r = int(draft.rows[b, i])
     if r < 0:
         q[draft.tokens[b, i]] = 1
         return p, q
     ids = torch.arange(V) if draft.draft_ids is None else draft.draft_ids
-    row = type(draft.law)(*(field[r : r + 1] for field in draft.law))
+    row = type(draft.distribution)(*(field[r : r + 1] for field in draft.distribution))
     q[ids] = weights(draft.logits[r : r + 1], row)[0].double() / row.total.double()
     return p, q
 
@@ -97,7 +99,7 @@ def test_bias_and_acceptance_are_yin_et_als(lenience, reduced):
     ):
         want = 0.0
         for i in range(min(accepted + 1, length)):
-            p, q = laws(target, draft, b, i)
+            p, q = distributions(target, draft, b, i)
             p = torch.eye(50)[p.argmax()].double() if options["temperature"][b] == 0 else p
             high, x = raised(p, q, lenience), draft.tokens[b, i]
             want += float((torch.minimum(q, high) - p).clamp(min=0).sum())
@@ -127,7 +129,7 @@ def test_impossible_tokens_are_never_accepted(lenience):
     target = torch.tensor([[[-INF, 0.0, 0.5, -9.0], [0.0] * 4]]).repeat(2, 1, 1)
     pool = torch.zeros(2, 4)
     tokens = i64(0, 3)[:, None]
-    for draft in (recorded_draft(tokens, pool, row_law(pool)), one_hot_draft(tokens)):
+    for draft in (recorded_draft(tokens, pool, row_distribution(pool)), one_hot_draft(tokens)):
         result = verify(target, draft, top_k=2, rule="lenient", lenience=lenience,
                         words=torch.zeros(2, 2, dtype=torch.int64))  # fmt: skip
         assert result.accepted.tolist() == [0, 0]
@@ -147,7 +149,7 @@ def test_an_amount_out_of_range_silences_its_row_alone(kind, bad):
     assert result.status.tolist() == [Status.OK] + [Status.PARAMETER] * 3
     assert result.bias.tolist() == [alone.bias[0].item(), 0, 0, 0]
     assert torch.equal(result.emitted[0], alone.emitted[0]) and (result.emitted[1:] == -1).all()
-    with pytest.raises(LawError, match="an amount of lenience in"):
+    with pytest.raises(DistributionError, match="an amount of lenience in"):
         check_status(result.status)
 
 
@@ -188,7 +190,7 @@ def test_a_faulty_row_spends_nothing():
 def test_ids_that_the_target_does_not_have_spend_nothing():
     """Compiled code does not look at them beforehand. q is 1/2 at both ids, p 1/4 at all tokens."""
     pool = torch.zeros(1, 2)
-    draft = recorded_draft(i64(0)[None], pool, row_law(pool), draft_ids=i64(0, 10**10))
+    draft = recorded_draft(i64(0)[None], pool, row_distribution(pool), draft_ids=i64(0, 10**10))
     torch._dynamo.reset()
     result = torch.compile(verify, backend="eager", fullgraph=True)(
         torch.zeros(1, 2, 4), draft, rule="lenient", lenience=Lenience("additive", 0.1),

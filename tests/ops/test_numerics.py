@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdiff_kernels.reference.numerics import exp2, exp2_weight, log, mulhi, philox
-from specdiff_kernels.reference.row_law import ceil_share
+from specdiff_kernels.reference.row_distribution import ceil_share
 
 WORDS = st.integers(0, 2**64 - 1)
 

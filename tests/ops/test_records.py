@@ -1,4 +1,5 @@
-"""Which recorded laws count: what is chosen, what is refused and why, and what `verify` does."""
+"""Which recorded distributions count: what is chosen, what is refused and why, and what `verify`
+does."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from specdiff_kernels import RECORDS, RULES, Draft, Record, choose_record, row_law, verify
+from specdiff_kernels import RECORDS, RULES, Draft, Record, choose_record, row_distribution, verify
 
 from .helpers import LAST_WORD, assert_same, one_hot_draft
 from .interpreter import sized
@@ -131,7 +132,7 @@ def a_round(**how) -> tuple[torch.Tensor, Draft, dict]:
         tau=torch.randint(-1, LAST + 2, (B, K)).int(),
         rows=rows.where(torch.rand(B, K) < 0.9, -1),
         logits=pool,
-        law=row_law(pool),
+        distribution=row_distribution(pool),
         lengths=torch.randint(2, K + 1, (B,)),
         **how,
     )
@@ -190,7 +191,8 @@ def test_verify_takes_the_strongest_unless_told(kind, rule):
 @pytest.mark.parametrize("rule", JUDGING)
 @pytest.mark.parametrize("record", ["one-hot", "final"])
 def test_rows_that_do_not_count_are_not_read(rule, record):
-    """A row number out of range is no fault there, and neither is a law without the token."""
+    """A row number out of range is no fault there, and neither is a distribution without the
+    token."""
     target, draft, random = a_round(final_step=LAST)
     want = verify(target, draft, rule=rule, record=record, **random)
     assert not want.status.any()
@@ -199,7 +201,7 @@ def test_rows_that_do_not_count_are_not_read(rule, record):
     assert_same(verify(target, lost, rule=rule, record=record, **random), want)
     pool, rows = draft.logits.clone(), draft.rows[~counts & (draft.rows >= 0)]
     pool[rows, draft.tokens.flatten()[rows]] = -torch.inf  # position b K + i has row b K + i
-    weightless = draft._replace(logits=pool, law=row_law(pool))
+    weightless = draft._replace(logits=pool, distribution=row_distribution(pool))
     assert_same(verify(target, weightless, rule=rule, record=record, **random), want)
     assert verify(target, lost, rule=rule, record="running-max", **random).status.any()
 
@@ -237,7 +239,7 @@ def test_an_earlier_step_behind_a_later_one_is_judged_as_one_hot():
     pool = target[0, :4].clone()
     tau = torch.tensor([[1, 0, 1, 2]]).int()
     tokens, rows = torch.tensor([[1, 2, 3, 4]]), torch.arange(4)[None]
-    draft = Draft(tokens, tau, rows, pool, row_law(pool), final_step=2)
+    draft = Draft(tokens, tau, rows, pool, row_distribution(pool), final_step=2)
     words = torch.full((1, 5), LAST_WORD)
 
     def accepted(at: int, record: str) -> int:

@@ -1,4 +1,5 @@
-"""Divergences of two rows' laws: as exact as torch's fp32, with the gradients of their formulas."""
+"""Divergences of two rows' distributions: as exact as torch's fp32, with the gradients of their
+formulas."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specdiff_kernels import RowDivergence, backends, row_divergence, row_law, sample, verify
+from specdiff_kernels import (
+    RowDivergence,
+    backends,
+    row_distribution,
+    row_divergence,
+    sample,
+    verify,
+)
 from specdiff_kernels.ops.row_divergence import BACKWARD, OP
 
 from .conftest import ON_CPU, forced
@@ -115,7 +123,7 @@ def test_a_small_distance_keeps_its_digits():
 
 @pytest.mark.parametrize("V", [1, 31, 50257])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_law_is_no_distance_from_itself(V, dtype):
+def test_a_distribution_is_no_distance_from_itself(V, dtype):
     target, _, _ = inputs(V, dtype=dtype)
     row = row_divergence(target, target.clone(), None, 0.7)
     for distance in (row.tv, row.kl, row.reverse_kl):
@@ -127,13 +135,13 @@ def test_a_law_is_no_distance_from_itself(V, dtype):
 
 
 def test_distance_is_the_rate_at_which_verification_rejects(implementation):
-    """Over 2000 rounds, of four laws: within 4.5 standard deviations."""
+    """Over 2000 rounds, of four distributions: within 4.5 standard deviations."""
     target, draft, ids = inputs(12, 8, N=4, scale=1.0)
     rows = torch.arange(4).repeat(2000)
-    logits, law = draft[rows], row_law(draft[rows])
+    logits, distribution = draft[rows], row_distribution(draft[rows])
     random = torch.randint(-(2**63), 2**63 - 1, (len(rows), 3), generator=torch.Generator())
-    tokens = sample(logits, law, words=random[:, 0], draft_ids=ids)[:, None]
-    proposed = recorded_draft(tokens, logits, law, draft_ids=ids)
+    tokens = sample(logits, distribution, words=random[:, 0], draft_ids=ids)[:, None]
+    proposed = recorded_draft(tokens, logits, distribution, draft_ids=ids)
     targets = torch.stack([target[rows], target[rows]], 1)
     accepted = verify(targets, proposed, words=random[:, 1:].contiguous()).accepted
     rate = accepted.view(2000, 4).double().mean(0)
@@ -163,7 +171,8 @@ def test_gradient_is_as_exact_as_that_of_torch(V, D, dtype, name):
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("temperature", [2.0**-95, 2.0**-80, 2.0**-66, 2.0**80, 2.0**95])
 def test_gradients_at_extreme_temperatures(temperature, name):
-    """Logits and temperature times a power of two: the same laws, and a gradient over it."""
+    """Logits and temperature times a power of two: the same distributions, and a gradient over
+    it."""
     target, draft, ids = inputs(1030, 300)
     scaled = (target * temperature, draft * temperature, ids, temperature)
     have = gradient(row_divergence, *scaled, **{name: 1.5}).double() * temperature
@@ -201,7 +210,7 @@ def test_formulas_pass_gradcheck():
 
 
 def test_gradients_of_a_row_sum_to_nothing():
-    """A constant added to all draft logits changes no law."""
+    """A constant added to all draft logits changes no distribution."""
     for V, D in SIZES:
         target, draft, ids = inputs(V, D)
         for name in TRAINED:
@@ -245,7 +254,7 @@ def test_strides_of_the_draft_are_kept_by_its_gradient():
 
 
 def test_tokens_without_probability():
-    """p: 1/2 1/2 0 0; q: 1/2 0 1/2 0, each law's zeros being logits of -inf."""
+    """p: 1/2 1/2 0 0; q: 1/2 0 1/2 0, each distribution's zeros being logits of -inf."""
     target, draft = torch.tensor([[0.0, 0.0, -INF, -INF]]), torch.tensor([[0.0, -INF, 0.0, -INF]])
     row = row_divergence(target, draft)
     ln2 = torch.tensor(2.0).log().item()
@@ -294,7 +303,7 @@ def test_gradient_of_an_infinite_kl_is_that_of_its_finite_terms():
 @pytest.mark.parametrize("bad", [[NAN], [INF], [NAN, INF], [-INF] * 20])
 @pytest.mark.parametrize("side", ["target", "draft"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_without_a_law_is_nan_and_no_other_row(bad, side, dtype):
+def test_a_row_without_a_distribution_is_nan_and_no_other_row(bad, side, dtype):
     target, draft, _ = inputs(20, dtype=dtype)
     good = row_divergence(target, draft)
     {"target": target, "draft": draft}[side][2, : len(bad)] = torch.tensor(bad)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdiff_kernels import Purpose, row_law, sample
+from specdiff_kernels import Purpose, row_distribution, sample
 from specdiff_kernels.reference.numerics import weights
 from tests.enumeration import first_word
 
@@ -18,37 +18,41 @@ def test_boundaries_are_the_cumulative_weights():
     """The first word that draws a token >= v is ceil(2^64 C(v) / Z), with C the weights before."""
     torch.manual_seed(0)
     logits = torch.randn(1, 6) * 2
-    law = row_law(logits)
-    Z = int(law.total)
-    cumulative = weights(logits, law)[0].cumsum(-1).tolist()
+    distribution = row_distribution(logits)
+    Z = int(distribution.total)
+    cumulative = weights(logits, distribution)[0].cumsum(-1).tolist()
     for v in range(1, 6):
-        boundary = first_word(
-            lambda words, v=v: sample(logits.expand(len(words), -1), repeat(law, len(words)),
-                                      words=words) >= v, 1)[0]  # fmt: skip
+
+        def reaches(words, v=v):
+            n = len(words)
+            return sample(logits.expand(n, -1), repeat(distribution, n), words=words) >= v
+
+        boundary = first_word(reaches, 1)[0]
         assert boundary == -(-(cumulative[v - 1] << 64) // Z)
 
 
-def repeat(law, n):
-    return type(law)(*(field.expand(n).contiguous() for field in law))
+def repeat(distribution, n):
+    return type(distribution)(*(field.expand(n).contiguous() for field in distribution))
 
 
 @pytest.mark.parametrize("V", [1, 31, 1025, 50257])
 def test_extreme_words_and_weightless_ends(V):
     logits = torch.full((2, V + 4), float("-inf"))
     logits[:, 2 : V + 2] = 0
-    law = row_law(logits)
-    assert sample(logits, law, words=i64(0, LAST_WORD)).tolist() == [2, V + 1]
+    distribution = row_distribution(logits)
+    assert sample(logits, distribution, words=i64(0, LAST_WORD)).tolist() == [2, V + 1]
 
 
 def test_failed_rows_draw_minus_one():
     logits = torch.tensor([[float("nan"), 0.0], [0.0, -1.0]])
-    assert sample(logits, row_law(logits), words=i64(0, 0)).tolist() == [-1, 0]
+    assert sample(logits, row_distribution(logits), words=i64(0, 0)).tolist() == [-1, 0]
 
 
 def test_draft_ids():
     logits = torch.zeros(2, 3)
     ids = i64(5, 8, 40)
-    assert sample(logits, row_law(logits), words=i64(0, LAST_WORD), draft_ids=ids).tolist() == [
+    distribution = row_distribution(logits)
+    assert sample(logits, distribution, words=i64(0, LAST_WORD), draft_ids=ids).tolist() == [
         5, 40,
     ]  # fmt: skip
 
@@ -56,26 +60,26 @@ def test_draft_ids():
 def test_every_part_of_the_key_counts():
     """Rows that differ in one part of the key alone draw differently; equal keys draw alike."""
     logits = torch.zeros(6, 50257)
-    law = row_law(logits)
+    distribution = row_distribution(logits)
     seed, round, slot = i64(1, 1, 2, 1, 1, 1 + 2**40), i64(0, 0, 0, 3, 0, 0), i64(0, 0, 0, 0, 4, 0)
-    tokens = sample(logits, law, seed=seed, round=round, slot=slot).tolist()
+    tokens = sample(logits, distribution, seed=seed, round=round, slot=slot).tolist()
     assert tokens[0] == tokens[1]
     assert len(set(tokens)) == 5
-    other = sample(logits, law, seed=seed, round=round, slot=slot, purpose=Purpose.BONUS)
+    other = sample(logits, distribution, seed=seed, round=round, slot=slot, purpose=Purpose.BONUS)
     assert other.tolist()[0] != tokens[0]
 
 
 def test_needs_randomness():
     logits = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"^seed: expected a tensor \[2\] int64, got None"):
-        sample(logits, row_law(logits))
+        sample(logits, row_distribution(logits))
     with pytest.raises(ValueError, match=r"^words: expected shape \[2\], got \[3\]"):
-        sample(logits, row_law(logits), words=i64(1, 2, 3))
+        sample(logits, row_distribution(logits), words=i64(1, 2, 3))
     with pytest.raises(TypeError, match=r"^seed: expected a tensor, got list"):
-        sample(logits, row_law(logits), words=i64(1, 2), seed=[1, 2])
+        sample(logits, row_distribution(logits), words=i64(1, 2), seed=[1, 2])
 
 
 def test_a_bad_out_is_named():
     logits = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"^out: expected shape \[2\], got \[3\]"):
-        sample(logits, row_law(logits), words=i64(0, 0), out=i64(0, 0, 0))
+        sample(logits, row_distribution(logits), words=i64(0, 0), out=i64(0, 0, 0))

@@ -21,7 +21,7 @@ from specdiff_kernels import (
     Reveal,
     commit,
     denoise_step,
-    row_law,
+    row_distribution,
     sample,
     verify,
     workspace_size,
@@ -165,9 +165,9 @@ def test_launches_of_the_other_ops(launches):
     target, draft, _ = a_round("token", V)
     zero = torch.zeros(B, dtype=torch.int64)
     with forced("triton"):
-        law = row_law(target[:, 0], torch.ones(B))
+        distribution = row_distribution(target[:, 0], torch.ones(B))
         assert launches == ["maxima", "sums"]
-        sample(target[:, 0], law, seed=zero, round=zero)
+        sample(target[:, 0], distribution, seed=zero, round=zero)
         assert launches[2:] == ["search", "tokens"]
         masked = Draft.masked(B, K, draft.logits)
         denoise_step(masked, Reveal.sedd(0.5), 0, entropies=True, seed=zero, round=zero)
@@ -229,7 +229,7 @@ def test_programs_of_a_step_may_run_in_any_order(reveal):
             denoise_step(own, reveal, 0, entropies=True, out=own, **key)
         for name in ("tokens", "tau", "rows"):
             assert torch.equal(getattr(own, name), getattr(want, name))
-        assert_same(own.law, want.law)
+        assert_same(own.distribution, want.distribution)
 
 
 @interpreted
@@ -287,7 +287,7 @@ def test_races_are_seen(mutant):
     """Without barriers, or with relaxed counters, accesses do race."""
     with forced("triton"), watching(**{mutant: False}):
         with pytest.raises(Exception, match="Race"):
-            row_law(torch.randn(2, V))
+            row_distribution(torch.randn(2, V))
         with pytest.raises(Exception, match="Race"):
             target, draft, options = a_round("block", V)
             verify(target, draft, **options)
@@ -337,8 +337,8 @@ def test_the_package_works_without_triton_and_says_so():
 import sys
 sys.modules["triton"] = None
 import torch
-from specdiff_kernels import available_backends, backends, row_law
-print(row_law(torch.zeros(1, 4)).total.item())
+from specdiff_kernels import available_backends, backends, row_distribution
+print(row_distribution(torch.zeros(1, 4)).total.item())
 print(available_backends("cpu")["triton"])
 print(backends.reason_against("triton", "cuda"))
 """

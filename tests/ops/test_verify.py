@@ -7,7 +7,15 @@ from fractions import Fraction
 import pytest
 import torch
 
-from specdiff_kernels import Draft, LawError, Status, Verified, check_status, row_law, verify
+from specdiff_kernels import (
+    DistributionError,
+    Draft,
+    Status,
+    Verified,
+    check_status,
+    row_distribution,
+    verify,
+)
 from specdiff_kernels.reference.numerics import probability, weights
 from tests.enumeration import first_word, probabilities
 
@@ -27,13 +35,14 @@ def lists(verified: Verified) -> list:
     return [field.tolist() for field in verified[:3]]
 
 
-def law_of(logits) -> list[float]:
-    law = row_law(logits[None])
-    return (weights(logits[None], law)[0].double() / law.total.double()).tolist()
+def distribution_of(logits) -> list[float]:
+    distribution = row_distribution(logits[None])
+    return (weights(logits[None], distribution)[0].double() / distribution.total.double()).tolist()
 
 
-def outcome_law(target, draft, V):
-    """Exact P(accept) of a K = 1 draft and the law of the token emitted after a rejection."""
+def outcome_distribution(target, draft, V):
+    """Exact P(accept) of a K = 1 draft and the distribution of the token emitted after a
+    rejection."""
 
     def asked(accept, last):
         n = len(last)
@@ -56,11 +65,11 @@ def test_acceptance_and_residual_are_leviathans():
     torch.manual_seed(0)
     V = 5
     p_logits, q_logits = torch.randn(2, V), torch.randn(1, V)
-    p, q = law_of(p_logits[0]), law_of(q_logits[0])
+    p, q = distribution_of(p_logits[0]), distribution_of(q_logits[0])
     excess = [max(a - b, 0) for a, b in zip(p, q, strict=True)]
     for x in range(V):
-        draft = recorded_draft(torch.tensor([[x]]), q_logits, row_law(q_logits))
-        accept, residual = outcome_law(p_logits[None], draft, V)
+        draft = recorded_draft(torch.tensor([[x]]), q_logits, row_distribution(q_logits))
+        accept, residual = outcome_distribution(p_logits[None], draft, V)
         assert float(accept) == pytest.approx(min(1, p[x] / q[x]), abs=1e-14)
         if accept < 1:
             assert [float(r) for r in residual] == pytest.approx(
@@ -71,8 +80,8 @@ def test_acceptance_and_residual_are_leviathans():
 def test_one_hot_residual_is_the_target_without_x():
     torch.manual_seed(1)
     p_logits = torch.randn(2, 4)
-    p = law_of(p_logits[0])
-    accept, residual = outcome_law(p_logits[None], one_hot_draft(torch.tensor([[2]])), 4)
+    p = distribution_of(p_logits[0])
+    accept, residual = outcome_distribution(p_logits[None], one_hot_draft(torch.tensor([[2]])), 4)
     without = [0 if v == 2 else p[v] / (1 - p[2]) for v in range(4)]
     assert float(accept) == pytest.approx(p[2], abs=1e-14)
     assert [float(r) for r in residual] == pytest.approx(without, abs=1e-14)
@@ -103,9 +112,13 @@ def test_block_rule_is_sun_et_als(one_hot):
         V, K = 5, 3
         p_logits, pool = torch.randn(1, K + 1, V), torch.randn(K, V)
         tokens = torch.randint(0, V, (1, K))
-        draft = one_hot_draft(tokens) if one_hot else recorded_draft(tokens, pool, row_law(pool))
-        p = [law_of(row) for row in p_logits[0]]
-        q = [[float(v == x) for v in range(V)] if one_hot else law_of(row)
+        draft = (
+            one_hot_draft(tokens)
+            if one_hot
+            else recorded_draft(tokens, pool, row_distribution(pool))
+        )
+        p = [distribution_of(row) for row in p_logits[0]]
+        q = [[float(v == x) for v in range(V)] if one_hot else distribution_of(row)
              for x, row in zip(tokens[0].tolist(), pool, strict=True)]  # fmt: skip
         P = [1.0]
         for i, x in enumerate(tokens[0].tolist()):
@@ -118,12 +131,12 @@ def test_block_rule_is_sun_et_als(one_hot):
                 assert have == pytest.approx(h[i], abs=1e-13)
         for i in range(K):  # accept i tokens and no more, if there is a way
             if 1.0 not in h[i:] and (i == 0 or h[i - 1] > 0):
-                law = law_behind(p_logits, draft, K, i, V)
-                assert law == pytest.approx([e / S[i] for e in excess[i]], abs=1e-13)
+                distribution = distribution_behind(p_logits, draft, K, i, V)
+                assert distribution == pytest.approx([e / S[i] for e in excess[i]], abs=1e-13)
 
 
-def law_behind(target, draft, K, accepted, V) -> list[float]:
-    """Law of the token that the block rule emits behind so many accepted ones."""
+def distribution_behind(target, draft, K, accepted, V) -> list[float]:
+    """Distribution of the token that the block rule emits behind so many accepted ones."""
 
     def behind(last):
         n = len(last)
@@ -145,8 +158,8 @@ def test_block_rule_accepts_at_least_as_many():
     for seed in range(sized(2, interpreted=1)):
         torch.manual_seed(seed)
         target_table, pool = torch.randn(1 + V, V), torch.randn(1 + V, V)
-        law = row_law(pool)
-        p, q = ([law_of(row) for row in rows] for rows in (target_table, pool))
+        distribution = row_distribution(pool)
+        p, q = ([distribution_of(row) for row in rows] for rows in (target_table, pool))
         token_mean = block_mean = 0.0
         for x, y in ((x, y) for x in range(V) for y in range(V)):
             chance = q[0][x] * q[1 + x][y]
@@ -154,7 +167,7 @@ def test_block_rule_accepts_at_least_as_many():
             token_mean += chance * (a + a * b)
             target = target_table[torch.tensor([0, 1 + x, 0])][None]
             draft = Draft(torch.tensor([[x, y]]), torch.zeros(1, 2).int(),
-                          torch.tensor([[0, 1 + x]]), pool, law)  # fmt: skip
+                          torch.tensor([[0, 1 + x]]), pool, distribution)  # fmt: skip
             h1, h2 = prefix_chances(target, draft, K)
             block_mean += chance * (2 * h2 + (1 - h2) * h1)
         gains.append(block_mean - token_mean)
@@ -165,14 +178,14 @@ def test_block_rule_reads_no_further_than_a_prefix_with_a_chance():
     """A drafted token of probability 0 leaves none; what stands before it may be accepted."""
     target = torch.tensor([[[0.0, 0.0], [0.0, -INF], [NAN, NAN], [INF, 0.0]]])
     pool = torch.zeros(3, 2)
-    draft = recorded_draft(torch.tensor([[0, 1, 0]]), pool, row_law(pool))
+    draft = recorded_draft(torch.tensor([[0, 1, 0]]), pool, row_distribution(pool))
     result = verify(target, draft, rule="block", words=words([0, 0, 0, LAST_WORD]))
     assert lists(result) == [[1], [[0, 0, -1, -1]], [0]]
     reached = verify(target, draft._replace(tokens=torch.tensor([[0, 0, 0]])), rule="block",
                      words=words([0, 0, 0, 0]))  # fmt: skip
     assert lists(reached) == [[0], [[-1] * 4], [Status.NAN]]
     bonus = target[:, [0, 0, 3]]
-    taken = recorded_draft(torch.tensor([[0, 0]]), pool[:2], row_law(pool[:2]))
+    taken = recorded_draft(torch.tensor([[0, 0]]), pool[:2], row_distribution(pool[:2]))
     assert verify(bonus, taken, rule="block", words=words([0, 0, 0])).status.item() == (
         Status.POS_INF
     )
@@ -182,18 +195,18 @@ def test_block_rule_reads_no_further_than_a_prefix_with_a_chance():
                                     {"rows": i64(7)[None]}])  # fmt: skip
 def test_block_rule_has_the_token_rules_faults(change):
     pool = torch.zeros(1, 2)
-    draft = recorded_draft(i64(0)[None], pool, row_law(pool))._replace(**change)
+    draft = recorded_draft(i64(0)[None], pool, row_distribution(pool))._replace(**change)
     results = [verify(torch.zeros(1, 2, 2), draft, rule=rule, words=words([0, 0]))
                for rule in ("token", "block")]  # fmt: skip
     assert_same(*results)
     assert results[0].status.item() == Status.TOKEN
 
 
-def test_equal_laws_accept_every_word():
+def test_equal_distributions_accept_every_word():
     """p = q bitwise: u q < p for every u < 1."""
     logits = torch.randn(1, 3, 100)
     pool = logits[0, :2]
-    draft = recorded_draft(torch.tensor([[5, 7]]), pool, row_law(pool))
+    draft = recorded_draft(torch.tensor([[5, 7]]), pool, row_distribution(pool))
     result = verify(logits, draft, words=words([LAST_WORD, LAST_WORD, 0]))
     assert result.accepted.tolist() == [2]
 
@@ -203,7 +216,7 @@ def test_impossible_tokens_are_never_accepted():
     target = torch.tensor([[[-INF, 0.0, 0.0], [0.0, 0.0, 0.0]]])
     pool = torch.zeros(1, 3)
     for draft in (
-        recorded_draft(torch.tensor([[0]]), pool, row_law(pool)),
+        recorded_draft(torch.tensor([[0]]), pool, row_distribution(pool)),
         one_hot_draft(torch.tensor([[0]])),
     ):
         assert lists(verify(target, draft, words=words([0, 0]))) == [[0], [[1, -1]], [0]]
@@ -212,10 +225,10 @@ def test_impossible_tokens_are_never_accepted():
 def test_recorded_token_without_weight_is_a_fault():
     """q(x) = 0 cannot have been drawn: nothing is emitted on such a record."""
     pool = torch.tensor([[-INF, 0.0]])
-    draft = recorded_draft(torch.tensor([[0]]), pool, row_law(pool))
+    draft = recorded_draft(torch.tensor([[0]]), pool, row_distribution(pool))
     result = verify(torch.zeros(1, 2, 2), draft, words=words([0, 0]))
     assert lists(result) == [[0], [[-1, -1]], [Status.DRAFT]]
-    with pytest.raises(LawError):
+    with pytest.raises(DistributionError):
         check_status(result.status)
 
 
@@ -224,9 +237,11 @@ def test_empty_residual_falls_back_to_the_target():
     V = 2**18 + 1
     target, pool = torch.zeros(1, 2, V), torch.zeros(1, V)
     target[..., 5], pool[0, 5] = -INF, -30.0
-    law = row_law(pool)
-    assert law.total.item() == 2**62 + 1
-    result = verify(target, recorded_draft(i64(5)[None], pool, law), words=words([0, LAST_WORD]))
+    distribution = row_distribution(pool)
+    assert distribution.total.item() == 2**62 + 1
+    result = verify(
+        target, recorded_draft(i64(5)[None], pool, distribution), words=words([0, LAST_WORD])
+    )
     assert lists(result) == [[0], [[V - 1, -1]], [0]]
     only = torch.tensor([[[0.0], [0.0]]])  # V = 1: nothing is left without x
     hot = one_hot_draft(torch.tensor([[0]]))
@@ -290,7 +305,9 @@ def test_bad_entries_of_lengths_and_rows():
     result = verify(torch.zeros(2, 2, 2), draft, words=words([0, 0], [0, 0]))
     assert result.status.tolist() == [Status.TOKEN, Status.TOKEN]
     pool = torch.zeros(1, 2)
-    draft = recorded_draft(torch.tensor([[0]]), pool, row_law(pool))._replace(rows=i64(7)[None])
+    draft = recorded_draft(torch.tensor([[0]]), pool, row_distribution(pool))._replace(
+        rows=i64(7)[None]
+    )
     result = verify(torch.zeros(1, 2, 2), draft, words=words([0, 0]))
     assert result.status.tolist() == [Status.TOKEN]
 
@@ -301,7 +318,7 @@ def test_running_max_and_value_dependence_choose_one_hot():
     B = sized(64, interpreted=10)
     target, pool = torch.randn(B, 3, 8), torch.randn(2 * B, 8)
     tokens = torch.randint(0, 8, (B, 2))
-    recorded = recorded_draft(tokens, pool, row_law(pool))
+    recorded = recorded_draft(tokens, pool, row_distribution(pool))
     rows = torch.arange(2 * B).view(B, 2)
     late_first = torch.tensor([[1, 0]], dtype=torch.int32).expand(B, 2)
     random = torch.randint(-(2**63), 2**63 - 1, (B, 3))
@@ -326,8 +343,8 @@ def test_reduced_vocabulary_equals_its_full_expansion():
     tokens = ids[torch.randint(0, 4, (20, 3))]
     target = torch.randn(20, 4, 12)
     random = torch.randint(-(2**63), 2**63 - 1, (20, 4))
-    small = recorded_draft(tokens, pool, row_law(pool), draft_ids=ids)
-    large = recorded_draft(tokens, full, row_law(full))
+    small = recorded_draft(tokens, pool, row_distribution(pool), draft_ids=ids)
+    large = recorded_draft(tokens, full, row_distribution(full))
     assert_same(verify(target, small, words=random), verify(target, large, words=random))
 
 
@@ -350,9 +367,9 @@ def test_truncated_targets_emit_kept_tokens_only():
     torch.manual_seed(7)
     B = sized(200, interpreted=10)
     target, pool = torch.randn(B, 2, 40), torch.randn(B, 40)
-    law = row_law(target[:, 0], top_k=3)
-    kept = weights(target[:, 0], law) > 0
-    draft = recorded_draft(torch.randint(0, 40, (B, 1)), pool, row_law(pool))
+    distribution = row_distribution(target[:, 0], top_k=3)
+    kept = weights(target[:, 0], distribution) > 0
+    draft = recorded_draft(torch.randint(0, 40, (B, 1)), pool, row_distribution(pool))
     zero = torch.zeros(B, dtype=torch.int64)
     result = verify(target, draft, top_k=3, seed=torch.arange(B), round=zero)
     assert kept.gather(1, result.emitted[:, :1]).all()
@@ -369,7 +386,7 @@ def test_offsets_beyond_32_bits():
     random = words([0, 12345])
     assert_same(verify(target, draft, words=random), verify(near, draft, words=random))
     pool = store.as_strided((2, V), (stride, 1))
-    assert_same(row_law(pool), row_law(pool.clone()))
+    assert_same(row_distribution(pool), row_distribution(pool.clone()))
 
 
 def test_views_out_and_untouched_inputs():
@@ -378,7 +395,7 @@ def test_views_out_and_untouched_inputs():
     target = frame[:, 1:4, 5:37]
     target.copy_(torch.randn(3, 3, 32))
     pool = torch.randn(6, 32)
-    draft = recorded_draft(torch.randint(0, 32, (3, 2)), pool, row_law(pool))
+    draft = recorded_draft(torch.randint(0, 32, (3, 2)), pool, row_distribution(pool))
     random = torch.randint(-(2**63), 2**63 - 1, (3, 3))
     before = frame.clone()
     expected = verify(target.contiguous(), draft, words=random)
@@ -397,29 +414,33 @@ GOOD = one_hot_draft(torch.zeros(1, 1, dtype=torch.int64))
     [
         ({"tokens": i64(0, 0)[None]}, ValueError, "draft.tokens: expected shape"),
         ({"tau": i64(0)[None]}, TypeError, "draft.tau: expected dtype int32"),
-        ({"logits": torch.zeros(1, 2)}, ValueError, "draft: expected logits and law together"),
+        (
+            {"logits": torch.zeros(1, 2)},
+            ValueError,
+            "draft: expected logits and distribution together",
+        ),
         ({"lengths": i64(1, 1)}, ValueError, "draft.lengths: expected shape"),
         (
             {
                 "logits": torch.zeros(1, 2),
-                "law": row_law(torch.zeros(1, 2)),
+                "distribution": row_distribution(torch.zeros(1, 2)),
                 "draft_ids": i64(1, 1),
             },
             ValueError,
             "draft.draft_ids: expected strictly increasing",
         ),
         (
-            {"logits": torch.zeros(1, 3), "law": row_law(torch.zeros(1, 3))},
+            {"logits": torch.zeros(1, 3), "distribution": row_distribution(torch.zeros(1, 3))},
             ValueError,
             "draft.logits: expected shape",
         ),
         (
             {
                 "logits": torch.zeros(1, 2),
-                "law": row_law(torch.zeros(1, 2))._replace(total=torch.ones(1)),
+                "distribution": row_distribution(torch.zeros(1, 2))._replace(total=torch.ones(1)),
             },
             TypeError,
-            "draft.law.total: expected dtype int64",
+            "draft.distribution.total: expected dtype int64",
         ),
     ],
 )
@@ -450,12 +471,12 @@ def test_bad_arguments_are_named(arguments, error, message):
 
 
 def test_an_accepted_draft_row_is_read_at_its_token_alone():
-    """Its law came with the draft: whatever else became of the row does not matter."""
+    """Its distribution came with the draft: whatever else became of the row does not matter."""
     torch.manual_seed(9)
     target = torch.randn(1, 3, 70)
     pool = target[0, :2].clone()
     tokens = torch.tensor([[3, 40]])
-    draft = recorded_draft(tokens, pool, row_law(pool))
+    draft = recorded_draft(tokens, pool, row_distribution(pool))
     random = words([LAST_WORD, LAST_WORD, 5])
     expected = verify(target, draft, words=random)
     assert expected.accepted.tolist() == [2]

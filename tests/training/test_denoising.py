@@ -74,7 +74,7 @@ def test_loss_by_its_formula(conditioned, noise):
     assert have == pytest.approx(want / texts.numel(), rel=1e-4)
 
 
-def test_score_entropy_is_least_at_the_law():
+def test_score_entropy_is_least_at_the_distribution():
     """Its gradient, averaged over what may stand there, vanishes at exp(l) / V = p alone."""
     p = torch.rand(VOCAB, generator=torch.Generator().manual_seed(0)).double()
     p /= p.sum()

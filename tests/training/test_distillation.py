@@ -165,7 +165,7 @@ def test_loss_by_its_definition(kind, more, divergence, teacher):
         position_floor=floor,
         tv_from=0.5,
     )
-    law = lambda x: F.linear(x, teacher.output).double().softmax(-1)
+    distribution = lambda x: F.linear(x, teacher.output).double().softmax(-1)
 
     def draw(states, before):
         logits = F.linear(network.embed_out(states), teacher.output, network.bias)
@@ -184,14 +184,14 @@ def test_loss_by_its_definition(kind, more, divergence, teacher):
                     column = int(batch.groups.anchor[b, a]) + i
                     if column > last or i < known or (kind != "block-diffusion" and i == 0):
                         continue
-                    p = law(batch.states[b, column])
+                    p = distribution(batch.states[b, column])
                     q = draw(drafts.states[b, a, i], batch.tokens[b, column])
                     reached = sum(k > i for k in (1, 2, 4)) / 3
                     weight = max(0.7 ** (i - known), floor) / reached / 6
                     want += weight * value(divergence, p, q, 0.25)
             if kind != "block-diffusion":  # the first position, everywhere in the answer
                 for column in range(first, last + 1):
-                    p = law(batch.states[b, column])
+                    p = distribution(batch.states[b, column])
                     q = draw(drafts.text[b, column], batch.tokens[b, column])
                     want += value(divergence, p, q, 0.25) / (last + 1 - first)
         want /= 3 * sum(max(0.7**i, floor) for i in range(BLOCK))
@@ -286,8 +286,8 @@ def test_it_learns(kind, divergence, teacher, new_network):
 
 
 class Chain(Teacher):
-    """Each token has two successors, of probability 1/2: all that is to be known of a law is the
-    token before. A state is that token, and so is an embedding."""
+    """Each token has two successors, of probability 1/2: all that is to be known of a distribution
+    is the token before. A state is that token, and so is an embedding."""
 
     def __init__(self, tokens: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -315,8 +315,8 @@ class Chain(Teacher):
 )
 def test_a_head_learns_what_masks_cannot_know(kind, matrices):
     """Behind the first position there are four and more tokens for a mask to choose from, of which
-    the token before leaves two: without it only 1/2 of a law can be met, and less farther on,
-    but for tokens that share a successor; with it all."""
+    the token before leaves two: without it only 1/2 of a distribution can be met, and less farther
+    on, but for tokens that share a successor; with it all."""
     teacher, acceptance = Chain(24), []
     for rank in (0, 16):
         config = DraftConfig(kind, 24, 24, 24, 32, 1, 2, 64, BLOCK, head_rank=rank)

@@ -24,7 +24,7 @@ struct Parameters {
   const float* min_p;
 };
 
-struct LawArrays {
+struct DistributionArrays {
   float* max;
   float* scale;
   int64_t* threshold;
@@ -32,19 +32,21 @@ struct LawArrays {
   int32_t* status;
 };
 
-SPECDIFF_HD RowLaw load(const LawArrays& law, int64_t i) {
-  return {law.max[i], law.scale[i], law.threshold[i], law.total[i], law.status[i]};
+SPECDIFF_HD RowDistribution load(const DistributionArrays& distribution, int64_t i) {
+  return {distribution.max[i], distribution.scale[i], distribution.threshold[i],
+          distribution.total[i], distribution.status[i]};
 }
 
-SPECDIFF_HD void store(const RowLaw& law, const LawArrays& out, int64_t i) {
-  out.max[i] = law.max;
-  out.scale[i] = law.scale;
-  out.threshold[i] = law.threshold;
-  out.total[i] = law.total;
-  out.status[i] = law.status;
+SPECDIFF_HD void store(const RowDistribution& distribution, const DistributionArrays& out,
+                       int64_t i) {
+  out.max[i] = distribution.max;
+  out.scale[i] = distribution.scale;
+  out.threshold[i] = distribution.threshold;
+  out.total[i] = distribution.total;
+  out.status[i] = distribution.status;
 }
 
-SPECDIFF_HD bool same_memory(const LawArrays& a, const LawArrays& b) {
+SPECDIFF_HD bool same_memory(const DistributionArrays& a, const DistributionArrays& b) {
   return a.max == b.max && a.scale == b.scale && a.threshold == b.threshold && a.total == b.total &&
          a.status == b.status;
 }
@@ -66,16 +68,16 @@ struct Randomness {
 };
 
 // scratch: int64 [threads, columns] for truncated rows, else null.
-struct RowLawParams {
+struct RowDistributionParams {
   Logits logits;
   int64_t rows;
   Parameters parameters;
-  LawArrays law;
+  DistributionArrays distribution;
   int64_t* scratch;
   int32_t threads;
 };
 
-// What the backward pass needs of a row; all NaN: the row has no law.
+// What the backward pass needs of a row; all NaN: the row has no distribution.
 struct RowStatistics {
   double target_max, target_sum;  // the sum of exp((l - max) / temperature)
   double draft_max, draft_sum;
@@ -108,7 +110,7 @@ struct RowDivergenceBackwardParams {
 struct SampleParams {
   Logits logits;
   int64_t rows;
-  LawArrays law;
+  DistributionArrays distribution;
   Randomness random;
   const int64_t* slot;
   uint32_t purpose;
@@ -122,9 +124,9 @@ enum Record : int32_t { kOneHot, kFinal, kRunningMax, kEntangled };
 
 // What the block rule keeps of a prefix of i drafted tokens.
 struct Prefix {
-  RowLaw law;        // of the target behind it
-  double chance;     // P_i
-  int64_t recorded;  // whether token i + 1 is
+  RowDistribution distribution;  // of the target behind it
+  double chance;                 // P_i
+  int64_t recorded;              // whether token i + 1 is
 };
 
 struct VerifyParams {
@@ -135,7 +137,7 @@ struct VerifyParams {
   const int64_t* rows;
   Logits draft;  // data null: all positions one-hot
   int64_t draft_rows;
-  LawArrays draft_law;
+  DistributionArrays draft_distribution;
   const int64_t* draft_ids;  // [draft.columns], increasing, or null
   const int64_t* lengths;    // [batch], or null
   int32_t rule, record, final_step, lenience;
@@ -163,9 +165,9 @@ struct DenoiseStepParams {
   const int64_t* tokens;  // [batch, k], as tau, rows and pool_rows
   const int32_t* tau;
   const int64_t* rows;
-  LawArrays law;             // [pool]
-  const int64_t* draft_ids;  // [logits.columns] or null
-  const int64_t* lengths;    // [batch], or null
+  DistributionArrays distribution;  // [pool]
+  const int64_t* draft_ids;         // [logits.columns] or null
+  const int64_t* lengths;           // [batch], or null
   const int64_t* pool_rows;
   int32_t order;
   int64_t lo, hi, count;
@@ -177,7 +179,7 @@ struct DenoiseStepParams {
   int64_t* new_tokens;
   int32_t* new_tau;
   int64_t* new_rows;
-  LawArrays new_law;
+  DistributionArrays new_distribution;
   double* entropy;        // [batch, k]
   Candidate* candidates;  // [batch, k]
   int64_t* scratch;

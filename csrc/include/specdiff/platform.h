@@ -1,4 +1,4 @@
-// The law's headers compile as plain C++ and as CUDA, and depend on nothing.
+// The distribution's headers compile as plain C++ and as CUDA, and depend on nothing.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Coupled draws: argmin_v E_v / e_v with exponential variates that belong to a sequence's absolute
-// position and a token id, whatever the round, the draft and the law.
+// position and a token id, whatever the round, the draft and the distribution.
 #pragma once
 
 #include "specdiff/accept.h"

@@ -8,16 +8,16 @@ namespace specdiff {
 
 enum Order : int32_t { kAll, kChunk, kMdlm, kSedd, kFirstHitting, kLowestEntropy, kConfidence };
 
-// m = (1/V) sum_v exp(l_v), from the untruncated law at temperature 1.
-SPECDIFF_HD double mean_exp(const RowLaw& law, int64_t columns) {
-  const double share = double(law.total) * 0x1p-44 / double(columns);
-  return exp2(double(law.max) * 1.4426950408889634) * share;
+// m = (1/V) sum_v exp(l_v), from the untruncated distribution at temperature 1.
+SPECDIFF_HD double mean_exp(const RowDistribution& distribution, int64_t columns) {
+  const double share = double(distribution.total) * 0x1p-44 / double(columns);
+  return exp2(double(distribution.max) * 1.4426950408889634) * share;
 }
 
 // e(v) in units of 2^16 times -log2 of e(v) / 2^44 in units of 2^-10.
-SPECDIFF_HD int64_t spread(float l, const RowLaw& law) {
-  const float shifted = l - law.max;
-  float t = shifted * law.scale;
+SPECDIFF_HD int64_t spread(float l, const RowDistribution& distribution) {
+  const float shifted = l - distribution.max;
+  float t = shifted * distribution.scale;
   t = t < -46.0f ? -46.0f : t;
   return (exp2_weight(t) >> 16) * int64_t(int32_t(-t * 1024.0f));
 }

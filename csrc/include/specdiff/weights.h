@@ -12,8 +12,8 @@ constexpr float kLog2E = 1.4426950408889634f;
 enum Status : int32_t { kOk, kNan, kPosInf, kEmpty, kParameter, kToken, kDraft };
 enum Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-// The law of one row. scale == 0 marks a greedy row, whose one token is `threshold`.
-struct RowLaw {
+// The distribution of one row. scale == 0 marks a greedy row, whose one token is `threshold`.
+struct RowDistribution {
   float max = 0;
   float scale = 0;
   int64_t threshold = 0;
@@ -77,17 +77,17 @@ SPECDIFF_HD int64_t exp2_weight(float t) {
   return int64_t((uint64_t(mantissa) << 21) >> uint32_t(-n));
 }
 
-// Weight of a token with logit l under a law that is not greedy.
-SPECDIFF_HD int64_t sampled_weight(float l, const RowLaw& law) {
-  const float shifted = l - law.max;
-  const int64_t e = exp2_weight(shifted * law.scale);
-  return e < law.threshold ? 0 : e;
+// Weight of a token with logit l under a distribution that is not greedy.
+SPECDIFF_HD int64_t sampled_weight(float l, const RowDistribution& distribution) {
+  const float shifted = l - distribution.max;
+  const int64_t e = exp2_weight(shifted * distribution.scale);
+  return e < distribution.threshold ? 0 : e;
 }
 
-// Weight of token v with logit l under a law that has no fault.
-SPECDIFF_HD int64_t weight(float l, int64_t v, const RowLaw& law) {
-  if (law.scale == 0) return v == law.threshold ? kOne : 0;
-  return sampled_weight(l, law);
+// Weight of token v with logit l under a distribution that has no fault.
+SPECDIFF_HD int64_t weight(float l, int64_t v, const RowDistribution& distribution) {
+  if (distribution.scale == 0) return v == distribution.threshold ? kOne : 0;
+  return sampled_weight(l, distribution);
 }
 
 SPECDIFF_HD bool valid_temperature(float x) { return x == 0 || (x >= 0x1p-95f && x <= 0x1p95f); }

@@ -1,8 +1,8 @@
 """Checks that a text is the target's, without which no figure of it counts.
 
 Greedy text must be plain decoding's, up to logits that are as close as a model's rounding. Sampled
-text must follow the target's law: log p of its tokens, less what is expected of them, is a sum with
-mean 0 and known variance (a martingale), whatever the text.
+text must follow the target's distribution: log p of its tokens, less what is expected of them, is a
+sum with mean 0 and known variance (a martingale), whatever the text.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Check:
     """What was found.
 
     Attributes:
-        kind: "identical" or "law".
+        kind: "identical" or "distribution".
         passed: whether the figures count.
         texts: how many were looked at.
         identical: texts that equal plain decoding's, if they must.
-        z: standard deviations between the text and the law, if it was sampled.
+        z: standard deviations between the text and the distribution, if it was sampled.
         reason: why it did not pass.
     """
 
@@ -80,7 +80,7 @@ def same_texts(
     return Check("identical", True, len(texts), identical)
 
 
-def follows_law(
+def follows_distribution(
     target: Target,
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
@@ -88,11 +88,11 @@ def follows_law(
 ) -> Check:
     """Whether new tokens were sampled from the target at a temperature, as far as they can show.
 
-    With H the entropy of a token's law p, the sum over all tokens of log p(x) + H has mean 0, and
-    its variance is that of log p, summed. `z` is that sum in its standard deviations.
+    With H the entropy of a token's distribution p, the sum over all tokens of log p(x) + H has mean
+    0, and its variance is that of log p, summed. `z` is that sum in its standard deviations.
 
     Raises:
-        ValueError: the law is truncated, which leaves texts of probability 0.
+        ValueError: the distribution is truncated, which leaves texts of probability 0.
     """
     if sampling.greedy or sampling.parameters[1:] != (None, None, None):
         raise ValueError(f"sampling must be a temperature alone, got {sampling}")
@@ -103,9 +103,9 @@ def follows_law(
         total, variance = total + excess, variance + spread
     z = total / math.sqrt(variance) if variance > 0 else 0.0 if total == 0 else math.inf
     if abs(z) <= DEVIATIONS:
-        return Check("law", True, len(texts), z=z)
-    reason = f"the texts' log-probability is {z:.1f} standard deviations from the law's"
-    return Check("law", False, len(texts), z=z, reason=reason)
+        return Check("distribution", True, len(texts), z=z)
+    reason = f"the texts' log-probability is {z:.1f} standard deviations from the distribution's"
+    return Check("distribution", False, len(texts), z=z, reason=reason)
 
 
 def surprise(logits: Tensor, tokens: Tensor) -> tuple[float, float]:

@@ -38,7 +38,7 @@ class Controlled:
 
     Args:
         drafter: what works. Its forwards and reverse steps happen, and their cost is counted; its
-            tokens and their laws are dropped.
+            tokens and their distributions are dropped.
         texts: by prompt, as a tuple, the text that plain decoding gives with the same seed, prompt
             included, and as long as will be decoded; see `learn` for more of them.
         chance: that a drafted token is accepted, given that all before it were: one number, or one

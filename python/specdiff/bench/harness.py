@@ -21,7 +21,7 @@ from ..drafters import weights_digest
 from ..sampling import Sampling
 from ..stats import STAGES, Stats
 from ..target import Target
-from .checks import Check, follows_law, same_texts
+from .checks import Check, follows_distribution, same_texts
 from .machine import peak_memory
 from .methods import PLAIN, Decode, Method, make
 
@@ -265,7 +265,7 @@ def checked(target: Target, condition: Condition, setting: Setting, plain: Setti
     texts = [text for run in setting.runs for text in run.tokens]
     if sampling.greedy:
         return same_texts(target, prompts, texts, [t for run in plain.runs for t in run.tokens])
-    return follows_law(target, prompts, texts, sampling)
+    return follows_distribution(target, prompts, texts, sampling)
 
 
 def staged(setting: Setting, condition: Condition, device: torch.device) -> list[Run]:

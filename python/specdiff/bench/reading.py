@@ -92,14 +92,14 @@ def failed(case: Case) -> bool:
 
 
 def check(case: Case) -> str:
-    """Whether the text was plain decoding's, or followed its law: "identical 16/16"."""
+    """Whether the text was plain decoding's, or followed its distribution: "identical 16/16"."""
     found = case["check"]
     if found is None:
         return ""
     if found["kind"] == "identical":
         text = f"identical {found['identical']}/{found['texts']}"
         return f"DIFFERS, {text}" if failed(case) else text
-    text = "law BROKEN" if failed(case) else "law"
+    text = "distribution BROKEN" if failed(case) else "distribution"
     return text if found["z"] is None else f"{text}, z = {found['z']:.1f}"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdiff_kernels import Draft, Purpose, RowLaw, row_law, sample
+from specdiff_kernels import Draft, Purpose, RowDistribution, row_distribution, sample
 
 from ..sampling import Sampling
 from ..target import Target
@@ -19,7 +19,8 @@ from .base import Draws, News
 class Autoregressive:
     """Drafts with any causal language model that `Target` supports, in k forwards a round.
 
-    Tokens are drawn by the same sampling parameters as the target's, and recorded with their law.
+    Tokens are drawn by the same sampling parameters as the target's, and recorded with their
+    distribution.
 
     Args:
         model: with the target's vocabulary.
@@ -57,14 +58,14 @@ class Autoregressive:
         logits = self._read(news)  # [B, V]
         pool = logits.new_empty(B, k, logits.shape[-1])
         tokens = torch.empty(B, k, dtype=torch.int64, device=lengths.device)
-        laws = []
+        distributions = []
         committed, longest, exact = self.cache.lengths, self.cache.longest, self.cache.window.exact
         for i in range(k):
             pool[:, i] = logits
-            law = row_law(logits, *self.sampling.parameters, backend=self.backend)
+            distribution = row_distribution(logits, *self.sampling.parameters, backend=self.backend)
             tokens[:, i] = sample(
                 logits,
-                law,
+                distribution,
                 seed=draws.seed,
                 round=draws.round,
                 slot=torch.full_like(draws.seed, i),
@@ -72,19 +73,21 @@ class Autoregressive:
                 position=None if draws.position is None else draws.position + i,
                 backend=self.backend,
             )
-            laws.append(law)
+            distributions.append(distribution)
             if i + 1 < k:
                 next_token = tokens[:, i : i + 1].clamp(min=0)
                 logits = self.model.forward(next_token, self.cache)[0][:, 0]
                 self.cache.set_lengths(committed + i + 1, longest + i + 1, exact=exact)
         self.cache.set_lengths(committed, longest, exact=exact)
-        law = RowLaw(*(torch.stack(field, 1) for field in zip(*laws, strict=True)))  # [B, k]
+        distribution = RowDistribution(
+            *(torch.stack(field, 1) for field in zip(*distributions, strict=True))
+        )  # [B, k]
         return Draft(
             tokens=tokens,
             tau=torch.arange(k, dtype=torch.int32, device=lengths.device).expand(B, k),
             rows=torch.arange(B * k, device=lengths.device).view(B, k),
             logits=pool.view(B * k, -1),
-            law=RowLaw(*(field.flatten() for field in law)),
+            distribution=RowDistribution(*(field.flatten() for field in distribution)),
             lengths=lengths,
             coupled=draws.position is not None,
         )

@@ -122,15 +122,15 @@ class StateDrafter(Drafter, Protocol):
 
 
 def draft_status(draft: Draft) -> Tensor:
-    """Why a draft lacks tokens that it was to have: the status of its laws. i32 [B]
+    """Why a draft lacks tokens that it was to have: the status of its distributions. i32 [B]
 
     Position i of row b was drawn from row b K + i of the pool, as `denoise_step` has it; a draft
     made otherwise is thought to be sound. `verify` reports such a token, -1, without the reason.
     """
     B, K = draft.tokens.shape
-    if draft.law is None or draft.law.status.numel() != B * K or K == 0:
+    if draft.distribution is None or draft.distribution.status.numel() != B * K or K == 0:
         return draft.tokens.new_zeros(B, dtype=torch.int32)
     missing = draft.tokens < 0
     if draft.lengths is not None:
         missing &= torch.arange(K, device=missing.device) < draft.lengths[:, None]
-    return (draft.law.status.view(B, K) * missing).amax(1)
+    return (draft.distribution.status.view(B, K) * missing).amax(1)

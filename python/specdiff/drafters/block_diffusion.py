@@ -2,7 +2,8 @@
 
 Absorbing-state diffusion (SEDD 2310.16834, MDLM 2406.07524) under a causal prefix: a block of K
 masks sees the prefix, and itself in both directions. Chunks are revealed from left to right, hence
-every position records its law; so are the tokens of a chunk, by a `SequentialHead` if there is one.
+every position records its distribution; so are the tokens of a chunk, by a `SequentialHead` if
+there is one.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .prefix import PrefixDrafter
 class BlockDiffusion(PrefixDrafter):
     """Drafts k tokens in `steps` forwards over as many masks.
 
-    Step s reveals chunk s from left to right, so the law of a position never depends on a token
-    revealed later and every draw is recorded with its law.
+    Step s reveals chunk s from left to right, so the distribution of a position never depends on a
+    token revealed later and every draw is recorded with its distribution.
 
     Args:
         network: the denoiser. It is moved to the target's device and dtype, and accelerated iff the

@@ -2,8 +2,8 @@
 
 ParallelSpec (2410.05589). The last committed token's column says what comes next, as in any
 language model; mask i behind it says what comes i tokens later, and sees the masks before it. With
-a `SequentialHead` each position's law also knows the token drawn before it, as in DSpark
-(2607.05147). No law knows a token that is drawn later, so every draw is recorded.
+a `SequentialHead` each position's distribution also knows the token drawn before it, as in DSpark
+(2607.05147). No distribution knows a token that is drawn later, so every draw is recorded.
 """
 
 from __future__ import annotations

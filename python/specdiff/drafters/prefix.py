@@ -157,7 +157,7 @@ class PrefixDrafter:
 
         Without a sequential head they are revealed at once, in reverse step `step`. With one they
         are from left to right, each in a step of its own, and its correction is added to the logits
-        before the token is drawn: the law that is recorded is that of the draw.
+        before the token is drawn: the distribution that is recorded is that of the draw.
 
         Args:
             states: [B, hi - lo, d], the network's at these positions.

@@ -41,7 +41,7 @@ class PromptLookup:
     """Drafts what followed the most recent earlier occurrence of the row's last n-gram.
 
     The longest n-gram that occurred before is used; without one the row drafts nothing. Tokens are
-    one-hot (no draft law), which `verify` accepts with the target's own probability.
+    one-hot (no draft distribution), which `verify` accepts with the target's own probability.
 
     Args:
         max_ngram: longest n-gram to look for, at least 1.

@@ -40,8 +40,8 @@ class SEDD:
             "entangled": those that an examined token was conditioned on stay, with their record,
             and every record counts. "recycled": all stay as bare guesses, and only what is freed
             behind them is drafted.
-        draft_sampling: the law that drafts are drawn by; None: the target's. Any is exact. Low
-            temperatures often accept more, since positions sampled at once are incoherent.
+        draft_sampling: the distribution that drafts are drawn by; None: the target's. Any is exact.
+            Low temperatures often accept more, since positions sampled at once are incoherent.
         backend: of the ops; None chooses.
 
     Raises:
@@ -241,5 +241,6 @@ def carry_over(old: Draft, new: Draft, counts: Tensor) -> Draft:
 
 
 def pool_of(draft: Draft) -> list[Tensor]:
-    """The logits that a draft was drawn from, and the fields of their laws: R rows each."""
-    return [x for x in (draft.logits, *(draft.law or ())) if x is not None]
+    """The logits that a draft was drawn from, and the fields of their distributions: R rows
+    each."""
+    return [x for x in (draft.logits, *(draft.distribution or ())) if x is not None]

@@ -1,6 +1,7 @@
-"""Exact expectations of speculative decoding for a pair of laws over few states.
+"""Exact expectations of speculative decoding for a pair of distributions over few states.
 
-p is the target's law of the next token, q the drafter's. Texts are followed by their chance of
+p is the target's distribution of the next token, q the drafter's. Texts are followed by their
+chance of
 being in each state, one token at a time, in float64: no sampling.
 """
 
@@ -14,24 +15,26 @@ import torch
 from torch import Tensor
 
 Prefix = tuple[int, ...]
-TOLERANCE = 1e-5  # what a law's sum may differ from 1 by: that of float32 rows does
+TOLERANCE = 1e-5  # what a distribution's sum may differ from 1 by: that of float32 rows does
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Next-token laws of a target and a drafter that depend on the text through a state alone.
+    """Next-token distributions of a target and a drafter that depend on the text through a state
+    alone.
 
     A text begins in state 0. `markov` makes a pair whose state is the last token, `tree` one whose
     state is the whole text so far.
 
     Args:
-        p: the target's law in each state, [S, V].
+        p: the target's distribution in each state, [S, V].
         q: the drafter's, [S, V].
         next: the state behind each token, int64 [S, V]; -1: no text is followed beyond it.
         length: how many tokens of a text can be followed; None: any number.
 
     Raises:
-        ValueError: shapes that do not match, a row that is no law, a state that does not exist.
+        ValueError: shapes that do not match, a row that is no distribution, a state that does not
+            exist.
 
     Example:
         >>> half, sure = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])
@@ -46,8 +49,8 @@ class Pair:
     length: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "p", as_laws("p", self.p))
-        object.__setattr__(self, "q", as_laws("q", self.q))
+        object.__setattr__(self, "p", as_distributions("p", self.p))
+        object.__setattr__(self, "q", as_distributions("q", self.q))
         shape = tuple(self.p.shape)
         if self.p.ndim != 2 or self.q.shape != shape or self.next.shape != shape:
             raise ValueError(
@@ -64,7 +67,7 @@ class Pair:
 
     @classmethod
     def markov(cls, p_first: Any, p: Any, q_first: Any, q: Any) -> Pair:
-        """Two Markov chains: the law of the first token [V], and behind each token [V, V].
+        """Two Markov chains: the distribution of the first token [V], and behind each token [V, V].
 
         Example:
             >>> pair = Pair.markov([1, 0], [[0.5, 0.5]] * 2, [1, 0], [[1, 0]] * 2)
@@ -72,7 +75,9 @@ class Pair:
             [0.0, 0.5, 0.5]
         """
         p_rows, q_rows = (
-            torch.cat((as_laws(name + "_first", first)[None], as_laws(name, rows)))
+            torch.cat(
+                (as_distributions(name + "_first", first)[None], as_distributions(name, rows))
+            )
             for name, first, rows in (("p", p_first, p), ("q", q_first, q))
         )
         S, V = p_rows.shape
@@ -86,11 +91,12 @@ class Pair:
         V: int,
         length: int,
     ) -> Pair:
-        """Any two laws, of texts of at most `length` tokens: called with each shorter prefix.
+        """Any two distributions, of texts of at most `length` tokens: called with each shorter
+        prefix.
 
         Example:
-            >>> law = lambda prefix: [1.0, 0.0] if prefix else [0.5, 0.5]
-            >>> Pair.tree(law, lambda prefix: [0.25, 0.75], V=2, length=2).p.shape
+            >>> distribution = lambda prefix: [1.0, 0.0] if prefix else [0.5, 0.5]
+            >>> Pair.tree(distribution, lambda prefix: [0.25, 0.75], V=2, length=2).p.shape
             torch.Size([3, 2])
         """
         if V < 1 or length < 1:
@@ -100,8 +106,8 @@ class Pair:
             if len(prefix) < length - 1:
                 prefixes += [(*prefix, v) for v in range(V)]
         p_rows, q_rows = (
-            torch.stack([as_laws(name, law(x)) for x in prefixes])
-            for name, law in (("p", p), ("q", q))
+            torch.stack([as_distributions(name, distribution(x)) for x in prefixes])
+            for name, distribution in (("p", p), ("q", q))
         )
         behind = torch.arange(1, len(prefixes) * V + 1).view(-1, V)
         return cls(p_rows, q_rows, behind.where(behind < len(prefixes), -1), length)
@@ -122,19 +128,21 @@ class Pair:
             raise ValueError(f"number of tokens: expected at least 0{most}, got {N}")
 
 
-def as_laws(name: str, rows: Any) -> Tensor:
+def as_distributions(name: str, rows: Any) -> Tensor:
     """Rows [..., V] as float64, each non-negative and divided by its sum, which has to be near 1.
 
     Raises:
         ValueError: names the argument.
     """
-    laws = torch.as_tensor(rows, dtype=torch.float64)
-    if laws.ndim == 0 or not ((laws >= 0).all() and ((laws.sum(-1) - 1).abs() < TOLERANCE).all()):
+    distributions = torch.as_tensor(rows, dtype=torch.float64)
+    if distributions.ndim == 0 or not (
+        (distributions >= 0).all() and ((distributions.sum(-1) - 1).abs() < TOLERANCE).all()
+    ):
         raise ValueError(
             f"{name}: expected rows of non-negative numbers that sum to 1, got {rows}: take the "
             "softmax first"
         )
-    return laws / laws.sum(-1, keepdim=True)
+    return distributions / distributions.sum(-1, keepdim=True)
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
@@ -188,10 +196,10 @@ def expected_rejections(pair: Pair, N: int) -> float:
     shorter ones see `run_counts`). Yin et al. 2411.00841, the theorem on expected rejections.
 
     It is also the least of all unbiased schemes that accept a drafted token x with a probability
-    b(x) set by the past, and else draw from a law r set by the past (ibid., the lower bound).
-    *Proof.* Unbiased means b(x) q(x) + P_rej r(x) = p(x) behind every prefix that occurs. So
-    b q <= p, b q <= q, hence P_rej = 1 - sum b q >= 1 - sum min(p, q) = TV, and prefixes follow p.
-    b = min(1, p/q), the token rule, attains it. Rules that judge several tokens together, such
+    b(x) set by the past, and else draw from a distribution r set by the past (ibid., the lower
+    bound). *Proof.* Unbiased means b(x) q(x) + P_rej r(x) = p(x) behind every prefix that occurs.
+    So b q <= p, b q <= q, hence P_rej = 1 - sum b q >= 1 - sum min(p, q) = TV, and prefixes follow
+    p. b = min(1, p/q), the token rule, attains it. Rules that judge several tokens together, such
     as block verification, are outside of that class and may reject less.
 
     Raises:

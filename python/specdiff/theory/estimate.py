@@ -1,9 +1,9 @@
 """The expected rejections of a run, estimated while it decodes.
 
 Position n of the emitted text is *examined* if a drafted token was judged there: not if the token
-is a bonus. Let F be all that happened before position n is judged, the laws of drafter and target
-there included, A_n whether it is examined (settled by F), R_n whether its token is rejected, and
-c_n = P(R_n = 1 | F), under the token rule TV(p_n, q_n). Then
+is a bonus. Let F be all that happened before position n is judged, the distributions of drafter and
+target there included, A_n whether it is examined (settled by F), R_n whether its token is rejected,
+and c_n = P(R_n = 1 | F), under the token rule TV(p_n, q_n). Then
 
     E sum_n A_n c_n = E sum_n A_n R_n
 
@@ -12,8 +12,9 @@ of *this* way of decoding, whatever decides K, as long as it decides by the past
 
 If every position is examined, both are unbiased for sum_n E_{x<n ~ p} TV_n as well, since the
 emitted text follows p: `expected_rejections`. With bonus tokens they are not: `run_counts`.
-Drafted tokens behind a rejected one are no part of the text, and their laws follow prefixes of q:
-they do not count. Means (a sum divided by the examined positions) are ratios of two unbiased
+Drafted tokens behind a rejected one are no part of the text, and their distributions follow
+prefixes of q: they do not count. Means (a sum divided by the examined positions) are ratios of two
+    unbiased
 sums: consistent, not unbiased.
 
 Variance: by itself each A_n c_n has at most that of A_n R_n, being its expectation given F. That
@@ -58,8 +59,8 @@ class RejectionEstimate:
 
         Args:
             chance: floats [B, K], P(rejection) of each drafted position given what came before it.
-                A recorded law: `row_divergence(target_logits, draft_logits).tv`; one-hot: 1 - p of
-                the drafted token. What was not examined may be anything.
+                A recorded distribution: `row_divergence(target_logits, draft_logits).tv`; one-hot:
+                1 - p of the drafted token. What was not examined may be anything.
             accepted: integers [B], as `verify` returns them.
             drafted: integers [B], tokens of each draft; None: K.
 
@@ -89,7 +90,7 @@ class RejectionEstimate:
     @property
     def deviation(self) -> float:
         """(rejected - expected) / sqrt(variance): about standard normal of a verifier that
-        rejects as often as the laws say; 0 without variance."""
+        rejects as often as the distributions say; 0 without variance."""
         return (self.rejected - self.expected) / self.variance**0.5 if self.variance else 0.0
 
 
@@ -136,7 +137,7 @@ def rejected_given_token(p: Tensor, q: Tensor, token: Tensor) -> Tensor:
     that of sum R_n (Rao-Blackwell).
 
     Args:
-        p, q: laws [..., V].
+        p, q: distributions [..., V].
         token: int64 [...], emitted, so that p(x) > 0.
 
     Returns:

@@ -18,38 +18,40 @@ from .speed import least
 
 
 class Outcome(NamedTuple):
-    """What a rule makes of one position. Floats [...] for laws [..., V]."""
+    """What a rule makes of one position. Floats [...] for distributions [..., V]."""
 
     rejection: Tensor  # P_rej = 1 - sum b q
-    law: Tensor  # [..., V], of the emitted token
-    bias: Tensor  # TV(law, p)
+    distribution: Tensor  # [..., V], of the emitted token
+    bias: Tensor  # TV(distribution, p)
 
 
 def outcome(p: Tensor, q: Tensor, accept: Tensor) -> Outcome:
-    """P_rej = 1 - sum b q, law = b q + P_rej norm((p - b q)+), bias = TV(law, p).
+    """P_rej = 1 - sum b q, distribution = b q + P_rej norm((p - b q)+), bias = TV(distribution, p).
 
     For every b with min(1, p/q) <= b <= 1, bias + P_rej = TV(p, q). *Proof.* Where p >= q, b = 1;
-    where p < q, b q >= p. So (p - b q)+ = (p - q)+, of sum TV, and where p >= q the law is
-    q + (P_rej / TV) (p - q), elsewhere b q, at least p. Hence bias = sum (p - law)+ =
-    (1 - P_rej / TV) TV. No b and no residual do better: TV(p, q) <= TV(p, law) + TV(law, q), and
-    a token emitted differs from one drawn from q only if that was rejected: TV(law, q) <= P_rej.
+    where p < q, b q >= p. So (p - b q)+ = (p - q)+, of sum TV, and where p >= q the distribution is
+    q + (P_rej / TV) (p - q), elsewhere b q, at least p. Hence bias = sum (p - distribution)+ =
+    (1 - P_rej / TV) TV. No b and no residual do better: TV(p, q) <= TV(p, distribution) +
+    TV(distribution, q), and
+    a token emitted differs from one drawn from q only if that was rejected: TV(distribution, q) <=
+        P_rej.
 
     A b <= min(1, p/q) is unbiased, and rejects at least as often as TV.
 
     Args:
-        p, q: laws [..., V].
+        p, q: distributions [..., V].
         accept: b [..., V] in [0, 1].
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0])
-        >>> rejection, law, bias = outcome(p, q, ensemble(p, q, 0.5))
-        >>> rejection.item(), law.tolist(), bias.item()
+        >>> rejection, distribution, bias = outcome(p, q, ensemble(p, q, 0.5))
+        >>> rejection.item(), distribution.tolist(), bias.item()
         (0.25, [0.75, 0.25], 0.25)
     """
     kept = accept * q
     rejection = (1 - kept.sum(-1)).clamp(min=0)
-    law = kept + rejection[..., None] * residual(p, kept)
-    return Outcome(rejection, law, total_variation(p, law))
+    distribution = kept + rejection[..., None] * residual(p, kept)
+    return Outcome(rejection, distribution, total_variation(p, distribution))
 
 
 def lenience(p: Tensor, q: Tensor, l: float) -> Tensor:  # noqa: E741 as in the formula
@@ -113,13 +115,16 @@ class LenientRun(NamedTuple):
     """Expected sums over the positions of N tokens, all examined."""
 
     rejections: float
-    bias: float  # at least the total variation between the law of the text and the target's
+    bias: (
+        float  # at least the total variation between the distribution of the text and the target's
+    )
 
 
 def lenient_run(pair: Pair, N: int, rule: Callable[[Tensor, Tensor], Tensor]) -> LenientRun:
     """Rejections and biases over N tokens of text that is decoded by a rule.
 
-    The text follows pi, the product of `outcome`'s laws. The sums are over prefixes of pi, and
+    The text follows pi, the product of `outcome`'s distributions. The sums are over prefixes of pi,
+    and
 
         TV(pi over N tokens, p over N tokens) <= sum_n E_{x<n ~ pi} bias_n
 
@@ -140,11 +145,11 @@ def lenient_run(pair: Pair, N: int, rule: Callable[[Tensor, Tensor], Tensor]) ->
         (0.3, 0.3)
     """
     pair.check_length(N)
-    rejection, law, bias = outcome(pair.p, pair.q, rule(pair.p, pair.q))
+    rejection, distribution, bias = outcome(pair.p, pair.q, rule(pair.p, pair.q))
     chance, rejections, biases = pair.start(), bias.new_zeros(()), bias.new_zeros(())
     for _ in range(N):
         rejections, biases = rejections + chance @ rejection, biases + chance @ bias
-        chance = pair.moved(chance, law)
+        chance = pair.moved(chance, distribution)
     return LenientRun(float(rejections), float(biases))
 
 
@@ -152,9 +157,9 @@ def ensemble_weight(budget: float, N: int, mean_tv: float) -> float:
     """w = 1 - budget / (N mean TV), at least 0: a share of the budget at each of N steps.
 
     Each step's bias is at most (1 - w) TV (`ensemble`), so that the text of N tokens is within
-    `budget` of the target's law in total variation (`lenient_run`): an upper bound, not the bias
-    itself. It holds if `mean_tv` is at least (1/N) sum_n E TV_n over prefixes of p, which an exact
-    run estimates (`RejectionEstimate`), or over prefixes of the ensemble's own text.
+    `budget` of the target's distribution in total variation (`lenient_run`): an upper bound, not
+    the bias itself. It holds if `mean_tv` is at least (1/N) sum_n E TV_n over prefixes of p, which
+    an exact run estimates (`RejectionEstimate`), or over prefixes of the ensemble's own text.
 
     Raises:
         ValueError: a negative budget, N below 1, or mean_tv outside [0, 1].
@@ -177,7 +182,7 @@ def parameter_for(name: str, budget: float, N: int, p: Tensor, q: Tensor) -> flo
 
     Args:
         name: "lenience", "additive" or "ensemble".
-        p, q: f64 [n, V], laws of target and drafter at examined positions.
+        p, q: f64 [n, V], distributions of target and drafter at examined positions.
 
     Raises:
         ValueError: an unknown rule, a negative budget, or N below 1.

@@ -1,4 +1,5 @@
-"""Denoising: a DDiT learns the laws of masked tokens, as SEDD (2310.16834) or MDLM (2406.07524).
+"""Denoising: a DDiT learns the distributions of masked tokens, as SEDD (2310.16834) or MDLM
+(2406.07524).
 
 At a time t every token of a text is masked with probability 1 - alpha(t), and the network says what
 stood there. Both losses bound the text's negative log-likelihood, in nats a token.

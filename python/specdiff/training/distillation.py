@@ -1,10 +1,11 @@
-"""Distillation: a drafter with a DraftNetwork learns the target's laws on the target's text.
+"""Distillation: a drafter with a DraftNetwork learns the target's distributions on the target's
+text.
 
-The law that a drafter should have at position i of a draft, knowing only what comes before the
-draft, is the target's averaged over the tokens between. Text that the target wrote has those tokens
-at the right frequencies, so a divergence from the target's law at each position, averaged over the
-text, is least there (DistillSpec, 2310.08461; ParallelSpec, 2410.05589). An eagle knows the tokens
-between, and its law should be the target's own.
+The distribution that a drafter should have at position i of a draft, knowing only what comes before
+the draft, is the target's averaged over the tokens between. Text that the target wrote has those
+tokens at the right frequencies, so a divergence from the target's distribution at each position,
+averaged over the text, is least there (DistillSpec, 2310.08461; ParallelSpec, 2410.05589). An eagle
+knows the tokens between, and its distribution should be the target's own.
 """
 
 from __future__ import annotations
@@ -285,7 +286,8 @@ class Judged(NamedTuple):
 def judge(
     network: DraftNetwork, teacher: Teacher, rows: Tensor, block: int, *, anchors: int = 16
 ) -> Judged:
-    """One-step drafts on given conversations, against the target's law over its whole vocabulary.
+    """One-step drafts on given conversations, against the target's distribution over its whole
+    vocabulary.
 
     Args:
         rows: i64 [C], the conversations; the places of drafts in them are always the same.

@@ -1,4 +1,4 @@
-"""`linear_divergence`: how far apart laws are whose logits a last linear layer makes.
+"""`linear_divergence`: how far apart distributions are whose logits a last linear layer makes.
 
 Thousands of rows over a vocabulary, twice, and their gradient are hundreds of megabytes. Here it is
 done for some rows at a time: their logits, their divergence and what it says to the layer's inputs
@@ -85,10 +85,10 @@ class LinearDivergence(torch.autograd.Function):
         for start in range(0, len(inputs), ROWS):
             rows = slice(start, start + ROWS)
             x = inputs[rows].to(dtype)
-            law = F.linear(target[rows].to(dtype), output)
+            distribution = F.linear(target[rows].to(dtype), output)
             logits = F.linear(x, matrix).float().add_(bias).requires_grad_(learning)
             with torch.set_grad_enabled(learning):
-                part = (value(row_divergence(law, logits)) * weight[rows]).sum()
+                part = (value(row_divergence(distribution, logits)) * weight[rows]).sum()
             total += part.detach()
             if not learning:
                 continue

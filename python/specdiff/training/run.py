@@ -183,7 +183,7 @@ def averaged(
 
 
 def check_comparable(run: Run, option: str) -> None:
-    """Raise ValueError if the run's drafter is not judged by its target's laws."""
+    """Raise ValueError if the run's drafter is not judged by its target's distributions."""
     if not isinstance(run.drafter, PrefixShape):
         raise ValueError(
             f"{option}: such figures are for drafters beside a target, got drafter.kind = "

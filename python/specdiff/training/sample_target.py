@@ -162,12 +162,12 @@ def sample_conversations(
 ) -> Totals:
     """Have a target write conversations first, ..., first + conversations - 1 into a folder.
 
-    The answers are sampled from the target's own law, without top-k and top-p, until it ends them
-    or max_length is reached. Files are part-<index of the first>.npz with `part_size(batch)`
-    conversations each, in the format of data/README.md, for `load_conversations`; each appears when
-    it is complete. After an interruption at any moment the same call samples what is missing, with
-    the result of an uninterrupted run, byte for byte on one machine. Other ranges may be sampled
-    elsewhere, and their files put into the same folder.
+    The answers are sampled from the target's own distribution, without top-k and top-p, until it
+    ends them or max_length is reached. Files are part-<index of the first>.npz with
+    `part_size(batch)` conversations each, in the format of data/README.md, for
+    `load_conversations`; each appears when it is complete. After an interruption at any moment the
+    same call samples what is missing, with the result of an uninterrupted run, byte for byte on one
+    machine. Other ranges may be sampled elsewhere, and their files put into the same folder.
 
     A conversation does not depend on those beside it, but for the rounding of the model's sums: in
     another batch, or on another machine, a token may differ where two were equally likely.
@@ -188,7 +188,7 @@ def sample_conversations(
         ValueError: an argument is out of range, the prompts cannot be used or are held out, the
             target writes no message that can be used, or `out` was made with another target, plan
             or batch.
-        LawError: the target's logits define no law.
+        DistributionError: the target's logits define no distribution.
 
     Example:
         >>> sample_conversations(Decoder(Target(model)), tokenizer, "samples", 2000)

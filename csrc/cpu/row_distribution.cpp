@@ -4,12 +4,13 @@
 
 namespace specdiff::cpu {
 
-void row_law(const RowLawParams& p) {
+void row_distribution(const RowDistributionParams& p) {
   const int64_t columns = p.logits.columns;
   parallel_for(p.rows, p.rows * columns, p.threads, [&](int64_t i, int thread) {
     int64_t sums[kMaxTiles];
     int64_t* scratch = p.scratch ? p.scratch + thread * columns : nullptr;
-    store(make_law(Row(p.logits, 0, i), p.parameters, i, sums, scratch), p.law, i);
+    store(make_distribution(Row(p.logits, 0, i), p.parameters, i, sums, scratch), p.distribution,
+          i);
   });
 }
 

@@ -1,4 +1,4 @@
-"""Row law: logits -> max, scale, threshold, total, status."""
+"""Row distribution: logits -> max, scale, threshold, total, status."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import RowLaw
+from ..types import RowDistribution
 from .arguments import ARRIVED, Logits, Parameters, Split, launch, scratch
 from .row import (
     OK,
     area_of,
     arrives_last,
-    begin_law,
-    end_law,
+    begin_distribution,
+    end_distribution,
     store_tile_max,
     store_tile_sums,
-    write_law,
+    write_distribution,
 )
 
 
-def row_law(
+def row_distribution(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
     *,
-    out: RowLaw,
+    out: RowDistribution,
     workspace: Tensor | None = None,
 ) -> None:
     N, V = logits.shape
@@ -55,9 +55,9 @@ def sums(logits, parameters, out, workspace, parts, TILE: tl.constexpr, TILES: t
     tiles = tl.cdiv(logits.V, TILE)
     index, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0) % parts
     area, row = area_of(workspace, index, tiles), logits.data + index * logits.row_stride
-    law = begin_law(area, row, logits.V, parameters, index, tiles, TILE, TILES)
-    if law.status == OK:
+    distribution = begin_distribution(area, row, logits.V, parameters, index, tiles, TILE, TILES)
+    if distribution.status == OK:
         first, last = part * tiles // parts, (part + 1) * tiles // parts
-        store_tile_sums(area, row, logits.V, law, parameters, first, last, tiles, TILE)
+        store_tile_sums(area, row, logits.V, distribution, parameters, first, last, tiles, TILE)
     if arrives_last(area + ARRIVED, parts):
-        write_law(out, index, end_law(area, law, tiles, TILE, TILES))
+        write_distribution(out, index, end_distribution(area, distribution, tiles, TILE, TILES))

@@ -1,26 +1,26 @@
-"""Row law: logits -> max, scale, threshold, total, status."""
+"""Row distribution: logits -> max, scale, threshold, total, status."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..types import RowLaw, Status
+from ..types import RowDistribution, Status
 from .numerics import LOG2_E, ONE, weights
 
 TEMPERATURE_RANGE = (2.0**-95, 2.0**95)
 
 
-def row_law(
+def row_distribution(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
     *,
-    out: RowLaw,
+    out: RowDistribution,
 ) -> None:
-    """[N, V] logits and [N] parameters -> RowLaw, by definition rather than by speed."""
+    """[N, V] logits and [N] parameters -> RowDistribution, by definition rather than by speed."""
     x = logits.float()
     status = row_status(x, temperature, top_k, top_p, min_p)
     good = status == Status.OK.value
@@ -32,7 +32,9 @@ def row_law(
     first_maximum = (x == maximum[:, None]).int().argmax(-1)
     zero = torch.zeros_like(first_maximum)
 
-    plain = RowLaw(maximum, scale, torch.where(good & greedy, first_maximum, zero), zero, status)
+    plain = RowDistribution(
+        maximum, scale, torch.where(good & greedy, first_maximum, zero), zero, status
+    )
     e = weights(x, plain)
     threshold = truncate(e, top_k, top_p, min_p)
     total = torch.where(e >= threshold[:, None], e, torch.zeros_like(e)).sum(-1)
@@ -51,7 +53,7 @@ def row_status(
     top_p: Tensor | None,
     min_p: Tensor | None,
 ) -> Tensor:
-    """The first reason why a row has no law, else OK. -> i32 [N]"""
+    """The first reason why a row has no distribution, else OK. -> i32 [N]"""
     low, high = TEMPERATURE_RANGE
     bad = ~((temperature == 0) | ((temperature >= low) & (temperature <= high)))
     if top_k is not None:

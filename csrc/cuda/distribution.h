@@ -1,4 +1,4 @@
-// The law of a row whose parts several blocks have, and draws from it.
+// The distribution of a row whose parts several blocks have, and draws from it.
 #pragma once
 
 #include "row.h"
@@ -23,7 +23,7 @@ struct RowWords {
   double target_chance, draft_chance;  // p(x), q(x) of the block rule
   double prefix_chance;                // P_i
   int64_t excess;                      // 2^60 S_i, or 2^60 times the bias of the lenient rule
-  int64_t raw_total, spread;           // of the model's own law
+  int64_t raw_total, spread;           // of the model's own distribution
   double rank;
   // of a sequence, in its first row
   uint64_t sequence_done, sequence_settled, sequence_ended;
@@ -33,7 +33,7 @@ struct RowWords {
   // of a launch, in the first row of all
   uint64_t tickets;
 
-  __device__ RowLaw law() const { return {max, scale, threshold, total, status}; }
+  __device__ RowDistribution distribution() const { return {max, scale, threshold, total, status}; }
 };
 
 constexpr int64_t kRowWords = sizeof(RowWords) / sizeof(int64_t);
@@ -138,8 +138,8 @@ __device__ inline int32_t status_of(uint32_t key, const Parameters& parameters, 
 
 // The largest threshold t such that the weights e >= t sum to at least `need` (by_weight), or
 // number that. Radix selection, 9 of the 45 bits at a time; false if a block has left.
-__device__ inline bool select(const Slice& slice, const RowLaw& law, int64_t need, bool by_weight,
-                              Team& team, Shared& shared, int64_t* threshold) {
+__device__ inline bool select(const Slice& slice, const RowDistribution& distribution, int64_t need,
+                              bool by_weight, Team& team, Shared& shared, int64_t* threshold) {
   int64_t prefix = 0;
   int64_t left = need - 1;  // less what lies above the bin
   for (int step = 0; step < 5; ++step) {
@@ -148,7 +148,7 @@ __device__ inline bool select(const Slice& slice, const RowLaw& law, int64_t nee
     __syncthreads();
     slice.visit([&](int64_t, const float (&l)[8]) {
       for (int j = 0; j < 8; ++j) {
-        const int64_t e = whole_weight(l[j], law);
+        const int64_t e = whole_weight(l[j], distribution);
         const int digit = int(e >> shift) & (kBins - 1);
         if (digit && e >> (shift + 9) == prefix) add_shared(&shared.bins[digit], by_weight ? e : 1);
       }
@@ -169,12 +169,12 @@ __device__ inline bool select(const Slice& slice, const RowLaw& law, int64_t nee
 }
 
 // The sum of weights, of all blocks, that reach the threshold. False if a block has left.
-__device__ inline bool sum_from(const Slice& slice, const RowLaw& law, int64_t threshold,
-                                Team& team, Shared& shared, int64_t* total) {
+__device__ inline bool sum_from(const Slice& slice, const RowDistribution& distribution,
+                                int64_t threshold, Team& team, Shared& shared, int64_t* total) {
   int64_t sum = 0;
   slice.visit([&](int64_t, const float (&l)[8]) {
     for (int j = 0; j < 8; ++j) {
-      const int64_t e = whole_weight(l[j], law);
+      const int64_t e = whole_weight(l[j], distribution);
       sum += e >= threshold ? e : 0;
     }
   });
@@ -188,9 +188,9 @@ __device__ inline bool sum_from(const Slice& slice, const RowLaw& law, int64_t t
 }
 
 // The smallest weight that survives top-k, then top-p, then min-p. False if a block has left.
-__device__ inline bool truncate(const Slice& slice, const RowLaw& law, const Parameters& parameters,
-                                int64_t index, int64_t columns, Team& team, Shared& shared,
-                                int64_t* threshold) {
+__device__ inline bool truncate(const Slice& slice, const RowDistribution& distribution,
+                                const Parameters& parameters, int64_t index, int64_t columns,
+                                Team& team, Shared& shared, int64_t* threshold) {
   const int64_t top_k = parameters.top_k ? parameters.top_k[index] : 0;
   const float top_p = parameters.top_p ? parameters.top_p[index] : 1;
   *threshold = 0;
@@ -199,10 +199,10 @@ __device__ inline bool truncate(const Slice& slice, const RowLaw& law, const Par
     int64_t need = top_k, found;
     if (by_weight ? top_p == 1 : top_k == 0 || top_k >= columns) continue;
     if (by_weight) {
-      if (!sum_from(slice, law, *threshold, team, shared, &need)) return false;
+      if (!sum_from(slice, distribution, *threshold, team, shared, &need)) return false;
       need = ceil_share(top_p, need);
     }
-    if (!select(slice, law, need, by_weight, team, shared, &found)) return false;
+    if (!select(slice, distribution, need, by_weight, team, shared, &found)) return false;
     *threshold = found > *threshold ? found : *threshold;
   }
   if (parameters.min_p) {
@@ -212,79 +212,83 @@ __device__ inline bool truncate(const Slice& slice, const RowLaw& law, const Par
   return true;
 }
 
-// A row's law but for what takes sums over all its blocks: the total, and a greedy row's threshold.
-// Holds the slice. False if a block has left.
-__device__ inline bool begin_law(Slice& slice, const Parameters& parameters, int64_t index,
-                                 int64_t columns, Team& team, Shared& shared, RowLaw* law) {
+// A row's distribution but for what takes sums over all its blocks: the total, and a greedy row's
+// threshold. Holds the slice. False if a block has left.
+__device__ inline bool begin_distribution(Slice& slice, const Parameters& parameters, int64_t index,
+                                          int64_t columns, Team& team, Shared& shared,
+                                          RowDistribution* distribution) {
   if (parameters.top_k || parameters.top_p) team.empty_first_bins();
   const uint32_t key = block_max(slice.hold(), shared);
   if (threadIdx.x == 0) raise(&team.area.words->key, key);
   if (!team.meet()) return false;
   const uint32_t largest = uint32_t(team.area.words->key);
-  *law = RowLaw();
-  law->status = status_of(largest, parameters, index);
-  if (law->status != kOk) return true;
-  law->max = from_key(largest) + 0.0f;  // never -0
+  *distribution = RowDistribution();
+  distribution->status = status_of(largest, parameters, index);
+  if (distribution->status != kOk) return true;
+  distribution->max = from_key(largest) + 0.0f;  // never -0
   const float temperature = parameters.temperature[index];
   if (temperature == 0) return true;
-  law->scale = kLog2E / temperature;
+  distribution->scale = kLog2E / temperature;
   int64_t threshold;
-  if (!truncate(slice, *law, parameters, index, columns, team, shared, &threshold)) return false;
-  law->threshold = threshold;
+  if (!truncate(slice, *distribution, parameters, index, columns, team, shared, &threshold))
+    return false;
+  distribution->threshold = threshold;
   return true;
 }
 
 // The block's sum of weights; of a greedy row the first column that holds the largest logit.
-__device__ inline int64_t slice_sum(const Slice& slice, const RowLaw& law, Shared& shared) {
+__device__ inline int64_t slice_sum(const Slice& slice, const RowDistribution& distribution,
+                                    Shared& shared) {
   int64_t sum = 0;
   uint32_t first = 0xffffffffu;
-  if (law.scale == 0) {
+  if (distribution.scale == 0) {
     slice.visit([&](int64_t v, const float (&l)[8]) {
       for (int j = 7; j >= 0; --j) {
-        if (l[j] == law.max && v + j < first) first = uint32_t(v + j);
+        if (l[j] == distribution.max && v + j < first) first = uint32_t(v + j);
       }
     });
     return block_min(first, shared);
   }
-  if (law.threshold == 0) {
+  if (distribution.threshold == 0) {
     slice.visit([&](int64_t, const float (&l)[8]) {
-      for (int j = 0; j < 8; ++j) sum += whole_weight(l[j], law);
+      for (int j = 0; j < 8; ++j) sum += whole_weight(l[j], distribution);
     });
   } else {
     slice.visit([&](int64_t v, const float (&l)[8]) {
-      for (int j = 0; j < 8; ++j) sum += weight(l[j], v + j, law);
+      for (int j = 0; j < 8; ++j) sum += weight(l[j], v + j, distribution);
     });
   }
   return block_sum(sum, shared);
 }
 
-// The law of a row, all of whose blocks have left their sums. Only for the last block.
-__device__ inline RowLaw end_law(RowLaw law, const Row& row, const Split& split, const Area& area,
-                                 Shared& shared) {
-  if (law.status == kOk && law.scale == 0) {
+// The distribution of a row, all of whose blocks have left their sums. Only for the last block.
+__device__ inline RowDistribution end_distribution(RowDistribution distribution, const Row& row,
+                                                   const Split& split, const Area& area,
+                                                   Shared& shared) {
+  if (distribution.status == kOk && distribution.scale == 0) {
     uint32_t first = 0xffffffffu;
     for (int part = threadIdx.x; part < split.parts; part += kThreads) {
       first = uint32_t(area.sums[part]) < first ? uint32_t(area.sums[part]) : first;
     }
-    law.threshold = block_min(first, shared);
-    law.total = kOne;
-    const int64_t holder = (law.threshold + row.shift()) / split.part_columns();
+    distribution.threshold = block_min(first, shared);
+    distribution.total = kOne;
+    const int64_t holder = (distribution.threshold + row.shift()) / split.part_columns();
     for (int part = threadIdx.x; part < split.parts; part += kThreads) {
       area.sums[part] = part == holder ? kOne : 0;
     }
-  } else if (law.status == kOk) {
+  } else if (distribution.status == kOk) {
     int64_t sum = 0;
     for (int part = threadIdx.x; part < split.parts; part += kThreads) sum += area.sums[part];
-    law.total = block_sum(sum, shared);
+    distribution.total = block_sum(sum, shared);
   }
   if (threadIdx.x == 0) {
-    area.words->max = law.max;
-    area.words->scale = law.scale;
-    area.words->threshold = law.threshold;
-    area.words->total = law.total;
-    area.words->status = law.status;
+    area.words->max = distribution.max;
+    area.words->scale = distribution.scale;
+    area.words->threshold = distribution.threshold;
+    area.words->total = distribution.total;
+    area.words->status = distribution.status;
   }
-  return law;
+  return distribution;
 }
 
 // --- draws, by one block ---
@@ -312,23 +316,25 @@ __device__ int64_t draw_within(const Row& row, const Split& split, int64_t part,
     __syncthreads();
     return shared.column;
   }
-  return row.columns - 1;  // only if the law is not this row's
+  return row.columns - 1;  // only if the distribution is not this row's
 }
 
 // Weights of columns v to v + 7.
-__device__ inline void row_weights(const Row& row, const RowLaw& law, int64_t v, int64_t (&e)[8]) {
+__device__ inline void row_weights(const Row& row, const RowDistribution& distribution, int64_t v,
+                                   int64_t (&e)[8]) {
   float l[8];
   row.widen(row.load(v), l);
-  for (int j = 0; j < 8; ++j) e[j] = weight(l[j], v + j, law);
+  for (int j = 0; j < 8; ++j) e[j] = weight(l[j], v + j, distribution);
 }
 
 // The column of mulhi(word, total), by the sums of the row's parts.
-__device__ inline int64_t draw(const Row& row, const RowLaw& law, const Split& split,
-                               const int64_t* sums, uint64_t word, Shared& shared) {
-  if (law.scale == 0) return law.threshold;
-  int64_t r = mulhi(word, law.total);
+__device__ inline int64_t draw(const Row& row, const RowDistribution& distribution,
+                               const Split& split, const int64_t* sums, uint64_t word,
+                               Shared& shared) {
+  if (distribution.scale == 0) return distribution.threshold;
+  int64_t r = mulhi(word, distribution.total);
   const int64_t part = find_first(split.parts, [&](int64_t i) { return sums[i]; }, r, shared);
-  const auto weigh = [&](int64_t v, int64_t (&e)[8]) { row_weights(row, law, v, e); };
+  const auto weigh = [&](int64_t v, int64_t (&e)[8]) { row_weights(row, distribution, v, e); };
   return draw_within(row, split, part, r, weigh, shared);
 }
 
@@ -362,21 +368,21 @@ class NoiseReader {
 };
 
 // The least E_v / e_v among a block's columns; of a greedy row the first with the largest logit.
-__device__ inline Finish slice_race(const Slice& slice, const RowLaw& law, const Noise& noise,
-                                    int64_t columns, Shared& shared) {
+__device__ inline Finish slice_race(const Slice& slice, const RowDistribution& distribution,
+                                    const Noise& noise, int64_t columns, Shared& shared) {
   double least = bit_cast<double>(int64_t(0x7ff0000000000000));  // +inf
   int64_t winner = columns;
   NoiseReader reader(noise);
   slice.visit([&](int64_t v, const float (&l)[8]) {
     for (int j = 0; j < 8; ++j) {
       double time = 0;
-      if (law.scale != 0) {
-        const int64_t e = weight(l[j], v + j, law);
+      if (distribution.scale != 0) {
+        const int64_t e = weight(l[j], v + j, distribution);
         if (e == 0) continue;
         const uint64_t word = reader.word(v + j);
         if (!may_win(word, double(e), least)) continue;
         time = exponential(word) / double(e);
-      } else if (l[j] != law.max) {
+      } else if (l[j] != distribution.max) {
         continue;
       }
       if (time < least) {

@@ -1,4 +1,4 @@
-"""`row_law`: the exact law of rows of logits."""
+"""`row_distribution`: the exact distribution of rows of logits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..types import LAW_DTYPES, RowLaw
+from ..types import DISTRIBUTION_DTYPES, RowDistribution
 from .checks import check_logits, check_workspace, device_of, per_row
 from .registry import Outputs, define
 
 
-def row_law(
+def row_distribution(
     logits: Tensor,
     temperature: float | Tensor = 1.0,
     top_k: int | Tensor | None = None,
@@ -20,10 +20,10 @@ def row_law(
     min_p: float | Tensor | None = None,
     *,
     backend: str | None = None,
-    out: RowLaw | None = None,
+    out: RowDistribution | None = None,
     workspace: Tensor | None = None,
-) -> RowLaw:
-    """Reduce rows of logits to integer laws: all that later ops need beside the logits.
+) -> RowDistribution:
+    """Reduce rows of logits to integer distributions: all that later ops need beside the logits.
 
     Token v weighs e(v) = floor(2^(44 + (l_v - max) log2(e) / temperature)), up to a polynomial of
     relative error 1.7e-7 that is the same on every backend; its probability is e(v) / total.
@@ -37,20 +37,20 @@ def row_law(
         top_p: a number or f32 [N] in [2^-149, 1], read as a multiple of 2^-31.
         min_p: a number or f32 [N] in [0, 1], relative to the largest probability.
         backend: force one; see `available_backends`.
-        out: a RowLaw to write into.
+        out: a RowDistribution to write into.
         workspace: with `out`, scratch to use in place of an allocation; see `workspace_size`.
 
     Returns:
-        RowLaw of [N] tensors. A row without a law (NaN, +inf, all -inf, a parameter tensor's entry
-        out of range) has a status other than OK and total 0.
+        RowDistribution of [N] tensors. A row without a distribution (NaN, +inf, all -inf, a
+        parameter tensor's entry out of range) has a status other than OK and total 0.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or range.
         BackendError: a forced backend cannot run.
 
     Example:
-        >>> law = row_law(torch.tensor([[0.0, 0.0, float("-inf")]]))
-        >>> law.total.item() == 2 * 2**44
+        >>> distribution = row_distribution(torch.tensor([[0.0, 0.0, float("-inf")]]))
+        >>> distribution.total.item() == 2 * 2**44
         True
     """
     device = device_of("logits", logits)
@@ -68,22 +68,22 @@ def row_law(
     if out is not None:
         OP.into(*args, workspace, *out)
         return out
-    return RowLaw(*OP.functional(*args))
+    return RowDistribution(*OP.functional(*args))
 
 
 def _outputs(logits: Tensor, *_: Any) -> Outputs:
     shape = [logits.shape[0]]
-    return [(shape, dtype) for dtype in LAW_DTYPES]
+    return [(shape, dtype) for dtype in DISTRIBUTION_DTYPES]
 
 
 def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
-    function(*args, out=RowLaw(*out))
+    function(*args, out=RowDistribution(*out))
 
 
 OP = define(
-    "row_law",
+    "row_distribution",
     "Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p",
-    RowLaw._fields,
+    RowDistribution._fields,
     _outputs,
     _call,
     workspace=True,
