@@ -28,9 +28,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from specdiff.drafters.noise import LogLinear, times
+from specdiff.drafters.schedule import schedule
 from specdiff.drafters.sedd import fill
-from specdiff.noise import LogLinear, times
-from specdiff.schedule import schedule
 from specdiff_kernels import Draft, Verified, check_status, denoise_step, verify
 
 VOCAB = 50257

@@ -21,11 +21,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specdiff.cpu import accelerate
 from specdiff.drafters import Draws, News, load_drafter, weights_digest
-from specdiff.models import load_target
-from specdiff.sampling import Sampling
-from specdiff.target import Target
+from specdiff.loop.sampling import Sampling
+from specdiff.loop.target import Target
 
 DRAFTERS = ("parallel", "eagle", "block-diffusion")
 LENGTHS = (1, 2, 4, 8)
@@ -72,8 +70,7 @@ def forward_ms(target: Target) -> float:
 
 def main() -> None:
     """Medians of interleaved rounds, on one thread and on two."""
-    model, _ = load_target("smollm2-135m")
-    target, cases = Target(accelerate(model)), []
+    target, cases = Target.load("smollm2-135m", device="cpu"), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         found = [Case(target, name, k) for name in DRAFTERS for k in LENGTHS]

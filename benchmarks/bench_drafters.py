@@ -23,12 +23,10 @@ from rich.progress import track
 from rich.table import Table
 
 from specdiff.bench.tasks import prompts as read_prompts
-from specdiff.cpu import accelerate
-from specdiff.decoder import Decoder
 from specdiff.drafters import load_drafter, weights_digest
-from specdiff.models import load_target
-from specdiff.sampling import Sampling
-from specdiff.target import Target
+from specdiff.loop.decoder import Decoder
+from specdiff.loop.sampling import Sampling
+from specdiff.loop.target import Target
 
 SETTINGS = [("parallel", 8, "token"), ("parallel", 8, "block"), ("parallel", 4, "block")]
 SETTINGS += [("eagle", 4, "block")]
@@ -55,14 +53,11 @@ def main(
     quick: Annotated[bool, typer.Option(help="8 tokens of 4 prompts; not saved")] = False,
 ) -> None:
     """Measure every setting; well over an hour on two cores."""
-    model, tokenizer = load_target(target)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    shared = Target(accelerate(model))
+    shared = Target.load(target)
     folders = {"parallel": parallel, "eagle": eagle}
     cases = []
     for task, count in (("chat", 16), ("held-out", held_out)):
-        ids = read_prompts(task, tokenizer, 4 if quick else count)
+        ids = read_prompts(task, shared.tokenizer, 4 if quick else count)
         for temperature in (0.0, 1.0):
             many, new = (1 if temperature == 0 else seeds), (8 if quick else tokens)
             cases += measure(shared, folders, task, ids, temperature, new, many)
@@ -80,7 +75,7 @@ def main(
             "new_tokens": tokens,
             "cases": cases,
         }
-        console.print(f"saved {save('drafters', content, model.device)}", soft_wrap=True)
+        console.print(f"saved {save('drafters', content, shared.device)}", soft_wrap=True)
 
 
 def measure(

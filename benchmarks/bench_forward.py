@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from specdiff.cpu import accelerate, restore
-from specdiff.models import load_target
-from specdiff.target import Target
+from specdiff.loop.fast_layers import accelerate, restore
+from specdiff.loop.target import Target
 
 TOKENS = (1, 2, 3, 5, 9, 17)
 PREFIX = 100
@@ -70,9 +69,9 @@ def main(
 ) -> None:
     """Logit differences, then the median of interleaved rounds in ms per forward."""
     torch.set_num_threads(threads)
-    model, tokenizer = load_target(target)
-    seen = Target(model)
-    ids = torch.tensor(tokenizer(TEXT)["input_ids"])
+    seen = Target.load(target, device="cpu", accelerate=False)
+    model = seen.model
+    ids = torch.tensor(seen.tokenizer(TEXT)["input_ids"])
     differences = measure_differences(seen, ids)
     times: dict[tuple[str, int], list[float]] = {(way, q): [] for way in WAYS for q in TOKENS}
     for _ in range(ROUNDS + 1):

@@ -21,12 +21,10 @@ from rich.table import Table
 from specdiff.bench.harness import Setting, quantiles, speedups, take_turns
 from specdiff.bench.methods import ours
 from specdiff.bench.tasks import prompts as read_prompts
-from specdiff.cpu import accelerate
-from specdiff.decoder import Decoder
 from specdiff.drafters import load_drafter, weights_digest
-from specdiff.models import load_target
-from specdiff.sampling import Sampling
-from specdiff.target import Target
+from specdiff.loop.decoder import Decoder
+from specdiff.loop.sampling import Sampling
+from specdiff.loop.target import Target
 from specdiff_kernels import Lenience
 
 AMOUNTS = {
@@ -45,10 +43,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 48,
 ) -> None:
     """Rejections, bias and speed of each rule."""
-    model, tokenizer = load_target(target)
-    seen = Target(accelerate(model))
+    seen = Target.load(target, device="cpu")
     drafts = load_drafter(drafter, seen)
-    prompts = read_prompts("chat", tokenizer, 16)
+    prompts = read_prompts("chat", seen.tokenizer, 16)
     sampling = Sampling(1.0)
     rules = [Lenience(kind, amount) for kind, amounts in AMOUNTS.items() for amount in amounts]
     settings = [Setting(EXACT, ours(Decoder(seen, drafts, k), sampling))]

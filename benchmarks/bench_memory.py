@@ -22,9 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdiff import Decoder, Session, Target
 from specdiff.bench.machine import peak_memory
-from specdiff.cpu import accelerate
 from specdiff.drafters import PromptLookup, load_drafter
-from specdiff.models import load_target
 
 BATCHES = (1, 8)
 SETTINGS = {"plain": (None, None), "K = 2": ("block-diffusion", 2), "K = 4": ("block-diffusion", 4)}
@@ -109,8 +107,7 @@ def main(
 ) -> None:
     """Peaks in MB by setting and batch, then what is left after 10,000 rounds."""
     long = growth()
-    model, _ = load_target(target)
-    seen = Target(accelerate(model))
+    seen = Target.load(target, device="cpu")
     cases = []
     table = Table(title=f"MB beyond the model, {PROMPT} + {NEW} tokens a row")
     for heading in ("", "B", "cache", "logits", "draft pool", "peak of a round", "the rest of it"):

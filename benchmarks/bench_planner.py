@@ -21,17 +21,17 @@ from rich.table import Table
 from specdiff.bench.harness import Setting, pooled, quantiles, speedups, take_turns
 from specdiff.bench.methods import PLAIN, ours
 from specdiff.bench.tasks import prompts as read_prompts
-from specdiff.cpu import accelerate
-from specdiff.decoder import Decoder
 from specdiff.drafters import ParallelDrafter, drafter_folder, load_drafter, weights_digest
 from specdiff.drafters.network import DraftNetwork
-from specdiff.models import encode, load_target
-from specdiff.planner import Costs, Plan, Planner
-from specdiff.planner import measure as measure_costs
-from specdiff.plans import PROMPTS as COST_PROMPTS
-from specdiff.plans import predictions
-from specdiff.sampling import Sampling
-from specdiff.target import Target
+from specdiff.loop.decoder import Decoder
+from specdiff.loop.sampling import Sampling
+from specdiff.loop.target import Target
+from specdiff.models import encode
+from specdiff.planning.costs import PROMPTS as COST_PROMPTS
+from specdiff.planning.costs import Costs, Plan
+from specdiff.planning.costs import measure as measure_costs
+from specdiff.planning.planner import Planner
+from specdiff.planning.predictions import predictions
 
 PLANS = {  # fixed ones
     "parallel": [Plan(k, 0) for k in (2, 3, 4, 6, 8)],
@@ -48,10 +48,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 48,
 ) -> None:
     """Speed-ups over plain decoding, greedy and at temperature 1."""
-    model, tokenizer = load_target(target)
-    seen = Target(accelerate(model))
-    prompts = read_prompts("chat", tokenizer, 16)
-    known = [encode(tokenizer, text) for text in COST_PROMPTS]
+    seen = Target.load(target, device="cpu")
+    prompts = read_prompts("chat", seen.tokenizer, 16)
+    known = [encode(seen.tokenizer, text) for text in COST_PROMPTS]
     cases: list[dict[str, Any]] = []
     for temperature in (0.0, 1.0):
         sampling = Sampling(temperature)

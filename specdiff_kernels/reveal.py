@@ -59,7 +59,7 @@ class Reveal(NamedTuple):
         """Each position by itself with probability min(1, rate m), m = (1/V) sum_v exp(l_v).
 
         SEDD's analytic (Tweedie) and Euler steps (2310.16834, section 4.1) differ in the rate
-        alone; `specdiff.noise` has both.
+        alone; `specdiff.drafters.noise` has both.
 
         Args:
             rate: a number or f64 [B].

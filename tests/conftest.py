@@ -7,9 +7,11 @@ import os
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from specdiff import Target
 from tests.ops import interpreter
+from tests.tiny import FAMILIES, tiny_model
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton's kernels are loaded
@@ -40,3 +42,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def model(request) -> PreTrainedModel:
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def target(model) -> Target:
+    return Target(model)

@@ -232,10 +232,10 @@ def test_both_packages_and_the_shipped_drafters_are_packaged(tmp_path: Path) -> 
     files = ("config.json", "model.safetensors")
     assert packaged >= {f"{drafter}/{file}" for drafter in drafters for file in files}
     assert packaged >= {
-        "specdiff/cli.py",
+        "specdiff/cli/main.py",
         "specdiff/py.typed",
-        "specdiff/bench/prompts.txt",
-        "specdiff/bench/held_out_prompts.jsonl",
+        "specdiff/training/prompts.txt",
+        "specdiff/training/held_out_prompts.jsonl",
         "specdiff/drafters/__init__.py",
         "specdiff_kernels/py.typed",
         "specdiff_kernels/reference/verify.py",

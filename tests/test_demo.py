@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from specdiff import Decoder, Target, fetch, load_target
-from specdiff.cli import encode
-from specdiff.cpu import accelerate
+from specdiff import Decoder, Target, fetch
+from specdiff.cli.main import encode
 from specdiff.drafters import load_drafter
 
 TOKENS = 48
@@ -17,8 +16,8 @@ TOKENS = 48
 
 @pytest.fixture(scope="module", params=["accelerated", "as it is"])
 def smollm2(request):
-    model, tokenizer = load_target(fetch("smollm2-135m"))
-    return Target(accelerate(model) if request.param == "accelerated" else model), tokenizer
+    target = Target.load(fetch("smollm2-135m"), accelerate=request.param == "accelerated")
+    return target, target.tokenizer
 
 
 @pytest.mark.slow

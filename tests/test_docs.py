@@ -25,8 +25,8 @@ DOCTESTED = [
     "specdiff_kernels.testing",
     "specdiff_kernels.testing.mutants",
     "specdiff_kernels.types",
-    "specdiff.noise",
-    "specdiff.schedule",
+    "specdiff.drafters.noise",
+    "specdiff.drafters.schedule",
     *(f"specdiff.theory.{part}" for part in ("chains", "estimate", "lenient", "speed")),
 ]
 

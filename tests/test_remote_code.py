@@ -23,16 +23,17 @@ from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 from typer.testing import CliRunner
 
 import specdiff.hf
-from specdiff import Target, load_target
+from specdiff import Target
 from specdiff.bench.methods import Models, make, parse
-from specdiff.cli import app
+from specdiff.cli.main import app
+from specdiff.download import convert, progress_bar
 from specdiff.drafters import load_drafter, network
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import SEDD
-from specdiff.models import LOCAL, convert, progress_bar
-from specdiff.sampling import Sampling
+from specdiff.loop.sampling import Sampling
+from specdiff.models import LOCAL
 from specdiff.training.corpora import read_prompts, read_texts
-from tests.test_models import write_gguf
+from tests.test_download import write_gguf
 from tests.tiny import tiny_model, tiny_network
 
 ROOT = Path(__file__).parents[1]
@@ -152,8 +153,8 @@ def generate(model: Any, folder: Path) -> None:
 
 
 WAYS: dict[str, tuple[dict[str, Any], Callable[[Path, Target], object]]] = {
-    "target": (HOSTILE, lambda folder, target: load_target(folder)),
-    "tokenizer": (UNKNOWN, lambda folder, target: load_target(folder)),
+    "target": (HOSTILE, lambda folder, target: Target.load(folder)),
+    "tokenizer": (UNKNOWN, lambda folder, target: Target.load(folder)),
     "drafter": (HOSTILE, load_drafter),
     "specdiff.hf": (HOSTILE, lambda folder, target: generate(target.model, folder)),
     "SEDD": (HOSTILE | SEDD_FIELDS, load_drafter),
@@ -161,7 +162,7 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[Path, Target], object]]] = {
     "prefix": (HOSTILE | PREFIX_FIELDS, load_drafter),
     "bench": (
         HOSTILE,
-        lambda folder, target: Models(str(folder), None, torch.device("cpu")),
+        lambda folder, target: Models(str(folder), torch.float32, torch.device("cpu")),
     ),
     "bench, a drafter": (
         HOSTILE,
@@ -173,7 +174,7 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[Path, Target], object]]] = {
         HOSTILE,
         lambda folder, target: make(
             parse(f"assisted,model={folder}"),
-            SimpleNamespace(untouched=target.model, dtype=None),
+            SimpleNamespace(untouched=target.model, dtype=target.dtype, device=target.device),
             Sampling(),
             1,
         ),
@@ -190,7 +191,7 @@ def test_it_is_refused_by_name(plant, marker, target, way):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("load", [load_target, load_drafter], ids=["target", "drafter"])
+@pytest.mark.parametrize("load", [Target.load, load_drafter], ids=["target", "drafter"])
 def test_the_error_tells_what_is_wrong(plant, target, load):
     folder = plant(HOSTILE)
     with refused(
@@ -238,8 +239,9 @@ def test_a_known_model_with_code_is_loaded_without_it(plant, marker, good, tiny_
     """As of models that transformers took over: the folder's code is left alone."""
     config = json.loads((good / "config.json").read_text())
     folder = plant(config | {"auto_map": AUTO_MAP}, good, "PreTrainedTokenizerFast")
-    model, tokenizer = load_target(folder)
-    drafter = load_drafter(folder, Target(model))
+    loaded = Target.load(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    drafter = load_drafter(folder, loaded)
     assert type(model).__module__.startswith("transformers.models.llama")
     assert type(drafter.model.model) is type(model)
     assert tokenizer("fox")["input_ids"] == tiny_tokenizer("fox")["input_ids"]
@@ -265,7 +267,7 @@ def test_the_conversion_reads_no_code_beside_the_gguf(plant, marker, tmp_path, t
 
 
 def test_nothing_else_loads():
-    """What transformers loads by itself is asked for in models.py, and without code."""
+    """What transformers loads by itself is asked for in two files, and without code."""
     found = set()
     for file in [*(ROOT / "python").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -278,7 +280,11 @@ def test_nothing_else_loads():
             if re.fullmatch(r"(transformers\.)?Auto\w+\.from_pretrained", called):
                 found.add((file.name, called.partition(".")[0]))
                 assert "**LOCAL" in map(ast.unparse, node.keywords), (file, node.lineno)
-    assert found == {("models.py", "AutoModelForCausalLM"), ("models.py", "AutoTokenizer")}
+    assert found == {
+        ("models.py", "AutoModelForCausalLM"),
+        ("models.py", "AutoTokenizer"),
+        ("download.py", "AutoTokenizer"),
+    }
     assert LOCAL["trust_remote_code"] is False
 
 
@@ -347,7 +353,7 @@ def test_detours_are_refused(tmp_path, target, monkeypatch, tiny_tokenizer, lead
     tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     lead(folder)
-    for load in (load_target, lambda folder: load_drafter(folder, target)):
+    for load in (Target.load, lambda folder: load_drafter(folder, target)):
         with refused(folder, f".*{DETOURS[lead]}"):
             load(folder)
 

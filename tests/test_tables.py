@@ -73,7 +73,6 @@ def test_the_drafters_results_tell_what_was_invoked(monkeypatch):
     """And lie in the folder of the device that they were measured on."""
     model, saved = tiny_model("llama"), []
     stubs = {
-        "load_target": lambda target: (model, None),
         "read_prompts": lambda *arguments: [[1, 2]],
         "measure": lambda *arguments: [],
         "table": str,
@@ -81,6 +80,7 @@ def test_the_drafters_results_tell_what_was_invoked(monkeypatch):
     }
     for name, stub in stubs.items():
         monkeypatch.setattr(bench_drafters, name, stub)
+    monkeypatch.setattr(Target, "load", lambda name: Target(model))
     bench_drafters.main("t", parallel="p", eagle="e", tokens=3)
     bench_drafters.main()
     commands = [content["command"].partition(".py ")[2] for _, content, _ in saved]

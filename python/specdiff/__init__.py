@@ -7,34 +7,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adaptive import AdaptiveK
-    from .cache import PagedRowCache, RowCache
-    from .decoder import Decoder, Generation, generate
-    from .models import FetchError, fetch, load_target
-    from .planner import Costs, Planner, measure
-    from .sampling import Sampling
-    from .session import Session
-    from .stats import Stats, Step
-    from .target import Target
+    from .download import FetchError, fetch
+    from .loop.cache import PagedRowCache, RowCache
+    from .loop.decoder import Decoder, Generation
+    from .loop.fast_layers import accelerate, restore
+    from .loop.sampling import Sampling
+    from .loop.session import Session
+    from .loop.stats import Stats, Step
+    from .loop.target import Target
+    from .one_call import generate
+    from .planning.adaptive import AdaptiveK
+    from .planning.costs import Costs, measure
+    from .planning.planner import Planner
 
 _HOMES = {
-    "AdaptiveK": "adaptive",
-    "PagedRowCache": "cache",
-    "RowCache": "cache",
-    "Decoder": "decoder",
-    "Generation": "decoder",
-    "generate": "decoder",
-    "FetchError": "models",
-    "fetch": "models",
-    "load_target": "models",
-    "Costs": "planner",
-    "Planner": "planner",
-    "measure": "planner",
-    "Sampling": "sampling",
-    "Session": "session",
-    "Stats": "stats",
-    "Step": "stats",
-    "Target": "target",
+    "accelerate": "loop.fast_layers",
+    "restore": "loop.fast_layers",
+    "AdaptiveK": "planning.adaptive",
+    "PagedRowCache": "loop.cache",
+    "RowCache": "loop.cache",
+    "Decoder": "loop.decoder",
+    "Generation": "loop.decoder",
+    "generate": "one_call",
+    "FetchError": "download",
+    "fetch": "download",
+    "Costs": "planning.costs",
+    "Planner": "planning.planner",
+    "measure": "planning.costs",
+    "Sampling": "loop.sampling",
+    "Session": "loop.session",
+    "Stats": "loop.stats",
+    "Step": "loop.stats",
+    "Target": "loop.target",
 }
 
 __all__ = [
@@ -51,10 +55,11 @@ __all__ = [
     "Stats",
     "Step",
     "Target",
+    "accelerate",
     "fetch",
     "generate",
-    "load_target",
     "measure",
+    "restore",
 ]
 
 

@@ -54,3 +54,13 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} was made with {name} {before.get(name)!r}, not {value!r}: repeat what "
                 "it was made with, or use another folder"
             )
+
+
+def stamped(name: str) -> list[Any]:
+    """A name, or a folder with the sizes and times of its files."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return [name]
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    stats = [(file.name, file.stat()) for file in files]
+    return [str(folder.resolve()), *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]

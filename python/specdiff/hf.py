@@ -27,16 +27,16 @@ from transformers.utils import ModelOutput
 
 from specdiff_kernels import Lenience
 
-from .adaptive import Chooser
-from .cpu import is_accelerated
-from .decoder import Decoder, as_rows
 from .drafters import load_drafter
-from .drafters.base import Drafter
-from .plans import stamped
-from .sampling import Sampling
-from .session import Session, check_prompts
-from .stats import Stats
-from .target import Target
+from .files import stamped
+from .loop.chooser import Chooser
+from .loop.decoder import Decoder, as_rows
+from .loop.drafter import Drafter
+from .loop.fast_layers import is_accelerated
+from .loop.sampling import Sampling
+from .loop.session import Session, check_prompts
+from .loop.stats import Stats
+from .loop.target import Target
 
 # functions of a row of scores alone: all rows of a round at once
 ROW_ALONE = (

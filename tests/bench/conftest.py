@@ -29,7 +29,7 @@ def folder(tmp_path_factory, tiny_tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def models(folder) -> Models:
-    return Models(str(folder), None, torch.device("cpu"))
+    return Models(str(folder), torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from specdiff import AdaptiveK, Decoder, Sampling, Target
-from specdiff.adaptive import Wanted
 from specdiff.bench.controlled import Controlled, chance_for_share
 from specdiff.drafters import Autoregressive, BlockDiffusion, PromptLookup
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import SEDD
+from specdiff.loop.chooser import Wanted
 from tests.tiny import tiny_model, tiny_network
 
 V, K = 50, 4

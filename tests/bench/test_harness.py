@@ -20,7 +20,7 @@ from specdiff.bench.harness import (
     take_turns,
 )
 from specdiff.bench.methods import Method, make, parse
-from specdiff.stats import Stats
+from specdiff.loop.stats import Stats
 
 PROMPTS = [[5, 6, 7], [9, 8, 9, 8], [40], [3, 4]]
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from specdiff.bench.held_out import HELD_OUT, held_out_prompts, is_held_out, messages
 from specdiff.bench.tasks import TASKS, prompts
-from specdiff.models import encode, is_fetched, model_folder
+from specdiff.download import is_fetched, model_folder
+from specdiff.models import encode
 from specdiff.training.corpora import SUMMARY
+from specdiff.training.held_out import HELD_OUT, held_out_prompts, is_held_out, messages
 
 DATA = Path(__file__).parents[2] / "data"
 TARGET = "smollm2-135m"

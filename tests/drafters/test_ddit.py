@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdiff.drafters import ddit
 from specdiff.drafters.ddit import DDiT, DDiTConfig, Modulation
-from specdiff.noise import Geometric, LogLinear
+from specdiff.drafters.noise import Geometric, LogLinear
 
 TINY = {"tokens": 11, "hidden_size": 24, "blocks": 3, "heads": 3, "cond_dim": 10, "length": 16}
 SIGMAS = [0.0, 0.03, 1.7, 6.9]

@@ -20,7 +20,7 @@ from specdiff.drafters import (
     load_drafter,
 )
 from specdiff.drafters.network import DraftNetwork
-from specdiff.schedule import chunk
+from specdiff.drafters.schedule import chunk
 from specdiff.training.groups import Groups, forward_groups
 from specdiff_kernels import Purpose, row_distribution, sample
 from specdiff_kernels.reference.numerics import random_word

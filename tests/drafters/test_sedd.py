@@ -12,10 +12,11 @@ from scipy.stats import chisquare
 from specdiff import AdaptiveK, Decoder, Sampling, Target
 from specdiff.drafters import Draws, News, load_drafter
 from specdiff.drafters.ddit import DDiT, DDiTConfig
+from specdiff.drafters.noise import LogLinear, ancestral_rate, times
+from specdiff.drafters.schedule import ORDERS, schedule
 from specdiff.drafters.sedd import MDLM, SEDD
-from specdiff.noise import LogLinear, ancestral_rate, times
-from specdiff.planner import Costs, Plan, Planner
-from specdiff.schedule import ORDERS, schedule
+from specdiff.planning.costs import Costs, Plan
+from specdiff.planning.planner import Planner
 from specdiff_kernels import DistributionError, Order, row_distribution
 from tests.tiny import tiny_model
 

@@ -19,9 +19,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from specdiff import Target, attention
-from specdiff import target as target_module
-from specdiff.target import cache_argument
+from specdiff import Target
+from specdiff.loop import attention
+from specdiff.loop import target as target_module
+from specdiff.loop.target import cache_argument
 from specdiff_kernels import commit
 from tests.tiny import ALIKE, FAMILIES, tiny_model
 

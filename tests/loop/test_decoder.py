@@ -17,10 +17,10 @@ from scipy.stats import chisquare
 from torch._dynamo.testing import CompileCounter
 
 from specdiff import Decoder, Sampling, Target, generate
-from specdiff import session as session_module
-from specdiff.adaptive import AdaptiveK
 from specdiff.drafters import Autoregressive, PromptLookup
-from specdiff.sampling import row_seeds
+from specdiff.loop import session as session_module
+from specdiff.loop.sampling import row_seeds
+from specdiff.planning.adaptive import AdaptiveK
 from specdiff_kernels import (
     DistributionError,
     Draft,

@@ -10,12 +10,12 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from specdiff import Decoder, Sampling, Target
-from specdiff import session as session_module
-from specdiff import target as target_module
-from specdiff.adaptive import Wanted
 from specdiff.drafters import News
-from specdiff.recorder import Recorder
-from specdiff.session import pad
+from specdiff.loop import session as session_module
+from specdiff.loop import target as target_module
+from specdiff.loop.chooser import Wanted
+from specdiff.loop.recorder import Recorder
+from specdiff.loop.session import pad
 from specdiff_kernels import Draft
 from tests.tiny import ALIKE, FAMILIES, tiny_model
 

@@ -12,17 +12,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specdiff import AdaptiveK, Decoder, PagedRowCache, Sampling, Target, attention
-from specdiff import session as session_module
-from specdiff import target as target_module
+from specdiff import AdaptiveK, Decoder, PagedRowCache, Sampling, Target
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import SEDD
-from specdiff.replay import Replay
+from specdiff.loop import attention
+from specdiff.loop import session as session_module
+from specdiff.loop import target as target_module
+from specdiff.loop.capture import Replay
 from specdiff_kernels import DistributionError
+from tests.planning.test_adaptive import block_diffusion, eagle, parallel
 from tests.tiny import tiny_model
 
-from .test_adaptive import block_diffusion, eagle, parallel
 from .test_cache import flash_by_hand
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95)

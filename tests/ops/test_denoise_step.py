@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdiff.noise import Geometric, LogLinear, ancestral_rate, euler_rate
+from specdiff.drafters.noise import Geometric, LogLinear, ancestral_rate, euler_rate
 from specdiff_kernels import (
     Draft,
     Order,

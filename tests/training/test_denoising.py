@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters.ddit import DDiT, DDiTConfig
+from specdiff.drafters.noise import Geometric, LogLinear
 from specdiff.drafters.sedd import MDLM, SEDD
-from specdiff.noise import Geometric, LogLinear
 from specdiff.training.denoising import Denoising, denoising_loss, modulation_of
 from specdiff.training.recipe import Recipe
 from specdiff.training.trainer import Trainer

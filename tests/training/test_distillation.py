@@ -15,7 +15,7 @@ from specdiff.drafters import BlockDiffusion, Draws, News, ParallelDrafter
 from specdiff.drafters import network as network_module
 from specdiff.drafters.head import scaled
 from specdiff.drafters.network import DraftConfig, DraftNetwork
-from specdiff.schedule import chunk
+from specdiff.drafters.schedule import chunk
 from specdiff.training.conversations import Conversations
 from specdiff.training.distillation import (
     Batch,

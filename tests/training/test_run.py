@@ -24,13 +24,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from specdiff import Target
-from specdiff.bench.held_out import messages
-from specdiff.cli import app
+from specdiff.cli.main import app
 from specdiff.drafters import load_drafter
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.network import DraftNetwork
 from specdiff.training.config import Answers, DenoiserShape, PrefixShape, Recipe, Texts, load_run
 from specdiff.training.conversations import Conversations, split
+from specdiff.training.held_out import messages
 from specdiff.training.run import interruptible
 from specdiff.training.run import train as train_run
 from specdiff.training.trainer import Trainer
@@ -230,7 +230,7 @@ def test_a_head_is_added_to_a_drafter_that_has_none(folder, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses_and_weights(folder, tmp_path):
     """SIGKILL between two checkpoints."""
-    config = write(folder, "killed.toml", PARALLEL.replace("steps = 12", "steps = 100"))
+    config = write(folder, "killed.toml", PARALLEL.replace("steps = 12", "steps = 300"))
     straight, out = tmp_path / "straight", tmp_path / "killed"
     result = train(config, "--out", straight)
     assert result.exit_code == 0, result.output

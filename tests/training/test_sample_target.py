@@ -18,13 +18,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from specdiff import Decoder, Sampling, Target
-from specdiff import session as session_module
-from specdiff.bench.held_out import messages
-from specdiff.cli import app
+from specdiff.cli.main import app
 from specdiff.drafters import PromptLookup
-from specdiff.session import Session
+from specdiff.loop import session as session_module
+from specdiff.loop.session import Session
 from specdiff.training import sample_target
 from specdiff.training.conversations import load_conversations
+from specdiff.training.held_out import messages
 from specdiff.training.sample_target import (
     Plan,
     Row,
@@ -256,7 +256,7 @@ def test_resumed_run_gives_the_same_files(
 
 SCRIPT = """
 import sys
-from specdiff.cli import app
+from specdiff.cli.main import app
 from specdiff.training import sample_target
 sample_target.WAVES = 2
 app(sys.argv[1:])

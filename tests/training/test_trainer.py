@@ -13,13 +13,7 @@ from safetensors.torch import load_file, save_file
 from specdiff.training.distillation import Distillation
 from specdiff.training.objective import Objective
 from specdiff.training.recipe import Recipe
-from specdiff.training.trainer import (
-    Trainer,
-    batches_of,
-    choose,
-    decaying_average,
-    make_optimizers,
-)
+from specdiff.training.trainer import Trainer, batches_of, choose, decaying_average, make_optimizers
 
 from .conftest import TEXTS
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sampling import Sampling
-from ..target import Target
+from ..loop.sampling import Sampling
+from ..loop.target import Target
 
 # by how much a logit may move between forwards of 1 and of K + 1 tokens: ten times what
 # benchmarks/bench_forward.py saw in fp32, and as much as one rounding of a logit of 64 to 127

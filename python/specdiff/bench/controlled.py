@@ -17,8 +17,8 @@ from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from ..drafters.base import Drafter, Draws, News
-from ..sampling import Sampling
+from ..loop.drafter import Drafter, Draws, News
+from ..loop.sampling import Sampling
 from ..theory.speed import least
 
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..drafters import weights_digest
-from ..sampling import Sampling
-from ..stats import STAGES, Stats
-from ..target import Target
+from ..loop.sampling import Sampling
+from ..loop.stats import STAGES, Stats
+from ..loop.target import Target
 from .checks import Check, follows_distribution, same_texts
 from .machine import peak_memory
 from .methods import PLAIN, Decode, Method, make

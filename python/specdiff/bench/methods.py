@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from ..cpu import accelerate
-from ..decoder import Decoder
+from ..download import target_folder
 from ..drafters import load_drafter
-from ..models import encode, load_target
-from ..planner import Planner, measure
-from ..plans import PROMPTS
-from ..sampling import Sampling
-from ..session import LOOK_EVERY
-from ..stats import Stats
-from ..target import Target
+from ..loop.decoder import Decoder
+from ..loop.sampling import Sampling
+from ..loop.session import LOOK_EVERY
+from ..loop.stats import Stats
+from ..loop.target import Target
+from ..models import encode, load_causal
+from ..planning.costs import PROMPTS, measure
+from ..planning.planner import Planner
 
 AUTO = "auto"
 PLAIN = "plain"
@@ -140,18 +140,21 @@ class Models:
 
     Args:
         name: a known model or a folder.
-        dtype: of the weights; None: float32.
+        dtype: of the weights.
         device: where it runs.
         accelerated: whether ours has accelerated linear layers, on a CPU.
     """
 
     def __init__(
-        self, name: str, dtype: torch.dtype | None, device: torch.device, accelerated: bool = True
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        accelerated: bool = True,
     ) -> None:
         self.name, self.dtype, self.device = name, dtype, device
-        model, self.tokenizer = load_target(name, dtype)
-        moved: Any = model.to(device)  # type: ignore[arg-type]
-        self.target = Target(accelerate(moved) if accelerated else moved)
+        self.target = Target.load(name, dtype=dtype, device=device, accelerate=accelerated)
+        self.tokenizer: Any = self.target.tokenizer
         self._untouched: Any = None
 
     @property
@@ -162,12 +165,17 @@ class Models:
     def untouched(self) -> Any:
         """The model as transformers loads it: of its own, since `Target` sets attention."""
         if self._untouched is None:
-            model: Any = load_target(self.name, self.dtype)[0]
-            self._untouched = model.to(self.device)
+            self._untouched = load_untouched(self.name, self)
         return self._untouched
 
     def costs_prompts(self) -> list[list[int]]:
         return [encode(self.tokenizer, text) for text in PROMPTS]
+
+
+def load_untouched(name: str, models: Models) -> Any:
+    """A model as transformers loads it, of the dtype and on the device of `models`."""
+    model: Any = load_causal(target_folder(name), models.dtype)
+    return model.to(models.device)
 
 
 def make(method: Method, models: Models, sampling: Sampling, batch: int) -> Decode:
@@ -224,7 +232,7 @@ def theirs(method: Method, models: Models, sampling: Sampling) -> Decode:
     if not sampling.greedy:
         how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     if method.name == "assisted":
-        assistant: Any = load_target(str(method.model), models.dtype)[0].to(models.device)  # type: ignore[arg-type]
+        assistant = load_untouched(str(method.model), models)
         if method.k is not None:
             assistant.generation_config.num_assistant_tokens = method.k
             assistant.generation_config.num_assistant_tokens_schedule = "constant"

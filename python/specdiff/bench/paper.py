@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..cpu import accelerate
-from ..decoder import Decoder
 from ..drafters import Autoregressive
 from ..drafters.sedd import SEDD
-from ..sampling import Sampling
-from ..target import Target
+from ..loop.decoder import Decoder
+from ..loop.fast_layers import accelerate
+from ..loop.sampling import Sampling
+from ..loop.target import Target
 from .controlled import Controlled, chance_for_share
 from .experiments import Grid, Show, once, run
 from .harness import Condition

@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from ..drafters import Autoregressive
 from ..drafters.ddit import DDiT, DDiTConfig
 from ..drafters.sedd import SEDD
-from ..target import Target
+from ..loop.target import Target
 
 STD = 0.02  # of random weights, as GPT-2's
 

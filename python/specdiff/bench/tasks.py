@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..models import encode
 from ..training.corpora import HUB, SUMMARY, read_prompts, read_texts
-from .held_out import messages
+from ..training.held_out import messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

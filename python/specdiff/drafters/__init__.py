@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cpu import accelerate, is_accelerated
 from ..files import digest
+from ..loop.drafter import Drafter, Draws, News
+from ..loop.fast_layers import accelerate, is_accelerated
+from ..loop.target import Target
 from ..models import load_causal
-from ..target import Target
 from .autoregressive import Autoregressive
-from .base import Drafter, Draws, News
 from .block_diffusion import BlockDiffusion
 from .eagle import Eagle
 from .network import KINDS

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from specdiff_kernels import Draft, Purpose, RowDistribution, row_distribution, sample
 
-from ..sampling import Sampling
-from ..target import Target
-from .base import Draws, News
+from ..loop.drafter import Draws, News
+from ..loop.sampling import Sampling
+from ..loop.target import Target
 
 
 class Autoregressive:

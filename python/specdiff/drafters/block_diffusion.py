@@ -16,11 +16,11 @@ from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from ..schedule import chunk
-from ..target import Target
-from .base import Draws, News
+from ..loop.drafter import Draws, News
+from ..loop.target import Target
 from .network import DraftNetwork
 from .prefix import PrefixDrafter
+from .schedule import chunk
 
 
 class BlockDiffusion(PrefixDrafter):

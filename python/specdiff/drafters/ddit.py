@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..noise import Geometric, LogLinear
 from .network import rotate
+from .noise import Geometric, LogLinear
 
 FREQUENCIES = 128  # of the sinusoids of sigma; a cosine and a sine each
 BASE = 10000.0  # of those and of the rotary positions

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdiff_kernels import Draft, Reveal
 
-from .base import Draws, News
+from ..loop.drafter import Draws, News
 from .prefix import PrefixDrafter
 
 

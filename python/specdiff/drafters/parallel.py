@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from .base import Draws, News
+from ..loop.drafter import Draws, News
 from .prefix import PrefixDrafter
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from specdiff_kernels import Draft, Reveal, denoise_step
 
-from ..cpu import accelerate, is_accelerated, restore
-from ..sampling import Sampling
-from ..target import Target
-from .base import Draws, News
+from ..loop.drafter import Draws, News
+from ..loop.fast_layers import accelerate, is_accelerated, restore
+from ..loop.sampling import Sampling
+from ..loop.target import Target
 from .head import scaled
 from .network import DraftNetwork, PrefixCache
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from ..sampling import Sampling
-from .base import Draws, News
+from ..loop.drafter import Draws, News
+from ..loop.sampling import Sampling
 
 
 class Row:

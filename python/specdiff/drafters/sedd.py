@@ -15,11 +15,11 @@ from torch import Tensor
 
 from specdiff_kernels import Draft, denoise_step
 
-from ..noise import times
-from ..sampling import Sampling
-from ..schedule import ORDERS, schedule
-from .base import Draws, News
+from ..loop.drafter import Draws, News
+from ..loop.sampling import Sampling
 from .ddit import DDiT, Modulation
+from .noise import times
+from .schedule import ORDERS, schedule
 
 DEFAULT_STEPS = 2
 HOT_STARTS = (None, "entangled", "recycled")

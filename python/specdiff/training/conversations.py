@@ -176,7 +176,7 @@ def without(prompts: Collection[tuple[int, ...]], data: Conversations, rows: Ten
     """The conversations that have none of some prompts.
 
     Args:
-        prompts: token ids, as `specdiff.bench.held_out.held_out_prompts` gives them.
+        prompts: token ids, as `specdiff.training.held_out.held_out_prompts` gives them.
         data: all conversations.
         rows: i64 [n], indices of those that are asked about.
 

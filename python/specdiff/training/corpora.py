@@ -357,7 +357,7 @@ def pack(
     max_tokens: int | None,
 ) -> None:
     """`prepare_rows` from where it stopped."""
-    from ..drafters.network import write_atomically
+    from ..files import write_atomically
 
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:
@@ -398,7 +398,7 @@ def write_shard(
     """Write the first `room` of these tokens as rows, and the state with them; return the rest."""
     from safetensors.numpy import save
 
-    from ..drafters.network import write_atomically
+    from ..files import write_atomically
 
     state.rest = tokens[room:].copy()
     state.rows += room // length

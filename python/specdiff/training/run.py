@@ -17,20 +17,21 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..bench.held_out import held_out_prompts
-from ..decoder import Decoder
+from ..download import target_folder
 from ..drafters.ddit import DDiT, DDiTConfig
 from ..drafters.network import DraftConfig, DraftNetwork
 from ..drafters.sedd import MDLM, SEDD
 from ..files import digest, keep_settings, model_digest, write_atomically
-from ..models import load_target
-from ..sampling import Sampling
-from ..target import Target, stop_tokens
+from ..loop.decoder import Decoder
+from ..loop.sampling import Sampling
+from ..loop.target import Target, stop_tokens
+from ..models import load_causal, load_tokenizer
 from .config import PATHS, Answers, DenoiserShape, PrefixShape, Run, Texts
 from .conversations import Conversations, frequent_ids, load_conversations, split, without
 from .corpora import load_rows, prepare_rows, read_texts
 from .denoising import Denoising
 from .distillation import Distillation, evaluate, fit_linear, judge
+from .held_out import held_out_prompts
 from .improvement import Gain, average, gain
 from .teacher import Teacher, cached_states
 from .trainer import Trainer, make_accelerator
@@ -254,8 +255,10 @@ class Log:
 
 def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -> Job:
     """What is to be learnt, on this process's device; one process computes what is kept."""
-    model, tokenizer = load_target(run.target)
+    folder = target_folder(run.target)
+    model: Any = load_causal(folder, torch.float32)
     model.to(accelerator.device).requires_grad_(False)
+    tokenizer = load_tokenizer(folder)
     torch.manual_seed(run.training.seed)  # of random weights
     if run.training.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # for the teacher and the logits

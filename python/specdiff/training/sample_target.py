@@ -28,12 +28,12 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..bench.held_out import is_held_out
-from ..decoder import Decoder
 from ..files import digest, keep_settings, model_digest, write_atomically
-from ..sampling import Sampling
-from ..session import Session
+from ..loop.decoder import Decoder
+from ..loop.sampling import Sampling
+from ..loop.session import Session
 from .corpora import NAMES, progress_bar, read_text, read_texts, tokenizer_digest
+from .held_out import is_held_out
 
 WAVES = 16  # batches in a part, or
 ENOUGH = 2048  # conversations, if those are fewer batches
@@ -59,7 +59,8 @@ class Plan:
         prompts: "self": the target writes the user's message, too (Magpie, 2406.08464); a file
             with a prompt on each line; or a corpus or folder as `read_texts` takes them, whose
             passages are to be continued, summarised or corrected. None is one that decoding is
-            measured on (`specdiff.bench.held_out`): another is drawn, a file with one is refused.
+            measured on (`specdiff.training.held_out`): another is drawn, and a file with one is
+            refused.
         max_length: most tokens of prompt and answer. A prompt of ours has at most half of them.
         temperatures: conversation i has temperature i modulo their number; 0 is greedy.
         seed: of everything.

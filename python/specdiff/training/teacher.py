@@ -20,7 +20,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..files import write_atomically
-from ..recorder import Recorder
+from ..loop.recorder import Recorder
 from .conversations import Conversations
 
 BATCH = 4  # conversations in a forward; more of them fall out of a CPU's caches

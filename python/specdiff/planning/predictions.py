@@ -1,101 +1,17 @@
-"""What a pair of models is good for on a machine: costs kept in files, predictions, a picture."""
+"""Predictions: what a pair of models is good for on a machine, in numbers and a picture."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 import statistics
-import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from .models import home_folder
-from .planner import PLAIN, STEPS, Costs, Plan, Planner, measure
-from .theory import needed_acceptance, needed_draft_cost, speed_up, tokens_per_round
-
-if TYPE_CHECKING:
-    from .decoder import Decoder
-    from .sampling import Sampling
-
-PROMPTS = (  # that a pair is measured on
-    "Explain why leaves change their colour in autumn.",
-    "Write a short story about a lighthouse keeper and a storm.",
-    "List five things to check before buying a used bicycle.",
-    "How does a refrigerator work?",
-    "Write a Python function that returns the n-th Fibonacci number.",
-    "What are the main differences between cats and dogs as pets?",
-)
-
-
-def kept_costs(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    names: dict[str, str],
-    *,
-    batch: int = 1,
-    sampling: Sampling | None = None,
-    ks: Sequence[int] | None = None,
-    steps: Sequence[int] = STEPS,
-    again: bool = False,
-) -> Costs:
-    """`measure`, once for each pair, machine and way to decode: then from a file.
-
-    Plans follow from the costs, and under sampling the text from the plans, so that costs that stay
-    let the same seed give the same text.
-
-    Args:
-        decoder, prompts, batch, sampling, ks, steps: of `measure`.
-        names: of the models, folders or known ones, and whatever else sets the costs apart.
-        again: measure even so.
-    """
-    import torch
-
-    key = {
-        **{name: stamped(value) for name, value in names.items()},
-        "rule": [decoder.rule, str(decoder.lenience)],
-        "record": decoder.record,
-        "batch": batch,
-        "sampling": None if sampling is None else sampling.parameters,
-        "ks": None if ks is None else list(ks),
-        "steps": list(steps),
-        "device": str(decoder.target.device),
-        "dtype": str(decoder.target.dtype),
-        "threads": torch.get_num_threads(),
-        "machine": [platform.node(), platform.machine()],
-        "settings": {
-            k: v
-            for k, v in os.environ.items()
-            if k.startswith("SPECDIFF_") and k != "SPECDIFF_HOME"
-        },
-        "versions": [version("specdiff-kernels"), torch.__version__],
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = home_folder() / "plans" / f"{digest[:32]}.json"
-    if path.exists() and not again:
-        try:
-            return Costs.load(path)
-        except ValueError as error:
-            warnings.warn(f"{error}; measured anew", stacklevel=2)
-    costs = measure(decoder, prompts, batch=batch, sampling=sampling, ks=ks, steps=steps)
-    try:
-        costs.save(path)
-    except OSError as error:
-        warnings.warn(f"costs are not kept, {path.parent}: {error.strerror}", stacklevel=2)
-    return costs
-
-
-def stamped(name: str) -> list[Any]:
-    """A name, or a folder with the sizes and times of its files."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return [name]
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    stats = [(file.name, file.stat()) for file in files]
-    return [str(folder.resolve()), *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]
+from ..loop.decoder import Decoder
+from ..loop.sampling import Sampling
+from ..theory import needed_acceptance, needed_draft_cost, speed_up, tokens_per_round
+from .costs import PLAIN, Costs, Plan
+from .planner import Planner
 
 
 class Prediction(NamedTuple):
@@ -179,7 +95,6 @@ def measured_speed_ups(
     sampling: Sampling | None = None,
 ) -> dict[Plan, float]:
     """Tokens per second of plans over plain decoding's: the median over prompts, taking turns."""
-    from .decoder import Decoder
 
     decoders = {
         plan: Decoder(

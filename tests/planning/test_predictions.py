@@ -10,8 +10,9 @@ import pytest
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import PromptLookup
-from specdiff.planner import PLAIN, Costs, Plan
-from specdiff.plans import draw, kept_costs, measured_speed_ups, needs, predictions, stamped
+from specdiff.files import stamped
+from specdiff.planning.costs import PLAIN, Costs, Plan, kept_costs
+from specdiff.planning.predictions import draw, measured_speed_ups, needs, predictions
 from specdiff.theory import best_plan, speed_up
 from tests.tiny import tiny_model
 
@@ -38,7 +39,7 @@ def test_costs_are_kept_for_each_way_to_decode(decoder, tmp_path, monkeypatch):
         calls.append(options)
         return replace(COSTS, batch=batch)
 
-    monkeypatch.setattr("specdiff.plans.measure", measure)
+    monkeypatch.setattr("specdiff.planning.costs.measure", measure)
     names = {"target": "some-model"}
     assert kept_costs(decoder, [[1]], names) == COSTS == kept_costs(decoder, [[1]], names)
     assert len(calls) == 1
@@ -59,7 +60,7 @@ def test_costs_are_kept_for_each_way_to_decode(decoder, tmp_path, monkeypatch):
 def test_costs_that_cannot_be_read_are_measured_again(decoder, tmp_path, monkeypatch, content):
     """They are no more than kept: nothing is lost but time."""
     monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
-    monkeypatch.setattr("specdiff.plans.measure", lambda *args, **options: COSTS)
+    monkeypatch.setattr("specdiff.planning.costs.measure", lambda *args, **options: COSTS)
     kept_costs(decoder, [[1]], {})
     (file,) = (tmp_path / "plans").iterdir()
     whole = json.loads(file.read_text())
@@ -72,7 +73,7 @@ def test_costs_that_cannot_be_read_are_measured_again(decoder, tmp_path, monkeyp
 def test_costs_that_cannot_be_kept_are_used(decoder, tmp_path, monkeypatch):
     (tmp_path / "plans").write_text("not a folder")
     monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
-    monkeypatch.setattr("specdiff.plans.measure", lambda *args, **options: COSTS)
+    monkeypatch.setattr("specdiff.planning.costs.measure", lambda *args, **options: COSTS)
     with pytest.warns(UserWarning, match="costs are not kept"):
         assert kept_costs(decoder, [[1]], {}) == COSTS
 

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .decoder import Stats, Step, Tokenizer
-    from .planner import Plan
-    from .plans import Need, Prediction
+    from ..loop.decoder import Tokenizer
+    from ..loop.stats import Stats, Step
+    from ..planning.costs import Plan
+    from ..planning.predictions import Need, Prediction
 
 DRAFTED = "green"
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character

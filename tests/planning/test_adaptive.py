@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from specdiff import Decoder, Sampling, Target
-from specdiff.adaptive import MEMORY, AdaptiveK, reach
 from specdiff.drafters import Autoregressive, BlockDiffusion, Eagle, ParallelDrafter, PromptLookup
+from specdiff.planning.adaptive import MEMORY, AdaptiveK, reach
 from specdiff_kernels import Draft
 from tests.tiny import tiny_model, tiny_network
 

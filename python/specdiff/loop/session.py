@@ -18,8 +18,8 @@ from torch import Tensor
 from specdiff_kernels import Committed, Draft, check_status, commit, row_distribution, verify
 
 from .cache import PagedRowCache, RowCache
-from .drafters.base import Drafter, Draws, News, StateDrafter, draft_status, joined
-from .replay import Replay
+from .capture import Replay
+from .drafter import Drafter, Draws, News, StateDrafter, draft_status, joined
 from .sampling import Sampling, row_seeds
 from .stats import Stats, Step
 from .target import PREFILL_CHUNK, Target

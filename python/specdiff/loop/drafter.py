@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from ..sampling import Sampling
+from .sampling import Sampling
 
 
 class News(NamedTuple):

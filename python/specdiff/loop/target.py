@@ -10,14 +10,17 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import attention
+from ..download import target_folder
+from ..models import load_causal, load_tokenizer
+from . import attention, fast_layers
 from .cache import PagedRowCache, RowCache
 from .recorder import Recorder
 
@@ -38,6 +41,8 @@ class Target:
             own. The model used by itself then computes as with sdpa. GPT-Neo has its own alone.
         compile: whether forwards go through `torch.compile`, made for any sizes. The model itself
             stays as it is.
+        tokenizer: of the model. A `Decoder` uses it unless it is given another; the forwards do
+            not.
 
     Raises:
         ValueError: the architecture cannot decode ragged rows here, or not with this attention; the
@@ -50,11 +55,17 @@ class Target:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, attention: str | None = None, compile: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        attention: str | None = None,
+        compile: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         check_supported(model)
         self.attention = set_attention(model, attention)
         self.model = model.eval()
+        self.tokenizer: Any = tokenizer
         self.head = model.get_output_embeddings()
         self.vocab_size: int = self.head.weight.shape[0]
         self.hidden_size: int = model.config.hidden_size
@@ -73,6 +84,45 @@ class Target:
         self.body = torch.compile(body, dynamic=True) if compile else body
         # attention that needs no mask is given one all the same, so that transformers makes none
         self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        accelerate: bool = True,
+        attention: str | None = None,
+        compile: bool = False,
+    ) -> Target:
+        """A target and its tokenizer, by name or from a local folder of safetensors.
+
+        Args:
+            name_or_path: a key of `specdiff.download.MODELS`, fetched if need be, or a Hugging Face
+                folder.
+            dtype: of the weights.
+            device: None: a GPU if torch can use one, else the CPU.
+            accelerate: on a CPU, swap the linear layers by `accelerate`.
+            attention, compile: as of the constructor.
+
+        Raises:
+            ValueError: neither a known name nor a usable folder; or as the constructor.
+            FetchError: see `specdiff.fetch`.
+
+        Example:
+            >>> target = Target.load("smollm2-135m")
+            >>> prompt = target.tokenizer("Once upon a time").input_ids
+            >>> Decoder(target).generate(prompt, max_new_tokens=8).texts
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = target_folder(name_or_path)
+        tokenizer = load_tokenizer(folder)
+        model: Any = load_causal(folder, dtype).to(torch.device(device))  # type: ignore[arg-type]
+        if accelerate:
+            fast_layers.accelerate(model)
+        return cls(model, attention=attention, compile=compile, tokenizer=tokenizer)
 
     @property
     def device(self) -> torch.device:

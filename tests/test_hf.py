@@ -20,7 +20,7 @@ from transformers import (
 import specdiff.hf
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import Autoregressive, PromptLookup
-from specdiff.target import cache_argument
+from specdiff.loop.target import cache_argument
 from tests.tiny import tiny_model
 
 PROMPT = torch.tensor([[4, 5, 6, 7, 8, 9, 1, 2, 4, 5]])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdiff import Decoder, Sampling, Target, attention
+from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import Autoregressive, ParallelDrafter
+from specdiff.loop import attention
 from tests.tiny import tiny_model, tiny_network
 
 pytestmark = [

@@ -12,21 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..options import (
-    SETTINGS,
-    Device,
-    Dtype,
-    NoAccelerate,
-    Threads,
-    placed,
-    user_errors,
-)
+from .options import SETTINGS, Device, Dtype, NoAccelerate, Threads, placed, user_errors
 
 if TYPE_CHECKING:
     import torch
 
-    from .kept import Kept
-    from .methods import Models
+    from ..bench.kept import Kept
+    from ..bench.methods import Models
 
 AUTO = "auto"
 PLACES = ("results", "name")  # options that no figure depends on
@@ -98,9 +90,9 @@ def run_grid(
     threads: Threads = None,
 ) -> None:
     """Methods beside plain decoding; options with commas between are varied, all combinations."""
-    from .experiments import Grid, run
-    from .kept import Kept
-    from .methods import parse
+    from ..bench.experiments import Grid, run
+    from ..bench.kept import Kept
+    from ..bench.methods import parse
 
     grid = Grid(
         [parse(text) for text in method],
@@ -145,9 +137,9 @@ def table2(
     threads: Threads = None,
 ) -> None:
     """Table 2 of SpecDiff; with --task short the rows of its appendix."""
-    from .experiments import Grid
-    from .kept import Kept
-    from .paper import table2 as measure
+    from ..bench.experiments import Grid
+    from ..bench.kept import Kept
+    from ..bench.paper import table2 as measure
 
     grid = Grid(
         [], names(task), numbers("--temperature", temperature, float),
@@ -187,9 +179,9 @@ def figure2(
     threads: Threads = None,
 ) -> None:
     """Figure 2 of SpecDiff: speed-up and alpha against T."""
-    from .experiments import Grid
-    from .kept import Kept
-    from .paper import figure2 as measure
+    from ..bench.experiments import Grid
+    from ..bench.kept import Kept
+    from ..bench.paper import figure2 as measure
 
     grid = Grid(
         [], names(task), numbers("--temperature", temperature, float),
@@ -224,9 +216,9 @@ def controlled(
 ) -> None:
     """Table 2's models with random weights at the acceptance it reports: cost is real, drafts are
     not."""
-    from .kept import Kept
-    from .paper import Shape, check_tasks
-    from .paper import controlled as measure
+    from ..bench.kept import Kept
+    from ..bench.paper import Shape, check_tasks
+    from ..bench.paper import controlled as measure
 
     check_tasks(names(task))
     where, kind = placed(device, dtype, threads)
@@ -252,8 +244,8 @@ def report(
     ] = None,
 ) -> None:
     """One HTML page with the tables and figures of all results in a folder; opens by itself."""
-    from .figures import draw
-    from .page import report as write
+    from ..bench.figures import draw
+    from ..bench.page import report as write
 
     contents = read(results)
     if figures is not None:
@@ -323,7 +315,7 @@ def each(
     targets: list[str], device: torch.device, dtype: torch.dtype, fast: bool
 ) -> Iterator[Models]:
     """The targets, one after another, so that one at a time is in memory."""
-    from .methods import Models, check_labels
+    from ..bench.methods import Models, check_labels
 
     check_labels((Path(name).name, name) for name in targets)
     for name in targets:
@@ -331,7 +323,7 @@ def each(
 
 
 def show(cases: list[dict[str, Any]]) -> None:
-    from .terminal import table
+    from ..bench.terminal import table
 
     content = {"name": "measured", "stand_in": None, "cases": cases}
     Console(width=max(110, Console().width)).print(table(content))
@@ -339,7 +331,7 @@ def show(cases: list[dict[str, Any]]) -> None:
 
 def finish(kept: Kept, contents: list[dict[str, Any]]) -> None:
     """One file of what was measured with each target."""
-    from .figures import FIGURES
+    from ..bench.figures import FIGURES
 
     cases = [case for content in contents for case in content["cases"]]
     targets = ", ".join(content["target"] for content in contents)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from specdiff.bench.cli import counts, given, numbers
 from specdiff.bench.machine import slug
-from specdiff.cli import app
+from specdiff.cli.bench import counts, given, numbers
+from specdiff.cli.main import app
 
 SMALL = ["--tokens", "5", "--prompts", "2", "--repetitions", "1"]
 

@@ -11,8 +11,8 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from torch.nn.utils.prune import l1_unstructured, remove
 
 from specdiff import Decoder, Target
-from specdiff.cpu import accelerate, is_accelerated, restore
 from specdiff.drafters import Autoregressive, PromptLookup, load_drafter
+from specdiff.loop.fast_layers import accelerate, is_accelerated, restore
 from specdiff_kernels import use_backend
 from tests.tiny import FAMILIES, tiny_model
 
@@ -117,7 +117,7 @@ def test_gradients_go_to_torch_and_many_rows_do_not(monkeypatch):
     def refuse(*_):
         raise AssertionError("skinny_linear was called")
 
-    monkeypatch.setattr("specdiff.cpu.unchecked", refuse)
+    monkeypatch.setattr("specdiff.loop.fast_layers.unchecked", refuse)
     layer(narrow).sum().backward()
     assert layer.weight.grad is not None
     with torch.no_grad(), pytest.raises(AssertionError, match="skinny_linear was called"):

@@ -1,35 +1,34 @@
-"""Planner: how many tokens to draft in how many steps, chosen anew in every round.
-
-A round of K tokens drafted in T steps costs c(T, K) + v(K) seconds and brings E(K) tokens
-(`specdiff.theory`). The costs are measured once for a pair of models on a machine, what is accepted
-is learnt on the way; where no draft pays, none is made.
-"""
+"""Costs: what rounds of a pair of models cost on a machine, measured once and kept in files."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
-import operator
+import os
+import platform
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from .adaptive import Wanted
-from .drafters.base import Draws, News
-from .files import write_atomically
-from .sampling import Sampling
-
-if TYPE_CHECKING:
-    from .decoder import Decoder
-    from .session import Session
+from ..download import home_folder
+from ..files import stamped, write_atomically
+from ..loop.chooser import Wanted
+from ..loop.decoder import Decoder
+from ..loop.drafter import Draws, News
+from ..loop.sampling import Sampling
+from ..loop.session import Session
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # lengths of drafts that are tried
 STEPS = (1, 2, 4, 8, 16)
@@ -40,10 +39,6 @@ PATIENCE = 30.0  # seconds after which no plan is measured again
 ALIKE = 32.0  # examined tokens under one T that say as much of it as those under all T
 NEAR = 8.0  # examined tokens of a position that say as much of it as the position before does
 PRIOR = 24.0  # most examined tokens that what was seen then counts for
-SURE = 2.0  # accepted tokens before other steps' acceptance says as much of a text
-MEMORY = 0.98  # weight of the past after one more round
-CURIOSITY = 0.01  # share of the time that may be lost to learn
-OPTIMISM = 2.0  # standard deviations by which acceptances might be higher
 
 
 class Plan(NamedTuple):
@@ -137,147 +132,6 @@ class Costs:
         return prior
 
 
-class Planner:
-    """Chooses K and T of each round, for all rows alike, so that most tokens come in a second.
-
-    It looks at what was accepted in earlier rounds alone, so that the text still follows the
-    target's distribution exactly. The chance that position i is accepted, given that it is
-    examined, has a Beta posterior for each T. It begins anew with each session, at what was seen
-    when the costs were measured, and forgets slowly; where other T are accepted less than they were
-    then, so will this one be. A plan that might be better than the best one known is tried, for at
-    most a hundredth of the time. Give it to a `Decoder` as its k; it sets the drafter's
-    `steps`.
-
-    Args:
-        costs: as `measure` finds them, for as many rows as the session has.
-        ks: the K to choose from, 0 for rounds without a draft; None: all that were measured.
-        steps: the T to choose from; None: all that were measured.
-
-    Raises:
-        ValueError: nothing is left to choose from.
-
-    Example:
-        >>> costs = measure(Decoder(target, drafter))
-        >>> decoder = Decoder(target, drafter, Planner(costs))
-    """
-
-    def __init__(
-        self, costs: Costs, *, ks: Sequence[int] | None = None, steps: Sequence[int] | None = None
-    ) -> None:
-        wanted = [
-            (ks is None or plan.k in ks) and (steps is None or plan.k == 0 or plan.steps in steps)
-            for plan in costs.plans
-        ]
-        self.costs = costs
-        self.plans = [plan for plan, choose in zip(costs.plans, wanted, strict=True) if choose]
-        if not self.plans:
-            measured = sorted({plan.k for plan in costs.plans})
-            raise ValueError(
-                f"nothing to choose from with ks={ks} and steps={steps}: K of "
-                f"{', '.join(map(str, measured))} were measured"
-            )
-        self.most = max(1, *(plan.k for plan in self.plans))
-        self.start(costs.batch)
-
-    def start(self, batch: int) -> None:
-        """Forget all evidence; the prior stays.
-
-        Raises:
-            ValueError: the costs are those of another batch.
-        """
-        if batch != self.costs.batch:
-            raise ValueError(
-                f"the costs were measured with {self.costs.batch} rows and the session has {batch}:"
-                f" call measure(decoder, batch={batch})"
-            )
-        tried = {plan.steps for plan in self.plans}
-        self.prior = {steps: self.costs.acceptances(steps, self.most) for steps in tried}
-        self.examined = {steps: [0.0] * self.most for steps in tried}
-        self.accepted = {steps: [0.0] * self.most for steps in tried}
-        self.wanted = dict.fromkeys(tried, PRIOR)  # tokens, and how many of them were drafted
-        self.drafted = {steps: PRIOR * self.costs.share.get(steps, 1.0) for steps in tried}
-        self.spent = self.lost = 0.0  # seconds, by the costs
-        self.unread = self.costs.first  # seconds, until the drafter has read a prompt
-        self.plan = PLAIN
-
-    def forget(self, rows: Sequence[int]) -> None:
-        """Rows that other sequences take the places of: what was learnt holds for them too."""
-
-    def posterior(self, steps: int) -> list[tuple[float, float]]:
-        """Mean and standard deviation of the acceptance at positions 1, 2, ... under T steps."""
-        result = []
-        for i, (mean, weight) in enumerate(self.prior[steps]):
-            mean = min(1.0, mean * self.others(steps, i))
-            total = weight + self.examined[steps][i]
-            mean = (weight * mean + self.accepted[steps][i]) / total
-            result.append((mean, math.sqrt(mean * (1 - mean) / (total + 1))))
-        return result
-
-    def others(self, steps: int, i: int) -> float:
-        """What was accepted at a position under other T, over what their priors foretold."""
-        seen = foretold = SURE
-        for T, prior in self.prior.items():
-            if steps != T:
-                seen += self.accepted[T][i]
-                foretold += self.examined[T][i] * prior[i][0]
-        return seen / foretold
-
-    def seconds(self, plan: Plan) -> float:
-        """What a round is expected to cost."""
-        if plan == PLAIN:
-            return self.costs.rest(plan, 0.0)
-        share = self.drafted[plan.steps] / self.wanted[plan.steps]
-        drafting = self.costs.draft[self.costs.plans.index(plan)]
-        return drafting + self.costs.rest(plan, share)
-
-    def speeds(self, optimism: float = 0.0) -> dict[Plan, float]:
-        """Expected tokens a second of each plan, acceptances so many standard deviations up."""
-        expected = {}
-        for steps in self.prior:
-            up = [min(1.0, mean + optimism * std) for mean, std in self.posterior(steps)]
-            chances = itertools.accumulate(up, operator.mul)
-            expected[steps] = list(itertools.accumulate(chances, initial=1.0))  # E(0), E(1), ...
-        return {plan: expected[plan.steps][plan.k] / self.seconds(plan) for plan in self.plans}
-
-    def want(self, most: int) -> Wanted:
-        """The plan of the coming round."""
-        plans = [plan for plan in self.plans if plan.k <= most]
-        speeds, hopes = self.speeds(), self.speeds(OPTIMISM)
-        best = max(plans, key=lambda plan: speeds[plan])
-        hope = max(plans, key=lambda plan: hopes[plan])
-        loss = self.seconds(hope) * (1 - speeds[hope] / speeds[best])
-        if best == PLAIN:
-            loss += self.unread
-        self.plan = best
-        if hopes[hope] > speeds[best] and self.lost + loss <= CURIOSITY * self.spent:
-            self.plan = hope
-            self.lost += loss
-        self.spent += self.seconds(self.plan)
-        if self.plan != PLAIN:
-            self.spent, self.unread = self.spent + self.unread, 0.0
-        k, steps = self.plan
-        return Wanted([k] * self.costs.batch, k, steps or None)
-
-    def update(
-        self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
-    ) -> None:
-        """Learn from a round; a token that was wanted and not drafted was not accepted."""
-        if self.plan == PLAIN:
-            return
-        steps = self.plan.steps
-        examined_at, accepted_at = self.examined[steps], self.accepted[steps]
-        for i in range(self.most):
-            examined_at[i] *= MEMORY
-            accepted_at[i] *= MEMORY
-        count(wanted, accepted, examined_at, accepted_at)
-        self.wanted[steps] = MEMORY * self.wanted[steps] + sum(wanted)
-        self.drafted[steps] = MEMORY * self.drafted[steps] + sum(drafted)
-
-    def withhold(self, draft: Draft) -> Draft:
-        """The draft as it is."""
-        return draft
-
-
 def count(
     wanted: Sequence[int],
     accepted: Sequence[int],
@@ -364,7 +218,6 @@ def measure(
         >>> costs = measure(Decoder(Target(model), PromptLookup()))
         >>> costs.save(Path("costs.json"))
     """
-    from .decoder import Decoder
 
     drafter = decoder.drafter
     if drafter is None:
@@ -477,3 +330,68 @@ def timed(session: Session) -> tuple[float, float]:
     whole = time.perf_counter() - start
     drafted = session.stats.seconds["draft"] - drafted
     return drafted, whole - drafted
+
+
+PROMPTS = (  # that a pair is measured on
+    "Explain why leaves change their colour in autumn.",
+    "Write a short story about a lighthouse keeper and a storm.",
+    "List five things to check before buying a used bicycle.",
+    "How does a refrigerator work?",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "What are the main differences between cats and dogs as pets?",
+)
+
+
+def kept_costs(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    names: dict[str, str],
+    *,
+    batch: int = 1,
+    sampling: Sampling | None = None,
+    ks: Sequence[int] | None = None,
+    steps: Sequence[int] = STEPS,
+    again: bool = False,
+) -> Costs:
+    """`measure`, once for each pair, machine and way to decode: then from a file.
+
+    Plans follow from the costs, and under sampling the text from the plans, so that costs that stay
+    let the same seed give the same text.
+
+    Args:
+        decoder, prompts, batch, sampling, ks, steps: of `measure`.
+        names: of the models, folders or known ones, and whatever else sets the costs apart.
+        again: measure even so.
+    """
+    key = {
+        **{name: stamped(value) for name, value in names.items()},
+        "rule": [decoder.rule, str(decoder.lenience)],
+        "record": decoder.record,
+        "batch": batch,
+        "sampling": None if sampling is None else sampling.parameters,
+        "ks": None if ks is None else list(ks),
+        "steps": list(steps),
+        "device": str(decoder.target.device),
+        "dtype": str(decoder.target.dtype),
+        "threads": torch.get_num_threads(),
+        "machine": [platform.node(), platform.machine()],
+        "settings": {
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith("SPECDIFF_") and k != "SPECDIFF_HOME"
+        },
+        "versions": [version("specdiff-kernels"), torch.__version__],
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = home_folder() / "plans" / f"{digest[:32]}.json"
+    if path.exists() and not again:
+        try:
+            return Costs.load(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; measured anew", stacklevel=2)
+    costs = measure(decoder, prompts, batch=batch, sampling=sampling, ks=ks, steps=steps)
+    try:
+        costs.save(path)
+    except OSError as error:
+        warnings.warn(f"costs are not kept, {path.parent}: {error.strerror}", stacklevel=2)
+    return costs

@@ -7,8 +7,8 @@ import torch
 
 import specdiff.hf
 from specdiff import Decoder, Sampling, Target, generate
-from specdiff import session as session_module
 from specdiff.drafters import Autoregressive
+from specdiff.loop import session as session_module
 from specdiff_kernels import Lenience, verify
 from tests.tiny import tiny_model
 

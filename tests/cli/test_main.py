@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.control import strip_control_codes
 from typer.testing import CliRunner
 
-from specdiff import Sampling, Stats, Step, cpu
-from specdiff.cli import app
+from specdiff import Sampling, Stats, Step
+from specdiff.cli.main import app
+from specdiff.cli.report import LiveText, Run, TextStream, figures, median_run
+from specdiff.loop import fast_layers as cpu
 from specdiff.models import encode
-from specdiff.planner import PLAIN, Costs, Plan, measure
-from specdiff.report import LiveText, Run, TextStream, figures, median_run
+from specdiff.planning.costs import PLAIN, Costs, Plan, measure
 from tests.tiny import tiny_model
 
 KEYS = [
@@ -58,7 +59,7 @@ def free_drafts(decoder, prompts, *, batch, sampling, ks, steps) -> Costs:
 def costs(monkeypatch, tmp_path):
     """Kept for this test alone, and no matter of time."""
     monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("specdiff.plans.measure", free_drafts)
+    monkeypatch.setattr("specdiff.planning.costs.measure", free_drafts)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_k_and_steps_are_chosen_unless_given(result, target, monkeypatch):
         costs = free_drafts(decoder, prompts, ks=ks, **options)
         return replace(costs, draft=[100.0 * plan.k for plan in costs.plans])
 
-    monkeypatch.setattr("specdiff.plans.measure", dear)
+    monkeypatch.setattr("specdiff.planning.costs.measure", dear)
     other = "--no-accelerate"  # for which nothing is kept yet
     assert len(result(other, drafter=target)["acceptance"]) == 0 and asked == [None]
     assert len(result(other, "--k", "3", drafter=target)["acceptance"]) == 3
@@ -142,7 +143,8 @@ def test_k_and_steps_are_chosen_unless_given(result, target, monkeypatch):
 def test_costs_are_measured_once(result, target, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "specdiff.plans.measure", lambda *a, **o: calls.append(1) or free_drafts(*a, **o)
+        "specdiff.planning.costs.measure",
+        lambda *a, **o: calls.append(1) or free_drafts(*a, **o),
     )
     for count, args in ((1, []), (1, ["--seed", "3"]), (2, ["--temperature", "1"]), (2, [])):
         result(*args, drafter=target)
@@ -181,7 +183,7 @@ def test_plan_predicts_and_measures(target, tmp_path):
 
 
 def test_plan_with_the_real_clock(target, monkeypatch):
-    monkeypatch.setattr("specdiff.plans.measure", measure)
+    monkeypatch.setattr("specdiff.planning.costs.measure", measure)
     got = json.loads(plan(target, "--json", "--check", "1", "--again").stdout)
     assert {row["k"] for row in got["plans"]} == {0, 1, 2, 3, 4, 6, 8}
     assert all(row["speed_up"] > 0 for row in got["plans"])
@@ -418,7 +420,7 @@ def test_models_list(monkeypatch, tmp_path):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, specdiff.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, specdiff.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from specdiff.noise import Geometric, LogLinear, ancestral_rate, euler_rate, times
+from specdiff.drafters.noise import Geometric, LogLinear, ancestral_rate, euler_rate, times
 
 SCHEDULES = [LogLinear(), LogLinear(0.2), Geometric(), Geometric(1e-3, 1.0), Geometric(1e-9, 900)]
 PAIRS = [(1.0, 0.0), (1.0, 0.75), (0.5, 0.49), (0.2, 1e-5), (1e-3, 1e-5), (2e-5, 1e-5)]

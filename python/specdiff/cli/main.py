@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from .bench.cli import app as bench
-from .models import MODELS, encode, fetch, is_fetched, model_folder
+from ..download import MODELS, fetch, is_fetched, model_folder
+from ..models import encode
+from .bench import app as bench
 from .options import (
     SETTINGS,
     Device,
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
 
     from specdiff_kernels import Lenience
 
-    from .decoder import Decoder, Step
-    from .planner import Costs, Planner
-    from .sampling import Sampling
+    from ..loop.decoder import Decoder
+    from ..loop.sampling import Sampling
+    from ..loop.stats import Step
+    from ..planning.costs import Costs
+    from ..planning.planner import Planner
 
 AUTO = "auto"
 REPEATS = 3  # runs of each kind in a comparison
@@ -168,7 +171,7 @@ def generate(
 
     progress = Console(stderr=True)
     with progress.status("loading"):
-        from .sampling import Sampling
+        from ..loop.sampling import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, min_p)
         lenient = None if lenience is None else parse_lenience(lenience)
@@ -238,10 +241,17 @@ def plan(
         fetch(target)
     progress = Console(stderr=True)
     with progress.status("loading"):
-        from .planner import PLAIN
-        from .plans import as_dict, draw, figure_class, measured_speed_ups, needs, predictions
+        from ..loop.sampling import Sampling
+        from ..planning.costs import PLAIN
+        from ..planning.predictions import (
+            as_dict,
+            draw,
+            figure_class,
+            measured_speed_ups,
+            needs,
+            predictions,
+        )
         from .report import needs_table, plans_table
-        from .sampling import Sampling
 
         if picture is not None:
             figure_class()  # rather now than after all has been measured
@@ -292,12 +302,12 @@ def train(
 ) -> None:
     """Train a drafter; also under `accelerate launch -m specdiff train ...` or `torchrun`."""
     try:
-        from .training.run import train as train_run
+        from ..training.run import train as train_run
     except ImportError as error:
         raise ValueError(
             f"training needs {error.name}: pip install 'specdiff-kernels[train]'"
         ) from error
-    from .training.config import load_run
+    from ..training.config import load_run
 
     if threads is not None:
         set_threads(threads)
@@ -345,12 +355,15 @@ def sample_target(
         fetch(target)
     console = Console(stderr=True)
     with console.status("loading"):
-        from .training.sample_target import Plan, sample_conversations
+        from ..loop.decoder import Decoder
+        from ..loop.target import Target
+        from ..training.sample_target import Plan, sample_conversations
 
         plan = Plan(prompts, max_length, temperatures, seed)
-        decoder, tokenizer = load_on(target, device, dtype)
+        where, kind = placed(device, dtype)
+        loaded = Target.load(target, dtype=kind, device=where)
     totals = sample_conversations(
-        decoder, tokenizer, out, conversations, plan, first=first, batch=batch
+        Decoder(loaded), loaded.tokenizer, out, conversations, plan, first=first, batch=batch
     )
     typer.echo(
         f"{out}: {totals.conversations} conversations sampled, "
@@ -367,19 +380,6 @@ def parse_temperatures(given: list[str]) -> tuple[float, ...]:
         raise ValueError(
             f"--temperature must be numbers with commas between, got {' '.join(given)!r}"
         ) from error
-
-
-def load_on(name_or_path: str, device: Device | None, dtype: Dtype) -> tuple[Decoder, Any]:
-    """A plain decoder of a target on a device, accelerated on a CPU, and the tokenizer."""
-    from .cpu import accelerate
-    from .decoder import Decoder
-    from .models import load_target
-    from .target import Target
-
-    where, kind = placed(device, dtype)
-    model: Any
-    model, tokenizer = load_target(name_or_path, kind)
-    return Decoder(Target(accelerate(model.to(where)))), tokenizer
 
 
 def read_prompts(prompt: str | None, batch_file: Path | None) -> list[str]:
@@ -428,23 +428,20 @@ def load(
     name_or_path: str, rule: str, lenience: Lenience | None, threads: int | None, fast: bool
 ) -> tuple[Decoder, Any]:
     """A plain decoder of a target, and the target's tokenizer."""
-    from .cpu import accelerate
-    from .decoder import Decoder
-    from .models import load_target
-    from .target import Target
+    from ..loop.decoder import Decoder
+    from ..loop.target import Target
 
     quiet(threads)
-    model, tokenizer = load_target(name_or_path)
-    made = Target(accelerate(model) if fast else model)
-    return Decoder(made, rule=rule, lenience=lenience), tokenizer
+    made = Target.load(name_or_path, device="cpu", accelerate=fast)
+    return Decoder(made, rule=rule, lenience=lenience), made.tokenizer
 
 
 def with_drafter(
     plain: Decoder, name_or_path: str, steps: int | None, record: str | None
 ) -> Decoder:
     """The same decoder with drafts."""
-    from .decoder import Decoder
-    from .drafters import load_drafter
+    from ..drafters import load_drafter
+    from ..loop.decoder import Decoder
 
     drafter = load_drafter(name_or_path, plain.target, steps=steps)
     return Decoder(plain.target, drafter, rule=plain.rule, lenience=plain.lenience, record=record)
@@ -479,8 +476,7 @@ class Pair(NamedTuple):
         self, k: int | None = None, steps: int | None = None, *, again: bool = False
     ) -> Costs:
         """Of all plans, or of those with so many tokens or steps."""
-        from .planner import STEPS
-        from .plans import kept_costs
+        from ..planning.costs import STEPS, kept_costs
 
         return kept_costs(
             self.decoder,
@@ -494,14 +490,14 @@ class Pair(NamedTuple):
         )
 
     def prompts(self) -> list[list[int]]:
-        from .plans import PROMPTS
+        from ..planning.costs import PROMPTS
 
         return [encode(self.tokenizer, text, self.raw) for text in PROMPTS]
 
 
 def named(target: str, drafter: str, raw: bool, fast: bool) -> dict[str, str]:
     """What sets the costs of a pair apart. A drafter that is shipped is known by its files."""
-    from .drafters import SHIPPED, drafter_folder
+    from ..drafters import SHIPPED, drafter_folder
 
     weights = str(drafter_folder(drafter)) if drafter in SHIPPED else drafter
     return {"target": target, "drafter": weights, "raw": str(raw), "accelerate": str(fast)}
@@ -509,8 +505,8 @@ def named(target: str, drafter: str, raw: bool, fast: bool) -> dict[str, str]:
 
 def with_plans(pair: Pair, k: int | None, steps: int | None) -> Decoder:
     """The decoder with K and T as given, or chosen in each round."""
-    from .decoder import Decoder
-    from .planner import Planner
+    from ..loop.decoder import Decoder
+    from ..planning.planner import Planner
 
     old = pair.decoder
     chooser: int | Planner

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .models import FetchError
+from ..download import FetchError
 
 if TYPE_CHECKING:
     import torch

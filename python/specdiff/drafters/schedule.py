@@ -32,7 +32,7 @@ def schedule(order: str, steps: int, k: int, noise: Noise) -> list[Reveal]:
         ValueError: an unknown order, or `steps` below 1.
 
     Example:
-        >>> from specdiff.noise import LogLinear
+        >>> from specdiff.drafters.noise import LogLinear
         >>> [reveal.order.name for reveal in schedule("entropy", 2, 8, LogLinear())]
         ['ENTROPY', 'ALL']
     """

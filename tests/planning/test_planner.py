@@ -10,24 +10,14 @@ import pytest
 import torch
 
 from specdiff import Decoder, Sampling, Target
-from specdiff.adaptive import Wanted
 from specdiff.drafters import Autoregressive, PromptLookup
-from specdiff.drafters.base import News, joined
-from specdiff.planner import (
-    ALIKE,
-    CURIOSITY,
-    MEMORY,
-    NEAR,
-    PLAIN,
-    PRIOR,
-    Costs,
-    Plan,
-    Planner,
-    measure,
-)
+from specdiff.loop.chooser import Wanted
+from specdiff.loop.drafter import News, joined
+from specdiff.planning.costs import ALIKE, NEAR, PLAIN, PRIOR, Costs, Plan, measure
+from specdiff.planning.planner import CURIOSITY, MEMORY, Planner
 from specdiff.theory import tokens_per_round
 from specdiff_kernels import Lenience
-from tests.loop.test_adaptive import DRAFTERS, PROMPTS
+from tests.planning.test_adaptive import DRAFTERS, PROMPTS
 from tests.tiny import tiny_model
 
 
@@ -170,7 +160,7 @@ def test_a_drafter_that_became_good_is_found_out():
 
 def test_without_curiosity_it_is_not(monkeypatch):
     """The mutant of the test before."""
-    monkeypatch.setattr("specdiff.planner.CURIOSITY", -1.0)
+    monkeypatch.setattr("specdiff.planning.planner.CURIOSITY", -1.0)
     planner = Planner(costs(draft=0.3, examined={1: [10]}, accepted={1: [1]}))
     assert set(simulate(planner, lambda i, steps: 0.9, 1500)) == {PLAIN}
 
@@ -190,7 +180,7 @@ def test_texts_that_are_harder_than_foretold(shared, monkeypatch):
     """120 rounds, 40 times. Were each T judged by itself, the mutant, one after another would be
     tried for what was foretold of it."""
     if not shared:
-        monkeypatch.setattr("specdiff.planner.SURE", 1e9)
+        monkeypatch.setattr("specdiff.planning.planner.SURE", 1e9)
     examined = {T: [60, 30, 10] for T in (1, 2, 4)}
     accepted = {1: [27, 9, 3], 2: [30, 10, 4], 4: [32, 12, 5]}
     planner = Planner(costs(steps=(1, 2, 4), examined=examined, accepted=accepted))
