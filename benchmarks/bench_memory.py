@@ -47,7 +47,7 @@ def measure(decoder: Decoder, batch: int) -> dict[str, float]:
         for _ in range(WATCHED):
             session.step()
     rounds = peak.megabytes or 0.0
-    target, k = decoder.target, decoder.k
+    target, k = decoder.target, decoder.settings.k
     logits = MB * batch * (k + 1) * target.vocab_size * target.dtype.itemsize
     drafts = getattr(decoder.drafter, "head", None)
     pool = 0.0 if drafts is None else MB * batch * k * drafts.out_features * target.dtype.itemsize

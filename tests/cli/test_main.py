@@ -50,7 +50,7 @@ def target(tmp_path_factory, tiny_tokenizer) -> str:
 
 def free_drafts(decoder, prompts, *, batch, sampling, ks, steps) -> Costs:
     """In place of `measure`: rounds with and without drafts cost the same."""
-    taken = steps if hasattr(decoder.drafter, "steps") else (0,)
+    taken = (0,) if decoder.drafter.steps is None else steps
     plans = [PLAIN, *(Plan(k, T) for k in ks or (1, 2, 4) for T in taken if k >= T)]
     return Costs(batch, plans, [0.0] * len(plans), [1.0] * len(plans))
 

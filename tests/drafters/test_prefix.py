@@ -297,10 +297,10 @@ def test_damaged_files_are_refused(tmp_path):
 def test_a_draft_has_k_tokens_unless_told_otherwise(target, kind):
     network = tiny_network(kind, DRAFT_IDS)
     drafter = KINDS[kind]
-    assert Decoder(target, drafter(network, target)).k == K
+    assert Decoder(target, drafter(network, target)).settings.k == K
     network.config = dataclasses.replace(network.config, k=2)
-    assert Decoder(target, drafter(network, target)).k == 2
-    assert Decoder(target, drafter(network, target), 3).k == 3
+    assert Decoder(target, drafter(network, target)).settings.k == 2
+    assert Decoder(target, drafter(network, target), 3).settings.k == 3
     with pytest.raises(ValueError, match=r"k must be in \[1, block = 4\], got 5"):
         dataclasses.replace(network.config, k=5)
 

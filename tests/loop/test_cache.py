@@ -255,7 +255,7 @@ def test_update_is_in_place_and_returns_views(target):
 
 
 def test_chunked_prefill_equals_one_forward(model, target, monkeypatch):
-    monkeypatch.setattr(target_module, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(Target, "prefill_chunk", 7)
     tokens = torch.arange(40).view(2, 20)
     counts = torch.tensor([20, 11])
     cache = target.new_cache(2, 30)

@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from specdiff import Decoder, Sampling, Target, generate
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.loop import session as session_module
+from specdiff.loop.drafter import Drafter
 from specdiff.loop.sampling import row_seeds
 from specdiff.planning.adaptive import AdaptiveK
 from specdiff_kernels import (
@@ -46,7 +47,7 @@ def one_hot(proposals: list[list[int]], k: int) -> Draft:
     )
 
 
-class Scripted:
+class Scripted(Drafter):
     """Knows each row's text and proposes it, every token right with probability `right`.
 
     Rows are recognised by their prompts; draft lengths are random up to the one wanted, if ragged.

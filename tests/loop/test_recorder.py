@@ -11,9 +11,8 @@ from torch._dynamo.testing import CompileCounter
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import News
-from specdiff.loop import session as session_module
-from specdiff.loop import target as target_module
 from specdiff.loop.chooser import Wanted
+from specdiff.loop.drafter import Drafter
 from specdiff.loop.recorder import Recorder
 from specdiff.loop.session import pad
 from specdiff_kernels import Draft
@@ -58,7 +57,7 @@ def test_states_are_the_model_s_hidden_states(family):
     assert not torch.allclose(one, two, atol=0.1)
 
 
-class Listener:
+class Listener(Drafter):
     """Keeps all that it is told; drafts the target's greedy text, every third token wrong."""
 
     needs_hidden = True
@@ -134,8 +133,7 @@ WAYS = {  # K, options; a chooser of K looks at every round
 @pytest.mark.parametrize("family", FAMILIES + ALIKE)
 def test_a_drafter_is_told_every_token_and_the_states_before_it(family, k, options, monkeypatch):
     """In chunks: of prompts, and of rounds without a draft."""
-    for module in (target_module, session_module):
-        monkeypatch.setattr(module, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(Target, "prefill_chunk", 5)
     model = tiny_model(family)
     plain = Decoder(Target(model)).generate(PROMPTS, max_new_tokens=24, stop_tokens=[])
     drafter = Listener({row[0]: row for row in plain.sequences})
@@ -151,8 +149,7 @@ def test_a_drafter_is_told_every_token_and_the_states_before_it(family, k, optio
 
 
 def test_a_place_is_told_its_new_prompt_alone(monkeypatch):
-    for module in (target_module, session_module):
-        monkeypatch.setattr(module, "PREFILL_CHUNK", 5)
+    monkeypatch.setattr(Target, "prefill_chunk", 5)
     model = tiny_model("llama")
     drafter = Listener({})
     session = Decoder(Target(model), drafter, 2).open(2, 60, stop_tokens=[])
@@ -177,7 +174,7 @@ def test_the_memory_of_a_long_prompt_is_a_chunk_of_states():
     """News of 30 chunks never hold more than one of them."""
     model = tiny_model("llama", context=2000)
     drafter = Listener({})
-    chunk = target_module.PREFILL_CHUNK
+    chunk = Target.prefill_chunk
     prompt = [i % 50 for i in range(3 * chunk + 7)]
     Decoder(Target(model), drafter, 2).generate(prompt, max_new_tokens=4)
     assert drafter.widest == chunk
@@ -221,7 +218,7 @@ def test_layers_that_do_not_exist_are_named():
 
 
 def test_prefill_tells_chunks_of_ragged_prompts(monkeypatch):
-    monkeypatch.setattr(target_module, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(Target, "prefill_chunk", 7)
     model = tiny_model("gpt2")
     target, told = Target(model), {}
     tokens, counts = pad([[*range(20)], [*range(20, 31)]], target.device)

@@ -19,7 +19,7 @@ from specdiff.drafters.sedd import SEDD
 from specdiff.loop import attention
 from specdiff.loop import session as session_module
 from specdiff.loop import target as target_module
-from specdiff.loop.capture import Replay
+from specdiff.loop.capture import Captured
 from specdiff_kernels import DistributionError
 from tests.planning.test_adaptive import block_diffusion, eagle, parallel
 from tests.tiny import tiny_model
@@ -92,7 +92,7 @@ def test_rows_that_take_others_places_get_the_text_they_get_alone(target, name, 
     decoder = Decoder(target, DRAFTERS[name](target), None if name == "none" else 4)
     session = decoder.open(3, 33, sampling=SAMPLED, **kind)
     # what a draft is conditioned on after a rejection depends on nothing else
-    want = alone(Decoder(target, DRAFTERS[name](target), decoder.k or None), jobs, SAMPLED)
+    want = alone(Decoder(target, DRAFTERS[name](target), decoder.settings.k or None), jobs, SAMPLED)
     assert serve(session, jobs) == want
     assert session.stats.tokens == sum(map(len, want))
 
@@ -161,7 +161,7 @@ class Recorded(TorchDispatchMode):
                     have.copy_(new)
 
 
-class RecordedReplay(Replay):
+class RecordedCapture(Captured):
     def __init__(self, function, device):
         self.function, self.graphs, self.replayed = function, {}, 0
 
@@ -177,7 +177,7 @@ class RecordedReplay(Replay):
 @pytest.fixture
 def recorded(monkeypatch):
     """Rounds are replayed, without the checks that are made on a CPU alone."""
-    monkeypatch.setattr(session_module, "Replay", RecordedReplay)
+    monkeypatch.setattr(session_module, "Captured", RecordedCapture)
     monkeypatch.setattr(session_module, "SPAN", 32)
     for module in ("checks", "denoise_step"):
         monkeypatch.setattr(sys.modules[f"specdiff_kernels.ops.{module}"], "readable", lambda x: 0)
@@ -192,7 +192,7 @@ def test_a_round_can_be_replayed(target, name, kind, recorded):
     make = lambda: Decoder(target, DRAFTERS[name](target), None if name == "none" else 4)
     session = make().open(3, 51, sampling=SAMPLED, look_every=2, capture=True, **kind)
     assert serve(session, jobs) == alone(make(), jobs, SAMPLED)
-    assert session._replay.replayed > 10 and 1 <= len(session._replay.graphs) <= 2
+    assert session._captured.replayed > 10 and 1 <= len(session._captured.graphs) <= 2
 
 
 def test_looking_at_the_device_is_caught(target, recorded):

@@ -10,6 +10,7 @@ import torch
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import Autoregressive, BlockDiffusion, Eagle, ParallelDrafter, PromptLookup
+from specdiff.loop.drafter import Drafter
 from specdiff.planning.adaptive import MEMORY, AdaptiveK, reach
 from specdiff_kernels import Draft
 from tests.tiny import tiny_model, tiny_network
@@ -41,7 +42,7 @@ DRAFTERS = {
 }
 
 
-class Constant:
+class Constant(Drafter):
     """Drafts one token over and over; `fields` are of its Draft."""
 
     needs_hidden = False

@@ -12,7 +12,7 @@ import torch
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.loop.chooser import Wanted
-from specdiff.loop.drafter import News, joined
+from specdiff.loop.drafter import Drafter, News, joined
 from specdiff.planning.costs import ALIKE, NEAR, PLAIN, PRIOR, Costs, Plan, measure
 from specdiff.planning.planner import CURIOSITY, MEMORY, Planner
 from specdiff.theory import tokens_per_round
@@ -320,7 +320,7 @@ def test_a_drafter_is_told_what_it_missed(target, name, widths):
 
 
 def test_a_drafter_that_is_never_called(target):
-    class Never:
+    class Never(Drafter):
         needs_hidden, vocab_size, block = False, None, 4
 
         def start(self, *_):

@@ -126,7 +126,7 @@ def test_measured_speed_ups_are_those_of_the_plans(decoder, monkeypatch):
 
     def generate(self, prompts, **options):
         assert len(prompts) == 2
-        most = 0 if self.drafter is None else self.adaptive.want(64).width
+        most = 0 if self.drafter is None else self.settings.chooser.want(64).width
         drafted.append(most)
         rate = float(1 + most)
         return type("Run", (), {"stats": type("Stats", (), {"tokens_per_second": rate})})

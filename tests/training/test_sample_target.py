@@ -34,7 +34,7 @@ from specdiff.training.sample_target import (
     part_size,
     sample_conversations,
 )
-from tests.loop.test_session import RecordedReplay
+from tests.loop.test_session import RecordedCapture
 from tests.tiny import tiny_model
 
 TEMPLATE = (
@@ -116,12 +116,12 @@ def test_seeds_are_each_conversations_own():
 
 
 @pytest.fixture
-def replayed(monkeypatch) -> list[RecordedReplay]:
+def replayed(monkeypatch) -> list[RecordedCapture]:
     """As on a GPU: the host looks every third round, and rounds are replayed."""
     replays = []
 
     def replay(function, device):
-        replays.append(RecordedReplay(function, device))
+        replays.append(RecordedCapture(function, device))
         return replays[-1]
 
     def begin(sampler, *args):
@@ -131,7 +131,7 @@ def replayed(monkeypatch) -> list[RecordedReplay]:
     init = Sampler.__init__
     monkeypatch.setattr(Sampler, "__init__", begin)
     monkeypatch.setattr(Session, "_look_every", lambda session, wanted: 3)
-    monkeypatch.setattr(session_module, "Replay", replay)
+    monkeypatch.setattr(session_module, "Captured", replay)
     checks = sys.modules["specdiff_kernels.ops.checks"]
     monkeypatch.setattr(checks, "readable", lambda tensor: False)
     return replays

@@ -18,11 +18,11 @@ from torch import Tensor
 from specdiff_kernels import Draft
 
 from ..loop.drafter import Drafter, Draws, News
-from ..loop.sampling import Sampling
+from ..loop.sampling import RowSampling
 from ..theory.speed import least
 
 
-class Controlled:
+class Controlled(Drafter):
     """Runs a drafter, then puts tokens in place of its own that stand with a set probability.
 
     Runs with it measure cost, not a drafter. What plain decoding says after each prompt has to be
@@ -71,22 +71,19 @@ class Controlled:
         self.needs_hidden = drafter.needs_hidden
         self.vocab_size = drafter.vocab_size
         self.block = drafter.block
-        self.capturable: bool = getattr(drafter, "capturable", False)
-        if hasattr(drafter, "most"):
-            self.most: int = drafter.most
-        if hasattr(drafter, "target_layers"):
-            self.target_layers: tuple[int, ...] = drafter.target_layers
+        self.capturable, self.reads = drafter.capturable, drafter.reads
+        self.most, self.target_layers = drafter.most, drafter.target_layers
         self.texts: dict[tuple[int, ...], list[int]] = {}
         for prompt, text in texts.items():
             self.learn(prompt, text)
 
     @property
-    def steps(self) -> int:
-        """T of the drafter; there is no such attribute if that takes no steps."""
+    def steps(self) -> int | None:
+        """T of the drafter; None: it takes no steps."""
         return self.drafter.steps
 
     @steps.setter
-    def steps(self, steps: int) -> None:
+    def steps(self, steps: int | None) -> None:
         self.drafter.steps = steps
 
     def learn(self, prompt: Sequence[int], text: Sequence[int]) -> None:
@@ -110,7 +107,7 @@ class Controlled:
             )
         self.texts[key] = max(known, text, key=len)
 
-    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+    def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
         self.drafter.start(batch, capacity, sampling)
         self.sampling = sampling
         self.shape = batch, capacity
@@ -138,8 +135,7 @@ class Controlled:
         if draws.position is None and not self.sampling.greedy:
             raise ValueError(
                 "Controlled sets acceptance only where the text is known beforehand: decode with "
-                f"temperature 0 or rule='coupled', got temperature {self.sampling.temperature} "
-                "under another rule"
+                "temperature 0 or rule='coupled', got another rule at a higher temperature"
             )
         draft = self.drafter.draft(news, k, lengths, draws)
         text, coins = self._hear(news, draws)

@@ -195,7 +195,7 @@ def make(method: Method, models: Models, sampling: Sampling, batch: int) -> Deco
     if k == AUTO:
         found = measure(decoder, models.costs_prompts(), batch=batch, sampling=sampling)
         k = Planner(found, steps=None if method.steps in (None, AUTO) else (steps or 1,))
-    return ours(Decoder(models.target, drafter, k, decoder.rule), sampling)
+    return ours(decoder.replace(k=k), sampling)
 
 
 def plain(name: str, models: Models, sampling: Sampling) -> Decode:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from ..loop.sampling import Sampling
     from ..loop.stats import Step
     from ..planning.costs import Costs
-    from ..planning.planner import Planner
 
 AUTO = "auto"
 REPEATS = 3  # runs of each kind in a comparison
@@ -441,10 +440,9 @@ def with_drafter(
 ) -> Decoder:
     """The same decoder with drafts."""
     from ..drafters import load_drafter
-    from ..loop.decoder import Decoder
 
     drafter = load_drafter(name_or_path, plain.target, steps=steps)
-    return Decoder(plain.target, drafter, rule=plain.rule, lenience=plain.lenience, record=record)
+    return plain.replace(drafter=drafter, record=record)
 
 
 def at_least(least: int, option: str, given: int) -> None:
@@ -505,18 +503,14 @@ def named(target: str, drafter: str, raw: bool, fast: bool) -> dict[str, str]:
 
 def with_plans(pair: Pair, k: int | None, steps: int | None) -> Decoder:
     """The decoder with K and T as given, or chosen in each round."""
-    from ..loop.decoder import Decoder
     from ..planning.planner import Planner
 
-    old = pair.decoder
-    chooser: int | Planner
-    if k is not None and (steps is not None or not hasattr(old.drafter, "steps")):
-        chooser = k
-    else:
-        chooser = Planner(pair.costs(k, steps), ks=None if k is None else (k,))
-    return Decoder(
-        old.target, old.drafter, chooser, old.rule, lenience=old.lenience, record=old.record
-    )
+    drafter = pair.decoder.drafter
+    takes_steps = drafter is not None and drafter.steps is not None
+    if k is not None and (steps is not None or not takes_steps):
+        return pair.decoder.replace(k=k)
+    planner = Planner(pair.costs(k, steps), ks=None if k is None else (k,))
+    return pair.decoder.replace(k=planner)
 
 
 def decode(

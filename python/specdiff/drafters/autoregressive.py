@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from specdiff_kernels import Draft, Purpose, RowDistribution, row_distribution, sample
 
-from ..loop.drafter import Draws, News
-from ..loop.sampling import Sampling
+from ..loop.drafter import Drafter, Draws, News
+from ..loop.sampling import RowSampling
 from ..loop.target import Target
 
 
-class Autoregressive:
+class Autoregressive(Drafter):
     """Drafts with any causal language model that `Target` supports, in k forwards a round.
 
     Tokens are drawn by the same sampling parameters as the target's, and recorded with their
@@ -30,7 +30,7 @@ class Autoregressive:
         >>> decoder = Decoder(target, Autoregressive(small_model), k=5)
     """
 
-    needs_hidden = False
+    reads = True
     capturable = True
     block = 4
 
@@ -39,7 +39,7 @@ class Autoregressive:
         self.vocab_size: int | None = self.model.vocab_size
         self.backend = backend
 
-    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+    def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
         if capacity > self.model.context_limit:
             raise ValueError(
                 f"sequences of up to {capacity} tokens were asked for, but the drafter's context "
@@ -50,6 +50,15 @@ class Autoregressive:
 
     def forget(self, rows: list[int]) -> None:
         self.cache.lengths[rows] = 0
+
+    @torch.no_grad()
+    def read(self, rows: slice, news: News) -> None:
+        """Read the prompts of rows that have none yet."""
+        self.model.prefill(news.tokens, news.counts, self.cache.part(rows))
+        cache = self.cache
+        cache.lengths[rows] = news.counts
+        longest = max(cache.longest, int(news.counts.max()))
+        cache.set_lengths(cache.lengths, longest, exact=False)
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         B = len(lengths)
@@ -96,9 +105,6 @@ class Autoregressive:
         """Feed committed tokens, each row its own number. -> logits after the last [B, V]"""
         tokens, counts = news.tokens, news.counts
         last = (counts - 1).clamp(min=0)  # rows without news compute padding
-        if self.cache.longest == 0 and tokens.shape[1] > 1:
-            self.model.prefill(tokens, last, self.cache)
-            tokens, counts, last = tokens.gather(1, last[:, None]), counts.clamp(max=1), last * 0
         lengths, bound = self.cache.lengths, news.longest
         if bound is not None:
             self.cache.set_lengths(lengths, bound, exact=False)

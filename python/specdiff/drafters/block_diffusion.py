@@ -55,7 +55,7 @@ class BlockDiffusion(PrefixDrafter):
         backend: str | None = None,
     ) -> None:
         super().__init__(network, target, backend=backend)
-        self.steps = network.config.steps if steps is None else steps
+        self.steps: int = network.config.steps if steps is None else steps
         most = network.config.block
         if not 1 <= self.steps <= most:
             raise ValueError(f"steps must be in [1, block = {most}], got {self.steps}")

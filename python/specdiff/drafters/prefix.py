@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from specdiff_kernels import Draft, Reveal, denoise_step
 
-from ..loop.drafter import Draws, News
+from ..loop.drafter import Drafter, Draws, News
 from ..loop.fast_layers import accelerate, is_accelerated, restore
-from ..loop.sampling import Sampling
+from ..loop.sampling import RowSampling
 from ..loop.target import Target
 from .head import scaled
 from .network import DraftNetwork, PrefixCache
@@ -30,7 +30,7 @@ class Columns(NamedTuple):
     last: Tensor  # i64 [B, Q], the last slot that each of them sees
 
 
-class PrefixDrafter:
+class PrefixDrafter(Drafter):
     """A drafter that reads committed tokens once and puts masks or drafted tokens behind them.
 
     Args:
@@ -74,7 +74,7 @@ class PrefixDrafter:
         self.embedding = embedding
         self.vocab_size: int | None = config.target_vocab_size
         self.block = config.k or config.block
-        self.most = config.block
+        self.most: int = config.block
         self.backend = backend
         output = target.head.weight.detach()[network.draft_ids]
         self.head = linear(output @ network.embed_out.weight, network.bias)  # d -> Vd
@@ -96,7 +96,7 @@ class PrefixDrafter:
         `DraftNetwork.load` do."""
         return cls(DraftNetwork.load(folder), target, backend=backend)
 
-    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+    def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
         self.sampling = sampling
         self.cache = PrefixCache(self.network.config, batch, capacity, self.head.weight)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from ..loop.drafter import Draws, News
-from ..loop.sampling import Sampling
+from ..loop.drafter import Drafter, Draws, News
+from ..loop.sampling import RowSampling
 
 
 class Row:
@@ -37,7 +37,7 @@ class Row:
         return []
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     """Drafts what followed the most recent earlier occurrence of the row's last n-gram.
 
     The longest n-gram that occurred before is used; without one the row drafts nothing. Tokens are
@@ -50,7 +50,6 @@ class PromptLookup:
         >>> decoder = Decoder(target, PromptLookup())
     """
 
-    needs_hidden = False
     vocab_size: int | None = None
     block = 8
 
@@ -59,7 +58,7 @@ class PromptLookup:
             raise ValueError(f"max_ngram must be at least 1, got {max_ngram}")
         self.max_ngram = max_ngram
 
-    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+    def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
         self.rows = [Row(self.max_ngram) for _ in range(batch)]
 
     def forget(self, rows: list[int]) -> None:

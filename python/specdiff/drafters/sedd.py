@@ -15,8 +15,8 @@ from torch import Tensor
 
 from specdiff_kernels import Draft, denoise_step
 
-from ..loop.drafter import Draws, News
-from ..loop.sampling import Sampling
+from ..loop.drafter import Drafter, Draws, News
+from ..loop.sampling import RowSampling, Sampling
 from .ddit import DDiT, Modulation
 from .noise import times
 from .schedule import ORDERS, schedule
@@ -25,7 +25,7 @@ DEFAULT_STEPS = 2
 HOT_STARTS = (None, "entangled", "recycled")
 
 
-class SEDD:
+class SEDD(Drafter):
     """Drafts with a DDiT network, which sees as much of the text as fits beside K masks.
 
     Of a text longer than `network.config.length - K` tokens the last ones are given, at positions
@@ -51,7 +51,6 @@ class SEDD:
         >>> decoder = Decoder(target, SEDD.from_pretrained(folder), k=8)
     """
 
-    needs_hidden = False
     orders: tuple[str, ...] = ORDERS
 
     def __init__(
@@ -80,7 +79,7 @@ class SEDD:
         self.network = network.eval().requires_grad_(False)
         self.vocab_size: int | None = network.vocab_size
         self.block = block
-        self.most = config.length - 1
+        self.most: int = config.length - 1
         self.order = order or self.orders[0]
         self.hot_start = hot_start
         self.draft_sampling = draft_sampling
@@ -116,7 +115,7 @@ class SEDD:
         """
         return cls(DDiT.from_pretrained(folder), **options)
 
-    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+    def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
         device = self.table[0].final.device
         self.sampling = self.draft_sampling or sampling
         self.text = torch.zeros(batch, capacity + 1, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""Replay: a function of the device's memory as a CUDA graph, captured once for each key."""
+"""Captured: a function of the device's memory as a CUDA graph, captured once for each key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Replay:
+class Captured:
     """Runs a function that reads and writes the same memory in every call.
 
     The first call for a key runs it, as whatever is compiled or allocated on first use must not be
@@ -23,7 +23,7 @@ class Replay:
 
     Example:
         >>> x = torch.zeros(1, device="cuda")
-        >>> replay = Replay(lambda: x.add_(1), x.device)
+        >>> captured = Captured(lambda: x.add_(1), x.device)
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
@@ -32,6 +32,10 @@ class Replay:
         self.function = function
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle()  # nothing in it outlives a replay
+
+    def forget(self) -> None:
+        """Capture anew: the function reads other memory from now on."""
+        self.graphs.clear()
 
     def __call__(self, key: Hashable) -> None:
         if key in self.graphs:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from specdiff_kernels import Draft
 
 
 class Wanted(NamedTuple):
-    """What a session asks of its drafter in the coming round."""
+    """The draft that a session asks for in the coming round."""
 
     lengths: list[int]  # of each row, at most `width`
     width: int  # K that the drafter is asked for; 0: it is not called
     steps: int | None = None  # T that the drafter is set to; None: as it is
 
 
+@runtime_checkable
 class Chooser(Protocol):
-    """What a `Decoder` takes in place of a number of tokens to draft.
+    """Chooses the length of each draft; a `Decoder` takes it in place of a number.
 
-    It may look at anything that was decided before a draft was drawn, never at a drafted value: a
-    token that is withheld because of what it is would bias the text.
+    It may look at anything that was decided before a draft was drawn, never at a drafted value.
+    Withholding a token because of its value would bias the text.
     """
 
     @property
@@ -39,8 +40,14 @@ class Chooser(Protocol):
     def update(
         self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
     ) -> None:
-        """How many tokens of each row were wanted, as far as there was room, how many drafted and
-        accepted; the one behind those was not."""
+        """Learn from a round.
+
+        Args:
+            wanted: tokens of each row that were asked for, as far as there was room.
+            drafted: tokens of each row that were drafted.
+            accepted: leading tokens of each row that were accepted. The next one, if it was
+                drafted, was rejected.
+        """
 
     def withhold(self, draft: Draft) -> Draft:
         """The draft, or its beginning."""

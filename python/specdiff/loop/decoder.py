@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from .chooser import Chooser
 from .drafter import Drafter
 from .sampling import Sampling, row_seeds
 from .session import Session, check_prompts
+from .settings import Settings
 from .stats import Stats, Step
 from .target import Target
 
@@ -99,24 +100,55 @@ class Decoder:
         check_lenience(rule, lenience)
         if isinstance(target, PreTrainedModel):
             raise ValueError("target is a model: pass specdiff.Target(model)")
+        if not isinstance(target, Target):
+            raise TypeError(
+                f"target must be a specdiff.Target, got {target!r}: Target.load takes a name or a "
+                "folder"
+            )
         if isinstance(drafter, PreTrainedModel):
             raise ValueError("drafter is a model: pass specdiff.drafters.Autoregressive(model)")
-        self.k = 0
-        self.adaptive: Chooser | None = None
+        if not isinstance(drafter, Drafter | None):
+            raise TypeError(
+                f"drafter must be a specdiff.drafters.Drafter or None, got {drafter!r}: "
+                "specdiff.drafters.load_drafter takes a name or a folder"
+            )
+        most = 0
         if drafter is not None:
-            most: Any = k
-            if hasattr(k, "want"):
-                self.adaptive = cast(Chooser, k)
-                most = self.adaptive.most
-            self.k = drafter.block if most is None else int(most)
-            check_drafter(target, drafter, self.k)
-        self.target = target
-        self.drafter = drafter
-        self.rule = rule
-        self.lenience = lenience
-        self.record = record
-        self.backend = backend
+            most = longest_draft(drafter, k)
+            check_drafter(target, drafter, most)
+        chooser = k if drafter is not None and isinstance(k, Chooser) else None
+        self.settings = Settings(target, drafter, most, chooser, rule, lenience, record, backend)
         self.tokenizer: Tokenizer | None = tokenizer or target.tokenizer
+        self._k = k
+
+    @property
+    def target(self) -> Target:
+        """The model whose distribution the text follows."""
+        return self.settings.target
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """Proposes tokens; None: plain decoding."""
+        return self.settings.drafter
+
+    def replace(self, **changes: Any) -> Decoder:
+        """A decoder like this one, but for some arguments of the constructor.
+
+        Example:
+            >>> decoder = decoder.replace(k=8)
+        """
+        settings = self.settings
+        arguments = {
+            "target": settings.target,
+            "drafter": settings.drafter,
+            "k": self._k,
+            "rule": settings.rule,
+            "lenience": settings.lenience,
+            "record": settings.record,
+            "backend": settings.backend,
+            "tokenizer": self.tokenizer,
+        }
+        return Decoder(**{**arguments, **changes})
 
     def stream(
         self,
@@ -201,7 +233,7 @@ class Decoder:
         if rows < 1:
             raise ValueError(f"rows must be at least 1, got {rows}")
         ends = self.target.stop_tokens if stop_tokens is None else stop_tokens
-        return Session(self, rows, capacity - 1, sampling or Sampling(), ends, **options)
+        return Session(self.settings, rows, capacity - 1, sampling or Sampling(), ends, **options)
 
     def generate(self, prompts: Prompts, **options: Any) -> Generation:
         """Run `stream`, whose options it takes, to the end.
@@ -222,6 +254,16 @@ class Decoder:
         sequences = [row + more for row, more in zip(prompts, new, strict=True)]
         chances = logprobs if options.get("logprobs") else None
         return Generation(sequences, new, texts, step.stats, chances)
+
+
+def longest_draft(drafter: Drafter, k: int | Chooser | None) -> int:
+    """The largest K: a number as it is, else the chooser's or the drafter's own."""
+    most = k.most if isinstance(k, Chooser) else k
+    if most is None:
+        return drafter.block
+    if not isinstance(most, Integral) or isinstance(most, bool):
+        raise TypeError(f"k must be an integer, a chooser such as AdaptiveK(), or None, got {k!r}")
+    return int(most)
 
 
 def check_drafter(target: Target, drafter: Drafter, k: int) -> None:

@@ -1,26 +1,27 @@
-"""What a drafter is: it learns what was committed and proposes what comes next.
+"""Drafter: the base class of everything that learns committed tokens and proposes the next ones.
 
-The verifier needs nothing else, so anything that fills in a `Draft` honestly can draft.
+The verifier needs no more: anything that fills in a `Draft` honestly can draft.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from .sampling import Sampling
+from .sampling import RowSampling
 
 
 class News(NamedTuple):
-    """What was committed since the drafter's last call; in the first call, the prompts, or what is
-    left of them where `Drafter.read` was told the rest.
+    """Tokens that were committed since the drafter's last call. In the first call of a row, that is
+    its prompt, or the rest of it that `Drafter.read` was not told.
 
-    The loop uses the memory again: what is to be remembered has to be copied.
+    The loop writes the memory again in every round: copy what has to be remembered.
     """
 
     tokens: Tensor  # i64 [B, N], right-padded
@@ -54,35 +55,74 @@ def joined(parts: Sequence[News]) -> News:
 
 
 class Draws(NamedTuple):
-    """What keys the random numbers of a round."""
+    """Keys of a round's random numbers."""
 
     seed: Tensor  # i64 [B], random bits of each sequence
     round: Tensor  # i64 [B], which draft of its sequence this is
     position: Tensor | None = None  # i64 [B], of the first drafted token, if draws are coupled
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Proposes tokens for every row of a batch.
 
     Attributes:
-        needs_hidden: whether `News.hidden` must be filled in; it is a `StateDrafter` then.
-        vocab_size: of the target it drafts for; None: any.
+        vocab_size: of the target that it drafts for; None: any.
         block: tokens that it drafts per round unless told otherwise.
-        capturable: left out or False unless its rounds can be captured, see `draft`.
-        most: left out unless K has a limit.
-        steps: left out unless it takes T reverse steps a round, which may be set between rounds.
+        most: the largest K that it can draft; None: any.
+        steps: T, the reverse steps that it takes per round, which may be set between rounds; None:
+            it takes none.
+        needs_hidden: whether `News.hidden` must be filled in. It is then told prompts by `read`.
+        target_layers: layers whose residual streams `News.hidden` is to hold, counted from 1, after
+            the embedding. The lm head's input always comes last and is not listed.
+        reads: whether it is told prompts by `read`, without states. Otherwise they are in the news
+            of `draft`, beside what other rows' last round brought.
+        capturable: whether its rounds can be captured in CUDA graphs, see `draft`.
+
+    Example:
+        >>> class Zeros(Drafter):
+        ...     vocab_size, block = None, 4
+        ...
+        ...     def draft(self, news, k, lengths, draws):
+        ...         tokens = lengths.new_zeros(len(lengths), k)
+        ...         return Draft(tokens, tokens.int(), tokens - 1, lengths=lengths)
     """
 
-    needs_hidden: bool
     vocab_size: int | None
     block: int
+    most: int | None = None
+    steps: int | None = None
+    needs_hidden: bool = False
+    target_layers: tuple[int, ...] = ()
+    reads: bool = False
+    capturable: bool = False
 
-    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
-        """Forget everything. `capacity`: most tokens a row can have, prompt included."""
+    def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:  # noqa: B027
+        """Forget everything.
 
-    def forget(self, rows: list[int]) -> None:
-        """Other sequences take the places of these rows; their prompts are in the next news."""
+        Args:
+            batch: rows.
+            capacity: most tokens that a row can have, prompt included.
+            sampling: of the rows; `sampling.parameters` are what the ops take. They change in place
+                when a row is admitted.
+        """
 
+    def forget(self, rows: list[int]) -> None:  # noqa: B027
+        """Forget these rows: other sequences take their places."""
+
+    def read(self, rows: slice, news: News) -> None:
+        """Learn what was committed to some rows, without drafting.
+
+        Prompts come in chunks if the drafter needs states: those of a whole prompt would fill the
+        memory. 512 tokens of SmolLM2 with four states each are 4.7 MB a row in fp32. The last token
+        of a prompt is left for `draft`, as is the last one committed.
+
+        Args:
+            rows: of the batch.
+            news: of these rows alone; `longest` is at least the tokens that they have now.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads prompts, but has no `read`")
+
+    @abstractmethod
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         """Propose up to `lengths[b]` <= k tokens for row b.
 
@@ -97,27 +137,6 @@ class Drafter(Protocol):
 
         Returns:
             a Draft of at most k columns, whose `lengths` are at most those given.
-        """
-
-
-class StateDrafter(Drafter, Protocol):
-    """A drafter with `needs_hidden`: it reads the target's states.
-
-    Attributes:
-        target_layers: layers whose residual streams `News.hidden` is to hold, counted from 1, after
-            the embedding; left out if the lm head's input will do.
-    """
-
-    def read(self, rows: slice, news: News) -> None:
-        """Learn what was committed to some rows, without drafting.
-
-        Prompts come in chunks, since all their states together would fill the memory: 512 tokens of
-        SmolLM2 with four states each are 4.7 MB a row in fp32. The last token of a prompt is left
-        for `draft`, as is the last one committed.
-
-        Args:
-            rows: of the batch.
-            news: of these rows alone; `longest` is at least the tokens that they have now.
         """
 
 

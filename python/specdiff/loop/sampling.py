@@ -1,6 +1,6 @@
-"""How tokens are drawn: temperature, top-k, top-p, min-p, and one seed per sequence.
+"""Sampling: temperature, top-k, top-p and min-p of a sequence or of each row, and row seeds.
 
-The values are batch-wide; seeds are per sequence, so that a text never depends on batch mates.
+Seeds are per sequence, so that a text never depends on batch mates.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+
+import torch
+from torch import Tensor
 
 SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so all rows of a batch get different keys
 WORD = 1 << 64
@@ -64,6 +67,71 @@ class Sampling:
         """The exact rule of `specdiff_kernels.verify` that accepts most: block verification
         (2403.10444), which reads every row of a draft; token by token where that is as good."""
         return "token" if self.greedy else "block"
+
+
+class RowSampling:
+    """The parameters of each row of a session, in memory that every round reads.
+
+    A parameter that no row uses stays None, which is cheaper for the ops.
+
+    Args:
+        common: of all rows, until `admit` gives them their own.
+        rows: B.
+        device: of the session.
+    """
+
+    def __init__(self, common: Sampling, rows: int, device: torch.device) -> None:
+        self.each = [common] * rows
+        self.common = common
+        self.tensors: dict[str, Tensor] = {}  # by name, those that some row has used
+        self.device = device
+        self._write(slice(0, rows), self.each)
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """temperature f32, top_k i64, top_p f32 and min_p f32 [B], as the ops take them."""
+        get = self.tensors.get
+        return self.tensors["temperature"], get("top_k"), get("top_p"), get("min_p")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether all rows are."""
+        return all(sampling.greedy for sampling in self.each)
+
+    def without_greedy(self) -> tuple[Tensor | None, ...]:
+        """`parameters`, but those of greedy rows are of temperature 1 without truncation."""
+        greedy = self.tensors["temperature"] == 0
+        return tuple(
+            self.tensors[name].masked_fill(greedy, off) if name in self.tensors else None
+            for name, (_, off) in ROW_PARAMETERS.items()
+        )
+
+    def admit(self, rows: slice, each: Sequence[Sampling]) -> bool:
+        """Change some rows' parameters. Returns whether `parameters` are other tensors now."""
+        before = len(self.tensors)
+        self.each[rows] = each
+        self._write(rows, each)
+        return len(self.tensors) > before
+
+    def _write(self, rows: slice, each: Sequence[Sampling]) -> None:
+        for name, (dtype, off) in ROW_PARAMETERS.items():
+            values = [getattr(sampling, name) for sampling in each]
+            if name not in self.tensors:
+                if all(value is None for value in values):
+                    continue
+                whole = torch.full((len(self.each),), off, dtype=dtype, device=self.device)
+                self.tensors[name] = whole
+            filled = [off if value is None else value for value in values]
+            self.tensors[name][rows] = torch.tensor(filled, dtype=dtype, device=self.device)
+
+
+# name -> dtype, and the value that turns it off
+ROW_PARAMETERS: dict[str, tuple[torch.dtype, float]] = {
+    "temperature": (torch.float32, 1.0),
+    "top_k": (torch.int64, 0),
+    "top_p": (torch.float32, 1.0),
+    "min_p": (torch.float32, 0.0),
+}
 
 
 def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:

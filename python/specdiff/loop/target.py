@@ -26,7 +26,6 @@ from .recorder import Recorder
 
 SUPPORTED = ("gemma", "gpt2", "gpt_neo", "llama", "mistral", "qwen2")
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # one rescaling for the whole batch
-PREFILL_CHUNK = 512
 
 
 class Target:
@@ -53,6 +52,8 @@ class Target:
         >>> cache = target.new_cache(batch=1, capacity=64)
         >>> logits, hidden = target.forward(torch.tensor([[1, 2, 3]]), cache)
     """
+
+    prefill_chunk = 512  # tokens of a prompt that one forward reads
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class Target:
         layers: Sequence[int] = (),
         heard: Callable[[int, Tensor], None] | None = None,
     ) -> None:
-        """Read prompts into an empty cache, in chunks of PREFILL_CHUNK, without computing logits.
+        """Read prompts into an empty cache, in chunks of `prefill_chunk`, without computing logits.
 
         Args:
             tokens: i64 [B, N], right-padded.
@@ -227,9 +228,9 @@ class Target:
         longest = int(counts.max())
         width = (len(layers) + 1) * self.hidden_size
         before = torch.zeros(len(tokens), 1, width, dtype=self.dtype, device=self.device)
-        for start in range(0, longest, PREFILL_CHUNK):
+        for start in range(0, longest, self.prefill_chunk):
             cache.set_lengths(torch.full_like(counts, start), start, room=counts)
-            chunk = tokens[:, start : min(start + PREFILL_CHUNK, longest)]
+            chunk = tokens[:, start : min(start + self.prefill_chunk, longest)]
             states = self.hidden(chunk, cache, start, layers=layers)
             if heard is not None:
                 states = torch.cat((before, states), 1)

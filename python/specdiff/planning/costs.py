@@ -26,8 +26,8 @@ from ..download import home_folder
 from ..files import stamped, write_atomically
 from ..loop.chooser import Wanted
 from ..loop.decoder import Decoder
-from ..loop.drafter import Draws, News
-from ..loop.sampling import Sampling
+from ..loop.drafter import Drafter, Draws, News
+from ..loop.sampling import RowSampling, Sampling
 from ..loop.session import Session
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # lengths of drafts that are tried
@@ -170,14 +170,13 @@ class Probe:
         return draft
 
 
-class Guesses:
+class Guesses(Drafter):
     """Drafts as many tokens as it may, whatever they are."""
 
-    needs_hidden = False
     vocab_size: int | None = None
     block = 1
 
-    def start(self, batch: int, capacity: int, sampling: Sampling) -> None:
+    def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
         pass
 
     def forget(self, rows: list[int]) -> None:
@@ -222,27 +221,19 @@ def measure(
     drafter = decoder.drafter
     if drafter is None:
         raise ValueError("decoder: expected one with a drafter, got plain decoding")
-    most = min(getattr(drafter, "most", KS[-1]), decoder.target.context_limit // 4)
+    most = min(drafter.most or KS[-1], decoder.target.context_limit // 4)
     if ks is None:
         ks = [k for k in KS if k <= max(8, drafter.block)]
-    taken = steps if hasattr(drafter, "steps") else (0,)
+    taken = (0,) if drafter.steps is None else steps
     plans = [Plan(k, T) for k in ks for T in taken if T <= k <= most]
     if not plans:
         raise ValueError(
             f"nothing to measure: this drafter drafts 1 to {most} tokens, in no more steps; got "
             f"ks={list(ks)}, steps={list(steps)}"
         )
-    before = getattr(drafter, "steps", None)
+    before = drafter.steps
     probe = Probe(max(plan.k for plan in plans))
-    own = Decoder(
-        decoder.target,
-        drafter,
-        probe,
-        decoder.rule,
-        lenience=decoder.lenience,
-        record=decoder.record,
-        backend=decoder.backend,
-    )
+    own = decoder.replace(k=probe)
     if prompts is not None and not prompts:
         raise ValueError("prompts must hold at least one prompt, got none; None: the first token")
     if prompts is None:
@@ -253,11 +244,10 @@ def measure(
     try:
         costs = probed(own, probe, [PLAIN, *plans], prompts, batch, sampling)
     finally:
-        if before is not None:
-            drafter.steps = before  # type: ignore[attr-defined]
+        drafter.steps = before
     if not all(map(math.isfinite, costs.verify)):
         # it hardly ever drafts as much as it may: what rounds cost then is seen with guesses
-        guesses = Decoder(decoder.target, Guesses(), probe, backend=decoder.backend)
+        guesses = Decoder(decoder.target, Guesses(), probe, backend=decoder.settings.backend)
         widths = [PLAIN, *(Plan(k, 0) for k in dict.fromkeys(plan.k for plan in plans))]
         seen = probed(guesses, probe, widths, prompts, batch, sampling)
         by_k = dict(zip((plan.k for plan in widths), seen.verify, strict=True))
@@ -365,8 +355,8 @@ def kept_costs(
     """
     key = {
         **{name: stamped(value) for name, value in names.items()},
-        "rule": [decoder.rule, str(decoder.lenience)],
-        "record": decoder.record,
+        "rule": [decoder.settings.rule, str(decoder.settings.lenience)],
+        "record": decoder.settings.record,
         "batch": batch,
         "sampling": None if sampling is None else sampling.parameters,
         "ks": None if ks is None else list(ks),

@@ -97,13 +97,9 @@ def measured_speed_ups(
     """Tokens per second of plans over plain decoding's: the median over prompts, taking turns."""
 
     decoders = {
-        plan: Decoder(
-            decoder.target,
-            decoder.drafter if plan.k else None,
-            Planner(costs, ks=(plan.k,), steps=(plan.steps,)),
-            decoder.rule,
-            lenience=decoder.lenience,
-            record=decoder.record,
+        plan: decoder.replace(
+            drafter=decoder.drafter if plan.k else None,
+            k=Planner(costs, ks=(plan.k,), steps=(plan.steps,)),
         )
         for plan in (PLAIN, *plans)
     }

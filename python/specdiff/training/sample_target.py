@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from rich.progress import Progress
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..files import digest, keep_settings, model_digest, write_atomically
@@ -135,20 +133,6 @@ def draw(seed: int, index: int, what: str, attempt: int = 0) -> int:
     """
     said = f"{seed} {index} {what} {attempt}".encode()
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
-
-
-class RowTemperatures(Sampling):
-    """Plain sampling from the target, at a temperature for each place of a session."""
-
-    each: Tensor  # f32 [rows], written in place
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        super().__init__(temperature=1.0)
-        object.__setattr__(self, "each", torch.ones(rows, device=device))
-
-    @property
-    def parameters(self) -> Any:
-        return self.each, None, None, None
 
 
 def sample_conversations(
@@ -363,7 +347,7 @@ class Sampler:
         self, indices: range, texts: list[str] | None, progress: Progress, task: Any
     ) -> dict[str, np.ndarray]:
         """Conversations of these indices, from their lines or documents, as arrays."""
-        session, sampling = self.open()
+        session = self.open()
         if texts is None:
             waiting = deque(self.message(i, 0) for i in indices)
         else:
@@ -384,42 +368,37 @@ class Sampler:
             free = [b for b, row in enumerate(places) if row is None][: len(waiting)]
             for run in adjacent(free):
                 rows = [waiting.popleft() for _ in run]
-                self.admit(session, sampling, run.start, rows)
+                self.admit(session, run.start, rows)
                 places[run.start : run.stop] = rows
             if any(places):
                 session.step()
         return self.arrays(indices, finished)
 
-    def open(self) -> tuple[Session, RowTemperatures]:
+    def open(self) -> Session:
         """A fresh session, whose rows end where a turn does, the user's or the target's."""
         target = self.decoder.target
         ends = set(target.stop_tokens)
         if self.turn is not None:
             ends.add(self.turn.end)
-        sampling = RowTemperatures(self.batch, target.device)
-        session = self.decoder.open(
+        return self.decoder.open(
             self.batch,
             self.plan.max_length,
-            sampling=sampling,
+            sampling=Sampling(1.0),
             stop_tokens=sorted(ends),
             capture=self.captures,
         )
-        return session, sampling
 
-    def admit(
-        self, session: Session, sampling: RowTemperatures, first: int, rows: list[Row]
-    ) -> None:
+    def admit(self, session: Session, first: int, rows: list[Row]) -> None:
         """Let the places of the session from `first` on begin with rows, in one prefill."""
         prompts = [row.prompt for row in rows]
         ends = [self.plan.max_length if row.attempt is None else self.room for row in rows]
-        least = min(end - len(prompt) for end, prompt in zip(ends, prompts, strict=True))
-        seeds = [self.seed(row) for row in rows]
-        session.admit(prompts, first=first, max_new_tokens=least, seed=seeds)
-        # in place, as captured rounds read them; `admit` knows one number of new tokens for all
-        places = slice(first, first + len(rows))
-        session.limit[places] = torch.tensor(ends, device=session.device) - 1
-        temperatures = torch.tensor([self.temperature(row) for row in rows])
-        sampling.each[places] = temperatures.to(session.device)
+        session.admit(
+            prompts,
+            first=first,
+            max_new_tokens=[end - len(prompt) for end, prompt in zip(ends, prompts, strict=True)],
+            seed=[self.seed(row) for row in rows],
+            sampling=[Sampling(self.temperature(row)) for row in rows],
+        )
 
     def seed(self, row: Row) -> int:
         what = "answer" if row.attempt is None else "message"
