@@ -80,6 +80,18 @@ def test_links_and_paths(page):
     assert not missing
 
 
+def anchors(page):
+    """What a link may name behind #: each heading, in small letters, with - for a space."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings(page):
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    assert all(anchor in anchors(page.parent / to if to else page) for to, anchor in links)
+
+
 @pytest.mark.parametrize("command", re.findall(r"^make (\w+)", README, re.M))
 def test_make_targets(command):
     assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.M)
