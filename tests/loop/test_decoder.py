@@ -625,3 +625,58 @@ def test_a_distribution_that_contradicts_the_draft_is_an_error(target):
 
     with pytest.raises(DistributionError, match="no weight in the draft distribution"):
         Decoder(target, Liar(3), 2).generate([1, 2])
+
+
+def test_one_call_takes_names_and_folders(tmp_path, tiny_tokenizer):
+    model = tiny_model("llama", vocab=len(tiny_tokenizer))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    want = generate(Target(model), None, PROMPTS, max_new_tokens=9)
+    got = generate(tmp_path, "prompt-lookup", PROMPTS, max_new_tokens=9)
+    assert got.new_tokens == want.new_tokens and want.texts is None
+    assert got.texts == [tiny_tokenizer.decode(row) for row in got.new_tokens]
+    with pytest.raises(TypeError, match=r"drafter must be .*, got 'prompt-lookup': .*load_drafter"):
+        Decoder(Target(model), "prompt-lookup")
+    with pytest.raises(TypeError, match=r"target must be a specdiff.Target, got None: Target.load"):
+        Decoder(None)
+    with pytest.raises(TypeError, match=r"k must be an integer, .*, got True"):
+        Decoder(Target(model), PromptLookup(), True)
+
+
+def test_rows_may_have_limits_and_sampling_of_their_own(target):
+    """Beside each other, each row's text is that of the row decoded alone."""
+    ways = [Sampling(0.0), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.0, top_p=0.8)]
+    limits, prompts = [5, 12, 7, 9], [PROMPTS[i % len(PROMPTS)] for i in range(4)]
+    decoder = Decoder(target, PromptLookup(), 3)
+    session = decoder.open(4, 60, sampling=Sampling(1.0), stop_tokens=[])
+    session.admit(prompts, max_new_tokens=limits, seed=[3, 4, 5, 6], sampling=ways)
+    while not all(session.done):
+        session.step()
+    for b, (prompt, way, limit) in enumerate(zip(prompts, ways, limits, strict=True)):
+        alone = decoder.generate(
+            prompt, max_new_tokens=limit, sampling=way, seed=[3 + b], stop_tokens=[]
+        )
+        assert session.texts[b] == alone.sequences[0]
+    with pytest.raises(ValueError, match=r"max_new_tokens must be one value or one for each of 1"):
+        session.admit([prompts[0]], max_new_tokens=[3, 4])
+
+
+def test_a_drafter_with_a_model_reads_a_prompt_in_its_own_row(target, monkeypatch):
+    """And not over all rows of the batch."""
+    drafter = Autoregressive(target.model)
+    session = Decoder(target, drafter, 2).open(6, 60, stop_tokens=[])
+    seen = []
+    hidden = drafter.model.hidden
+
+    def counted(tokens, *arguments, **options):
+        seen.append(tuple(tokens.shape))
+        return hidden(tokens, *arguments, **options)
+
+    monkeypatch.setattr(drafter.model, "hidden", counted)
+    prompt = [t % target.vocab_size for t in range(1, 41)]
+    session.admit([prompt], first=3, max_new_tokens=8)
+    while not session.done[3]:
+        session.step()
+    assert seen[0] == (1, 39) and max(width for _, width in seen[1:]) <= 3
+    alone = Decoder(target).generate(prompt, max_new_tokens=8, stop_tokens=[])
+    assert session.texts[3] == alone.sequences[0]
