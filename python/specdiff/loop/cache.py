@@ -32,7 +32,7 @@ class Window:
     tables: Tensor | None = None  # i32 [B, M], blocks of a paged cache up to the span
     gathers: bool = True  # whether a paged cache's layers return rows, or their pool as it is
     exact: bool = True  # whether `longest` is the maximum, not a bound
-    cached: dict[Any, Any] = field(default_factory=dict)  # what attention made of all this
+    cached: dict[Any, Any] = field(default_factory=dict)  # by attention functions, for one forward
 
     @classmethod
     def empty(cls, batch: int, device: torch.device | str) -> Window:

@@ -35,7 +35,7 @@ class Chooser(Protocol):
         """Other sequences take the places of these rows."""
 
     def want(self, most: int) -> Wanted:
-        """What to draft in the coming round, K at most `most`."""
+        """Choose the draft of the coming round, K at most `most`."""
 
     def update(
         self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]

@@ -1,7 +1,7 @@
 """Decoder: whole texts from prompts, by sessions of rounds.
 
-Every emitted token follows the target's distribution exactly, whatever the drafter proposes; but
-for the lenient rule, whose distance from it `Stats.bias` counts.
+Every emitted token follows the target's distribution exactly, whatever the drafter proposes. The
+lenient rule is the exception: `Stats.bias` says how far from it the text may be.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .target import Target
 
 
 class Tokenizer(Protocol):
-    """What stop strings and texts need of a tokenizer; any Hugging Face tokenizer has it."""
+    """The method of a tokenizer that stop strings and texts need. Hugging Face's have it."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
 
@@ -61,16 +61,16 @@ class Decoder:
     Args:
         target: the model whose distribution the text follows.
         drafter: what proposes tokens; None is plain decoding by the same implementation.
-        k: most tokens drafted per round, at least 1; None: the drafter's own choice; an AdaptiveK
-            or a Planner chooses anew in every round. Fewer near the end of a row.
+        k: most tokens drafted per round, at least 1; fewer near the end of a row. None: the
+            drafter's own block. An AdaptiveK or a Planner chooses anew in every round.
         rule: how `specdiff_kernels.verify` judges a draft: "token", "block", "greedy", "coupled" or
             "lenient". With "coupled" the text is that of plain decoding under this rule with the
-            same seed. With "lenient" it does not follow the target's distribution exactly: the
-            distance between the two distributions of the text is at most the mean of `Stats.bias`.
+            same seed. With "lenient" the text does not follow the target's distribution exactly:
+            the total variation between the two is at most the mean of `Stats.bias`.
         lenience: how lenient the lenient rule is, see `specdiff_kernels.Lenience`; an amount for
             each row of the batch, or one for all.
-        record: which recorded distributions count, see `specdiff_kernels.verify`; None: all that
-            may.
+        record: which recorded distributions count, see `specdiff_kernels.verify`; None: all valid
+            ones.
         backend: of the ops; None chooses.
         tokenizer: with `decode`, as Hugging Face's; needed for stop strings and texts. None: the
             target's own, if it has one.
@@ -161,8 +161,8 @@ class Decoder:
         stop_strings: str | Sequence[str] | None = None,
         **options: Any,
     ) -> Iterator[Step]:
-        """Decode, yielding whenever the host looks: after every round, unless told otherwise. Rows
-        that have finished idle until all have.
+        """Decode, and yield a step whenever the host looks: after every round, unless told
+        otherwise. Finished rows idle until all rows have finished.
 
         A row's prompt and continuation together never exceed the target's context.
 
@@ -172,8 +172,9 @@ class Decoder:
             sampling: None is greedy.
             seed: one int, from which each row gets its own (see `row_seeds`), or one per row.
             stop_tokens: ids that end a row and are kept; None: the model's own end of sequence.
-            stop_strings: text that ends a row, one or several; it keeps its tokens up to the one
-                completing it. Special tokens are not part of the text: name them in stop_tokens.
+            stop_strings: one or several texts that end a row. The row keeps the tokens up to the
+                one that completes it. Special tokens are not part of the text: name them in
+                stop_tokens.
             options: of `open`; `ends` not together with stop strings.
 
         Raises:
@@ -207,8 +208,8 @@ class Decoder:
         stop_tokens: Sequence[int] | None = None,
         **options: Any,
     ) -> Session:
-        """A batch of empty places, for prompts that come and go; see `Session`. A drafter
-        serves one session at a time.
+        """Open a session: a batch of empty places for prompts that come and go. A drafter serves
+        one session at a time.
 
         Args:
             rows: places.

@@ -1,4 +1,4 @@
-"""What a run did: steps as they come, counts and times in total."""
+"""Stats: the steps of a run as they come, and its counts and times in total."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ STAGES = ("prefill", "draft", "target", "verify", "commit")
 
 
 class Step(NamedTuple):
-    """What the rounds since the last step brought, a list entry per row.
+    """Results of the rounds since the last step, with a list entry per row.
 
-    That is one round, unless the host looks less often; [] and 0 for rows that had finished.
+    That is one round, unless the host looks less often. Entries of finished rows are [] and 0.
     """
 
     tokens: list[list[int]]  # kept tokens; of a round: drafted ones, then at most one more
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Stats:
-    """Totals over a run. Prefill counts in `seconds` alone, not as a target forward."""
+    """Totals over a run. Prefill counts in `seconds` only, not as a target forward."""
 
     target_forwards: int = 0  # rounds
     row_forwards: int = 0  # rounds times the rows that were active in them

@@ -1,8 +1,8 @@
 """Target: a Hugging Face causal language model that decodes ragged rows over a RowCache.
 
-One forward takes [B, Q] tokens, each row at its own position. Models are given masks and positions,
-or an attention function by its name, and run unmodified; but for GPT-Neo, which derives masks from
-shapes and knows no attention interface: its attention is taken over.
+One forward takes [B, Q] tokens, each row at its own position. Models run unmodified: they are given
+masks and positions, or an attention function by its name. GPT-Neo is the exception. It derives masks
+from shapes and has no attention interface, so its attention is replaced.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What a model calls the cache that it is given: transformers renamed it in 5.24."""
+    """Name of the model's argument for its cache. transformers renamed it in 5.24."""
     parameters = inspect.signature(model.base_model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 

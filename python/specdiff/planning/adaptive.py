@@ -1,4 +1,4 @@
-"""AdaptiveK: each row drafts as many tokens as its own acceptance so far is good for."""
+"""AdaptiveK: the length of each row's draft follows its own acceptance so far."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ class AdaptiveK:
     that the text still follows the target's distribution exactly.
 
     A row drafts the most tokens for which the last would still be reached and accepted with
-    probability `least_chance`, given its acceptance so far, weighted towards the recent. Drafted
-    positions from the first one on whose distribution has more entropy than `max_entropy` are
-    withheld.
+    probability `least_chance`, given its acceptance so far, weighted towards recent rounds. The
+    draft is cut before the first position whose distribution has more entropy than `max_entropy`.
 
     Args:
         most: K is at most this; None: the drafter's own block.
         least_chance: in (0, 1).
-        max_entropy: in nats; None: no limit. Only positions count that the drafter's first step
-            measured, which are those that it read: all under the orders "analytic", "euler",
-            "entropy" and "confidence" and in one step, else those that it revealed.
+        max_entropy: in nats; None: no limit. Only positions that the drafter's first step measured
+            count. It measures all positions under the orders "analytic", "euler", "entropy" and
+            "confidence" and in a single step, otherwise those that it reveals.
 
     Raises:
         ValueError: an argument out of its range.
@@ -55,17 +54,17 @@ class AdaptiveK:
         self.max_entropy = max_entropy
 
     def start(self, batch: int) -> None:
-        """Forget everything; each row begins with one token accepted of two."""
+        """Forget everything. Each row begins as if one of two tokens had been accepted."""
         self.accepted = [1.0] * batch
         self.examined = [2.0] * batch
 
     def forget(self, rows: Sequence[int]) -> None:
-        """The same for some rows, whose places others take."""
+        """Forget some rows, whose places other sequences take."""
         for b in rows:
             self.accepted[b], self.examined[b] = 1.0, 2.0
 
     def want(self, most: int) -> Wanted:
-        """Always as wide, so that a row's draft does not depend on its batch mates."""
+        """The width is constant, so that a row's draft does not depend on its batch mates."""
         return Wanted(self.choose(most), most)
 
     def choose(self, most: int) -> list[int]:
@@ -78,7 +77,7 @@ class AdaptiveK:
     def update(
         self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
     ) -> None:
-        """Learn how many tokens of each row were accepted; the one behind them was not."""
+        """Learn that row b accepted `accepted[b]` tokens, and rejected the next if it had one."""
         for b, (proposed, passed) in enumerate(zip(drafted, accepted, strict=True)):
             for i in range(min(passed + 1, proposed)):
                 self.accepted[b] = MEMORY * self.accepted[b] + (i < passed)

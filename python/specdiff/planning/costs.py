@@ -32,13 +32,13 @@ from ..loop.session import Session
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # lengths of drafts that are tried
 STEPS = (1, 2, 4, 8, 16)
-ROUNDS = 240  # when costs are measured, of all plans
-TURNS = 8  # at least so many of each plan
-TOKENS = 64  # of each text that is decoded for it
+ROUNDS = 240  # of all plans together, while costs are measured
+TURNS = 8  # least rounds of each plan
+TOKENS = 64  # of each text that is decoded for the measurement
 PATIENCE = 30.0  # seconds after which no plan is measured again
-ALIKE = 32.0  # examined tokens under one T that say as much of it as those under all T
-NEAR = 8.0  # examined tokens of a position that say as much of it as the position before does
-PRIOR = 24.0  # most examined tokens that what was seen then counts for
+ALIKE = 32.0  # examined tokens under one T that weigh as much as those under all T
+NEAR = 8.0  # examined tokens of a position that weigh as much as the position before it
+PRIOR = 24.0  # most examined tokens that the prior counts for
 
 
 class Plan(NamedTuple):
@@ -53,17 +53,18 @@ PLAIN = Plan(0, 0)
 
 @dataclass(frozen=True)
 class Costs:
-    """What rounds of a pair of models cost on a machine, and what was accepted meanwhile.
+    """Costs of rounds of a pair of models on a machine, and the acceptance seen meanwhile.
 
     Attributes:
         batch: rows decoded together.
-        plans: what was measured: (0, 0), then K and T.
-        draft: seconds of each plan's drafting.
-        verify: seconds of the rest of its round, with all K tokens drafted; they depend on K alone.
-        examined: by T, how often position 1, 2, ... was examined: all before it were accepted.
-        accepted: by T, how often its token was accepted; where none was drafted, it was not.
-        share: by T, how many tokens were drafted of those that were wanted.
-        first: seconds that a text's first draft takes more: in it the drafter reads the prompt.
+        plans: the measured plans: (0, 0), then pairs of K and T.
+        draft: seconds that each plan's drafting takes.
+        verify: seconds of the rest of its round, with all K tokens drafted. They depend on K only.
+        examined: for each T, how often position 1, 2, ... was examined, which means that all
+            positions before it were accepted.
+        accepted: for each T, how often its token was accepted. A missing token was not accepted.
+        share: for each T, the share of wanted tokens that were drafted.
+        first: extra seconds of a text's first draft, in which the drafter reads the prompt.
     """
 
     batch: int
@@ -113,11 +114,11 @@ class Costs:
         return plain + share * (self.verify[self.plans.index(plan)] - plain)
 
     def acceptances(self, steps: int, most: int) -> list[tuple[float, float]]:
-        """Prior of positions 1 .. most under T steps: mean and how many tokens it counts for.
+        """Prior of positions 1 .. most under T steps: its mean, and the tokens it counts for.
 
-        What was seen under T alone is drawn towards what was seen under all T: of many T with few
-        tokens each the best would else be the luckiest. Positions that were hardly examined are
-        thought to be like the one before them.
+        The acceptance under one T is shrunk towards that under all T. Otherwise, among many T with
+        few tokens each, the best would be the luckiest. A position that was hardly examined is
+        taken to be like the one before it.
         """
         prior, mean, weight = [], 0.5, 2.0
         for i in range(most):

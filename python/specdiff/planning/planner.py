@@ -1,8 +1,8 @@
 """Planner: how many tokens to draft in how many steps, chosen anew in every round.
 
 A round of K tokens drafted in T steps costs c(T, K) + v(K) seconds and brings E(K) tokens
-(`specdiff.theory`). The costs are measured once for a pair of models on a machine, what is accepted
-is learnt on the way; where no draft pays, none is made.
+(`specdiff.theory`). The costs are measured once for a pair of models on a machine. Acceptance is
+learnt while decoding. No draft is made where none pays.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ OPTIMISM = 2.0  # standard deviations by which acceptances might be higher
 
 
 class Planner:
-    """Chooses K and T of each round, for all rows alike, so that most tokens come in a second.
+    """Chooses K and T of each round, the same for all rows, for the most tokens per second.
 
-    It looks at what was accepted in earlier rounds alone, so that the text still follows the
-    target's distribution exactly. The chance that position i is accepted, given that it is
-    examined, has a Beta posterior for each T. It begins anew with each session, at what was seen
-    when the costs were measured, and forgets slowly; where other T are accepted less than they were
-    then, so will this one be. A plan that might be better than the best one known is tried, for at
-    most a hundredth of the time. Give it to a `Decoder` as its k; it sets the drafter's
-    `steps`.
+    It looks at the acceptance of earlier rounds only, so the text still follows the target's
+    distribution exactly. The chance that position i is accepted, given that it is examined, has a
+    Beta posterior for each T. Every session starts from the acceptance seen when the costs were
+    measured, and forgets slowly. If other T are accepted less often than they were then, this T is
+    expected to be, too. A plan that might beat the best known one is tried, for at most a hundredth
+    of the time. Give it to a `Decoder` as its k. It sets the drafter's `steps`.
 
     Args:
         costs: as `measure` finds them, for as many rows as the session has.
@@ -87,7 +86,7 @@ class Planner:
         self.plan = PLAIN
 
     def forget(self, rows: Sequence[int]) -> None:
-        """Rows that other sequences take the places of: what was learnt holds for them too."""
+        """Does nothing: the acceptance learnt from earlier sequences holds for new ones, too."""
 
     def posterior(self, steps: int) -> list[tuple[float, float]]:
         """Mean and standard deviation of the acceptance at positions 1, 2, ... under T steps."""
@@ -100,7 +99,7 @@ class Planner:
         return result
 
     def others(self, steps: int, i: int) -> float:
-        """What was accepted at a position under other T, over what their priors foretold."""
+        """Acceptance at a position under other T, relative to their priors."""
         seen = foretold = SURE
         for T, prior in self.prior.items():
             if steps != T:
@@ -109,7 +108,7 @@ class Planner:
         return seen / foretold
 
     def seconds(self, plan: Plan) -> float:
-        """What a round is expected to cost."""
+        """Expected cost of a round."""
         if plan == PLAIN:
             return self.costs.rest(plan, 0.0)
         share = self.drafted[plan.steps] / self.wanted[plan.steps]
@@ -147,7 +146,7 @@ class Planner:
     def update(
         self, wanted: Sequence[int], drafted: Sequence[int], accepted: Sequence[int]
     ) -> None:
-        """Learn from a round; a token that was wanted and not drafted was not accepted."""
+        """Learn from a round. A token that was wanted but not drafted counts as not accepted."""
         if self.plan == PLAIN:
             return
         steps = self.plan.steps

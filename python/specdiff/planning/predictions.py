@@ -15,7 +15,7 @@ from .planner import Planner
 
 
 class Prediction(NamedTuple):
-    """What to expect of a plan, costs in units of a plain round."""
+    """Expected costs, tokens and speed-up of a plan; costs are in units of a plain round."""
 
     plan: Plan
     draft: float
@@ -25,7 +25,8 @@ class Prediction(NamedTuple):
 
 
 def predictions(costs: Costs) -> list[Prediction]:
-    """By what was accepted when the costs were measured, best first; plain decoding is 1."""
+    """Predictions from the acceptance seen when the costs were measured, best first; plain decoding
+    is 1."""
     plain = costs.verify[costs.plans.index(PLAIN)]
     rows = []
     for plan, draft in zip(costs.plans, costs.draft, strict=True):
@@ -38,15 +39,18 @@ def predictions(costs: Costs) -> list[Prediction]:
 
 
 class Need(NamedTuple):
-    """What a wanted speed-up asks for."""
+    """The acceptance, or the draft cost, that a wanted speed-up needs."""
 
     wanted: float
-    acceptance: tuple[float, Plan] | None  # the least constant one; None: 1 is too low
-    draft_cost: tuple[float, Plan] | None  # the most, as accepted now; None: 0 is too much
+    acceptance: tuple[float, Plan] | None  # the least constant one; None: unreachable even at 1
+    draft_cost: (
+        tuple[float, Plan] | None
+    )  # the most, at today's acceptance; None: even 0 is too much
 
 
 def needs(costs: Costs, wanted: Sequence[float] = (2.0, 4.0, 8.0)) -> list[Need]:
-    """What acceptance these costs, or what drafter's cost these acceptances, would need."""
+    """For each wanted speed-up, the acceptance it needs at these costs, and the draft cost it needs
+    at this acceptance."""
     rows = [row for row in predictions(costs) if row.plan != PLAIN]
     result = []
     for speed in wanted:
@@ -68,7 +72,7 @@ def needs(costs: Costs, wanted: Sequence[float] = (2.0, 4.0, 8.0)) -> list[Need]
 def as_dict(
     rows: Sequence[Prediction], measured: dict[Plan, float], wanted: Sequence[Need]
 ) -> dict[str, Any]:
-    """What `specdiff plan --json` prints."""
+    """The JSON of `specdiff plan --json`."""
 
     def found(need: tuple[float, Plan] | None) -> dict[str, Any] | None:
         return None if need is None else {"value": need[0], **need[1]._asdict()}
@@ -94,8 +98,7 @@ def measured_speed_ups(
     tokens: int,
     sampling: Sampling | None = None,
 ) -> dict[Plan, float]:
-    """Tokens per second of plans over plain decoding's: the median over prompts, taking turns."""
-
+    """Speed-up of each plan over plain decoding: the median over prompts. Plans take turns."""
     decoders = {
         plan: decoder.replace(
             drafter=decoder.drafter if plan.k else None,
