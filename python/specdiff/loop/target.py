@@ -1,8 +1,8 @@
 """Target: a Hugging Face causal language model that decodes ragged rows over a RowCache.
 
 One forward takes [B, Q] tokens, each row at its own position. Models run unmodified: they are given
-masks and positions, or an attention function by its name. GPT-Neo is the exception. It derives masks
-from shapes and has no attention interface, so its attention is replaced.
+masks and positions, or an attention function by its name. GPT-Neo is the exception. It derives
+masks from shapes and has no attention interface, so its attention is replaced.
 """
 
 from __future__ import annotations
