@@ -336,12 +336,12 @@ def kernel_for_attention(folder: Path) -> None:
 
 DETOURS = {
     only_pickled: "model.safetensors found in directory",
-    named_by_index: r"model\.safetensors\.index\.json names pytorch_model\.bin for weights",
-    named_by_config: r"config\.json names adapter_model\.bin for weights",
-    named_by_config_and_index: r"other\..*index\.json names pytorch_model\.bin for weights",
-    named_by_another_config: r"config\.json names adapter_model\.bin for weights",
-    in_an_adapter: r"adapters \(adapter_config\.json\) are not read",
-    kernel_for_attention: "someone/kernel.*code on Hugging Face's hub: leave it out",
+    named_by_index: r"model\.safetensors\.index\.json names pytorch_model\.bin as weights",
+    named_by_config: r"config\.json names adapter_model\.bin as weights",
+    named_by_config_and_index: r"other\..*index\.json names pytorch_model\.bin as weights",
+    named_by_another_config: r"config\.json names adapter_model\.bin as weights",
+    in_an_adapter: r"adapters \(adapter_config\.json\) are not supported",
+    kernel_for_attention: "someone/kernel.*code on Hugging Face's hub: remove it",
 }
 
 

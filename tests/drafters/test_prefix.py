@@ -251,7 +251,7 @@ def test_layers_and_ranks_out_of_range(more, message):
 
 def test_an_eagle_has_neither_layers_nor_head():
     for more in (LAYERS, {"head_rank": 4}):
-        with pytest.raises(ValueError, match="an eagle predicts the one state that it reads"):
+        with pytest.raises(ValueError, match="an eagle reads only the state that it predicts"):
             tiny_network("eagle", DRAFT_IDS, **more)
 
 

@@ -315,7 +315,7 @@ def test_other_settings_are_refused(tiny_tokenizer, tmp_path, small_shards):
     def again(texts=None, length=LENGTH, tokenizer=tiny_tokenizer, **options):
         prepare_rows(texts or documents(), tokenizer, length, tmp_path, **options)
 
-    with pytest.raises(ValueError, match="was made with length 16, not 8: repeat"):
+    with pytest.raises(ValueError, match="was made with length 16, not 8: use the same"):
         again(length=8)
     with pytest.raises(ValueError, match="was made with max_tokens None, not 640"):
         again(max_tokens=640)

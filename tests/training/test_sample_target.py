@@ -458,7 +458,7 @@ def test_other_settings_are_refused(decoder, model, tiny_tokenizer, lines, tmp_p
     def again(plan, batch=2, decoder=decoder):
         sample_conversations(decoder, tiny_tokenizer, tmp_path / "o", 2, plan, batch=batch)
 
-    with pytest.raises(ValueError, match="was made with seed 0, not 1: repeat what it was"):
+    with pytest.raises(ValueError, match="was made with seed 0, not 1: use the same settings"):
         again(Plan(lines, 30, seed=1))
     with pytest.raises(ValueError, match=r"was made with temperatures \[1.0\], not \[0.0\]"):
         again(Plan(lines, 30, (0.0,)))
