@@ -140,7 +140,9 @@ def test_nothing_is_a_speedup_over_plain_decoding_that_is_not_exact(models):
 
 
 def test_a_batch_without_prompts(models):
-    with pytest.raises(ValueError, match="at most the number of prompts, 4, got 5"):
+    with pytest.raises(
+        ValueError, match=r"batch must be in \[1, 4\], the number of prompts, got 5"
+    ):
         compare(models, Condition("chat", 0.0, 5, PROMPTS, 4), [])
 
 

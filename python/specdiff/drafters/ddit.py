@@ -356,9 +356,8 @@ class DDiT(nn.Module):
             tensors = load_file(folder / "model.safetensors")
             with torch.device("meta"):
                 network = cls(config)
-            owned = {
-                k: v.to(torch.float32, copy=True) for k, v in tensors.items()
-            }  # no view of the file
+            # copies, so that no weight is a view of the file
+            owned = {k: v.to(torch.float32, copy=True) for k, v in tensors.items()}
             network.load_state_dict(owned, assign=True)
         except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
