@@ -277,7 +277,7 @@ def test_lenience_prints_its_budget_and_promises_nothing(run, target, rule):
     sampled = run(*options, "--temperature", "1", "--record", "one-hot", drafter=target).stdout
     assert "the text no longer follows" in sampled and "identical" not in sampled
     assert re.search(r"total variation spent +│ +[1-9]", sampled)
-    assert re.search(r"for each token +│ +0\.\d", sampled)
+    assert re.search(r"per token +│ +0\.\d", sampled)
     greedy = run(*options, drafter=target).stdout
     assert re.search(r"total variation spent +│ +0\.0000 ", greedy)
     assert "no longer" not in greedy and "identical" not in greedy

@@ -108,7 +108,7 @@ def test_refused(tmp_path):
         read_texts("magic", "train")
     with pytest.raises(ValueError, match=r"has no train document: expected .md, .py, .txt files"):
         read_texts(str(tmp_path), "train")
-    with pytest.raises(ValueError, match=r"path goes with openwebtext, .* leave it out"):
+    with pytest.raises(ValueError, match=r"path is for openwebtext, .* only, .* omit it"):
         read_texts("stdlib", "train", path=tmp_path)
     with pytest.raises(ValueError, match=r"source must be 'cnn_dailymail', .* got 'lm1b'"):
         read_prompts("lm1b", "train")

@@ -339,9 +339,9 @@ def test_no_message_can_be_used(decoder, chat, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "need a chat template, and there is none: give a file of prompts"),
-        ("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "with something before"),
-        ("{% for m in messages %}<s>{{ m['content'] }}.{% endfor %}", "a special token behind"),
+        (None, "need a chat template, but there is none: use a file of prompts"),
+        ("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "with text before"),
+        ("{% for m in messages %}<s>{{ m['content'] }}.{% endfor %}", "a special token after"),
         ("{% for m in messages %}<s>{{ m['content'] | upper }}</s>{% endfor %}", None),
         ("<s>{{ messages[0]['content'] | lower }}</s>", "gives '<s>the-words"),
     ],
@@ -438,7 +438,7 @@ def test_another_passage_takes_the_place_of_one_that_is_held_out(
 def test_prompts_that_decoding_is_measured_on_are_refused(decoder, tiny_tokenizer, tmp_path):
     said = messages("chat")[0]
     (tmp_path / "lines").write_text(f"a fox\n\n {said} \nthe dog\n{messages('held-out')[0]}")
-    with pytest.raises(ValueError, match=r"lines must hold no prompt that .* in line 3, 5:"):
+    with pytest.raises(ValueError, match=r"lines holds prompts that .* in line 3, 5:"):
         sample_conversations(
             decoder, tiny_tokenizer, tmp_path / "o", 1, Plan(str(tmp_path / "lines"), 100)
         )
@@ -446,7 +446,9 @@ def test_prompts_that_decoding_is_measured_on_are_refused(decoder, tiny_tokenize
     (tmp_path / "texts").mkdir()
     for n in range(20):
         (tmp_path / "texts" / f"{n}.txt").write_text(f"{said}\n")
-    with pytest.raises(ValueError, match=r"got 'Why is the sky blue.*': leave it out"):
+    with pytest.raises(
+        ValueError, match=r"the document 'Why is the sky blue.*': remove the document"
+    ):
         sample_conversations(
             decoder, tiny_tokenizer, tmp_path / "o", 1, Plan(str(tmp_path / "texts"), 200)
         )
@@ -490,7 +492,7 @@ def test_arguments_out_of_range(decoder, tiny_tokenizer, lines, tmp_path):
         "first must be a multiple of 4, the size .* batch 2, got 2": {"first": 2, "batch": 2},
         "max_length must be at most 400, the target's context": {"plan": Plan(lines, 401)},
         "decoder must have no drafter": {"decoder": Decoder(decoder.target, PromptLookup())},
-        "empty is empty, expected a prompt": {"plan": Plan(str(tmp_path / "empty"), 30)},
+        "empty is empty, expected one prompt": {"plan": Plan(str(tmp_path / "empty"), 30)},
         "source must be a folder or one of sotu": {"plan": Plan("magic", 30)},
         "'fox fox .* leaves no room": {"plan": Plan(str(tmp_path / "long"), 30)},
     }.items():
