@@ -96,7 +96,7 @@ def test_without_a_device_it_says_so_and_fails():
         text=True,
     )
     assert done.returncode == 1
-    assert re.fullmatch(r"torch sees no CUDA device .*\n", done.stderr)
+    assert re.fullmatch(r"torch found no CUDA device .*\n", done.stderr)
 
 
 def test_program_on_cpu_tensors(no_gpu, tmp_path, capsys):
@@ -419,8 +419,8 @@ def test_bits_are_checked_on_every_round(case):
     [
         (Outcome([0, 5, 0], [0, 0, 0]), "more than 4"),
         (Outcome([0, -1, 0], [0, 0, 0]), "fewer than 0"),
-        (Outcome([0, 0, 0], [0, 200, 0]), r"outside of 0\.\.199"),
-        (Outcome([0, 0, 0], [0, -1, 0]), r"outside of 0\.\.199"),
+        (Outcome([0, 0, 0], [0, 200, 0]), r"outside 0\.\.199"),
+        (Outcome([0, 0, 0], [0, -1, 0]), r"outside 0\.\.199"),
     ],
 )
 def test_implausible_outcomes(batch_case, wrong, reason):
@@ -664,7 +664,7 @@ def test_a_row_that_waits_for_the_device_is_timed_on_the_stream(monkeypatch):
 
 def test_a_failed_capture_ends_the_program(monkeypatch):
     cuda = NotingCuda(monkeypatch)
-    with pytest.raises(SystemExit, match="row: no CUDA graph"):
+    with pytest.raises(SystemExit, match="row: could not be captured"):
         bench_gpu.make_ready("row", Noting(cuda, uncapturable=True))
 
 

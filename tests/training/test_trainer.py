@@ -59,7 +59,7 @@ def test_what_cannot_be_resumed_is_refused(new_trainer, tmp_path):
     tensors = load_file(path)
     about = {"step": "1", "recipe": json.dumps(dataclasses.asdict(RECIPE))}
     save_file({k: v for k, v in tensors.items() if k != "network.mask"}, path, about)
-    with pytest.raises(ValueError, match="is from another network \(mask differs\)"):
+    with pytest.raises(ValueError, match=r"is from another network \(mask differs\)"):
         new_trainer().resume(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is not a training checkpoint"):

@@ -114,9 +114,8 @@ class Controlled:
         self.sampling = sampling
         self.shape = batch, capacity
         self.unheard = set(range(batch))
-        self.earlier: dict[
-            int, list[int]
-        ] = {}  # row without a text yet -> tokens that `read` passed
+        # row whose prompt is not known yet -> tokens that `read` passed
+        self.earlier: dict[int, list[int]] = {}
         self.tokens: Any = None  # allocated with the rest at the first news, on its device
 
     def forget(self, rows: list[int]) -> None:

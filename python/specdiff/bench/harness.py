@@ -128,9 +128,8 @@ def figures(setting: Setting, plain: Setting, staged: Sequence[Run]) -> dict[str
     }
     if stats.drafted:
         result["alpha"] = stats.accepted / stats.drafted
-        result["alpha_k"] = (
-            stats.accepted / stats.examined_at[0]
-        )  # every draft's first token is examined
+        # per draft, since every draft's first token is examined
+        result["alpha_k"] = stats.accepted / stats.examined_at[0]
         result["acceptance"] = stats.acceptance
     if any(looked.seconds.values()):
         ms = {s: 1e3 * looked.seconds[s] / looked.target_forwards for s in STAGES[1:]}

@@ -144,9 +144,7 @@ READINGS = {  # readings of the paper's alpha -> conditional acceptance of each 
     "each": lambda alpha, k: alpha,  # as in Leviathan et al. (2211.17192)
 }
 DRAFTERS = {"standard": "gpt2", "specdiff": "sedd-small"}
-MEMORY_SHARE = (
-    0.75  # of the machine's memory, for a target and its copies; the drafters need the rest
-)
+MEMORY_SHARE = 0.75  # of the machine's memory for a target and its copies; drafters need the rest
 SET = (
     "random weights of the models' shapes; drafted tokens are accepted with a set probability. "
     "share: alpha K of K tokens are accepted; each: every token with probability alpha"

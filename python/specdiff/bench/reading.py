@@ -8,13 +8,7 @@ from typing import Any
 Content = dict[str, Any]
 Case = dict[str, Any]
 PLAIN = "plain"
-BESIDE = (
-    "rule",
-    "batch",
-    "context",
-    "prompts",
-    "new_tokens",
-)  # settings other than K and T in tables
+BESIDE = ("rule", "batch", "context", "prompts", "new_tokens")  # settings besides K and T
 SETTINGS = {"k": "K", "steps": "T", "rule": "rule", "batch": "batch", "context": "context"}
 
 

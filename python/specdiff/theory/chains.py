@@ -122,7 +122,7 @@ class Pair:
 
     def check_length(self, N: int) -> None:
         if N < 0 or (self.length is not None and self.length < N):
-            most = "" if self.length is None else f" and at most this pair's length {self.length}"
+            most = "" if self.length is None else f" and at most {self.length}, this pair's length"
             raise ValueError(f"number of tokens: expected at least 0{most}, got {N}")
 
 

@@ -43,7 +43,7 @@ def gain(before: Tensor, after: Tensor) -> Gain:
     """
     if before.shape != after.shape or before.ndim != 1 or len(before) < 2:
         raise ValueError(
-            "before and after: expected tokens per forward of the same conversations, 2 or more, "
+            "before and after: expected tokens per forward of the same 2 conversations or more, "
             f"got shapes {list(before.shape)} and {list(after.shape)}"
         )
     difference = (after - before).double()
