@@ -96,7 +96,7 @@ def test_without_a_device_it_says_so_and_fails():
         text=True,
     )
     assert done.returncode == 1
-    assert re.fullmatch(r"torch found no CUDA device .*\n", done.stderr)
+    assert re.fullmatch(r"torch found no CUDA device: .*\n", done.stderr)
 
 
 def test_program_on_cpu_tensors(no_gpu, tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_a_backend_that_is_not_there_is_reported(no_gpu, batch_case):
 
 @pytest.mark.parametrize("text", ["", "1x8", "1x8x", "1x8x100,", "1x8x100 2x8x100", "axbxc"])
 def test_shapes_that_are_none(text):
-    with pytest.raises(typer.BadParameter, match="expected BxKxV"):
+    with pytest.raises(typer.BadParameter, match="expected comma-separated BxKxV"):
         bench_gpu.parse_shapes(text)
 
 

@@ -240,7 +240,7 @@ def test_a_file_without_layers_and_head_reads_the_last_state_alone(target, tmp_p
         ({"target_layers": (1, 3), "target_layer_count": 2}, r"from 1 to .* = 2, got \[1, 3\]"),
         ({"target_layers": (0, 1), "target_layer_count": 2}, r"from 1 to .* = 2, got \[0, 1\]"),
         ({"target_layers": (2, 1), "target_layer_count": 2}, r"ascending, .* got \[2, 1\]"),
-        ({"target_layers": (1,)}, r"\[1\] need a target_layer_count"),
+        ({"target_layers": (1,)}, r"\[1\] also need a target_layer_count"),
         ({"head_rank": -1}, r"head_rank must be at least 0, got -1"),
     ],
 )
