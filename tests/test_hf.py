@@ -414,5 +414,5 @@ def test_a_filled_cache_is_refused(model):
     cache = DynamicCache()
     filled = {cache_argument(model): cache}
     model(PROMPT[:, :4], **filled, use_cache=True)
-    with pytest.raises(ValueError, match=f"{cache_argument(model)} holds tokens"):
+    with pytest.raises(ValueError, match=f"{cache_argument(model)} already holds tokens"):
         model.generate(PROMPT, custom_generate=specdiff.hf.generate, **filled)

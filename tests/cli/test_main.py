@@ -408,7 +408,7 @@ def expect_error(done, message: str) -> None:
 
 def test_unknown_model_name():
     done = CliRunner().invoke(app, ["models", "fetch", "magic"])
-    expect_error(done, "unknown model 'magic'; known are smollm2-135m")
+    expect_error(done, "unknown model 'magic'; expected one of smollm2-135m")
 
 
 def test_models_list(monkeypatch, tmp_path):

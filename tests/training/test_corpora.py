@@ -188,7 +188,9 @@ def test_datasets_is_not_installed(monkeypatch):
 
 def test_copy_without_the_split(tmp_path):
     path = copy_of(tmp_path / "copy", train=[{"text": "a"}])
-    with pytest.raises(ValueError, match=r"source 'lm1b' cannot be read from .*test.*give path="):
+    with pytest.raises(
+        ValueError, match=r"source 'lm1b' cannot be read from .*test.*pass as path="
+    ):
         read_texts("lm1b", "held_out", path=path)
     with pytest.raises(ValueError, match="path must be a folder with files of lm1b"):
         read_texts("lm1b", "train", path=tmp_path / "none")

@@ -367,7 +367,7 @@ def test_a_denoiser_begins_at_one_of_its_kind(folder, tmp_path, what):
         ("block = 4", "head_state = 1", "drafter.head_state must be bool, got 1"),
         ("batch = 4", "batch = -4", "batch must be at least 1, got -4"),
         ('target = "target"', "", "target is missing"),
-        ("[objective]", "[objektive]", "unknown objektive; expected target, drafter"),
+        ("[objective]", "[objektive]", "unknown table or key objektive; expected target, drafter"),
         ("[objective]", "[objective", "is not TOML"),
         ("[objective]\nanchors = 4\n", "[[objective]]\nanchors = 4\n", "objective must be a table"),
         ('"answers.npz"', '"nothing.npz"', "nothing.npz"),

@@ -343,7 +343,7 @@ def test_no_message_can_be_used(decoder, chat, tmp_path, monkeypatch):
         ("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "with text before"),
         ("{% for m in messages %}<s>{{ m['content'] }}.{% endfor %}", "a special token after"),
         ("{% for m in messages %}<s>{{ m['content'] | upper }}</s>{% endfor %}", None),
-        ("<s>{{ messages[0]['content'] | lower }}</s>", "gives '<s>the-words"),
+        ("<s>{{ messages[0]['content'] | lower }}</s>", "got '<s>the-words"),
     ],
 )
 def test_templates_that_do_not_serve(
@@ -512,7 +512,7 @@ def test_arguments_out_of_range(decoder, tiny_tokenizer, lines, tmp_path):
         (["--temperature", "1,hot"], "--temperature must be numbers .* got '1,hot'"),
         (["--max-length", "3"], "max_length must be at least 4"),
         (["--target", "magic"], "unknown target 'magic'"),
-        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "needs a GPU")]),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "no usable GPU")]),
     ],
 )
 def test_command_says_what_is_wrong_in_one_line(tmp_path, arguments, message):

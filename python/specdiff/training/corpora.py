@@ -124,7 +124,7 @@ def read_prompts(
         >>> prompt, reference = next(read_prompts("cnn_dailymail", "held_out"))
     """
     if source != "cnn_dailymail":
-        raise ValueError(f"source must be 'cnn_dailymail' (it has references), got {source!r}")
+        raise ValueError(f"source must be 'cnn_dailymail', with references, got {source!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     return map(summary_pair, stream(source, split, path))
