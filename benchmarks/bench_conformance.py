@@ -64,7 +64,7 @@ class Contestant:
 
 
 def with_zeros(contender: Ours, draft: Drafted) -> Outcome:
-    """Verify with random words of zero. They do not come from torch's generator."""
+    """Verify with words of zero: ours are not from torch's generator, which the kit replaces."""
     rows, distribution = contender.distribution(draft.draft_logits)
     words = torch.zeros(*draft.target_logits.shape[:2], dtype=torch.int64)
     made = sk.Draft(draft.tokens, contender.tau, contender.rows, rows, distribution)

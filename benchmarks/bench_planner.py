@@ -96,7 +96,7 @@ def drafters(target: Target) -> dict[str, Any]:
     shape = DraftNetwork.load(drafter_folder("parallel"))
     useless = DraftNetwork(shape.config, shape.draft_ids)
     useless.initialise(target.model.get_input_embeddings().weight, torch.Generator().manual_seed(0))
-    with torch.no_grad():  # removes the bias towards frequent tokens
+    with torch.no_grad():  # a random bias, so that frequent tokens are not favoured
         useless.bias.copy_(torch.randn(useless.bias.shape) * 8)
     found[USELESS] = ParallelDrafter(useless, target)
     return found

@@ -347,7 +347,7 @@ def test_a_denoiser_begins_at_one_of_its_kind(folder, tmp_path, what):
     text = SEDD.replace('"sedd"', f'"sedd"\ninitial = "{what}"')
     refused = train(write(folder, f"{what}.toml", text), "--out", tmp_path)
     said = " ".join(refused.output.split())
-    assert refused.exit_code == 2 and f"with {tokens} tokens; expected 'sedd' with" in said
+    assert refused.exit_code == 2 and f"with {tokens} tokens; expected kind 'sedd' with" in said
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ class SEDD:
         drafted = tokens.where(tokens >= 0, self.network.mask_id)
         drafted = drafted.gather(1, place.clamp(0, K - 1))
         real = place < K
-        padding = None if bool(real.all()) else real  # flash-attn does not take a mask
+        padding = None if bool(real.all()) else real  # flash-attn runs only without a mask
         states = self.network(text.where(place < 0, drafted), modulation, padding)
         at = window[:, None] + torch.arange(K, device=tokens.device)
         return states.gather(1, at[..., None].expand(B, K, states.shape[-1]))
