@@ -513,7 +513,7 @@ def check_bits(
         for what, got, wanted in zip(Verified._fields, row.out, reference.out, strict=True):
             if not torch.equal(got, wanted):
                 raise SystemExit(
-                    f"{name}: `{what}` is not the reference's at {case.shape}, round {number}; "
+                    f"{name}: `{what}` differs from the reference at {case.shape}, round {number}; "
                     "nothing is reported"
                 )
 
