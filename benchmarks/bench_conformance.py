@@ -1,11 +1,10 @@
-"""Who leaves the target's distribution as it was: the conformance kit on every sampler and verifier
-here.
+"""Conformance: tests which samplers and verifiers keep the target's distribution exactly.
 
     python benchmarks/bench_conformance.py [--draws 20000]
 
-Each contender is called as in `bench_verify.py`, on drafts of two tokens over three ids. Nobody but
-us can be told in which reverse step a token was drawn: on a draft from right to left the others use
-every recorded row, which is what a decoder that hands them such a draft would get.
+Each contender is called as in `bench_verify.py`, on drafts of two tokens over three ids. Only
+specdiff can be told in which reverse step a token was drawn. On a draft from right to left, the
+others use every recorded row, as they would in a decoder that gives them such a draft.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ console = Console(width=110)
 
 
 class Contestant:
-    """A contender as the kit calls it: made anew for every shape, its calls numbered."""
+    """Adapts a contender to the kit: one instance per shape, with numbered calls."""
 
     def __init__(self, make: Callable[[Shape], Contender]) -> None:
         self.made = cache(lambda *shape: make(Shape(*shape)))
@@ -65,7 +64,7 @@ class Contestant:
 
 
 def with_zeros(contender: Ours, draft: Drafted) -> Outcome:
-    """Our words do not come from torch's generator, so its zeros do not reach them."""
+    """Verify with words of zero: ours are not from torch's generator, which the kit replaces."""
     rows, distribution = contender.distribution(draft.draft_logits)
     words = torch.zeros(*draft.target_logits.shape[:2], dtype=torch.int64)
     made = sk.Draft(draft.tokens, contender.tau, contender.rows, rows, distribution)
@@ -75,9 +74,9 @@ def with_zeros(contender: Ours, draft: Drafted) -> Outcome:
 
 
 def main(
-    draws: Annotated[int, typer.Option(help="drafts verified in each world")] = 20_000,
+    draws: Annotated[int, typer.Option(help="drafts to verify in each world")] = 20_000,
 ) -> None:
-    """The verdict on each contender, then how often each known mistake is found."""
+    """Print the verdict on each contender, then how often each known mistake is found."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     table = Table(
@@ -116,7 +115,7 @@ def main(
 
 
 def cells(tokens: Report, texts: Report) -> list[str]:
-    """The worst finding on sampled tokens, that on each world, and that on u = 0."""
+    """The worst findings: on sampled tokens, on each world, and on u = 0."""
     groups = [list(tokens.findings)]
     groups += [
         [f for f in texts.findings if f.case == case.name and f.what != "u = 0"] for case in CASES

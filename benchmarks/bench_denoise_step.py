@@ -1,14 +1,14 @@
-"""A round of SpecDiff without its two networks: denoise_step and verify beside plain torch.
+"""Times a round of SpecDiff without its two networks: denoise_step and verify against plain torch.
 
     python benchmarks/bench_denoise_step.py
 
-T reverse steps of SEDD's analytic sampler (2310.16834, log-linear noise) reveal K drafted tokens,
-the last one all that is left, and the token rule (2211.17192) verifies them. One thread, one
-sequence, fp32 logits, temperature 1. What the drafter's head gives at each step is made
-beforehand, for all positions or for the masked ones, as the contender wants it, and its time does
-not count; that of writing it into the pool does. Plain torch takes every recorded q at its word,
-as published code does: for T > 1 that accepts more tokens than specdiff's default, and biases the
-output (docs/losslessness.md).
+T reverse steps of SEDD's analytic sampler (2310.16834, log-linear noise) reveal K drafted tokens.
+The last step reveals all remaining masks. The token rule (2211.17192) verifies the draft. One
+thread, one sequence, fp32 logits, temperature 1. The head's outputs at each step are made
+beforehand, for all positions or for the masked ones, as the contender needs; making them is not
+timed, but writing them into the pool is. Plain torch uses every recorded q, as published code does.
+For T > 1 this accepts more tokens than specdiff's default and biases the output
+(docs/losslessness.md).
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ VOCAB = 50257
 CASES = ((8, 1), (8, 4), (40, 1), (40, 4))  # K, T
 NOISE = LogLinear()
 STEP_NOISE = 0.3  # standard deviation that each step after the first adds to every logit
-MEAN_NOISE = 0.05  # of log m over the rows
+MEAN_NOISE = 0.05  # standard deviation of log m over the rows
 SECONDS = 15.0  # for the timed rounds of a case
 MIN_ROUNDS, MAX_ROUNDS = 20, 200
-BIT_ROUNDS = 2  # that cpp and the reference both run
-BEFORE, TIMED, AFTER = 0, 1000, 2000  # numbers of the first round that is checked, timed, checked
-GATE_DEVIATIONS = 4.5  # false alarm 7e-6
-OVERHEAD_VOCAB = 64  # a vocabulary that costs nothing: what is left is calls
+BIT_ROUNDS = 2  # rounds in which cpp is compared with the reference
+BEFORE, TIMED, AFTER = 0, 1000, 2000  # first round checked before, timed, checked after
+GATE_DEVIATIONS = 4.5  # probability of a false alarm: 7e-6
+OVERHEAD_VOCAB = 64  # a vocabulary of negligible cost, to time the calls
 
 
 def main() -> None:
-    """Median of interleaved rounds, in ms."""
+    """Print medians of interleaved rounds, in ms."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def main() -> None:
     Console().print(f"saved {save('denoise_step', content)}")
 
 
-# --- what is given ---------------------------------------------------------------------------
+# --- inputs ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Case:
     k: int
     steps: int
     inputs: Inputs
-    outputs: list[Tensor]  # of the head at each step: f32 [K, V + 1], the mask last
+    outputs: list[Tensor]  # the head's at each step: f32 [K, V + 1], the mask last
 
     @property
     def target(self) -> Tensor:
@@ -75,7 +75,7 @@ class Case:
 
 
 def make_case(k: int, steps: int, vocab: int) -> Case:
-    """Outputs l with (1/V) sum_v exp(l_v) about 1, as score entropy trains them to be."""
+    """A case with outputs l whose (1/V) sum_v exp(l_v) is about 1, as after training."""
     generator = torch.Generator().manual_seed(1)
     inputs = make_inputs(Shape(1, k, vocab))
     outputs = []
@@ -91,7 +91,7 @@ def make_case(k: int, steps: int, vocab: int) -> Case:
 
 
 class Stopwatch:
-    """Seconds since the last lap go to the lap's name. Those of "network" do not count."""
+    """Adds the seconds since the last lap to a name. The name "network" is not counted."""
 
     def __init__(self) -> None:
         self.laps: defaultdict[str, float] = defaultdict(float)
@@ -110,19 +110,19 @@ class Stopwatch:
 class Round(NamedTuple):
     tokens: Tensor  # i64 [K], drafted
     accepted: int
-    last: int  # the token behind the accepted ones
+    last: int  # the token after the accepted ones
     seconds: dict[str, float]  # "round" and its parts
-    rows_read: int = 0  # of logits by verify, at least
+    rows_read: int = 0  # rows of logits that verify reads, at least
 
 
 # --- contenders ------------------------------------------------------------------------------
 
 
 class SpecDiff:
-    """As `specdiff.SEDD` calls the ops: the head is asked for masked positions alone."""
+    """Calls the ops as `specdiff.SEDD` does: the head computes masked positions only."""
 
     name = "specdiff"
-    checked = 400  # rounds before the timed ones, and after
+    checked = 400  # rounds checked before the timed ones, and after them
 
     def __init__(self, case: Case, backend: str = "cpp") -> None:
         self.case = case
@@ -163,18 +163,18 @@ class SpecDiff:
 
 
 def residual_row(draft: Draft, accepted: int) -> int:
-    """Whether verify had to read a row of the draft: a recorded token was rejected."""
+    """1 if verify had to read a row of the draft, because a recorded token was rejected."""
     tau = draft.tau[0, : accepted + 1]
     return int(accepted < draft.tau.shape[1] and bool(tau[-1] == tau.max()))
 
 
 class PlainTorch:
-    """SEDD's public sampler and speculative sampling, written out in torch for one sequence.
+    """SEDD's public sampler and speculative sampling, in torch for one sequence.
 
-    A step scores all K positions, and a revealed token's distribution leaves it where it is. Tokens
-    win a race of exponential clocks, which is the Gumbel maximum with one logarithm fewer. SEDD's
-    code draws the noise in the dtype of the score; in fp32 that bends the distribution a little
-    (2409.02908), so that careful code draws it in fp64.
+    A step scores all K positions; the distribution of a revealed token is a point mass. Tokens are
+    drawn by a race of exponential clocks, which equals the Gumbel maximum with one logarithm fewer.
+    SEDD's code draws the noise in the score's dtype. In fp32 this biases the distribution slightly
+    (2409.02908), so careful code draws it in fp64.
     """
 
     checked = 12
@@ -218,7 +218,7 @@ class PlainTorch:
 
     def verify(self, tokens: Tensor, log_scores: Tensor) -> tuple[int, int]:
         K = len(tokens)
-        log_scores[:, -1] = -torch.inf  # the mask is no token
+        log_scores[:, -1] = -torch.inf  # the mask is never emitted
         p = self.case.target[0].softmax(-1)
         q = log_scores.softmax(-1)
         drafted = tokens[:, None]
@@ -235,13 +235,13 @@ Contender = SpecDiff | PlainTorch
 
 
 def network(output: Tensor, tokens: Tensor, sigma: float) -> Tensor:
-    """SEDD's outputs, scaled by sigma: log of p(v there) / p(what is there), 0 at what is there."""
+    """SEDD's outputs scaled by sigma: log p(v) / p(current token), 0 for the current token."""
     log_score = output - math.log((output.shape[1] - 1) * math.expm1(sigma))
     return log_score.scatter_(1, tokens[:, None], 0.0)
 
 
 def reverse_distribution(score: Tensor, tokens: Tensor, dsigma: float) -> Tensor:
-    """Staggered score times transposed transition, in place of the score. [K, V + 1], [K]"""
+    """Staggered score times transposed transition, in place. score [K, V + 1], tokens [K]"""
     alpha = math.exp(-dsigma)
     extra = (1 - 1 / alpha) * score.sum(1)
     score /= alpha
@@ -252,7 +252,7 @@ def reverse_distribution(score: Tensor, tokens: Tensor, dsigma: float) -> Tensor
 
 
 def sample_categorical(distribution: Tensor, dtype: torch.dtype) -> Tensor:
-    """One token a row. [K, N] -> i64 [K]"""
+    """Draw one token per row. [K, N] -> i64 [K]"""
     clocks = torch.rand(distribution.shape, dtype=dtype).add_(1e-10).log_().neg_().add_(1e-10)
     return torch.div(distribution, clocks, out=clocks).argmax(-1)
 
@@ -261,7 +261,7 @@ def sample_categorical(distribution: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def measure(k: int, steps: int) -> dict[str, Any]:
-    """One entry of the results: times, ratios, and what the rounds accepted."""
+    """One entry of the results: times, ratios and accepted tokens."""
     case = make_case(k, steps, VOCAB)
     plain = [PlainTorch(case, dtype) for dtype in (torch.float64, torch.float32)]
     contenders: list[Contender] = [SpecDiff(case), *plain]
@@ -296,7 +296,7 @@ def check(case: Case, contenders: list[Contender], first: int) -> None:
 
 
 def check_bits(case: Case, number: int) -> None:
-    """cpp drafts and verifies as the reference does, bit for bit."""
+    """Check that cpp drafts and verifies like the reference, bit for bit."""
     results = []
     for backend in ("cpp", "reference"):
         draft, verified = SpecDiff(case, backend).run(number, Stopwatch())
@@ -307,17 +307,16 @@ def check_bits(case: Case, number: int) -> None:
 
 
 def check_rounds(name: str, case: Case, rounds: list[Round]) -> None:
-    """Every position has a token; for T = 1 the accepted ones have the mean of their exact
-    distribution.
+    """Check that every position has a token and, for T = 1, the mean number of accepted tokens.
 
-    For T > 1 there is no formula: distributions of later steps differ, and not every record counts.
+    For T > 1 there is no formula: later steps have other distributions, and not all records count.
     """
     tokens = torch.stack([done.tokens for done in rounds])
     last = torch.tensor([done.last for done in rounds])
     accepted = torch.tensor([done.accepted for done in rounds])
     vocab = case.target.shape[2]
     for drawn in (tokens, last):
-        require(bool(((drawn >= 0) & (drawn < vocab)).all()), f"{name}: a token is none")
+        require(bool(((drawn >= 0) & (drawn < vocab)).all()), f"{name}: no valid token")
     require(bool(((accepted >= 0) & (accepted <= case.k)).all()), f"{name}: accepted beyond K")
     if case.steps > 1:
         return
@@ -337,7 +336,7 @@ def require(condition: bool, what: str) -> None:
 
 
 def summary(rounds: list[Round]) -> dict[str, Any]:
-    """Median, p20 and p80 in ms of a round and of each part of it."""
+    """Median, p20 and p80 in ms, of a round and each of its parts."""
     entry: dict[str, Any] = {}
     for part in rounds[0].seconds:
         values = [1e3 * done.seconds[part] for done in rounds]
@@ -348,16 +347,16 @@ def summary(rounds: list[Round]) -> dict[str, Any]:
 
 
 def call_overhead(k: int, steps: int, count: int) -> float:
-    """ms of our round over a vocabulary that costs next to nothing."""
+    """ms of specdiff's round with a vocabulary of negligible cost."""
     contender = SpecDiff(make_case(k, steps, OVERHEAD_VOCAB))
     return 1e3 * statistics.median(contender(number).seconds["round"] for number in range(count))
 
 
 def bytes_model(case: Case, rounds: list[Round]) -> dict[str, float]:
-    """Least bytes of logits that a round reads: each masked row once a step, what verify reads.
+    """Least bytes of logits that a round must read: each masked row once per step, and for verify.
 
-    The number of masked rows is the schedule's expectation for these outputs. Of verify's rows,
-    the mean over the rounds: the target's as far as it looked, and the draft's where a recorded
+    The number of masked rows is the schedule's expectation for these outputs. verify's rows are a
+    mean over the rounds: the target's rows that it examined, and the draft's row if a recorded
     token was rejected.
     """
     masked = torch.ones(case.k, dtype=torch.float64)
@@ -379,7 +378,7 @@ def bytes_model(case: Case, rounds: list[Round]) -> dict[str, float]:
 
 
 def sum_bandwidth() -> float:
-    """GB/s of torch summing a target's logits on the same thread, the speed of light here."""
+    """GB/s of torch summing a target's logits on the same thread, an upper bound of the speed."""
     logits = torch.randn(41, VOCAB)
     seconds = []
     for _ in range(30):

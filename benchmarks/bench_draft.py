@@ -1,11 +1,11 @@
-"""What a draft of SmolLM2's drafters costs beside a forward of the target over one token.
+"""Times a draft of SmolLM2's drafters, compared with a forward of the target over one token.
 
     python benchmarks/bench_draft.py
 
-Behind a prefix of 100 tokens, with news of two: a round's drafting, alone. A drafter with a
-sequential head also drafts without it, in turns, so that the difference is the head's. Its least
-work at rank r and Vd tokens is to read Vd r weights in fp32 for each token: 4.2 MB at 128 and 8192;
-its budget is 0.4 ms a token on one thread.
+Only a round's drafting is timed, after a prefix of 100 tokens and 2 newly committed ones. A drafter
+with a sequential head also drafts without it, in turns; the difference is the head's cost. At rank
+r and Vd tokens, the head must read at least Vd r weights in fp32 per token: 4.2 MB at 128 and 8192.
+Its budget is 0.4 ms per token on one thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ console = Console(width=110)
 
 
 class Case:
-    """A drafter behind a prefix, at some K."""
+    """A drafter after a prefix, at some K."""
 
     def __init__(self, target: Target, name: str, k: int, *, head: bool = True) -> None:
         self.drafter: Any = load_drafter(name, target)
@@ -69,7 +69,7 @@ def forward_ms(target: Target) -> float:
 
 
 def main() -> None:
-    """Medians of interleaved rounds, on one thread and on two."""
+    """Print medians of interleaved rounds, on one thread and on two."""
     target, cases = Target.load("smollm2-135m", device="cpu"), []
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -1,13 +1,13 @@
-"""Tokens per target forward of SmolLM2's drafters, on texts that none of them has learnt from.
+"""Measures tokens per target forward of SmolLM2's drafters, on prompts that were not trained on.
 
     python benchmarks/bench_drafters.py [--quick]
 
-Each setting decodes the sixteen messages of the task "chat" and those of "held-out", greedily once
-and at temperature 1 with several seeds. How many tokens a forward yields depends neither on the
-machine nor on the batch, so that rows are decoded side by side; every round has K drafted tokens.
-Block verification accepts more than judging token by token, but for greedy text. The standard error
-is that of a ratio of sums over prompts, the seeds of a prompt together. `identical` counts greedy
-texts that equal plain decoding's; where two logits are as close as a model's rounding, one may not.
+Each setting decodes the messages of the tasks "chat" (16) and "held-out", once greedily and at
+temperature 1 with several seeds. Tokens per forward depend neither on the machine nor on the batch,
+so rows are decoded in a batch. Every round has K drafted tokens. For sampled text, block
+verification accepts more tokens than the token rule. The standard error is that of a ratio of sums
+over prompts, with the seeds of a prompt pooled. `identical` counts greedy texts equal to plain
+decoding's; a text may differ where two logits are within a model's rounding.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from specdiff.loop.target import Target
 
 SETTINGS = [("parallel", 8, "token"), ("parallel", 8, "block"), ("parallel", 4, "block")]
 SETTINGS += [("eagle", 4, "block")]
-PLACES = 4  # rows side by side
+PLACES = 4  # rows in a batch
 console = Console()
 
 
 class Text(NamedTuple):
-    """A prompt that was decoded with one seed."""
+    """Result of decoding a prompt with one seed."""
 
     prompt: int
     seed: int
@@ -44,15 +44,15 @@ class Text(NamedTuple):
 
 
 def main(
-    target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
+    target: Annotated[str, typer.Option(help="a known model's name, or a folder")] = "smollm2-135m",
     parallel: Annotated[str, typer.Option(help="a drafter")] = "parallel",
     eagle: Annotated[str, typer.Option(help="a drafter")] = "eagle",
     tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 128,
-    seeds: Annotated[int, typer.Option(help="of each prompt at temperature 1")] = 4,
+    seeds: Annotated[int, typer.Option(help="seeds of each prompt at temperature 1")] = 4,
     held_out: Annotated[int, typer.Option(help="prompts of the task held-out")] = 64,
-    quick: Annotated[bool, typer.Option(help="8 tokens of 4 prompts; not saved")] = False,
+    quick: Annotated[bool, typer.Option(help="8 tokens for 4 prompts; not saved")] = False,
 ) -> None:
-    """Measure every setting; well over an hour on two cores."""
+    """Measure every setting. Takes well over an hour on two cores."""
     shared = Target.load(target)
     folders = {"parallel": parallel, "eagle": eagle}
     cases = []
@@ -118,7 +118,7 @@ def measure(
 def decode(
     decoder: Decoder, prompts: list[list[int]], temperature: float, tokens: int, seeds: int
 ) -> list[Text]:
-    """Every prompt with every seed; a row's place is taken by the next as soon as it is free."""
+    """Decode every prompt with every seed. A finished row is replaced by the next at once."""
     waiting = deque((p, s) for s in range(seeds) for p in range(len(prompts)))
     rows = min(PLACES, len(waiting))
     longest = max(map(len, prompts)) + tokens
@@ -141,8 +141,8 @@ def decode(
 
 
 def ratio(texts: list[Text]) -> tuple[float, float]:
-    """Tokens over forwards of all texts, and its standard error (Cochran, Sampling Techniques,
-    section 6.4), prompts being what was drawn."""
+    """Tokens per forward over all texts, and its standard error with prompts as the sample
+    (Cochran, Sampling Techniques, section 6.4)."""
     sums: dict[int, list[int]] = {}
     for text in texts:
         own = sums.setdefault(text.prompt, [0, 0])

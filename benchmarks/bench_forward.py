@@ -1,10 +1,10 @@
-"""One forward of a target over Q tokens behind a cached prefix: as it is, accelerated, with bf16.
+"""Times a target's forward over Q tokens after a cached prefix: unchanged, accelerated, with bf16.
 
     python benchmarks/bench_forward.py [--threads 1]
 
-Before the times, what acceleration does to the logits, in their own units: how far a token's logits
-move when it passes the model among 9 tokens instead of alone, and how far they are from those of
-the untouched model; there also the mean KL divergence of the distributions.
+It first prints how acceleration changes the logits. One column has the difference between a token's
+logits in a forward of 9 tokens and in a forward of its own. The others compare with the unchanged
+model: the difference of the logits, and the mean KL divergence of the distributions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ console = Console(width=100)
 
 @torch.inference_mode()
 def logits(target: Target, ids: Tensor, width: int) -> Tensor:
-    """Logits of ids [N] behind the first 8, `width` tokens per forward. -> [N - 8, V]"""
+    """Logits of ids [N] after the first 8, with `width` tokens per forward. -> [N - 8, V]"""
     cache = target.new_cache(1, len(ids))
     target.prefill(ids[None, :8], torch.tensor([8]), cache)
     rows = []
@@ -64,10 +64,10 @@ def forward_ms(target: Target, width: int) -> float:
 
 
 def main(
-    target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
+    target: Annotated[str, typer.Option(help="a known model's name, or a folder")] = "smollm2-135m",
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
 ) -> None:
-    """Logit differences, then the median of interleaved rounds in ms per forward."""
+    """Print logit differences, then medians of interleaved rounds in ms per forward."""
     torch.set_num_threads(threads)
     seen = Target.load(target, device="cpu", accelerate=False)
     model = seen.model
@@ -77,7 +77,7 @@ def main(
     for _ in range(ROUNDS + 1):
         for way, change in WAYS.items():
             change(model)
-            forward_ms(seen, 1)  # rounds the weights anew, where they are rounded
+            forward_ms(seen, 1)  # rounds the weights again, if this way rounds them
             for q in TOKENS:
                 times[way, q].append(forward_ms(seen, q))
     ms = {key: statistics.median(values[1:]) for key, values in times.items()}

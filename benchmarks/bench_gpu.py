@@ -1,19 +1,19 @@
-"""`verify` on a GPU beside plain torch, flashinfer and transformers: bf16 logits, temperature 1.
+"""Times `verify` on a GPU against plain torch, flashinfer and transformers.
 
     python benchmarks/bench_gpu.py [--shapes 1x8x50257,32x8x128256] [--repetitions 200]
 
-The draft was made in one step and all its distributions are recorded. Every run has another of
-DRAWS drafts and a round of its own, so that the position of the first rejection is averaged over,
-and starts from a cold L2 cache; the rows of a shape take turns. A row is timed as the replay of a
-CUDA graph unless it waits for the device.
+Logits are bf16, temperature is 1. The draft was made in one step, and all its distributions are
+recorded. Runs cycle through DRAWS drafts and have different rounds, which averages over the
+position of the first rejection. Each run starts with a cold L2 cache. The rows of a shape take
+turns. A row is timed as a replayed CUDA graph, unless it waits for the device.
 
-Ours are given what drafting leaves behind: the draft's logits and distributions. The others make
-probabilities of both models' logits, or of the target's alone where q is given. They know the token
-rule only. transformers gets the draft's logits in fp32, as its assistant keeps them.
+specdiff gets the draft's logits and distributions, as drafting leaves them. The others compute
+probabilities from both models' logits, or from the target's only if q is given. They implement the
+token rule only. transformers gets the draft's logits in fp32, as its assistant keeps them.
 
-Ours must equal the reference bit for bit, before and after timing, or nothing is reported. The
-others must give tokens that exist, and accept as many as the exact distribution on average; one
-that does not is left out, and the report says so.
+specdiff must equal the reference bit for bit, before and after timing, or nothing is reported. The
+others must emit valid tokens, and their mean number of accepted tokens must match the exact
+distribution. Otherwise they are left out, and the report says so.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ from specdiff_kernels import (
 SHAPES = "1x8x50257,1x40x50257,32x8x128256,64x16x151936"
 RULES = ("token", "block")
 WARM_UP = 3
-MIN_FLUSH = 1 << 28  # bytes; overwriting and reading them also covers the launch of what is timed
-COPIED = 1 << 30  # bytes of the copy that measures the bandwidth
+MIN_FLUSH = 1 << 28  # bytes; overwriting and reading them also hides the launch of the timed code
+COPIED = 1 << 30  # bytes copied to measure the bandwidth
 COPIES = 25
-GATE_DEVIATIONS = 4.5  # false alarm 7e-6
+GATE_DEVIATIONS = 4.5  # probability of a false alarm: 7e-6
 OURS_POISON, REFERENCE_POISON = -7, -9
-LOGIT = 2  # bytes
+LOGIT = 2  # bytes of a logit
 EXAMINED = 8 + 4 + 8 + LOGIT + 28  # bytes of a drafted token, its tau, row, logit and distribution
 SEQUENCE = 4 + 8 + 8  # bytes of a temperature, seed and round
 REFERENCE = "reference, torch.compile"
@@ -73,14 +73,16 @@ console = Console(width=max(130, Console().width))
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help="BxKxV, separated by commas")] = SHAPES,
-    repetitions: Annotated[int, typer.Option(min=100, help="timed runs of each row")] = 200,
-    output: Annotated[Path | None, typer.Option(help="JSON file; default: in results/")] = None,
+    shapes: Annotated[str, typer.Option(help="comma-separated BxKxV")] = SHAPES,
+    repetitions: Annotated[int, typer.Option(min=100, help="timed runs per row")] = 200,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default: a file in results/")
+    ] = None,
     compile_reference: Annotated[
-        bool, typer.Option("--compile-reference", help="too, which takes very long")
+        bool, typer.Option("--compile-reference", help="also time it with torch.compile; very slow")
     ] = False,
 ) -> None:
-    """Median of interleaved runs in microseconds, and relative to the least time for its bytes."""
+    """Print medians of interleaved runs in microseconds, and relative to the memory-bound floor."""
     wanted = parse_shapes(shapes)
     device = cuda_device()
     command = f"python benchmarks/bench_gpu.py --shapes {shapes} --repetitions {repetitions}"
@@ -94,14 +96,14 @@ def main(
 
 def cuda_device() -> torch.device:
     if not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device here, so there is nothing to measure")
+        raise SystemExit("torch found no CUDA device: there is nothing to measure")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """ "1x8x50257,..." -> shapes"""
+    """Parse shapes such as "1x8x50257,..."."""
     if not re.fullmatch(r"\d+x\d+x\d+(,\d+x\d+x\d+)*", text):
-        raise typer.BadParameter(f"--shapes: expected BxKxV, separated by commas, got {text!r}")
+        raise typer.BadParameter(f"--shapes: expected comma-separated BxKxV, got {text!r}")
     return [Shape(*map(int, shape.split("x"))) for shape in text.split(",")]
 
 
@@ -123,24 +125,24 @@ def benchmark(
     return {"copy_gb_per_s": bandwidth, "repetitions": repetitions, "cases": cases}
 
 
-# --- what is given ---------------------------------------------------------------------------
+# --- inputs ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape's tensors. `load` puts another draft and round into them, none ever moves."""
+    """A shape's tensors. `load` writes another draft and round into them, in place."""
 
     shape: Shape
     target: Tensor  # bf16 [B, K + 1, V]
     draft_logits: Tensor  # bf16 [B, K, V]
-    draft: Draft  # of these logits
+    draft: Draft  # drawn from these logits
     draws: Tensor = field(repr=False)  # i64 [DRAWS, B, K]
     chances: Tensor = field(repr=False)  # f64 [DRAWS, B, K], min(1, p/q) at the tokens
     temperature: Tensor
     seed: Tensor
     round: Tensor
     zero: Tensor  # i64 [B]
-    tokens32: Tensor  # the draft's, for who takes no others
+    tokens32: Tensor  # the draft's tokens in i32, for contenders that need it
 
     @cached_property
     def q(self) -> Tensor:
@@ -154,8 +156,8 @@ class Case:
 
 
 def make_case(shape: Shape, device: torch.device) -> Case:
-    """Reproducible on a kind of device: logits by `make_logits`, distribution and tokens by the
-    reference, one sequence at a time."""
+    """Make a case. Logits are from `make_logits`; distribution and tokens are from the reference,
+    one sequence at a time. The result is reproducible on one kind of device."""
     B, K, V = shape
     logits = make_logits(shape, torch.Generator(device).manual_seed(0))
     target, drafted = (x.bfloat16() for x in logits)
@@ -184,7 +186,7 @@ def make_case(shape: Shape, device: torch.device) -> Case:
 
 
 def draw(logits: Tensor, distribution: RowDistribution, seed: Tensor) -> Tensor:
-    """DRAWS drafts of one sequence. [K, V], [K], [] -> i64 [DRAWS, K]"""
+    """Draw DRAWS drafts of one sequence. [K, V], [K], [] -> i64 [DRAWS, K]"""
     slot = torch.arange(len(logits), device=logits.device)
     key = {"seed": seed.expand(len(logits)), "slot": slot, "backend": "reference"}
     rounds = (torch.full_like(slot, number) for number in range(DRAWS))
@@ -195,7 +197,7 @@ def draw(logits: Tensor, distribution: RowDistribution, seed: Tensor) -> Tensor:
 
 
 class Row(ABC):
-    """A way to verify a case. Calling it is what is timed."""
+    """An implementation that verifies a case. Calls of it are timed."""
 
     rule = "token"
 
@@ -207,7 +209,7 @@ class Row(ABC):
 
 
 class Ours(Row):
-    """One backend under one rule; it writes the same output tensors at every call."""
+    """specdiff with one backend and rule. Every call writes the same output tensors."""
 
     def __init__(self, case: Case, backend: str, rule: str) -> None:
         B, K, _ = case.shape
@@ -235,7 +237,7 @@ class Ours(Row):
 
 
 class CompiledReference(Ours):
-    """The specification as torch.compile makes it; the same bits are asked of it as of ours."""
+    """The reference under torch.compile. It must give the reference's bits, too."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case, "reference", "token")
@@ -251,10 +253,11 @@ class CompiledReference(Ours):
 
 
 def plain_verify(target: Tensor, draft: Tensor, tokens: Tensor, given: bool) -> Any:
-    """As a careful user writes it, without a wait for the device: softmax of both, acceptance, and
-    a race of exponential clocks over the residual. The draft's q may be given instead of logits.
+    """Verification as a careful user would write it, without synchronisation: softmax of both,
+    acceptance, and a race of exponential clocks over the residual. If `given`, `draft` is q instead
+    of logits.
 
-    [B, K + 1, V], [B, K, V], [B, K] -> accepted [B], the token behind [B]
+    [B, K + 1, V], [B, K, V], [B, K] -> accepted [B], the token after the accepted ones [B]
     """
     K = tokens.shape[1]
     p = target.softmax(-1, dtype=torch.float32)
@@ -287,8 +290,8 @@ class PlainTorch(Row):
 
 
 class FlashInfer(Row):
-    """flashinfer.sampling.chain_speculative_sampling on probabilities by torch.softmax, which reads
-    bf16 as it is. Seeds are tensors, as its documentation asks for CUDA graphs."""
+    """flashinfer.sampling.chain_speculative_sampling on probabilities from torch.softmax, which
+    reads bf16 directly. Seeds are tensors, as its documentation requires for CUDA graphs."""
 
     def __init__(self, case: Case, given: bool = False) -> None:
         self.case = case
@@ -308,7 +311,7 @@ class FlashInfer(Row):
 
 
 class Transformers(Row):
-    """transformers' function, and the conversion to fp32 that `generate` does before it."""
+    """transformers' function, with the conversion to fp32 that `generate` does before it."""
 
     def __init__(self, case: Case) -> None:
         self.peer = TransformersPeer(case.shape)
@@ -338,8 +341,7 @@ OTHERS: dict[str, Callable[[Case], Row]] = {
 
 
 class Clock:
-    """Times one run from a cold L2 cache, and from a clean one: nothing in it has to be written
-    back at the expense of the run."""
+    """Times one run with a cold and clean L2 cache: nothing must be written back during the run."""
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -347,7 +349,7 @@ class Clock:
         self.buffer = torch.empty(size // 4, dtype=torch.float32, device=device)
 
     def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
-        """Microseconds on the device, and what the run returned."""
+        """Microseconds on the device, and the run's result."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         self.buffer.fill_(1.0)
@@ -360,7 +362,7 @@ class Clock:
 
 
 def copy_bandwidth(clock: Clock, device: torch.device) -> float:
-    """GB/s of a large copy on the device, bytes read plus bytes written: the speed of light."""
+    """GB/s of a large copy on the device, bytes read plus bytes written: an upper bound."""
     source = torch.randint(256, (COPIED,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [clock(lambda: target.copy_(source))[0] for _ in range(WARM_UP + COPIES)]
@@ -369,7 +371,7 @@ def copy_bandwidth(clock: Clock, device: torch.device) -> float:
 
 @dataclass
 class Timed:
-    """A row ready to be timed, and what was measured of it."""
+    """A row ready to be timed, and its measurements."""
 
     name: str
     row: Row
@@ -381,7 +383,7 @@ class Timed:
 
 
 def make_ready(name: str, row: Row) -> Timed:
-    """Compiles, warms up, and captures the row if nothing in it waits for the device."""
+    """Compile and warm up the row, and capture it unless it waits for the device."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -394,8 +396,8 @@ def make_ready(name: str, row: Row) -> Timed:
     try:
         with torch.cuda.graph(graph, stream=side):
             result = row()
-    except RuntimeError as error:  # it leaves streams and generators in a state of capture
-        raise SystemExit(f"{name}: no CUDA graph could be captured of it: {error}") from error
+    except RuntimeError as error:  # streams and generators are left in capture mode
+        raise SystemExit(f"{name}: could not be captured in a CUDA graph: {error}") from error
 
     def run() -> Any:
         graph.replay()
@@ -405,7 +407,7 @@ def make_ready(name: str, row: Row) -> Timed:
 
 
 def reason_against_capture(row: Row) -> str:
-    """How a row waits for the device; empty if it does not."""
+    """Why a row waits for the device; empty if it does not."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         row()
@@ -418,7 +420,7 @@ def reason_against_capture(row: Row) -> str:
 
 
 def prepare(case: Case, compile_reference: bool) -> tuple[list[Timed], dict[str, str]]:
-    """All rows that there are, and why the others are not."""
+    """All available rows, and the reasons why the others are missing."""
     timed, missing = [], {}
     if compile_reference:
         timed.append(make_ready(REFERENCE, CompiledReference(case)))
@@ -435,7 +437,7 @@ def prepare(case: Case, compile_reference: bool) -> tuple[list[Timed], dict[str,
             timed.append(make_ready(name, make(case)))
         except Unusable as reason:
             missing[name] = str(reason)
-        except Exception as error:  # a package of others may raise anything
+        except Exception as error:  # other packages may raise anything
             missing[name] = f"{type(error).__name__}: {first_line(error)}"
     return timed, missing
 
@@ -453,7 +455,7 @@ def measure(
     compile_reference: bool,
 ) -> dict[str, Any]:
     """One entry of the results."""
-    torch.compiler.reset()  # a limit of recompilations would leave later shapes uncompiled
+    torch.compiler.reset()  # else later shapes hit the recompilation limit
     case = make_case(shape, device)
     timed, missing = prepare(case, compile_reference)
     timed = passing(case, timed, 0, missing)
@@ -476,9 +478,9 @@ def measure(
 
 
 def passing(case: Case, timed: list[Timed], first: int, missing: dict[str, str]) -> list[Timed]:
-    """The rows that are right on DRAWS rounds from `first` on, and on the timed ones before these.
+    """The rows that are correct on DRAWS rounds from `first` on, and on the earlier timed rounds.
 
-    One of ours that is wrong ends the program; another's goes to `missing` with the reason.
+    A wrong row of specdiff ends the program. A wrong row of others goes to `missing`.
     """
     passed = []
     for one in timed:
@@ -498,7 +500,7 @@ def passing(case: Case, timed: list[Timed], first: int, missing: dict[str, str])
 def check_bits(
     case: Case, name: str, row: Ours, run: Callable[[], Any], numbers: Sequence[int]
 ) -> None:
-    """What is timed gives what the reference gives, bit for bit, into poisoned outputs."""
+    """Check that timed rows give the reference's bits, with outputs poisoned beforehand."""
     reference = Ours(case, "reference", row.rule)
     for number in numbers:
         case.load(number)
@@ -511,7 +513,7 @@ def check_bits(
         for what, got, wanted in zip(Verified._fields, row.out, reference.out, strict=True):
             if not torch.equal(got, wanted):
                 raise SystemExit(
-                    f"{name}: `{what}` is not the reference's at {case.shape}, round {number}; "
+                    f"{name}: `{what}` differs from the reference at {case.shape}, round {number}; "
                     "nothing is reported"
                 )
 
@@ -522,9 +524,9 @@ def run_once(case: Case, one: Timed, number: int) -> Outcome:
 
 
 def fault(case: Case, timed: list[Outcome], fresh: list[Outcome], first: int) -> str | None:
-    """What is wrong with the outcomes of timed rounds and of those from `first` on, if anything.
+    """The fault in the outcomes of timed rounds and of rounds from `first` on, or None.
 
-    Their mean is judged once there are timed ones: a few rounds are not many enough for that.
+    The mean is checked only if there are timed rounds, since a few rounds are not enough.
     """
     outcomes = timed + fresh
     accepted = torch.tensor([outcome.accepted for outcome in outcomes])  # [rounds, B]
@@ -533,7 +535,7 @@ def fault(case: Case, timed: list[Outcome], fresh: list[Outcome], first: int) ->
     if bool(((accepted < 0) | (accepted > K)).any()):
         return f"it accepted fewer than 0 or more than {K} tokens"
     if bool(((last < 0) | (last >= V)).any()):
-        return f"it emitted a token outside of 0..{V - 1}"
+        return f"it emitted a token outside 0..{V - 1}"
     if not timed:
         return None
     numbers = torch.arange(first - len(timed), first + len(fresh))
@@ -552,18 +554,18 @@ def fault(case: Case, timed: list[Outcome], fresh: list[Outcome], first: int) ->
 
 
 def bytes_model(shape: Shape, accepted: Sequence[int], rule: str) -> tuple[int, int]:
-    """Least bytes that this outcome moves, and with all target rows read. accepted: [B]
+    """Least bytes moved for this outcome, and the same if all target rows are read. accepted: [B]
 
     Token rule: target rows up to the one that ends the round, and the draft's row at a rejection.
-    Block rule: a prefix's probability takes the rows of all its tokens; draft rows of longer
-    prefixes that had a chance come on top and are not counted. Words are made of seed and round.
+    Block rule: a prefix's probability needs the rows of all its tokens. Draft rows of longer
+    prefixes may also be needed and are not counted. Random words are computed from seed and round.
     """
     B, K, V = shape
     row = LOGIT * V
     rejected = sum(count < K for count in accepted)
     examined = sum(min(count + 1, K) for count in accepted) if rule == "token" else B * K
     small = EXAMINED * examined + B * (SEQUENCE + 8 + 8 * (K + 1) + 4)
-    target_rows = examined + B - rejected  # behind K accepted tokens comes one row more
+    target_rows = examined + B - rejected  # after K accepted tokens, one more row
     least = row * (target_rows + rejected) + small
     return least, row * (B * (K + 1) + rejected) + small
 
@@ -574,7 +576,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def summaries(timed: list[Timed], shape: Shape, bandwidth: float) -> list[dict[str, Any]]:
-    """One entry for each row; `times_ours` is relative to our fastest row under its rule."""
+    """One entry per row. `times_ours` is relative to specdiff's fastest row with the same rule."""
     entries = [summary(one, shape, bandwidth) for one in timed]
     ours: dict[str, float] = {}
     for one, entry in zip(timed, entries, strict=True):
@@ -588,7 +590,7 @@ def summaries(timed: list[Timed], shape: Shape, bandwidth: float) -> list[dict[s
 
 
 def summary(one: Timed, shape: Shape, bandwidth: float) -> dict[str, Any]:
-    """Times, and their ratios to the floors of what each run accepted; bandwidth in GB/s."""
+    """Times, and their ratios to the floors for the accepted tokens; bandwidth in GB/s."""
     rule = one.row.rule
     models = [bytes_model(shape, outcome.accepted, rule) for outcome in one.outcomes]
     entry: dict[str, Any] = {

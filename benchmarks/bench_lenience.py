@@ -1,12 +1,12 @@
-"""What the lenient rules of `verify` give and what they take, on a real pair.
+"""Measures gain and bias of the lenient rules of `verify`, on a real pair of models.
 
     python benchmarks/bench_lenience.py
 
-16 prompts at temperature 1 by each rule at several amounts: how often an examined token is
-rejected, the total variation spent on it, tokens per target forward, and speed over the exact
-rule's, all settings taking turns on each prompt. Theory says that bias and rejections add up to the
-TV of the two distributions, for every rule and amount; texts differ, so here they do so on average
-only.
+Each rule decodes 16 prompts at temperature 1, with several amounts; settings take turns on each
+prompt. Reported are the rejections and the total variation spent per examined token, tokens per
+target forward, and the speed relative to the exact rule. In theory, bias and rejections add up to
+the TV of the two distributions, for every rule and amount. Texts differ between settings, so here
+this holds on average only.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ console = Console(width=110)
 
 
 def main(
-    target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
-    drafter: Annotated[str, typer.Option(help="as of specdiff generate")] = "parallel",
-    k: Annotated[int, typer.Option("--k", help="tokens in a draft")] = 3,
+    target: Annotated[str, typer.Option(help="a known model's name, or a folder")] = "smollm2-135m",
+    drafter: Annotated[str, typer.Option(help="as in `specdiff generate`")] = "parallel",
+    k: Annotated[int, typer.Option("--k", help="draft length")] = 3,
     tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 48,
 ) -> None:
-    """Rejections, bias and speed of each rule."""
+    """Print rejections, bias and speed of each rule."""
     seen = Target.load(target, device="cpu")
     drafts = load_drafter(drafter, seen)
     prompts = read_prompts("chat", seen.tokenizer, 16)

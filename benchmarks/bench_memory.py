@@ -1,10 +1,10 @@
-"""Memory of the loop beyond the model: what it has to keep, and the peak of what it allocates.
+"""Measures the decoding loop's memory without the model: what it must keep, and its peak.
 
     python benchmarks/bench_memory.py [--target smollm2-135m]
 
-The loop has to keep keys and values, K + 1 rows of logits a sequence, and the rows that the draft
-was drawn from; the rest is what a forward and the ops need while they run. Then, on a model of two
-narrow layers, whether anything grows over 10,000 rounds.
+The loop must keep keys and values, K + 1 rows of logits per sequence, and the rows that the draft
+was drawn from. The rest is temporary memory of forwards and ops. A second part measures, on a model
+of two narrow layers, whether memory grows over 10,000 rounds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from specdiff.drafters import PromptLookup, load_drafter
 
 BATCHES = (1, 8)
 SETTINGS = {"plain": (None, None), "K = 2": ("block-diffusion", 2), "K = 4": ("block-diffusion", 4)}
-PROMPT, NEW, WATCHED = 100, 64, 6  # tokens, and rounds
+PROMPT, NEW, WATCHED = 100, 64, 6  # tokens, tokens, rounds
 ROUNDS = 10_000
 MB = 1e-6
 console = Console(width=100)
@@ -37,7 +37,7 @@ def size_of(*tensors: torch.Tensor) -> int:
 
 
 def measure(decoder: Decoder, batch: int) -> dict[str, float]:
-    """Bytes that the loop has to keep, and the peak of a few rounds, in MB."""
+    """MB that the loop must keep, and the peak of a few rounds."""
     prompts = [list(range(1000 + b, 1000 + b + PROMPT)) for b in range(batch)]
     session = decoder.open(batch, PROMPT + NEW)
     session.admit(prompts, max_new_tokens=NEW)
@@ -61,7 +61,7 @@ def measure(decoder: Decoder, batch: int) -> dict[str, float]:
 
 
 def growth() -> dict[str, float]:
-    """Live tensors, their bytes, and the process's peak before and after many rounds."""
+    """Live tensors, their bytes and the process's peak, before and after many rounds."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
@@ -94,7 +94,7 @@ def growth() -> dict[str, float]:
 
 
 def blocks_left(session: Session) -> str:
-    """Blocks that are free or held, of all."""
+    """Free and held blocks, out of all blocks."""
     pages = session.cache.pages
     if pages is None:
         return "-"
@@ -103,9 +103,9 @@ def blocks_left(session: Session) -> str:
 
 
 def main(
-    target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
+    target: Annotated[str, typer.Option(help="a known model's name, or a folder")] = "smollm2-135m",
 ) -> None:
-    """Peaks in MB by setting and batch, then what is left after 10,000 rounds."""
+    """Print peaks in MB by setting and batch, then the growth over 10,000 rounds."""
     long = growth()
     seen = Target.load(target, device="cpu")
     cases = []

@@ -1,9 +1,9 @@
-"""Every public op on every backend of the device at hand: a GPU where torch sees one, else a CPU.
+"""Times every public op on every backend, on the GPU if torch finds one, else on the CPU.
 
     python -m pytest -s benchmarks/bench_ops.py
 
-On a CPU one thread is used. op_cases.py has the inputs, and the bytes that an op must move at
-least; the floor is the time in which the same threads read as many from memory.
+On a CPU it uses one thread. op_cases.py has the inputs and the least bytes that an op must move.
+The floor is the time in which the same threads read as many bytes from memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OpsReport, Record
+from conftest import OpRecord, OpsReport
 from op_cases import BACKENDS, CASES, Case
 
 from specdiff_kernels import BackendError, available_backends
@@ -23,7 +23,7 @@ from specdiff_kernels import BackendError, available_backends
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = 1.0  # for each timing, unless a pass over the draws takes longer
 MAX_PASSES = 200
-READ = 1 << 30  # bytes of what is summed for the bandwidth
+READ = 1 << 30  # bytes summed to measure the bandwidth
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0].op}, {case[1]}")
@@ -50,16 +50,16 @@ def test_speed(
     benchmark.pedantic(run, setup=calls, rounds=passes * case.draws)
     check(case, backend)
 
-    times = benchmark.stats.stats.data  # draw after draw, again and again
+    times = benchmark.stats.stats.data  # cycles through the draws
     by_draw = [statistics.median(times[draw :: case.draws]) for draw in range(case.draws)]
     least = {"least_mb": case.least_bytes() / 1e6}
     benchmark.extra_info.update(least)
-    record = Record(shape, case.op, backend, statistics.mean(by_draw), least)
+    record = OpRecord(shape, case.op, backend, statistics.mean(by_draw), least)
     ops_report.records.append(record)
 
 
 def test_bandwidth(benchmark: Any, ops_report: OpsReport) -> None:
-    """How fast torch reads memory: a sum, on as many threads as the ops have."""
+    """Memory bandwidth: torch sums numbers on the same threads as the ops."""
     benchmark.group = "bandwidth"
     torch.set_num_threads(1)
     data = torch.ones(READ // 4, device=DEVICE)
@@ -70,7 +70,7 @@ def test_bandwidth(benchmark: Any, ops_report: OpsReport) -> None:
 
 
 class Calls:
-    """Makes the next call, for pytest-benchmark to time: `run`'s arguments."""
+    """Provides pytest-benchmark with the next call, as arguments of `run`."""
 
     def __init__(self, case: Case, backend: str) -> None:
         self.case = case
@@ -84,7 +84,7 @@ class Calls:
         return (call,), {}
 
     def affordable(self) -> int:
-        """How many passes over the draws to time, by what a call takes now."""
+        """Number of passes over the draws that fit the time limit."""
         arguments, _ = self()
         start = time.perf_counter()
         run(*arguments)
@@ -108,8 +108,8 @@ def check(case: Case, backend: str) -> None:
 
 
 def check_available(backend: str) -> None:
-    """Raise BackendError if it runs no op on this device, or does so for tests alone."""
+    """Raise BackendError if the backend runs no op on this device, or only for tests."""
     if reason := available_backends(DEVICE.type)[backend]:
         raise BackendError(reason)
     if backend == "triton" and DEVICE.type == "cpu":
-        raise BackendError("Triton's interpreter is there for tests, and its time says nothing")
+        raise BackendError("Triton's interpreter is for tests; its times are meaningless")

@@ -1,11 +1,11 @@
-"""The planner beside every fixed K and T, and with a drafter that is of no use.
+"""Compares the planner with every fixed K and T, also for a useless drafter.
 
     python benchmarks/bench_planner.py
 
-All settings decode the 16 prompts in turn, as in `specdiff bench`; a speed-up is the median over
-the prompts of tokens per second over plain decoding's. `of the best` is a planner's over that of
-the best fixed K and T of its drafter. The useless drafter has the parallel one's shape and random
-weights.
+All settings decode the 16 prompts in turn, as in `specdiff bench`. A speed-up is the median over
+prompts of tokens per second relative to plain decoding. `of the best` is the planner's speed-up
+relative to the best fixed K and T of its drafter. The useless drafter has the parallel drafter's
+shape and random weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from specdiff.planning.costs import measure as measure_costs
 from specdiff.planning.planner import Planner
 from specdiff.planning.predictions import predictions
 
-PLANS = {  # fixed ones
+PLANS = {  # fixed plans
     "parallel": [Plan(k, 0) for k in (2, 3, 4, 6, 8)],
     "eagle": [Plan(k, 0) for k in (1, 2, 4)],
     "block-diffusion": [Plan(2, 1), Plan(4, 1), Plan(4, 2)],
@@ -44,10 +44,10 @@ console = Console(width=110)
 
 
 def main(
-    target: Annotated[str, typer.Option(help="a known model, or a folder")] = "smollm2-135m",
+    target: Annotated[str, typer.Option(help="a known model's name, or a folder")] = "smollm2-135m",
     tokens: Annotated[int, typer.Option(help="new tokens of each prompt")] = 48,
 ) -> None:
-    """Speed-ups over plain decoding, greedy and at temperature 1."""
+    """Print speed-ups over plain decoding, greedy and at temperature 1."""
     seen = Target.load(target, device="cpu")
     prompts = read_prompts("chat", seen.tokenizer, 16)
     known = [encode(seen.tokenizer, text) for text in COST_PROMPTS]
@@ -96,7 +96,7 @@ def drafters(target: Target) -> dict[str, Any]:
     shape = DraftNetwork.load(drafter_folder("parallel"))
     useless = DraftNetwork(shape.config, shape.draft_ids)
     useless.initialise(target.model.get_input_embeddings().weight, torch.Generator().manual_seed(0))
-    with torch.no_grad():  # not even a guess at frequent tokens
+    with torch.no_grad():  # a random bias, so that frequent tokens are not favoured
         useless.bias.copy_(torch.randn(useless.bias.shape) * 8)
     found[USELESS] = ParallelDrafter(useless, target)
     return found
@@ -129,7 +129,7 @@ def show(cases: list[dict[str, Any]]) -> None:
         rows = [case for case in cases if case["temperature"] == temperature]
         for case in rows:
             fixed = [c["speedup"] for c in rows if c["drafter"] == case["drafter"] and c["k"]]
-            best = max([*fixed, 1.0])  # plain decoding is a plan, too
+            best = max([*fixed, 1.0])  # plain decoding is also a plan
             plan = None if case["k"] is None else Plan(case["k"], case["steps"])
             table.add_row(
                 case["drafter"],

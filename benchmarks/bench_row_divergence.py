@@ -1,11 +1,12 @@
-"""What a drafter's loss costs: row_divergence beside plain torch, on one thread.
+"""Times a drafter's loss on one thread: row_divergence against plain torch.
 
     python benchmarks/bench_row_divergence.py
 
-The loss is tv + kl, by autograd over the fp32 expression that one would write; forward alone
-(no gradient asked for) and with its backward pass down to the draft's logits. The floor is to read
-both rows once, and to write the gradient: a backward pass reads the target's drafted tokens only,
-but with scattered ids nearly all of its cache lines. Beside it stands how fast torch sums logits.
+The loss is tv + kl. Plain torch is autograd over the obvious fp32 expression. Timed are the forward
+alone, without gradients, and the forward with the backward to the draft's logits. The floor is to
+read both rows once and to write the gradient. (A backward reads only the target's logits of tokens
+that can be drafted, but with scattered ids these touch nearly all cache lines.) For comparison, the
+bandwidth of torch summing logits is reported.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def main() -> None:
-    """Median of interleaved rounds, in ms."""
+    """Print medians of interleaved rounds, in ms."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cases = [measure(*case) for case in CASES]
@@ -50,7 +51,7 @@ def ours(target: Tensor, draft: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def plain(target: Tensor, draft: Tensor, ids: Tensor | None) -> Tensor:
-    """Of the target nothing is kept but the drafted tokens."""
+    """tv + kl in plain torch. It keeps only the target's probabilities of draftable tokens."""
     log_q = draft.log_softmax(-1)
     with torch.no_grad():
         log_p = target.log_softmax(-1)
@@ -98,7 +99,7 @@ def run(loss: Loss, which: str, target: Tensor, draft: Tensor, ids: Tensor | Non
 
 
 def check(target: Tensor, draft: Tensor, ids: Tensor | None) -> None:
-    """The first rows of both: value and gradient are right to fp32 rounding."""
+    """Check value and gradient of both on the first rows, to fp32 rounding."""
     rows = slice(0, 4)
     for loss in (ours, plain):
         have, want = (
@@ -118,7 +119,7 @@ def value_and_gradient(loss: Loss, target: Tensor, draft: Tensor, ids: Tensor | 
 
 
 def sum_bandwidth() -> float:
-    """GB/s at which torch sums logits, the speed of light here."""
+    """GB/s at which torch sums logits, an upper bound of the speed."""
     logits = torch.randn(256, 49152)
     seconds = []
     for _ in range(30):

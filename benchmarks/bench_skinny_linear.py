@@ -1,12 +1,11 @@
-"""The linear layers of a model, M rows at a time: skinny_linear beside torch.
+"""Times the linear layers of a model on M rows: skinny_linear against torch.
 
     python benchmarks/bench_skinny_linear.py [--threads 1]
 
-Every weight of a SmolLM2-135M forward is passed once (538 MB in fp32, far more than the caches
-hold), in the model's order. Two floors hold: the weights have to be read, for which torch.sum of
-each stands here, and N K M products have to be made. Ratios are to the best single-row path in
-fp32. The kernel is called as an accelerated layer does, its weights packed before, or used where
-they lie.
+Every weight of a SmolLM2-135M forward is read once (538 MB in fp32, far more than the caches), in
+the model's order. There are two floors: the weights must be read, timed as torch.sum of each
+weight, and N K M products must be computed. Ratios are to the best single-row path in fp32. The
+kernel is called as by an accelerated layer, with weights packed beforehand or used in place.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ROUNDS = 9
 
 
 def main(threads: Annotated[int, typer.Option(help="CPU threads")] = 1) -> None:
-    """Median of interleaved rounds, in ms per pass over all weights."""
+    """Print medians of interleaved rounds, in ms per pass over all weights."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     weights = [torch.randn(shape) * 0.02 for shape in LAYER * LAYERS + [(VOCAB, D)]]
@@ -74,7 +73,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def check(*paths: Sequence[torch.Tensor | PackedWeight]) -> None:
-    """Every path is right to fp32 rounding."""
+    """Check every path to fp32 rounding."""
     for weight in itertools.chain(*(path[:7] for path in paths)):
         rows = weight
         if isinstance(weight, PackedWeight):

@@ -1,9 +1,9 @@
-"""Drafting K tokens and verifying them: one thread, fp32 logits, temperature 1.
+"""Times drafting and verifying K tokens: one thread, fp32 logits, temperature 1.
 
-Two groups for each shape: "verify" has tokens and the draft's distribution given, in the form that
-the contender's function takes; "draft + verify" starts from both models' logits. A round of a
-timing runs through the same DRAWS drafts, so that the position of the first rejection is averaged
-over.
+Each shape has two groups. In "verify" the tokens and the draft's distribution are given, in the
+form that the contender's function takes. "draft + verify" starts from both models' logits. Each
+round of a timing runs through the same DRAWS drafts, which averages over the position of the first
+rejection.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GROUPS, Record, Report
+from conftest import GROUPS, OpRecord, Report
 from inputs import DRAWS, SHAPES, Inputs, accepted_moments, make_inputs
 from peers import CONTENDERS, Contender, Cpp, Reference, Unusable
 
 SECONDS = 2.0  # for each timing, unless one call takes longer
-GATE_DEVIATIONS = 4.5  # false alarm 7e-6
-GATE_BATCH = 4  # sequences that are compared with the reference
+GATE_DEVIATIONS = 4.5  # probability of a false alarm: 7e-6
+GATE_BATCH = 4  # sequences compared with the reference
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
@@ -53,7 +53,7 @@ def test_speed(
     check_bits(contender, inputs)
 
     seconds = benchmark.stats.stats.median
-    record = Record(inputs.shape, group, contender.name, seconds)
+    record = OpRecord(inputs.shape, group, contender.name, seconds)
     if isinstance(contender, Cpp):
         record.extra.update(bytes_model(inputs, group, seconds))
     benchmark.extra_info.update(record.extra)
@@ -61,7 +61,7 @@ def test_speed(
 
 
 def test_bandwidth(inputs: Inputs, benchmark: Any, report: Report) -> None:
-    """The speed of light: the target's logits summed, and copied, by torch on the same thread."""
+    """Upper bounds: torch sums and copies the target's logits on the same thread."""
     benchmark.group = f"{inputs.shape}: bandwidth"
     logits = inputs.target_logits
     copy = torch.empty_like(logits)
@@ -76,7 +76,7 @@ def test_bandwidth(inputs: Inputs, benchmark: Any, report: Report) -> None:
 
 
 class Calls:
-    """The calls that are timed. Each keeps its answer, and `check` judges them all."""
+    """The timed calls. All results are kept, and `check` checks them."""
 
     def __init__(self, contender: Contender, inputs: Inputs, group: str) -> None:
         self.contender = contender
@@ -95,7 +95,7 @@ class Calls:
         )
 
     def check(self) -> None:
-        """The number of accepted tokens, over all calls, has the mean of its exact distribution."""
+        """Check the mean number of accepted tokens over all calls against its exact value."""
         B, K, V = self.inputs.shape
         outcomes = [self.contender.outcome(result) for result in self.results]
         accepted = torch.tensor([outcome.accepted for outcome in outcomes])  # [calls, B]
@@ -118,7 +118,7 @@ class Calls:
 
 
 def check_bits(contender: Contender, inputs: Inputs) -> None:
-    """cpp drafts and verifies as the reference does, bit for bit."""
+    """Check that cpp drafts and verifies like the reference, bit for bit."""
     if not isinstance(contender, Cpp):
         return
     B = min(inputs.shape.batch, GATE_BATCH)
@@ -137,11 +137,11 @@ def check_bits(contender: Contender, inputs: Inputs) -> None:
 
 
 def bytes_model(inputs: Inputs, group: str, seconds: float) -> dict[str, float]:
-    """Least bytes of logits that an exact verifier reads, given where it stops on average.
+    """Least bytes of logits that an exact verifier must read, given its mean stopping position.
 
-    A row's normaliser is not known before the row was read: the accepted tokens' rows and one more
-    of the target, the draft's row where it rejects, and all of the draft's rows to sample from
-    them. `all_rows_mb` is what a verifier reads that takes both models' rows as a whole.
+    A row's normaliser requires the whole row. So a verifier reads the target's rows of the accepted
+    tokens and one more, and the draft's row at a rejection. Sampling reads all rows of the draft.
+    `all_rows_mb` is for a verifier that reads all rows of both models.
     """
     B, K, V = inputs.shape
     row = 4 * V

@@ -1,10 +1,10 @@
-"""What became faster or slower between two files of results.
+"""Compares two result files: which figures became faster or slower.
 
     python benchmarks/compare.py BEFORE.json AFTER.json [--within 0.1]
 
-Figures of the same name are compared: times in ms, and what is better when larger, such as
-speed-ups and tokens per second. Leaves with status 1 if any is worse by more than `--within`, a
-share. On a busy machine two runs differ by a tenth all by themselves.
+It compares figures of the same name: times in ms, where smaller is better, and others such as
+speed-ups and tokens per second, where larger is better. The exit status is 1 if a figure is worse
+by more than the share `--within`. On a busy machine, two runs of the same code differ by a tenth.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-SMALLER = ("ms", "ms_per_forward", "median")  # is better: a key on the way to the figure
-LARGER = ("speedup", "ratio", "tokens_per", "gb_per_s")  # is better: how a key begins or ends
-MEASURED = ("identical", "emitted", "rounds", "count", "fastest_other")  # and no setting
+# smaller is better if a key of the figure's path is one of these
+SMALLER = ("ms", "ms_per_forward", "median")
+# larger is better if a key begins or ends like this
+LARGER = ("speedup", "ratio", "tokens_per", "gb_per_s")
+MEASURED = ("identical", "emitted", "rounds", "count", "fastest_other")  # results, not settings
 console = Console()
 
 
 def figures(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Every figure and the keys to it; a case in a list is named by what is not measured in it."""
+    """Every figure with its path of keys. A case in a list is named by its settings."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key != "machine":
@@ -38,7 +40,7 @@ def figures(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 
 
 def name_of(item: Any, number: int) -> str:
-    """The settings of a case: its texts and whole numbers, also one level down, but for counts."""
+    """The settings of a case: its strings and integers, also one level down, except counts."""
     if not isinstance(item, dict):
         return str(number)
     inner = [value for value in item.values() if isinstance(value, dict)]
@@ -59,11 +61,11 @@ def better(path: tuple[str, ...]) -> int | None:
 
 
 def main(
-    before: Annotated[Path, typer.Argument(help="results of some benchmark", exists=True)],
-    after: Annotated[Path, typer.Argument(help="later results of the same", exists=True)],
-    within: Annotated[float, typer.Option(help="share by which a figure may be worse")] = 0.1,
+    before: Annotated[Path, typer.Argument(help="results of a benchmark", exists=True)],
+    after: Annotated[Path, typer.Argument(help="later results of the same benchmark", exists=True)],
+    within: Annotated[float, typer.Option(help="share by which figures may be worse")] = 0.1,
 ) -> None:
-    """Print every figure that moved by more than `within`; fail if one is worse."""
+    """Print every figure that changed by more than `within`. Fail if one is worse."""
     old, new = (dict(figures(json.loads(path.read_text()))) for path in (before, after))
     common = [path for path in old if path in new]
     if not common:

@@ -1,4 +1,4 @@
-"""Collects the figures of a run, prints them as tables and keeps them as JSON."""
+"""Collects the figures of a run, prints them as tables and saves them as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
-sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one, also for scripts
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules in this folder
 
 import pytest
 import torch
@@ -20,32 +20,32 @@ from peers import CONTENDERS
 from rich.console import Console
 from rich.table import Table
 
-GROUPS = ("verify", "draft + verify")  # of bench_verify.py
+GROUPS = ("verify", "draft + verify")  # groups of bench_verify.py
 OURS = "specdiff cpp"
 OWN = (OURS, "specdiff reference")
 
 
 @dataclass
-class Record:
+class OpRecord:
     shape: Any
     group: str
     name: str
-    seconds: float  # of a call: a median over rounds, averaged over the draws
+    seconds: float  # per call: median over rounds, averaged over the draws
     extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Report(ABC):
-    """What was measured. Only timings whose correctness gate was green are in it."""
+    """The measurements of a run. It holds only timings whose results passed the check."""
 
     file: ClassVar[str]
-    records: list[Record] = field(default_factory=list)
+    records: list[OpRecord] = field(default_factory=list)
     bandwidth: dict[Any, Any] = field(default_factory=dict)
-    unusable: dict[tuple[str, Any], str] = field(default_factory=dict)  # (who, for what): why
+    unusable: dict[tuple[str, Any], str] = field(default_factory=dict)  # (name, shape): reason
 
-    def cases(self) -> list[tuple[Any, str, dict[str, Record]]]:
+    def cases(self) -> list[tuple[Any, str, dict[str, OpRecord]]]:
         """(shape, group, records by name), in the order of measurement within each group."""
-        cases: dict[tuple[Any, str], dict[str, Record]] = {}
+        cases: dict[tuple[Any, str], dict[str, OpRecord]] = {}
         for group in dict.fromkeys(record.group for record in self.records):
             for record in self.records:
                 if record.group == group:
@@ -53,7 +53,7 @@ class Report(ABC):
         return [(shape, group, found) for (shape, group), found in cases.items()]
 
     def not_measured(self) -> list[str]:
-        """A line for each reason."""
+        """One line per reason."""
         groups: dict[tuple[str, str], list[str]] = {}
         for (name, what), reason in self.unusable.items():
             groups.setdefault((name, reason), []).append(str(what))
@@ -62,7 +62,7 @@ class Report(ABC):
 
     @abstractmethod
     def complete(self) -> bool:
-        """Whether everything was measured but for what cannot be."""
+        """Whether everything measurable was measured."""
 
     @abstractmethod
     def table(self) -> Table: ...
@@ -75,7 +75,7 @@ class Report(ABC):
 
 
 class VerifyReport(Report):
-    """Ours beside others, by bench_verify.py."""
+    """specdiff and other packages, from bench_verify.py."""
 
     file = "verify"
 
@@ -128,7 +128,7 @@ class VerifyReport(Report):
 
 
 class OpsReport(Report):
-    """Every op on every backend, by bench_ops.py."""
+    """Every op on every backend, from bench_ops.py."""
 
     file = "ops"
     device = torch.device("cpu")
@@ -140,8 +140,8 @@ class OpsReport(Report):
             for (kind, shape), backend in product(CASES, BACKENDS)
         )
 
-    def floor_share(self, record: Record) -> float:
-        """The time that reading the least bytes takes, as a share of the time it took."""
+    def floor_share(self, record: OpRecord) -> float:
+        """Share of the measured time that reading the least bytes would take."""
         read = 1e3 * self.bandwidth["sum_gb_per_s"]  # MB/s
         return record.extra["least_mb"] / read / record.seconds
 
@@ -218,16 +218,16 @@ def pytest_terminal_summary(exitstatus: int, config: pytest.Config) -> None:
             console.print(f"saved {report.save()}", soft_wrap=True)
 
 
-def milliseconds(record: Record | None) -> str:
+def milliseconds(record: OpRecord | None) -> str:
     return f"{1e3 * record.seconds:.3f}" if record else "-"
 
 
-def fastest_other(found: dict[str, Record]) -> Record | None:
+def fastest_other(found: dict[str, OpRecord]) -> OpRecord | None:
     others = [record for name, record in found.items() if name not in OWN]
     return min(others, key=lambda record: record.seconds, default=None)
 
 
-def ratio_text(found: dict[str, Record]) -> str:
+def ratio_text(found: dict[str, OpRecord]) -> str:
     other = fastest_other(found)
     if other is None or OURS not in found:
         return "-"

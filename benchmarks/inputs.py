@@ -1,10 +1,9 @@
-"""Logits like a language model's, and a drafter's that nearly agrees: the same for everyone.
+"""Inputs shared by all benchmarks: logits like those of a language model and a good drafter.
 
-A target row is a bulk of N(0, 2.5^2) logits over the whole vocabulary, and a head of 64 random
-tokens that follow Zipf's distribution with exponent 2 and together outweigh the bulk nine to one
-(entropy about 2.5 nats). The draft's row is the target's plus N(0, noise^2) on every logit, the
-noise such that sum_v min(p, q), the probability that a token drawn from q is accepted, is
-ACCEPTANCE on average over the rows.
+A target row has N(0, 2.5^2) logits over the whole vocabulary, and 64 random tokens that follow
+Zipf's distribution with exponent 2 and have nine times the probability of all others together
+(entropy about 2.5 nats). The draft's row is the target's plus N(0, noise^2) on every logit. The
+noise is chosen such that the acceptance sum_v min(p, q) is ACCEPTANCE on average over the rows.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SHAPES = (Shape(1, 8, 49152), Shape(1, 40, 50257), Shape(1, 8, 128256), Shape(32
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a round of speculative decoding hands to the verifier, DRAWS times over."""
+    """Inputs of the verifier in DRAWS rounds of speculative decoding."""
 
     shape: Shape
     target_logits: Tensor  # f32 [B, K + 1, V]
@@ -81,7 +80,7 @@ def target_rows(N: int, V: int, generator: torch.Generator) -> Tensor:
 
 
 def noise_for(target: Tensor, noise: Tensor, acceptance: float) -> float:
-    """Standard deviation of the noise that leaves this mean acceptance, by bisection."""
+    """Standard deviation of the noise that gives this mean acceptance, by bisection."""
     low, high = 0.0, 8.0
     for _ in range(12):
         middle = (low + high) / 2

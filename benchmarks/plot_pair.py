@@ -1,9 +1,9 @@
-"""The pictures of a real pair in docs/theory.md, from the published results.
+"""Draws the figures of a real pair in docs/theory.md, from the published results.
 
     pip install 'specdiff-kernels[plots]'
     python benchmarks/plot_pair.py              # writes docs/figures/*.png and *.svg
 
-The same results and the same version of matplotlib give the same bytes.
+The same results and matplotlib version give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ TEMPERATURES = {0.0: ("o", "greedy"), 1.0: ("^", "temperature 1")}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=FIGURES, help="folder of the pictures")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the figures")
     draw(parser.parse_args().out)
 
 
 def draw(folder: Path) -> None:
-    """Both pictures into a folder."""
+    """Write both figures to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         save(predicted(), folder / "predicted")
@@ -36,7 +36,7 @@ def draw(folder: Path) -> None:
 
 
 def predicted() -> Figure:
-    """Speed-up that costs and acceptance foretell against what decoding took."""
+    """Measured speed-up against the speed-up predicted from costs and acceptance."""
     cases = [case for case in result("planner")["cases"] if case["predicted"] is not None]
     drafters = {name: COLOURS[name] for name in dict.fromkeys(case["drafter"] for case in cases)}
     figure = Figure(figsize=(6.4, 5), layout="constrained")
@@ -63,7 +63,7 @@ def predicted() -> Figure:
 
 
 def lenience() -> Figure:
-    """Bias against rejections, an examined token."""
+    """Bias against rejections, per examined token."""
     data = result("lenience")
     figure = Figure(figsize=(6.4, 5), layout="constrained")
     axes = figure.add_subplot()

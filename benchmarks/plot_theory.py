@@ -1,9 +1,9 @@
-"""The pictures of docs/theory.md, from specdiff.theory alone: nothing is timed.
+"""Draws the figures of docs/theory.md that need only specdiff.theory: nothing is timed.
 
     pip install 'specdiff-kernels[plots]'
     python benchmarks/plot_theory.py            # writes docs/figures/*.png and *.svg
 
-The same version of matplotlib writes the same bytes.
+The same matplotlib version gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from specdiff.theory import LENIENT_RULES, Pair
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 LENGTHS = {1: "#56b4e9", 3: "#009e73", 7: "#e69f00", 15: "#d55e00"}  # K: colour
 MARKS = {"lenience": ("#0072b2", "o"), "additive": ("#e69f00", "s"), "ensemble": ("#009e73", "^")}
-STRICTNESS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)  # of the marked points
+STRICTNESS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)  # at the marked points
 NAMES = {"lenience": "min(1, p / (l q))", "additive": "min(1, (p + ε) / q)",
          "ensemble": "min(1, 1 - w + w p / q)"}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=FIGURES, help="folder of the pictures")
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the figures")
     draw(parser.parse_args().out)
 
 
 def draw(folder: Path, chains: int = 16) -> None:
-    """Both pictures into a folder."""
+    """Write both figures to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         save(tokens_per_round(chains), folder / "tokens_per_round")
@@ -47,7 +47,7 @@ def draw(folder: Path, chains: int = 16) -> None:
 
 
 def tokens_per_round(chains: int) -> Figure:
-    """Curves: a constant acceptance 1 - TV. Marks: random Markov chains, exactly."""
+    """Tokens per round. Curves: constant acceptance 1 - TV. Marks: random Markov chains, exact."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     tv = np.linspace(0, 1, 201)
@@ -76,7 +76,7 @@ def tokens_per_round(chains: int) -> Figure:
 
 
 def even(seed: int, share: float, V: int = 6) -> Pair:
-    """q = (1 - s) p + s r behind each token, with an s of its own around `share`, r random."""
+    """q = (1 - s) p + s r after each token, with s around `share` for each token and r random."""
     noise = torch.Generator().manual_seed(seed)
     p, r = torch.randn(2, V + 1, V, generator=noise).double().mul(2.5).softmax(-1)
     s = (share + 0.35 * torch.randn(V + 1, 1, generator=noise).double()).clamp(0, 1)
@@ -85,9 +85,9 @@ def even(seed: int, share: float, V: int = 6) -> Pair:
 
 
 def patchy(seed: int, share: float) -> Pair:
-    """Two groups of four tokens, seldom left; the drafter is right in one of them alone.
+    """Two groups of four tokens with rare changes between them. The drafter is right in one group.
 
-    share: of the text in the other one.
+    share: share of the text in the other group.
     """
     noise = torch.Generator().manual_seed(seed)
     easy, hard, guess = torch.randn(3, 4, generator=noise).double().mul(1.5).softmax(-1)
@@ -103,7 +103,7 @@ def patchy(seed: int, share: float) -> Pair:
 
 
 def long_run(pair: Pair, K: int, N: int = 150) -> tuple[float, float]:
-    """Mean TV and tokens per round of tokens N + 1 .. 2 N."""
+    """Mean TV and tokens per round over tokens N + 1 .. 2 N."""
     tv = float(theory.tv_by_position(pair, 2 * N)[N:].mean())
     rounds = [theory.run_counts(pair, n, K).rounds for n in (N, 2 * N)]
     return tv, N / (rounds[1] - rounds[0])
@@ -113,8 +113,7 @@ def long_run(pair: Pair, K: int, N: int = 150) -> tuple[float, float]:
 
 
 def lenient_rules() -> Figure:
-    """Left: bias against rejections for one pair of distributions. Right: the bias by the
-    parameter."""
+    """Left: bias against rejections for a pair of distributions. Right: bias against strictness."""
     p, q = distributions()
     tv = float(theory.total_variation(p, q))
     figure = Figure(figsize=(10, 4.4), layout="constrained")

@@ -1,10 +1,10 @@
-"""The tables of the README and the documentation, made from the files under results/.
+"""Writes the tables in the README and the documentation, from the files under results/.
 
     python benchmarks/tables.py
 
-Between `<!-- table NAME -->` and `<!-- end -->` a page holds what `TABLES[NAME]` makes of the
-results, and a line that says which command measured it, where and when. Nothing there is written by
-hand; tests/test_tables.py fails when a page and the results disagree.
+Between `<!-- table NAME -->` and `<!-- end -->` a page holds the output of `TABLES[NAME]` and a
+line with the measuring command, machine and date. Do not edit these parts: tests/test_tables.py
+fails if a page and the results disagree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Result = dict[str, Any]
 
 
 def result(name: str) -> Result:
-    """One file of the published results, the newest of those measured on CPUs."""
+    """A published result by its name; of several CPUs the newest."""
     found = [json.loads(file.read_text()) for file in RESULTS.glob(f"*/{name}.json")]
     of_cpus = (r for r in found if "gpu" not in r.get("machine", {}))
     return max(of_cpus, key=lambda r: r.get("date", ""))
@@ -41,7 +41,7 @@ def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def source(*results: Result) -> str:
-    """Commands, machine, date, and the weights that were measured."""
+    """A line with commands, machine, weights and date."""
     machine = results[0]["machine"]
     cpu, cores = machine["processor"]["model name"], machine["cores"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
@@ -54,7 +54,7 @@ def source(*results: Result) -> str:
 
 
 def weights_of(*results: Result) -> dict[str, str]:
-    """Drafters that were measured, with the digests of their weights."""
+    """Measured drafters, with the digests of their weights."""
     cases = [case for r in results for case in (r, *r.get("cases", ()))]
     return {
         case.get("drafter") or case["method"]: case["weights"]
@@ -68,7 +68,7 @@ def times(value: float) -> str:
 
 
 def ms(value: float | None) -> str:
-    """Three digits or all before the point, or a dash."""
+    """Three significant digits, but all digits before the point; a dash for None."""
     return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
@@ -100,7 +100,7 @@ def denoise_step() -> list[str]:
 
 
 def ops() -> list[str]:
-    """Every op: both backends of a CPU, and how near ours comes to reading the least bytes."""
+    """Every op on both CPU backends, and cpp's time relative to reading the least bytes."""
     data, rows = result("ops"), []
     cases = {(c["op"], c["shape"], c["backend"]): c for c in data["cases"]}
     for op, shape in dict.fromkeys((c["op"], c["shape"]) for c in data["cases"]):
@@ -115,7 +115,7 @@ def ops() -> list[str]:
 
 
 def forward() -> list[str]:
-    """Rows through the linear layers, tokens through the whole model: to the best single one."""
+    """Linear layers by rows and the whole model by tokens, relative to the best for one."""
     layers, whole = result("skinny_linear_1"), result("forward_1")
     paths = {(c["path"], c["rows"]): c["ms"] for c in layers["cases"]}
     ways = {(c["way"], c["tokens"]): c["ms"] for c in whole["cases"]}
@@ -133,7 +133,7 @@ def forward() -> list[str]:
 
 
 def methods() -> list[str]:
-    """Every method beside our plain decoding, and over transformers' own."""
+    """Every method relative to specdiff's plain decoding and to transformers' decoding."""
     data, rows = result("methods"), []
     temperatures = dict.fromkeys(c["temperature"] for c in data["cases"])
     cases = {(setting(c), c["temperature"]): c for c in data["cases"]}
@@ -151,7 +151,7 @@ def methods() -> list[str]:
 
 
 def setting(case: Result) -> str:
-    """A method and its K and T."""
+    """A method with its K and T."""
     parts = [case["method"]]
     parts += [f"{name} = {case[key]}" for name, key in (("K", "k"), ("T", "steps"))
               if case[key] is not None]  # fmt: skip
@@ -159,7 +159,7 @@ def setting(case: Result) -> str:
 
 
 def checks(*results: Result) -> str:
-    """How far the texts were found to be the target's; without that there are no figures."""
+    """A sentence with the results of the text checks."""
     cases = [case for data in results for case in data["cases"]]
     found = [c["check"] for c in cases if c["refused"] is None]
     parts = []
@@ -176,7 +176,7 @@ def checks(*results: Result) -> str:
 
 
 def sweep(name: str, axis: str, head: str) -> list[str]:
-    """Speed-ups by what is varied, a column for each method and temperature."""
+    """Speed-ups by the varied setting, with columns for each method and temperature."""
     data, rows = result(name), []
     cases = [c for c in data["cases"] if c["refused"] is None and c["method"] != "plain"]
     columns = list(dict.fromkeys((c["method"], c["temperature"]) for c in cases))
@@ -233,7 +233,7 @@ def controlled() -> list[str]:
 
 
 def table2() -> list[str]:
-    """The paper's rows, and below each task's what was measured in their place."""
+    """The paper's rows and, below each task, the measured rows."""
     rows = []
     named = {"summarise": "CNN/DM", "continue": "OpenWebText", "short": "LM1B"}
     data = [result("table2"), result("appendix")]
@@ -262,7 +262,7 @@ def table2() -> list[str]:
 
 
 def draft() -> list[str]:
-    """What drafting costs beside the target's forward."""
+    """Cost of drafting relative to the target's forward."""
     data, rows = result("draft"), []
     for c in data["cases"]:
         step = "" if c["head_step_ms"] is None else ms(c["head_step_ms"])
@@ -274,8 +274,7 @@ def draft() -> list[str]:
 
 
 def conformance() -> list[str]:
-    """The worst distance of each contender in each world; bold where the exact distribution is
-    refuted."""
+    """The worst distance of each contender in each world, bold if exactness is refuted."""
     data = result("conformance")
     worlds = dict.fromkeys(c["case"] for c in data["cases"] if c["what"] == "text")
     rows = []
@@ -294,7 +293,7 @@ def conformance() -> list[str]:
 
 
 def planner() -> list[str]:
-    """The planner beside the best fixed K and T, which is plain decoding where no draft pays."""
+    """The planner and the best fixed K and T, which is plain decoding if no draft pays."""
     data = result("planner")
     rows = []
     for drafter in dict.fromkeys(c["drafter"] for c in data["cases"]):
@@ -354,7 +353,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 
 def rendered(text: str) -> str:
-    """A page with every table as the results have it."""
+    """The page with every table made from the results."""
 
     def fill(place: re.Match[str]) -> str:
         begin, name, end = place.groups()
@@ -366,7 +365,7 @@ def rendered(text: str) -> str:
 
 
 def main() -> None:
-    """Write the tables of every page anew."""
+    """Rewrite the tables of all pages."""
     for page in PAGES:
         before = page.read_text()
         after = rendered(before)

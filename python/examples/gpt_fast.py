@@ -1,5 +1,6 @@
-"""A decoder in the manner of gpt-fast: speculative decoding of ragged batches over the Llama of
-llama.py, with `specdiff_kernels` and nothing else.
+"""A decoder in the style of gpt-fast: speculative decoding of ragged batches.
+
+It uses the Llama of llama.py and `specdiff_kernels`, and nothing else.
 
     python gpt_fast.py --model FOLDER --draft SMALLER --prompt "Once upon" --prompt "The sky is"
     python gpt_fast.py --model FOLDER --prompt-ids 1,2,3 --prompt-ids 4,5 --temperature 0.8
@@ -29,7 +30,7 @@ from specdiff_kernels import (
 
 
 def prefill(model: Transformer, text: Tensor, longest: int) -> DenseCache:
-    """Read the first `longest` columns of a text [B, S], into a cache with room for all of it."""
+    """Read the first `longest` columns of a text [B, S] into a cache with room for all S."""
     cache = DenseCache(model, *text.shape)
     positions = torch.arange(longest, device=text.device).expand(len(text), -1)
     model.hidden(text[:, :longest], positions, cache)
@@ -37,8 +38,9 @@ def prefill(model: Transformer, text: Tensor, longest: int) -> DenseCache:
 
 
 class Drafter:
-    """A smaller model drafts token by token. Each token is recorded: `verify` gets the logits and
-    the distribution that it was drawn from.
+    """A smaller model that drafts token by token.
+
+    Each token is recorded: `verify` gets the logits and the distribution that it was drawn from.
     """
 
     def __init__(self, model: Transformer, text: Tensor, longest: int) -> None:
@@ -47,9 +49,9 @@ class Drafter:
     def draft(
         self, text: Tensor, lengths: Tensor, k: int, temperature: float, seed: Tensor, round: Tensor
     ) -> Draft:
-        """K tokens behind text [B, S], of which the cache has read lengths [B] but perhaps one."""
+        """Draft K tokens after text [B, S]. The cache has `lengths` [B] tokens, or one fewer."""
         B, device = len(text), text.device
-        # if all of the last draft was accepted, the model has not seen its last token
+        # if the whole last draft was accepted, the model has not read its last token
         at = (lengths[:, None] + torch.tensor([-1, 0], device=device)).clamp(min=0)
         new, tokens, logits, distributions = text.gather(1, at), [], [], []
         for i in range(k):
@@ -57,14 +59,14 @@ class Drafter:
             distributions.append(row_distribution(logits[i], temperature))
             slot = torch.full_like(seed, i)
             tokens.append(sample(logits[i], distributions[i], seed=seed, round=round, slot=slot))
-            new = tokens[i][:, None].clamp(
-                min=0
-            )  # -1 where logits have no distribution; verify says so
+            # -1 if logits define no distribution; verify reports it
+            new = tokens[i][:, None].clamp(min=0)
             at = lengths[:, None] + i + 1
         return Draft(
             tokens=torch.stack(tokens, 1),
-            tau=torch.arange(k, dtype=torch.int32, device=device).expand(B, k),  # in this order
-            rows=torch.arange(k * B, device=device).view(k, B).T,  # (b, i) is row i B + b below
+            # tau: order of the draws; rows: token (b, i) was drawn from row i B + b
+            tau=torch.arange(k, dtype=torch.int32, device=device).expand(B, k),
+            rows=torch.arange(k * B, device=device).view(k, B).T,
             logits=torch.cat(logits),
             distribution=RowDistribution(*map(torch.cat, zip(*distributions, strict=True))),
         )
@@ -81,19 +83,19 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> tuple[list[list[int]], float]:
-    """Continue ragged prompts together, each as if it were alone.
+    """Continue prompts of different lengths in one batch. Each text is as if decoded alone.
 
     Args:
         target: the model whose distribution the texts follow.
-        prompts: token ids, at least one in each.
-        new_tokens: most that are added to a prompt; fewer where a stop token comes first.
-        draft_model: with the same vocabulary; None: one token a forward.
-        k: tokens drafted in a round.
+        prompts: token ids, at least one per prompt.
+        new_tokens: maximum number of new tokens per prompt; fewer if a stop token comes first.
+        draft_model: draft model with the same vocabulary; None: one token per forward.
+        k: tokens drafted per round.
         temperature: 0 is greedy.
-        seed: row b draws with seed + b.
+        seed: row b uses seed + b.
 
     Returns:
-        prompt and new tokens of each row, and how many tokens a target forward brought it.
+        prompt and new tokens of each row, and the tokens per target forward.
 
     Example:
         >>> generate(load(Path("llama")), [[1, 2, 3], [4, 5]], 8, draft_model=load(Path("tiny")))
@@ -105,7 +107,7 @@ def generate(
         row[: len(prompt)] = torch.tensor(prompt)
     cache = prefill(target, text, longest)
     drafter = None if draft_model is None else Drafter(draft_model, text, longest)
-    # a cache holds all tokens of a row but the last, so that every round is alike
+    # a cache holds all tokens of a row but the last, so all rounds are alike
     start = lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
     limit, seeds, round = start + new_tokens, seed + torch.arange(B, device=device), start * 0
     finished = torch.zeros_like(start, dtype=torch.bool)
@@ -122,7 +124,7 @@ def generate(
         check_status(verified.status.masked_fill(finished, 0), "sequence")
         text.scatter_(
             1, positions + 1, verified.emitted
-        )  # stale behind the new length, as in the cache
+        )  # entries after the new length are stale, as in the cache
         round += ~finished
         lengths, _, finished = commit(
             lengths, verified.emitted, stop_tokens=stops, limit=limit, finished=finished
@@ -137,12 +139,12 @@ def token_ids(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
-    parser.add_argument("--draft", type=Path, help="one of a smaller model, which drafts")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given repeatedly")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--draft", type=Path, help="folder of a smaller model for drafting")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
     parser.add_argument("--prompt-ids", action="append", default=[], type=token_ids)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--k", type=int, default=4, help="tokens drafted in a round")
+    parser.add_argument("--k", type=int, default=4, help="tokens drafted per round")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -153,7 +155,7 @@ def main() -> None:
     file = args.model / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
     if args.prompt and tokenizer is None:
-        parser.error(f"--prompt needs {file}; without it pass --prompt-ids")
+        parser.error(f"--prompt needs {file}, which is missing: pass --prompt-ids instead")
     encoded = [tokenizer.encode(text).ids for text in args.prompt] if tokenizer else []
     texts, rate = generate(
         load(args.model, device),

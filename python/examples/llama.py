@@ -1,5 +1,7 @@
-"""A Llama in plain PyTorch: each row of a batch at its own positions, over a cache that is written
-in place. Its weights are those of a Hugging Face checkpoint: config.json and *.safetensors.
+"""A Llama in plain PyTorch, for batches whose rows have different lengths.
+
+The cache is written in place. Weights come from a Hugging Face checkpoint: config.json and
+*.safetensors.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from torch import Tensor, nn
 
 
 def read_config(folder: Path) -> SimpleNamespace:
-    """config.json by its own names, with what older ones leave out."""
+    """Read config.json, with defaults for keys that older files lack."""
     c = SimpleNamespace(**json.loads((folder / "config.json").read_text()))
     rope = getattr(c, "rope_parameters", None) or getattr(c, "rope_scaling", None) or {}
     kind = getattr(c, "model_type", None), rope.get("rope_type", rope.get("type", "default"))
     if kind != ("llama", "default"):
         raise ValueError(
-            f"{folder}: expected model type and rope type ('llama', 'default'), got {kind}; "
-            "specdiff.Target decodes more kinds"
+            f"{folder}: expected model type and rope type ('llama', 'default'), got {kind}: use "
+            "specdiff.Target, which supports more models"
         )
     c.rope_theta = rope.get("rope_theta") or getattr(c, "rope_theta", 10000.0)
     c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -35,12 +37,12 @@ def read_config(folder: Path) -> SimpleNamespace:
 class DenseCache:
     """Keys and values [B, H, span, D] of each layer, written in place.
 
-    What lies behind a row's length is stale: it is masked, and overwritten next, so that to roll a
-    row back is to give it a smaller length.
+    Entries after a row's length are stale: they are masked and will be overwritten. So a row is
+    rolled back by giving it a smaller length.
     """
 
     def __init__(self, model: Transformer, rows: int, span: int) -> None:
-        c, self.span = model.config, span  # positions of a row that attention is shown
+        c, self.span = model.config, span  # number of positions that attention reads
         states = model.norm.weight.new_zeros(
             c.num_hidden_layers, 2, rows, c.num_key_value_heads, span, c.head_dim
         )
@@ -54,10 +56,10 @@ class DenseCache:
 
 
 class Inputs(NamedTuple):
-    """What every layer of a forward reads."""
+    """Inputs shared by all layers of a forward."""
 
     positions: Tensor  # i64 [B, Q], of the new tokens
-    cos: Tensor  # [B, 1, Q, D], of the angles by which queries and keys are turned
+    cos: Tensor  # [B, 1, Q, D], cosines of the rotary angles
     sin: Tensor
     visible: Tensor  # bool [B, 1, Q, span]
     cache: DenseCache
@@ -94,7 +96,7 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor, inputs: Inputs) -> Tensor:
-    """Turn the pairs (i, i + D / 2) of [B, heads, Q, D]."""
+    """Rotate the pairs (i, i + D / 2) of x [B, heads, Q, D]."""
     a, b = x.chunk(2, -1)
     return x * inputs.cos + torch.cat([-b, a], -1) * inputs.sin
 
@@ -122,7 +124,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A Llama whose parameters have the checkpoint's names, without "model." before them."""
+    """A Llama. Parameters have the checkpoint's names without the prefix "model."."""
 
     def __init__(self, c: SimpleNamespace) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def hidden(self, tokens: Tensor, positions: Tensor, cache: DenseCache) -> Tensor:
-        """Tokens [B, Q] at positions [B, Q], each row at its own. -> [B, Q, hidden]"""
+        """Final states of tokens [B, Q] at positions [B, Q]. -> [B, Q, hidden]"""
         c, device = self.config, tokens.device
         half = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=device) / c.head_dim)
         angle = positions[:, None, :, None] * torch.cat([half, half])  # [B, 1, Q, D]
@@ -145,12 +147,12 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: DenseCache) -> Tensor:
-        """-> logits [B, Q, V]"""
+        """Logits of tokens [B, Q] at positions [B, Q]. -> [B, Q, V]"""
         return self.lm_head(self.hidden(tokens, positions, cache))
 
 
 def load(folder: Path, device: str = "cpu") -> Transformer:
-    """A Hugging Face checkpoint's weights, in the dtype they are stored in."""
+    """Load a Hugging Face checkpoint in its stored dtype."""
     with torch.device("meta"):
         model = Transformer(read_config(folder))
     weights: dict[str, Tensor] = {}

@@ -1,10 +1,12 @@
-"""A serving engine's step over a paged cache: requests are admitted, drafted for, verified,
-committed, finished and replaced; those that begin alike share blocks.
+"""A small serving engine over a paged cache, with speculative decoding.
+
+Requests are admitted, drafted, verified, committed, finished and replaced. Requests with a common
+prefix share blocks.
 
     python paged_engine.py --model FOLDER --prompt-ids 1,2,3,4,5,6 --prompt-ids 1,2,3,4,9
 
-Block tables, reference counts and free blocks are a `specdiff_kernels.Pages` on the device. The
-model is gpt_fast.py's, with another cache.
+Block tables, reference counts and free blocks are in a `specdiff_kernels.Pages` on the device. The
+model is that of gpt_fast.py, with another cache.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from specdiff_kernels import Draft, Pages, check_status, commit, verify
 
 
 class PagedCache(DenseCache):
-    """Keys and values [blocks + 1, block_size, H, D] of each layer; tables say whose they are.
+    """Keys and values [blocks + 1, block_size, H, D] of each layer, addressed by block tables.
 
-    A table's -1 (no block) is the last block by Python's count: it takes what nobody keeps.
+    A table's -1 (no block) indexes the last block, which collects padding.
     """
 
     def __init__(self, model: Transformer, pages: Pages) -> None:
@@ -39,7 +41,7 @@ class PagedCache(DenseCache):
         self.layers = [tuple(layer) for layer in states]
 
     def row(self, b: int) -> PagedCache:
-        """The same blocks, for a forward of one row."""
+        """The same blocks, with the table of row b only."""
         row = copy(self)
         row.pages = self.pages._replace(tables=self.pages.tables[b : b + 1])
         return row
@@ -49,14 +51,14 @@ class PagedCache(DenseCache):
         place = tables.gather(1, positions // size), positions % size  # each [B, Q]
         for pool, new in zip(self.layers[layer], (k, v), strict=True):
             pool[place] = new.transpose(1, 2)
-        # a kernel for paged attention reads the pool itself; this one has the rows side by side
+        # a kernel for paged attention would read the pool directly; this gathers the rows
         keys, values = (pool[tables].flatten(1, 2).transpose(1, 2) for pool in self.layers[layer])
         return keys, values  # [B, H, span, D]
 
 
 @dataclass
 class Request:
-    """A prompt, how many tokens it wants, and its text so far."""
+    """A prompt, the number of new tokens wanted, and the text so far."""
 
     prompt: list[int]
     new_tokens: int
@@ -64,19 +66,20 @@ class Request:
 
     def __post_init__(self) -> None:
         self.text = list(self.prompt)
-        self.limit = len(self.prompt) - 1 + self.new_tokens  # a cache holds all but the last token
+        # the cache holds all tokens but the last
+        self.limit = len(self.prompt) - 1 + self.new_tokens
 
 
 class Engine:
-    """Places for requests that come and go; the text of each is what it would be alone.
+    """Decodes requests in a batch of `rows`. Each text is as if decoded alone.
 
     Args:
         model: the target.
-        rows: places.
-        blocks: of the cache.
-        block_size: positions in a block.
-        longest: most tokens of a request, prompt included.
-        k: most tokens drafted in a step.
+        rows: maximum number of requests decoded together.
+        blocks: number of blocks in the cache.
+        block_size: positions per block.
+        longest: maximum tokens of a request, prompt included.
+        k: maximum tokens drafted per step.
         temperature: 0 is greedy.
 
     Example:
@@ -97,21 +100,21 @@ class Engine:
     ) -> None:
         self.model, self.k, self.temperature = model, k, temperature
         device = self.device = model.norm.weight.device
-        columns = -(-(longest + k) // block_size)  # a forward brings k tokens that may be padding
+        columns = -(-(longest + k) // block_size)  # a forward may write k tokens of padding
         self.pages = Pages.empty(rows, columns, blocks, block_size, device)
         self.cache = PagedCache(model, self.pages)
-        self.running: dict[int, Request] = {}  # by place
+        self.running: dict[int, Request] = {}  # row -> request
         zeros = torch.zeros(rows, dtype=torch.int64, device=device)
         self.lengths, self.limit, self.seed, self.round = (zeros.clone() for _ in range(4))
-        self.finished = torch.ones_like(zeros, dtype=torch.bool)  # or free
+        self.finished = torch.ones_like(zeros, dtype=torch.bool)  # finished or free rows
         self.stops = torch.tensor(model.config.stop_tokens, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
     def run(self, requests: list[Request]) -> list[list[int]]:
-        """Decode them all, each as soon as there is room. -> texts
+        """Decode all requests, each as soon as there is room. -> texts
 
         Raises:
-            ValueError: a request that does not fit an empty engine.
+            ValueError: a request does not fit even an empty engine.
         """
         waiting = list(requests)
         while waiting or self.running:
@@ -122,18 +125,18 @@ class Engine:
                 raise ValueError(
                     f"requests: one of {waiting[0].limit + 1} tokens does not fit an engine of "
                     f"{len(self.pages.references)} blocks of {self.pages.block_size}, at most "
-                    f"{self.pages.tables.shape[1]} in a row; give it more, or a larger `longest`"
+                    f"{self.pages.tables.shape[1]} in a row: use more blocks or a larger `longest`"
                 )
             self.step()
         return [request.text for request in requests]
 
     def admit(self, b: int, request: Request) -> bool:
-        """Read a prompt into place b, all but what a running row has read. False: no room yet."""
+        """Read a prompt into row b, except a prefix shared with a running row. False: no room."""
         size, tables = self.pages.block_size, self.pages.tables
         prefixes = [(place, alike(other.text[:-1], request.prompt[:-1]))
                     for place, other in self.running.items()]  # fmt: skip
         source, prefix = max(prefixes, key=itemgetter(1), default=(b, 0))
-        # every row may yet grow to its limit
+        # reserve room for every row to grow to its limit
         growth = (-(-self.limit // size) - (tables >= 0).sum(1)).masked_fill(self.finished, 0)
         needed = -(-request.limit // size) - prefix // size + int(growth.sum())
         if request.limit + self.k > self.cache.span or needed > int(self.pages.available):
@@ -150,11 +153,12 @@ class Engine:
         return True
 
     def step(self) -> None:
-        """Draft, one forward over K + 1 tokens a row, verify, commit."""
+        """Draft, run one forward over K + 1 tokens per row, verify, commit."""
         last, draft = self.draft()
         positions = self.lengths[:, None] + torch.arange(self.k + 1, device=self.device)
         ahead = torch.minimum(self.lengths + self.k + 1, self.limit)
-        self.pages.reserve(ahead.masked_fill(self.finished, 0))  # `admit` saw that there are enough
+        # `admit` ensured that there are enough blocks
+        self.pages.reserve(ahead.masked_fill(self.finished, 0))
         tokens = torch.cat([last, draft.tokens], 1)  # [B, K + 1]
         logits = self.model(tokens, positions, self.cache)  # [B, K + 1, V]
         verified = verify(logits, draft, self.temperature, seed=self.seed, round=self.round)
@@ -172,8 +176,7 @@ class Engine:
                 del self.running[b]
 
     def draft(self) -> tuple[Tensor, Draft]:
-        """Last tokens [B, 1], and guesses at what comes next, which are one-hot: without a
-        distribution."""
+        """Last tokens [B, 1], and a one-hot draft of the next tokens, without distributions."""
         B = len(self.finished)
         tokens = torch.zeros(B, 1 + self.k, dtype=torch.int64)
         lengths = torch.zeros(B, dtype=torch.int64)
@@ -186,13 +189,13 @@ class Engine:
 
 
 def alike(a: list[int], b: list[int]) -> int:
-    """How many tokens two texts have in common before they differ."""
+    """Length of the common prefix of two texts."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def look_up(text: list[int], k: int) -> list[int]:
-    """Up to k tokens that followed the last earlier occurrence of the text's last two."""
+    """Up to k tokens after the last earlier occurrence of the text's last two tokens."""
     for end in range(len(text) - 1, 1, -1):
         if text[end - 2 : end] == text[-2:]:
             return text[end : end + k]
@@ -201,7 +204,7 @@ def look_up(text: list[int], k: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--prompt-ids", action="append", required=True, type=token_ids)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rows", type=int, default=2, help="requests decoded together")

@@ -1,6 +1,6 @@
 """Speculative decoding that samples exactly from the target: models, drafters, cache and loop.
 
-The ops it is built on are in `specdiff_kernels`, which knows nothing of models.
+The ops are in `specdiff_kernels`, which does not depend on models.
 """
 
 from importlib import import_module
@@ -64,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `specdiff --help` need not wait for torch."""
+    """Import on first use, so that `specdiff --help` does not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'specdiff' has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

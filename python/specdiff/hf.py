@@ -1,8 +1,8 @@
-"""The Hugging Face door: `model.generate(..., custom_generate=specdiff.hf.generate, drafter=...)`.
+"""Use from Hugging Face: `model.generate(..., custom_generate=specdiff.hf.generate, drafter=...)`.
 
-Everything that shapes the text is honoured, or refused with a reason: temperature, top_k, top_p and
-min_p inside the verification; other logits processors on the rows that it reads, those that look at
-the history one row after another; stopping criteria token by token.
+Every option that shapes the text is applied or refused with a reason. Verification applies
+temperature, top_k, top_p and min_p. Other logits processors run on the rows that verification
+reads; those that look at the history run row by row. Stopping criteria run token by token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .loop.session import Session, check_prompts
 from .loop.stats import Stats
 from .loop.target import Target
 
-# functions of a row of scores alone: all rows of a round at once
+# these depend on the row of scores only, so they run on all rows of a round at once
 ROW_ALONE = (
     processors.EpsilonLogitsWarper,
     processors.EtaLogitsWarper,
@@ -51,7 +51,7 @@ ROW_ALONE = (
     processors.TopPLogitsWarper,
     processors.TypicalLogitsWarper,
 )
-# what `verify` does itself, in this order
+# `verify` applies these itself, in this order
 FUSED = {
     processors.TemperatureLogitsWarper: "temperature",
     processors.TopKLogitsWarper: "top_k",
@@ -60,12 +60,12 @@ FUSED = {
 }
 HIDDEN = ("streamer", "assistant_model", "synced_gpus")
 REFUSED = {
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model by itself",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model itself",
     "SynthIDTextWatermarkLogitsProcessor": "keeps state from token to token",
-    "EncoderRepetitionPenaltyLogitsProcessor": "wants all rows at once",
-    "EncoderNoRepeatNGramLogitsProcessor": "wants all rows at once",
+    "EncoderRepetitionPenaltyLogitsProcessor": "needs all rows at once",
+    "EncoderNoRepeatNGramLogitsProcessor": "needs all rows at once",
 }
-HONOURED = {  # values of a GenerationConfig; what is not listed here works with any
+HONOURED = {  # supported values of GenerationConfig fields; fields not listed support every value
     "num_beams": (None, 1),
     "penalty_alpha": (None, 0, 0.0),
     "dola_layers": (None,),
@@ -73,22 +73,22 @@ HONOURED = {  # values of a GenerationConfig; what is not listed here works with
     "force_words_ids": (None,),
     "prompt_lookup_num_tokens": (None,),
 }
-OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits")  # that nobody keeps
-CACHES = ("cache", "past_key_values")  # the name from transformers 5.24 on, and before
-INPUTS = {  # what transformers hands over, or what changes no text
+OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits")  # not kept here
+CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
+INPUTS = {  # handed over by transformers, or without effect on the text
     "attention_mask", "cache_position", "logits_to_keep", "position_ids", "use_cache", *CACHES,
 }  # fmt: skip
 
 
 @dataclass
 class GenerateOutput(ModelOutput):
-    """What `generate` returns with return_dict_in_generate.
+    """Result of `generate` with return_dict_in_generate.
 
     Attributes:
-        sequences: i64 [B, N], prompts as they came, new tokens, padding.
+        sequences: i64 [B, N], the prompts as given, new tokens, padding.
         logprobs: with output_scores, f32 [B, new tokens]: log-probability of each new token under
-            the distribution that it was drawn from (greedy: the processed scores' softmax); 0 at
-            padding. In the place of `scores`, whose V numbers a token nobody keeps here.
+            the distribution that it was drawn from (greedy: the softmax of the processed scores);
+            0 at padding. It replaces `scores`, whose V numbers a token are not kept.
         stats: counts and times.
     """
 
@@ -98,7 +98,7 @@ class GenerateOutput(ModelOutput):
 
 
 def in_own_mode(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Modules that were training, which a target is not, do so again afterwards."""
+    """Run in eval mode; afterwards, put modules that were in training mode back into it."""
 
     @wraps(function)
     def call(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
@@ -130,31 +130,30 @@ def generate(
     stop_strings: str | Sequence[str] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateOutput:
-    """Speculative decoding as a `custom_generate` of transformers' `generate`, which calls it.
+    """Speculative decoding for the `custom_generate` argument of transformers' `generate`.
 
     The text follows the distribution that `generate` samples from with the same arguments; greedy
     text is the same. (Rule "lenient": to within the mean of `stats.bias`.) Batches may be
-    left-padded, rows are decoded as if each were alone, and `num_return_sequences` works.
-    `cache_implementation` is
-    taken as a wish: the cache is preallocated in any case.
+    left-padded. Each row is decoded as if it were alone. `num_return_sequences` works.
+    `cache_implementation` has no effect: the cache is always preallocated.
 
     Args:
-        drafter: an object, or a name that the command line knows, such as "prompt-lookup"; None is
-            plain decoding.
-        k, rule, lenience, record, backend: of `Decoder`.
+        drafter: an object, or a drafter's name on the command line, such as "prompt-lookup"; None
+            decodes without drafts.
+        k, rule, lenience, record, backend: see `Decoder`.
         seed: one int, or one per returned sequence; None: drawn from torch's global generator.
-        stop_strings: need `tokenizer=...` beside them. (In a GenerationConfig they do not work:
-            transformers drops the tokenizer before it looks for it.)
+        stop_strings: these need `tokenizer=...` as well. (They do not work in a GenerationConfig:
+            transformers drops the tokenizer first.)
 
-    Processors and criteria that look at history are called with one row [1, N] at a time, and a
-    processor for drafted tokens that will be rejected, too: they must be functions of their
-    arguments. A text ends at the model's max_position_embeddings, with a warning.
+    Processors and criteria that look at the history get one row [1, N] at a time. Processors also
+    run on drafted tokens that are rejected later. Both must therefore depend on their arguments
+    only. A text ends at the model's max_position_embeddings, with a warning.
 
     Returns:
         i64 [B, N], or with return_dict_in_generate a GenerateOutput.
 
     Raises:
-        ValueError: an argument that cannot be honoured; the message names it.
+        ValueError: an argument is not supported; the message names it.
 
     Example:
         >>> model.generate(
@@ -171,7 +170,7 @@ def generate(
     mask = model_kwargs.get("attention_mask")
     check_inputs(model_kwargs, mask, input_ids)
     if len(input_ids) > 1 and call.get("streamer") is not None:
-        raise ValueError("streamer: expected one sequence, got a batch; decode it row by row")
+        raise ValueError("streamer: expected one sequence, got a batch; decode the rows one by one")
     target = Target(model)
     if isinstance(drafter, str):
         drafter = named_drafter(drafter, target)
@@ -211,7 +210,7 @@ def generate(
 
 
 def run(session: Session, streamer: Any) -> list[list[float]]:
-    """Decode to the end of all rows. -> log-probabilities of their new tokens, if asked for"""
+    """Decode all rows to their end. -> log-probabilities of new tokens, empty if not requested"""
     logprobs: list[list[float]] = [[] for _ in session.done]
     while not all(session.done):
         step = session.step()
@@ -225,9 +224,9 @@ def run(session: Session, streamer: Any) -> list[list[float]]:
 
 
 def arguments_of_generate() -> dict[str, Any]:
-    """What `model.generate` was called with and does not hand to a callable.
+    """Arguments of `model.generate` that it does not pass on to `custom_generate`.
 
-    Its own frame has the streamer and an assistant; the tokenizer is left in its decorator's.
+    The streamer and the assistant are found in its frame, the tokenizer in its decorator's frame.
     """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame: FrameType | None = sys._getframe(1)
@@ -246,37 +245,37 @@ def check_honoured(config: GenerationConfig, listed: Sequence[Any], call: dict[s
     asked = OUTPUTS if config.return_dict_in_generate else ()
     for name, values in {**HONOURED, **dict.fromkeys(asked, (None, False))}.items():
         if (value := getattr(config, name, None)) not in values:
-            raise ValueError(f"{name}={value!r} cannot be honoured by speculative decoding")
+            raise ValueError(f"{name}={value!r} is not supported by speculative decoding")
     for name in ("assistant_model", "synced_gpus"):
         if call.get(name):
-            raise ValueError(f"{name} cannot be honoured: pass drafter=..., on one device")
+            raise ValueError(f"{name} is not supported: pass drafter=... and use one device")
     for processor in listed:
         name = type(processor).__name__
         if name in REFUSED:
-            raise ValueError(f"{name} cannot be honoured: it {REFUSED[name]}")
+            raise ValueError(f"{name} is not supported: it {REFUSED[name]}")
 
 
 def check_inputs(given: dict[str, Any], mask: Tensor | None, input_ids: Tensor) -> None:
-    """Raise for inputs of the model that would change its text and that the loop does not bring."""
+    """Raise ValueError for model inputs that change the text but are unsupported by the loop."""
     if given.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds cannot be drafted for: pass input_ids")
+        raise ValueError("inputs_embeds is not supported: pass input_ids")
     for name in CACHES:
         cache = given.get(name)
         if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(f"{name} holds tokens already: pass the whole text as input_ids")
+            raise ValueError(f"{name} already holds tokens: pass the whole text as input_ids")
     other = [name for name, value in given.items() if name not in INPUTS and value is not None]
     if other:
-        raise ValueError(f"{other[0]} cannot be honoured: the target reads tokens alone")
+        raise ValueError(f"{other[0]} is not supported: the target reads only tokens")
     positions = given.get("position_ids")
     if positions is not None:
         real = torch.ones_like(input_ids) if mask is None else mask
         counted = real.long().cumsum(1) - 1
         if ((positions != counted) & (real != 0)).any():
-            raise ValueError("position_ids cannot be honoured: expected each text's own 0, 1, 2...")
+            raise ValueError("position_ids: expected 0, 1, 2... in each row, got other positions")
 
 
 def longest_of(config: GenerationConfig, listed: Sequence[Any]) -> int:
-    """Most tokens of a text, its padding included."""
+    """Maximum number of tokens of a sequence, left padding included."""
     lengths = [c.max_length for c in listed if type(c) is criteria.MaxLengthCriteria]
     return min([config.max_length, *lengths])
 
@@ -285,8 +284,10 @@ _loaded: WeakKeyDictionary[Any, dict[str, tuple[Any, Drafter]]] = WeakKeyDiction
 
 
 def named_drafter(name: str, target: Target) -> Drafter:
-    """A drafter whose weights are read once for each state of a model, and whose own state is the
-    caller's."""
+    """A named drafter for `target`. Its weights are loaded once for each state of the model.
+
+    Each call returns a copy, so that callers do not share the drafter's state.
+    """
     embedding = target.model.get_input_embeddings().weight
     state = (
         target.device, target.dtype, is_accelerated(target.model), embedding.data_ptr(),
@@ -299,9 +300,9 @@ def named_drafter(name: str, target: Target) -> Drafter:
 
 
 def split(listed: Sequence[Any], samples: bool) -> tuple[Sampling, list[Any]]:
-    """What `verify` does itself, and the processors that come before.
+    """Split processors into the sampling parameters of `verify` and those that run before it.
 
-    Temperature, top-k, top-p and min-p are fused where they come last, in this order.
+    Temperature, top-k, top-p and min-p are fused if they come last, in this order.
     """
     first = list(listed)
     if not samples:
@@ -317,7 +318,7 @@ def split(listed: Sequence[Any], samples: bool) -> tuple[Sampling, list[Any]]:
 
 
 def plain(warper: Any) -> bool:
-    """Whether it drops what it drops altogether, and may leave a single token."""
+    """Whether a warper sets dropped tokens to -inf and may keep a single token."""
     return (
         getattr(warper, "filter_value", -float("inf")) == -float("inf")
         and getattr(warper, "min_tokens_to_keep", 1) == 1
@@ -327,14 +328,14 @@ def plain(warper: Any) -> bool:
 class Processing:
     """Logits processors applied to the K + 1 rows of each sequence, in their order.
 
-    Row i of a sequence is seen behind its text and the first i drafted tokens, as if these had been
-    emitted; so what stands in the end was processed as by decoding token by token.
+    For row i of a sequence, processors see its text and the first i drafted tokens as the history.
+    Every emitted token is therefore processed as in token-by-token decoding.
 
     Args:
         listed: the processors.
-        padded: i64 rows as they came to `generate`: processors see the padding too.
-        prompts: the same without padding.
-        stops: ids that end a text, behind which no processor looks.
+        padded: token rows as given to `generate`: processors see the padding too.
+        prompts: the same rows without padding.
+        stops: ids that end a text. Processors do not run after them.
     """
 
     def __init__(
@@ -350,7 +351,7 @@ class Processing:
         self.padding = [len(p) - len(q) for p, q in zip(padded, prompts, strict=True)]
 
     def __call__(self, texts: list[list[int]], drafted: Tensor, logits: Tensor) -> Tensor:
-        """logits [B, K + 1, V] in any float dtype -> f32"""
+        """logits [B, K + 1, V] in any float dtype -> processed scores in f32"""
         scores = logits.float()
         B, Q, V = scores.shape
         for processor in self.listed:
@@ -368,7 +369,7 @@ class Processing:
     def _sequence(
         self, b: int, processor: Any, text: list[int], drafted: Tensor, scores: Tensor
     ) -> Tensor:
-        """scores [K + 1, V] of a sequence, row by row"""
+        """Process the scores [K + 1, V] of one sequence, row by row."""
         processor = of_row(processor, b)
         seen = torch.tensor(self.padded[b][: self.padding[b]] + text, device=drafted.device)
         seen = torch.cat([seen, drafted])[None]
@@ -379,24 +380,24 @@ class Processing:
             if i < len(drafted) and (
                 rows[i][0, drafted[i]] == -torch.inf or int(drafted[i]) in self.stops
             ):
-                break  # it is rejected or ends the text, and no text has it for its history
+                break  # this token is rejected or ends the text, so no later row counts
         return torch.cat([*rows, scores[len(rows) :]])
 
 
 def of_row(processor: Any, b: int) -> Any:
-    """The processor as row b of the batch sees it, if it tells rows apart."""
+    """The processor for row b of the batch, if it treats rows differently."""
     if isinstance(processor, processors.PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         return type(processor)(lambda _, ids: allowed(b, ids), num_beams=1)
     ignored = getattr(processor, "prompt_ignore_length", None)
-    if isinstance(ignored, Tensor):  # [B], the left padding
+    if isinstance(ignored, Tensor):  # [B], width of the left padding
         processor = copy(processor)
         processor.prompt_ignore_length = ignored[b : b + 1]
     return processor
 
 
 def split_criteria(listed: Sequence[Any]) -> tuple[list[int], list[Any]]:
-    """Ids that end a row, and the criteria other than these and the length."""
+    """Token ids that end a row, and the other criteria except the maximum length."""
     stops: list[int] = []
     others = []
     for criterion in listed:
@@ -417,19 +418,19 @@ def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> Any:
 def any_criterion(
     listed: list[Any], padded: list[list[int]], device: torch.device, row: int, new: list[int]
 ) -> bool:
-    """Whether a row ends with the last of its new tokens."""
+    """Whether a row ends with its last new token."""
     ids = torch.tensor([padded[row] + new], device=device)
     return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in listed)
 
 
 def unpadded(rows: list[list[int]], mask: Tensor | None) -> list[list[int]]:
-    """Rows without their padding on the left. mask: [B, N], or None: there is none"""
+    """Rows without their left padding. mask: [B, N], or None if nothing is padded"""
     if mask is None:
         return rows
     if (mask.long().diff(dim=1) < 0).any():
         raise ValueError(
-            "attention_mask must be 0 on the left alone: use padding_side='left', and pass the "
-            "mask if a text may hold the pad token"
+            "attention_mask: expected zeros on the left only; use padding_side='left', and pass "
+            "the mask if the text itself may contain the pad token"
         )
     counts = mask.long().sum(1).tolist()
     return [row[len(row) - n :] for row, n in zip(rows, counts, strict=True)]

@@ -1,6 +1,6 @@
-"""Models: a causal language model from a local folder.
+"""Load causal language models and tokenizers from local folders.
 
-Nothing is ever unpickled, and no code that a folder brings along or names is run.
+Nothing is unpickled. Code in the folder, or named by it, is never run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAVED = "as save_pretrained writes them for a model that transformers itself has"
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # of transformers
+SAVED = "as written by save_pretrained for a model class built into transformers"
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # for transformers
 
 
 def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a folder, on the CPU, from its safetensors alone.
+    """Load a folder's causal language model onto the CPU, from safetensors only.
 
     Raises:
-        ValueError: the folder holds none, or one that cannot be had without running code that the
-            folder brings along or names, or without unpickling.
+        ValueError: the folder holds no such model, or loading it would run code from the folder
+            or the hub, or would unpickle.
 
     Example:
         >>> load_causal(fetch("smollm2-135m"), torch.float32)
@@ -40,10 +40,10 @@ def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder.
+    """Load a folder's tokenizer.
 
     Raises:
-        ValueError: the folder holds none, or one that needs code of its own.
+        ValueError: the folder holds no tokenizer, or one that needs its own code.
 
     Example:
         >>> load_tokenizer(fetch("smollm2-135m"))("Hello").input_ids
@@ -57,25 +57,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def usable(folder: Path, expected: str) -> Iterator[None]:
-    """Turn what transformers raises for a folder into a ValueError that names it."""
+    """Turn the errors that transformers raises into a ValueError that names the folder."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         why: Any = error
-        if "trust_remote_code" in str(error):  # an argument that nobody can give here
-            why = "it needs code of its own (auto_map), which is never run"
+        if "trust_remote_code" in str(error):  # callers here cannot set it
+            why = "it needs its own code (auto_map), which is never run"
         raise ValueError(
             f"{folder} holds no usable causal language model: {why}; expected {expected}"
         ) from error
 
 
 def refuse_detours(folder: Path) -> None:
-    """Raise ValueError where a folder's files lead transformers to pickles or to code elsewhere.
+    """Raise ValueError if a folder would make transformers unpickle or run code from elsewhere.
 
-    That is: weights in another file than .safetensors, which config.json or an index may name; an
-    adapter, which may be pickled; a kernel of the hub in the place of attention.
+    Refused: weights outside .safetensors files (config.json or an index can name some), adapters
+    (they can be pickled), and attention kernels from the hub.
     """
     from transformers import PretrainedConfig
 
@@ -86,7 +86,7 @@ def refuse_detours(folder: Path) -> None:
             weights.append(str(value).removesuffix(".index.json"))
         if "attn_implementation" in key and "/" in json.dumps(value):
             raise ValueError(
-                f"config.json has {key} {value!r}, code on Hugging Face's hub: leave it out"
+                f"config.json has {key} {value!r}, code on Hugging Face's hub: remove it"
             )
     refuse_pickles("config.json", weights)
     for name in weights:
@@ -94,11 +94,13 @@ def refuse_detours(folder: Path) -> None:
         if index.is_file():
             refuse_pickles(index.name, json.loads(index.read_text("utf-8"))["weight_map"].values())
     if (folder / "adapter_config.json").exists():
-        raise ValueError("adapters (adapter_config.json) are not read: merge it into the weights")
+        raise ValueError(
+            "adapters (adapter_config.json) are not supported: merge the adapter into the weights"
+        )
 
 
 def entries(fields: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values of JSON, at every depth."""
+    """All (key, value) pairs of parsed JSON, at every depth."""
     if isinstance(fields, dict):
         yield from fields.items()
         fields = list(fields.values())
@@ -111,12 +113,12 @@ def refuse_pickles(where: str, names: Iterable[str]) -> None:
     for name in names:
         if not name.endswith(".safetensors"):
             raise ValueError(
-                f"{where} names {name} for weights, which may be pickled: save them as safetensors"
+                f"{where} names {name} as weights, which may be pickled: save them as safetensors"
             )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, raw: bool = False) -> list[int]:
-    """Token ids of a prompt, as a user's message if there is a chat template and raw is False.
+    """Token ids of a prompt. With a chat template and raw=False, it becomes a user message.
 
     Example:
         >>> encode(tokenizer, "Why is the sky blue?")

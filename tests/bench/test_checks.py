@@ -72,7 +72,7 @@ def test_surprise_is_what_its_name_says():
 
 
 def test_truncated_distributions_are_not_checked(models):
-    with pytest.raises(ValueError, match="temperature alone"):
+    with pytest.raises(ValueError, match="expected a temperature only"):
         follows_distribution(models.target, [], [], Sampling(1.0, top_k=3))
 
 

@@ -336,10 +336,10 @@ def test_what_cannot_be_is_refused(target):
         case.options["sampling"] = Sampling(0.8)
         case.run(Controlled(inner, case.texts, 0.5))
     case = Case(target)
-    with pytest.raises(ValueError, match="texts: expected one of row 0's prompt, 3 tokens from"):
+    with pytest.raises(ValueError, match="texts: row 0's prompt of 3 tokens, beginning with"):
         case.run(Controlled(inner, {(9, 9): [9, 9, 1]}, 0.5))
     short = {prompt: text[:-5] for prompt, text in case.texts.items()}
-    with pytest.raises(ValueError, match="a row goes on behind the end of its text"):
+    with pytest.raises(ValueError, match="a row continues after the end of its known text"):
         case.run(Controlled(inner, short, 0.5))
 
 
@@ -349,10 +349,12 @@ def test_texts_that_contradict_are_refused(target):
     assert drafter.texts[1, 2] == [1, 2, 3, 4]
     drafter.learn([1, 2], [1, 2, 3, 4, 5])
     assert drafter.texts[1, 2] == [1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match="text differs from the one that is known"):
+    with pytest.raises(ValueError, match="text differs from the known text"):
         drafter.learn([1, 2], [1, 2, 4])
     for text in ([1, 2], [1, 3, 4], [2]):
-        with pytest.raises(ValueError, match="text must begin with its prompt of 2 tokens"):
+        with pytest.raises(
+            ValueError, match="text must be its prompt of 2 tokens and a continuation"
+        ):
             drafter.learn([1, 2], text)
 
 

@@ -10,8 +10,8 @@ from specdiff.bench import harness, machine
 from specdiff.bench.harness import (
     FIGURES,
     Condition,
-    Run,
     Setting,
+    TimedRun,
     ceiling,
     compare,
     figures,
@@ -58,10 +58,10 @@ def stats(tokens, forwards, drafted, accepted_at, examined_at, draft=0.0, target
 
 def test_figures_by_hand():
     plain, own = fixed("plain"), fixed("own")
-    plain.runs = [Run([[0] * 10], 2.0, stats(10, 10, 0, [], [], target=1.0)) for _ in range(2)]
+    plain.runs = [TimedRun([[0] * 10], 2.0, stats(10, 10, 0, [], [], target=1.0)) for _ in range(2)]
     own.runs = [
-        Run([[0] * 10], 1.0, stats(10, 6, 12, [3, 1], [6, 3], draft=0.2, target=0.6)),
-        Run([[0] * 10], 0.5, stats(10, 5, 10, [4, 1, 0], [5, 4, 1], draft=0.1, target=0.5)),
+        TimedRun([[0] * 10], 1.0, stats(10, 6, 12, [3, 1], [6, 3], draft=0.2, target=0.6)),
+        TimedRun([[0] * 10], 0.5, stats(10, 5, 10, [4, 1, 0], [5, 4, 1], draft=0.1, target=0.5)),
     ]
     found = figures(own, plain, own.runs)
     assert found["emitted"] == 20 and found["tokens_per_forward"] == 20 / 11
@@ -80,7 +80,7 @@ def test_figures_by_hand():
 
 
 def test_pooled_is_a_sum():
-    runs = [Run([[1]], 1.0, stats(5, 3, 6, [2], [3], draft=0.5)) for _ in range(2)]
+    runs = [TimedRun([[1]], 1.0, stats(5, 3, 6, [2], [3], draft=0.5)) for _ in range(2)]
     whole = pooled(runs)
     assert (whole.tokens, whole.drafted, whole.accepted_at, whole.examined_at) == (10, 12, [4], [6])
     assert whole.seconds["draft"] == 1.0
@@ -140,7 +140,9 @@ def test_nothing_is_a_speedup_over_plain_decoding_that_is_not_exact(models):
 
 
 def test_a_batch_without_prompts(models):
-    with pytest.raises(ValueError, match="at most the number of prompts, 4, got 5"):
+    with pytest.raises(
+        ValueError, match=r"batch must be in \[1, 4\], the number of prompts, got 5"
+    ):
         compare(models, Condition("chat", 0.0, 5, PROMPTS, 4), [])
 
 
@@ -153,7 +155,7 @@ def test_stages_are_looked_at_once_more_on_a_gpu():
         return [[1]], stats(1, 1, 0, [], [], target=1.0)
 
     setting = Setting("x", decode)
-    setting.runs = [Run([[1]], 1.0, stats(1, 1, 0, [], [], target=1.0))]
+    setting.runs = [TimedRun([[1]], 1.0, stats(1, 1, 0, [], [], target=1.0))]
     condition = Condition("chat", 0.0, 1, [[1], [2]], 1)
     assert harness.staged(setting, condition, torch.device("cpu")) is setting.runs
     assert len(harness.staged(setting, condition, torch.device("cuda"))) == 2

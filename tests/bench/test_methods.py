@@ -24,12 +24,12 @@ def test_names():
     ("text", "reason"),
     [
         ("parallel,k=0", "k must be auto or at least 1"),
-        ("parallel,K=2", "options are k=, steps=, rule= and model=, got 'K=2'"),
+        ("parallel,K=2", "expected options k=, steps=, rule= or model=, got 'K=2'"),
         ("plain,k=2", "plain decoding takes no options"),
-        ("assisted,k=2", "needs model=FOLDER"),
-        ("parallel,model=x", "'assisted', and no other"),
-        ("transformers-lookup,k=auto", "k as a number alone"),
-        ("sedd,k=4,steps=auto", "steps=auto of 'sedd' needs k=auto: .* got k=4; give a number"),
+        ("assisted,k=2", "model=FOLDER is for 'assisted'"),
+        ("parallel,model=x", "'assisted', and only for it"),
+        ("transformers-lookup,k=auto", "only a number k"),
+        ("sedd,k=4,steps=auto", "steps=auto of 'sedd' needs k=auto, got k=4: .* give a number"),
         ("", "plain decoding takes no options"),
     ],
 )

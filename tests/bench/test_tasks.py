@@ -59,7 +59,7 @@ def test_held_out(tiny_tokenizer):
     assert prompts("held-out", tiny_tokenizer, 2) == found[:2]
     with pytest.raises(ValueError, match="has 64 prompts, not 65"):
         prompts("held-out", tiny_tokenizer, 65)
-    with pytest.raises(ValueError, match="task 'held-out' has its own texts: leave out the corpus"):
+    with pytest.raises(ValueError, match="task 'held-out' has its own texts: omit the corpus"):
         prompts("held-out", tiny_tokenizer, 1, corpus="stdlib")
 
 

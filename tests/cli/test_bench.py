@@ -95,10 +95,10 @@ def test_report(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["run", "--method", "parallel,q=1"], "options are k=, steps=, rule= and model="),
-        (["run", "--temperature", "hot"], "--temperature must be numbers with commas between"),
+        (["run", "--method", "parallel,q=1"], "expected options k=, steps=, rule= or model="),
+        (["run", "--temperature", "hot"], "--temperature must be comma-separated numbers"),
         (["run", "--task", "poem"], "task must be one of chat"),
-        (["run", "--batch", "3"], "at most the number of prompts, 2, got 3"),
+        (["run", "--batch", "3"], "must be in [1, 2], the number of prompts, got 3"),
         (["table2", "--task", "chat"], "one of summarise, continue, short, got chat"),
         (["controlled", "--target", "gpt5"], "target must be one of gpt2-xl"),
         (["controlled", "--task", "sumarise"], "one of summarise, continue, short, got sumarise"),

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from specdiff import Sampling, Stats, Step
 from specdiff.cli.main import app
-from specdiff.cli.report import LiveText, Run, TextStream, figures, median_run
+from specdiff.cli.report import DecodedRun, LiveText, TextStream, figures, median_run
 from specdiff.loop import fast_layers as cpu
 from specdiff.models import encode
 from specdiff.planning.costs import PLAIN, Costs, Plan, measure
@@ -176,7 +176,7 @@ def test_plan_predicts_and_measures(target, tmp_path):
     assert got["needs"][2] == {"speed_up": 8, "acceptance": None, "draft": None}
     done = plan(target, "--check", "0", "--picture", str(tmp_path / "plans.svg"))
     assert done.exit_code == 0, done.stderr
-    for text in ("predicted", "what a speed-up would need", "not even always", "1.94x"):
+    for text in ("predicted", "needed for a speed-up", "unreachable even", "1.94x"):
         assert text in done.stdout
     assert (tmp_path / "plans.svg").read_text().startswith("<?xml")
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["plans.svg"]
@@ -277,7 +277,7 @@ def test_lenience_prints_its_budget_and_promises_nothing(run, target, rule):
     sampled = run(*options, "--temperature", "1", "--record", "one-hot", drafter=target).stdout
     assert "the text no longer follows" in sampled and "identical" not in sampled
     assert re.search(r"total variation spent +│ +[1-9]", sampled)
-    assert re.search(r"for each token +│ +0\.\d", sampled)
+    assert re.search(r"per token +│ +0\.\d", sampled)
     greedy = run(*options, drafter=target).stdout
     assert re.search(r"total variation spent +│ +0\.0000 ", greedy)
     assert "no longer" not in greedy and "identical" not in greedy
@@ -369,7 +369,9 @@ def test_user_errors_are_one_line(run, args, message):
 
 
 def test_block_diffusion_drafter_of_another_target(run):
-    expect_error(run("--prompt", "a", drafter="block-diffusion"), "load the drafter of this target")
+    expect_error(
+        run("--prompt", "a", drafter="block-diffusion"), "load a drafter trained for this target"
+    )
 
 
 def test_vocabulary_mismatch(run, tmp_path, tiny_tokenizer):
@@ -406,7 +408,7 @@ def expect_error(done, message: str) -> None:
 
 def test_unknown_model_name():
     done = CliRunner().invoke(app, ["models", "fetch", "magic"])
-    expect_error(done, "unknown model 'magic'; known are smollm2-135m")
+    expect_error(done, "unknown model 'magic'; expected one of smollm2-135m")
 
 
 def test_models_list(monkeypatch, tmp_path):
@@ -482,10 +484,10 @@ def test_no_color(tiny_tokenizer, monkeypatch):
     assert screen.getvalue() == "fox\n"
 
 
-def run_of(seconds: float, tokens: list[int]) -> Run:
+def run_of(seconds: float, tokens: list[int]) -> DecodedRun:
     stats = Stats(target_forwards=2, row_forwards=2, tokens=len(tokens))
     stats.seconds["target"] = seconds
-    return Run([tokens], stats)
+    return DecodedRun([tokens], stats)
 
 
 def test_figures_come_from_the_median_runs():

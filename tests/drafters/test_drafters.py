@@ -118,7 +118,7 @@ def test_load_drafter(model, target, tmp_path):
     got = Decoder(target, drafter, 3).generate([1, 2], max_new_tokens=9)
     assert got.new_tokens == want.new_tokens and got.stats.acceptance == [1.0] * 3
     for name in ("prompt-lookup", tmp_path):
-        with pytest.raises(ValueError, match="steps belong to a diffusion drafter"):
+        with pytest.raises(ValueError, match="steps are for diffusion drafters only"):
             load_drafter(name, target, steps=2)
     with pytest.raises(ValueError, match="unknown drafter 'no-such'; expected 'parallel'"):
         load_drafter("no-such", target)

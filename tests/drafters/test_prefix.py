@@ -240,7 +240,7 @@ def test_a_file_without_layers_and_head_reads_the_last_state_alone(target, tmp_p
         ({"target_layers": (1, 3), "target_layer_count": 2}, r"from 1 to .* = 2, got \[1, 3\]"),
         ({"target_layers": (0, 1), "target_layer_count": 2}, r"from 1 to .* = 2, got \[0, 1\]"),
         ({"target_layers": (2, 1), "target_layer_count": 2}, r"ascending, .* got \[2, 1\]"),
-        ({"target_layers": (1,)}, r"\[1\] need a target_layer_count"),
+        ({"target_layers": (1,)}, r"\[1\] also need a target_layer_count"),
         ({"head_rank": -1}, r"head_rank must be at least 0, got -1"),
     ],
 )
@@ -251,7 +251,7 @@ def test_layers_and_ranks_out_of_range(more, message):
 
 def test_an_eagle_has_neither_layers_nor_head():
     for more in (LAYERS, {"head_rank": 4}):
-        with pytest.raises(ValueError, match="an eagle predicts the one state that it reads"):
+        with pytest.raises(ValueError, match="an eagle reads only the state that it predicts"):
             tiny_network("eagle", DRAFT_IDS, **more)
 
 

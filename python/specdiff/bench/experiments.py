@@ -1,4 +1,4 @@
-"""Experiments: conditions and methods to a file of figures; the paper's tables among them."""
+"""Experiments: measure a grid of conditions and methods."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ AXES = {"k": "lengths", "steps": "steps", "batch": "batch", "context": "context"
 
 @dataclass(frozen=True)
 class Grid:
-    """Everything that is varied: all combinations are measured.
+    """Values to vary. All combinations are measured.
 
     Attributes:
-        methods: those that say no K or T of their own get each of `ks` and `steps`.
-        tasks: names of `specdiff.bench.tasks.TASKS`.
-        contexts: tokens of a prompt; None: as the task's texts are.
-        tokens: new ones; None: as many as the task's.
-        count: prompts of each task.
+        methods: methods. Those without a K or T get each of `ks` and `steps`.
+        tasks: keys of `specdiff.bench.tasks.TASKS`.
+        contexts: prompt lengths in tokens; None: the task's.
+        tokens: number of new tokens; None: the task's.
+        count: number of prompts of each task.
     """
 
     methods: Sequence[Method]
@@ -44,14 +44,14 @@ class Grid:
 
     @property
     def kind(self) -> str:
-        """What the figures are about: the one axis that varies, or the methods."""
+        """Subject of the figures: the axis that varies if there is only one, else the methods."""
         lengths = {"k": self.ks, "steps": self.steps, "batch": self.batches}
         varied = [axis for axis, values in {**lengths, "context": self.contexts}.items()
                   if len(values) > 1]  # fmt: skip
         return AXES[varied[0]] if len(varied) == 1 else "methods"
 
     def conditions(self, models: Models) -> list[Condition]:
-        """Raises ValueError if a task has too few prompts."""
+        """All conditions of the grid. Raises ValueError if a task has too few prompts."""
         result = []
         for task, context in product(self.tasks, self.contexts):
             texts = prompts(
@@ -74,14 +74,14 @@ def run(
     """Measure a grid.
 
     Args:
-        kept: takes the cases of each condition, and may hold some from before.
-        show: is called with them.
+        kept: stores the cases of each condition, and may hold some of an earlier run.
+        show: called with the cases of each condition.
 
     Returns:
-        name, target, repetitions and cases, as the files of results hold them.
+        name, target, repetitions and cases, in the format of the result files.
 
     Raises:
-        ValueError: a condition or plain decoding cannot be had.
+        ValueError: a condition or plain decoding is impossible.
 
     Example:
         >>> run(Grid([parse("parallel")], ks=[1, 2, 4]), models)["name"]
@@ -108,7 +108,7 @@ def once(
     methods: Sequence[Method],
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """`compare`, unless `kept` holds its cases from before; they are kept and shown."""
+    """The cases of one condition, from `kept` or else by `compare`; stored and shown."""
     wanted = [named(models, condition, method) for method in methods]
     found = kept.find(wanted) if kept is not None else []
     if not found:

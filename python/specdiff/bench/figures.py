@@ -1,8 +1,8 @@
-"""Figures of `specdiff bench`, from its JSON files alone.
+"""Figures of `specdiff bench`, drawn from its JSON files.
 
-A function for each kind of figure takes a content and gives a matplotlib Figure, or None where
-nothing is left to draw: refused cases are left out. The same content and the same version of
-matplotlib give the same bytes. All raise ValueError where matplotlib is not installed.
+There is one function for each kind of figure. It takes the content of a file and returns a
+matplotlib Figure, or None if nothing is left to draw: refused cases are left out. The same content
+and matplotlib version give the same bytes. All functions raise ValueError if matplotlib is missing.
 
 Example:
     >>> content = json.loads(Path("results/steps.json").read_text())
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "specdiff",
-    "text.parse_math": False,  # names are words, whatever is in them
+    "text.parse_math": False,  # a "$" in a name is no formula
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -50,7 +50,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 GREY = "#777777"
-COLOURS = {  # after Okabe and Ito: told apart without red or green
+COLOURS = {  # after Okabe and Ito, distinct for colour-blind readers
     PLAIN: GREY,
     "parallel": "#0072b2",
     "block-diffusion": "#009e73",
@@ -59,27 +59,27 @@ COLOURS = {  # after Okabe and Ito: told apart without red or green
     "sedd": "#d55e00",
     "mdlm": "#56b4e9",
 }
-SPARE = ("#882255", "#332288", "#999933", "#44aa99", "#000000")  # of other methods, in order
+SPARE = ("#882255", "#332288", "#999933", "#44aa99", "#000000")  # for other methods, in order
 STAGES = {
     "draft": "#0072b2", "target": "#bbbbbb", "verify": "#d55e00", "commit": "#cc79a7",
     "host": "#e69f00",
 }  # fmt: skip
-MARKS = "o^sDvP*X"  # of temperatures, from 0 up
-DASHES = ("-", "-.", (0, (1, 1)))  # of what else sets lines apart
+MARKS = "o^sDvP*X"  # for temperatures in ascending order
+DASHES = ("-", "-.", (0, (1, 1)))  # for the other settings in which lines differ
 SPEEDUP, RATE = "speedup", "tokens_per_second"
 LABELS = {
     SPEEDUP: "speed-up over plain decoding",
     RATE: "tokens per second",
     "tokens_per_forward": "tokens per target forward",
-    "alpha": "alpha: accepted, of the drafted",
+    "alpha": "alpha: share of drafted tokens accepted",
 }
-FORMATS = {"png": "Software", "svg": "Date"}  # and what must not be written into them
+FORMATS = {"png": "Software", "svg": "Date"}  # format -> metadata key to leave out
 Draw = Callable[[Content], "Figure | None"]
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """matplotlib's settings for what happens inside."""
+    """Context with the figures' matplotlib settings."""
     try:
         import matplotlib
     except ImportError as error:
@@ -100,14 +100,14 @@ def in_style(make: Draw) -> Draw:
 
 
 def colours(content: Content) -> dict[str, str]:
-    """One for each method; a known method's is the same in every figure."""
+    """Colour of each method. A known method has the same colour in every figure."""
     found = values(content["cases"], "method")
     others = [name for name in found if name not in COLOURS]
     return COLOURS | {name: SPARE[i % len(SPARE)] for i, name in enumerate(others)}
 
 
 def blank(width: float, height: float) -> Figure:
-    """A figure of so many inches."""
+    """An empty figure; width and height in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -118,7 +118,7 @@ def blank(width: float, height: float) -> Figure:
 
 
 class Line(NamedTuple):
-    """Cases of one method and temperature, and how they are drawn."""
+    """Cases of one method and temperature, and the style of their line."""
 
     label: str
     cases: list[Case]
@@ -127,35 +127,35 @@ class Line(NamedTuple):
 
 @in_style
 def steps(content: Content) -> Figure | None:
-    """Speed-up (left) and alpha (right) against T, as Figure 2 of SpecDiff (2408.05636)."""
-    return sweep(content, "steps", "T, denoising steps of a draft", [SPEEDUP], right="alpha")
+    """Speed-up (left) and alpha (right) against T, like Figure 2 of SpecDiff (2408.05636)."""
+    return sweep(content, "steps", "T, reverse steps of a draft", [SPEEDUP], right="alpha")
 
 
 @in_style
 def lengths(content: Content) -> Figure | None:
     """Speed-up and tokens per target forward against K."""
-    label = "K, tokens drafted in a round"
+    label = "K, tokens drafted per round"
     return sweep(content, "k", label, [SPEEDUP, "tokens_per_forward"])
 
 
 @in_style
 def batch(content: Content) -> Figure | None:
-    """Speed-up, and tokens per second with and without drafts, against the batch."""
-    return sweep(content, "batch", "batch, prompts decoded together", [SPEEDUP, RATE])
+    """Speed-up, and tokens per second with and without drafts, against the batch size."""
+    return sweep(content, "batch", "batch size", [SPEEDUP, RATE])
 
 
 @in_style
 def context(content: Content) -> Figure | None:
     """Speed-up, and tokens per second with and without drafts, against the prompt's length."""
-    return sweep(content, "context", "context, tokens of a prompt", [SPEEDUP, RATE])
+    return sweep(content, "context", "context, tokens in the prompt", [SPEEDUP, RATE])
 
 
 def sweep(
     content: Content, setting: str, label: str, quantities: Sequence[str], right: str | None = None
 ) -> Figure | None:
-    """`quantities` against a setting; a panel for each of them, target and task.
+    """Plot `quantities` against a setting, with a panel for each quantity, target and task.
 
-    A drafter for which the setting is not a number, as with "auto", is a dotted level.
+    A method whose setting is not a number (such as "auto") is a dotted horizontal line.
     """
     panels = {
         place: own
@@ -186,7 +186,7 @@ def is_number(value: Any) -> bool:
 
 
 def lines(content: Content, cases: Sequence[Case], setting: str) -> list[Line]:
-    """By method, temperature, and whatever else sets cases of the same setting apart."""
+    """One line for each method, temperature and other combination of settings."""
     every = measured(content)
     keys = ("method", "temperature")
     more = set_apart(every, ("target", "task", *keys, setting))
@@ -207,7 +207,7 @@ def lines(content: Content, cases: Sequence[Case], setting: str) -> list[Line]:
 def panel(
     axes: Axes, lines: Sequence[Line], setting: str, quantity: str, right: str | None
 ) -> None:
-    """One quantity of the lines, and `right` on an axis of its own, dashed."""
+    """Plot one quantity of the lines, and `right` dashed on the right axis."""
     drafted = [line for line in lines if line.cases[0]["method"] != PLAIN]
     shown = lines if quantity == RATE else drafted
     x = sorted({case[setting] for line in shown for case in line.cases if is_number(case[setting])})
@@ -238,10 +238,10 @@ def panel(
 def trace(
     axes: Axes, lines: Sequence[Line], setting: str, quantity: str, levels: bool = True
 ) -> list[float]:
-    """Lines with whiskers from the 20th to the 80th percentile, a few points apart sideways.
+    """Draw lines with whiskers from the 20th to the 80th percentile, shifted a little sideways.
 
     Returns:
-        What the axis must reach, as moved lines leave matplotlib without it.
+        the values that the axis must include; matplotlib does not see them in shifted lines.
     """
     from matplotlib.transforms import ScaledTranslation
 
@@ -270,14 +270,14 @@ def trace(
 
 
 def reach(axes: Axes, ends: Sequence[float], base: float) -> None:
-    """Limits around all of `ends` and `base`; 0 is a limit itself."""
+    """Set limits that include `ends` and `base`. A lowest value of 0 gets no margin."""
     low, high = min(base, *ends), max(base, *ends)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(0 if low == 0 else low - margin, high + margin)
 
 
 def spreads(cases: Sequence[Case], quantity: str) -> tuple[list[float], list[float], list[float]]:
-    """Medians, and how far the 20th and the 80th percentile are from them, 0 if not known."""
+    """Medians, and their distances to the 20th and 80th percentile (0 if unknown)."""
     found = [case[quantity] for case in cases]
     found = [dict.fromkeys(("median", "p20", "p80"), x) if is_number(x) else x for x in found]
     below = [max(0.0, one["median"] - one["p20"]) for one in found]
@@ -286,7 +286,7 @@ def spreads(cases: Sequence[Case], quantity: str) -> tuple[list[float], list[flo
 
 
 def ticks(x: Sequence[float]) -> tuple[list[float], list[str]]:
-    """The values themselves; of those that are less than a tenth apart, the first."""
+    """Ticks at the values. Of values less than a tenth apart, only the first gets a tick."""
     kept: list[float] = []
     for value in x:
         if not kept or value > 1.1 * kept[-1]:
@@ -295,7 +295,7 @@ def ticks(x: Sequence[float]) -> tuple[list[float], list[str]]:
 
 
 def legend(figure: Figure, columns: int, order: Callable[[str], Any] | None = None) -> None:
-    """Below the panels, what several of them have in common once."""
+    """One legend below all panels, without duplicates."""
     found: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -310,7 +310,7 @@ def legend(figure: Figure, columns: int, order: Callable[[str], Any] | None = No
 
 @in_style
 def methods(content: Content) -> Figure | None:
-    """Speed-up over plain decoding, a bar for each way to draft."""
+    """Speed-up over plain decoding, with a bar for each method."""
     cases = [c for c in measured(content) if c["method"] != PLAIN and c["speedup"] is not None]
     colour = colours(content)
 
@@ -324,7 +324,7 @@ def methods(content: Content) -> Figure | None:
         allowed = {y: case["ceiling"][SPEEDUP] for y, case in enumerate(own) if case["ceiling"]}
         if allowed:
             axes.plot(list(allowed.values()), list(allowed), "d", color="black", mfc="white",
-                      label="what the measured costs allow", zorder=4)  # fmt: skip
+                      label="limit by draft and target cost", zorder=4)  # fmt: skip
         for y, case in enumerate(own):
             bad = failed(case)
             beside(axes, y, f"{middle[y]:.2f}x" + (", check FAILED" if bad else ""), bad)
@@ -334,7 +334,7 @@ def methods(content: Content) -> Figure | None:
 
 @in_style
 def stages(content: Content) -> Figure | None:
-    """Where the time of a target forward goes."""
+    """Time of each stage, per target forward."""
     cases = [case for case in measured(content) if case["ms_per_forward"]]
     names = [name for name in STAGES if any(name in case["ms_per_forward"] for case in cases)]
 
@@ -348,11 +348,11 @@ def stages(content: Content) -> Figure | None:
         for y, total in enumerate(left):
             beside(axes, y, f"{total:.3g} ms")
 
-    return barred(content, cases, bars, "milliseconds for each target forward")
+    return barred(content, cases, bars, "milliseconds per target forward")
 
 
 def beside(axes: Axes, y: float, text: str, bad: bool = False) -> None:
-    """To the right of the panel, clear of whiskers and marks."""
+    """Write text to the right of the panel, clear of whiskers and marks."""
     axes.text(1.015, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5,
               color="#b3261e" if bad else "black")  # fmt: skip
 
@@ -363,7 +363,7 @@ def barred(
     bars: Callable[[Axes, Sequence[Case]], None],
     label: str,
 ) -> Figure | None:
-    """Panels of horizontal bars, one for each target, task and temperature, on one scale."""
+    """Panels of horizontal bars, one for each target, task and temperature, on the same scale."""
     panels = groups(cases, "target", "task", "temperature")
     if not panels:
         return None
@@ -389,7 +389,7 @@ def barred(
 
 # --- files ----------------------------------------------------------------------------------------
 
-FIGURES: dict[str, tuple[Draw, ...]] = {  # by a content's name; the first is the main one
+FIGURES: dict[str, tuple[Draw, ...]] = {  # name of a content -> its figures, the main one first
     "methods": (methods, stages),
     "steps": (steps,),
     "lengths": (lengths,),
@@ -403,7 +403,7 @@ FIGURES: dict[str, tuple[Draw, ...]] = {  # by a content's name; the first is th
 
 
 def drawn(content: Content) -> dict[str, Figure]:
-    """The figures that belong to a content's name, by their kind, such as "stages"."""
+    """The figures of a content by kind, such as "stages"."""
     found = {make.__name__: make(content) for make in FIGURES.get(content["name"], ())}
     return {kind: figure for kind, figure in found.items() if figure is not None}
 
@@ -412,12 +412,13 @@ def draw(content: Content, folder: Path, name: str | None = None) -> list[Path]:
     """Write the figures of a content as PNG and SVG.
 
     Args:
-        content: what `specdiff bench` writes.
-        folder: made if it is missing.
-        name: of the main one, others are called `<name>_<kind>`; None: the content's own.
+        content: content of a result file of `specdiff bench`.
+        folder: created if missing.
+        name: file name of the main figure; others are called `<name>_<kind>`. None: the content's
+            name.
 
     Returns:
-        The files, none if nothing is left to draw.
+        the files; empty if nothing is left to draw.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -430,7 +431,7 @@ def draw(content: Content, folder: Path, name: str | None = None) -> list[Path]:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """`stem`.png and `stem`.svg, whole or not at all, without dates."""
+    """Write `stem`.png and `stem`.svg atomically, without dates."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for kind in FORMATS:
@@ -440,7 +441,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def image(figure: Figure, kind: str) -> bytes:
-    """A figure as "png" or "svg"."""
+    """The bytes of a figure in a format, "png" or "svg"."""
     into = io.BytesIO()
     with styled():
         figure.savefig(into, format=kind, dpi=150, metadata={FORMATS[kind]: None})

@@ -1,8 +1,8 @@
-"""The harness: settings take turns on the same prompts, are checked, and become figures.
+"""Harness: runs methods alternately on the same prompts, checks their texts, computes figures.
 
-A speed-up is tokens per second over plain decoding's of the same prompts in the same turn; its
-median and its 20th and 80th percentile are over prompts and repetitions. A setting whose texts are
-not the target's has no figures, and says why.
+A speed-up is tokens per second divided by plain decoding's for the same prompts in the same turn.
+Its median and 20th and 80th percentile are over prompts and repetitions. A method whose texts fail
+the check gets the reason instead of figures.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .methods import PLAIN, Decode, Method, make
 WARM_UP = 4  # tokens
 
 
-class Run(NamedTuple):
-    """Some prompts decoded once, as one batch."""
+class TimedRun(NamedTuple):
+    """Result of decoding one batch of prompts once."""
 
     tokens: list[list[int]]
     seconds: float
@@ -37,22 +37,22 @@ class Run(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return sum(map(len, self.tokens)) / self.seconds
 
 
 @dataclass
 class Setting:
-    """A way to decode, and what it has decoded so far."""
+    """A decoding method and its runs so far."""
 
     name: str
     decode: Decode
-    runs: list[Run] = field(default_factory=list)
+    runs: list[TimedRun] = field(default_factory=list)
 
-    def run(self, prompts: list[list[int]], tokens: int, seed: int, **options: Any) -> Run:
+    def run(self, prompts: list[list[int]], tokens: int, seed: int, **options: Any) -> TimedRun:
         start = time.perf_counter()
         new, stats = self.decode(prompts, tokens, seed, **options)
-        return Run(new, time.perf_counter() - start, stats)
+        return TimedRun(new, time.perf_counter() - start, stats)
 
 
 def take_turns(
@@ -62,13 +62,14 @@ def take_turns(
     repetitions: int = 1,
     title: str = "measuring",
 ) -> None:
-    """Decode every batch by every setting, in an order that rotates, so that a slow moment of the
-    machine strikes all of them. Shows progress on stderr.
+    """Decode every batch with every setting. Progress goes to stderr.
+
+    The order rotates, so that a slow phase of the machine affects all settings.
 
     Args:
-        settings: the runs go into them: batch by batch, then the next repetition.
-        batches: prompts that are decoded together. Each has a seed of its own in each repetition.
-        tokens: new ones of each prompt.
+        settings: they collect the runs, batch by batch and repetition by repetition.
+        batches: batches of prompts. Each batch has its own seed in each repetition.
+        tokens: number of new tokens of each prompt.
     """
     for setting in settings:
         setting.run(batches[0], WARM_UP, 0)
@@ -86,12 +87,12 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def speedups(setting: Setting, plain: Setting) -> list[float]:
-    """Of each run over plain decoding's."""
+    """Speed-up of each run over plain decoding's run."""
     return [a.rate / b.rate for a, b in zip(setting.runs, plain.runs, strict=True)]
 
 
-def pooled(runs: Sequence[Run]) -> Stats:
-    """Counts and times of all runs together."""
+def pooled(runs: Sequence[TimedRun]) -> Stats:
+    """Counts and times summed over all runs."""
     whole = Stats()
     for stats in (run.stats for run in runs):
         for name in ("target_forwards", "row_forwards", "tokens", "drafted", "accepted"):
@@ -106,12 +107,12 @@ def pooled(runs: Sequence[Run]) -> Stats:
     return whole
 
 
-def figures(setting: Setting, plain: Setting, staged: Sequence[Run]) -> dict[str, Any]:
-    """What is published of a setting.
+def figures(setting: Setting, plain: Setting, staged: Sequence[TimedRun]) -> dict[str, Any]:
+    """The published figures of a setting.
 
     Args:
-        staged: runs in which the host looked at every round, so that stages have times; on a CPU
-            the setting's own.
+        staged: runs with times of the stages. On a GPU these are extra runs in which the host
+            synchronises after every round; on a CPU the setting's runs.
     """
     stats, looked = pooled(setting.runs), pooled(staged)
     result: dict[str, Any] = {
@@ -127,7 +128,8 @@ def figures(setting: Setting, plain: Setting, staged: Sequence[Run]) -> dict[str
     }
     if stats.drafted:
         result["alpha"] = stats.accepted / stats.drafted
-        result["alpha_k"] = stats.accepted / stats.examined_at[0]  # every draft's first token is
+        # per draft, since every draft's first token is examined
+        result["alpha_k"] = stats.accepted / stats.examined_at[0]
         result["acceptance"] = stats.acceptance
     if any(looked.seconds.values()):
         ms = {s: 1e3 * looked.seconds[s] / looked.target_forwards for s in STAGES[1:]}
@@ -137,7 +139,7 @@ def figures(setting: Setting, plain: Setting, staged: Sequence[Run]) -> dict[str
 
 
 class Condition(NamedTuple):
-    """What settings are compared under."""
+    """Conditions under which methods are compared."""
 
     task: str
     temperature: float
@@ -147,25 +149,24 @@ class Condition(NamedTuple):
 
     @property
     def batches(self) -> list[list[list[int]]]:
-        """Whole batches; a rest is left out. Raises ValueError if there is none."""
+        """Full batches; left-over prompts are dropped. Raises ValueError if there is no batch."""
         B = self.batch
         if not 1 <= B <= len(self.prompts):
             raise ValueError(
-                f"batch must be at least 1 and at most the number of prompts, {len(self.prompts)}, "
-                f"got {B}"
+                f"batch must be in [1, {len(self.prompts)}], the number of prompts, got {B}"
             )
         return [self.prompts[i : i + B] for i in range(0, len(self.prompts) - B + 1, B)]
 
 
 class Measured(Protocol):
-    """A target to be measured: `Models`, or one that stands in for them."""
+    """A target to measure: `Models` or `specdiff.bench.paper.Shape`."""
 
     target: Target
     device: torch.device
 
     @property
     def label(self) -> str:
-        """As results name it."""
+        """Name in the results."""
 
 
 def compare(
@@ -176,14 +177,14 @@ def compare(
     repetitions: int = 1,
     make: Callable[[Method, Any, Sampling, int], Decode] = make,
 ) -> list[dict[str, Any]]:
-    """Measure methods under one condition: a case of each, in their order, plain decoding first.
+    """Measure methods under one condition. Returns one case a method, plain decoding first.
 
     Args:
-        methods: plain decoding is added if it is missing.
-        make: prepares a method; one that raises ValueError is reported as refused.
+        methods: methods to measure. Plain decoding is added if missing.
+        make: prepares a method. If it raises ValueError, the method is reported as refused.
 
     Raises:
-        ValueError: plain decoding cannot be had, or there are fewer prompts than the batch.
+        ValueError: plain decoding is impossible, or there are fewer prompts than the batch size.
 
     Example:
         >>> condition = Condition("chat", 0.0, 1, prompts("chat", models.tokenizer, 4), 32)
@@ -197,7 +198,7 @@ def compare(
     for method in methods:
         try:
             setting = Setting(method.label, make(method, models, sampling, condition.batch))
-            setting.run(condition.batches[0], WARM_UP, 0)  # weights come into memory
+            setting.run(condition.batches[0], WARM_UP, 0)  # loads the weights into memory
             with peak_memory(models.device) as peak:
                 setting.run(condition.batches[0], condition.new_tokens, 0)
         except ValueError as error:
@@ -222,7 +223,7 @@ def compare(
         cases.append({**case, **dict.fromkeys(FIGURES)} if method in refused else case)
         cases[-1].setdefault("check", None)
         cases[-1]["refused"] = refused.get(method)
-    if (why := refused.get(methods[0])) is not None:  # then nothing is a speed-up over it
+    if (why := refused.get(methods[0])) is not None:  # then there is no baseline
         for case in cases[1:]:
             case |= {**dict.fromkeys(FIGURES), "refused": case["refused"] or f"plain: {why}"}
     for case in cases:
@@ -231,14 +232,14 @@ def compare(
     return cases
 
 
-FIGURES = (  # of a case, None where it was refused
+FIGURES = (  # figures of a case, None if it was refused
     "emitted", "tokens_per_second", "speedup", "tokens_per_forward", "alpha", "alpha_k",
     "acceptance", "ms_per_forward", "peak_mb", "ceiling",
 )  # fmt: skip
 
 
 def named(models: Measured, condition: Condition, method: Method) -> dict[str, Any]:
-    """What a case is a case of."""
+    """The fields that identify a case."""
     lengths = [len(prompt) for batch in condition.batches for prompt in batch]
     return {
         "target": models.label,
@@ -257,7 +258,7 @@ def named(models: Measured, condition: Condition, method: Method) -> dict[str, A
 
 
 def checked(target: Target, condition: Condition, setting: Setting, plain: Setting) -> Check:
-    """Whether all texts of a setting are the target's."""
+    """Check all texts of a setting."""
     sampling = Sampling(condition.temperature)
     batches = condition.batches
     repeated = len(setting.runs) // len(batches)
@@ -268,8 +269,8 @@ def checked(target: Target, condition: Condition, setting: Setting, plain: Setti
     return follows_distribution(target, prompts, texts, sampling)
 
 
-def staged(setting: Setting, condition: Condition, device: torch.device) -> list[Run]:
-    """Runs whose stages have times: on a GPU once more, with the host looking at every round."""
+def staged(setting: Setting, condition: Condition, device: torch.device) -> list[TimedRun]:
+    """Runs with times of the stages: on a GPU extra runs, synchronised after every round."""
     if device.type == "cpu" or not any(setting.runs[0].stats.seconds.values()):
         return setting.runs
     return [
@@ -279,7 +280,7 @@ def staged(setting: Setting, condition: Condition, device: torch.device) -> list
 
 
 def ceiling(case: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
-    """E(K) / (c(T, K) + v(K)): the speed-up if a round took its drafting and its forward alone."""
+    """E(K) / (c(T, K) + v(K)): the speed-up if a round took only its drafting and its forward."""
     ms = case["ms_per_forward"]
     forwards = (ms["draft"] + ms["target"]) / plain["ms_per_forward"]["target"]
     return {"speedup": case["tokens_per_forward"] / plain["tokens_per_forward"] / forwards}

@@ -1,4 +1,4 @@
-"""Cases that are kept as they come, so that a command that was stopped goes on from there."""
+"""Saves cases as they are measured, so that a stopped command can resume."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CONDITION = ("target", "task", "temperature", "batch", "context", "prompts", "ne
 
 
 class Kept:
-    """A file of results in the making, beside the place where the whole of it will lie.
+    """An unfinished result file, next to the final one.
 
     Args:
-        folder: of all results; the file lies in the machine's own folder there.
-        name: of the file.
-        command: what makes it. What another command, or another machine, began is begun anew.
-        device: that is measured.
+        folder: folder of all results. The file goes to the machine's subfolder.
+        name: file name.
+        command: the measuring command. Cases of another command or machine are not resumed.
+        device: the measured device.
 
     Example:
         >>> kept = Kept(Path("results"), "methods", "specdiff bench run")
@@ -41,8 +41,10 @@ class Kept:
                 self.cases = begun["cases"]
 
     def find(self, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Cases measured before under the condition of the wanted ones; none, and they are
-        forgotten, if the weights of a drafter have changed since."""
+        """Saved cases under the condition of the wanted cases.
+
+        If a drafter's weights have changed since, they are dropped, and the result is empty.
+        """
         same = lambda case: all(case[name] == wanted[0][name] for name in CONDITION)
         found = [case for case in self.cases if same(case)]
         weights = {(case["method"], case.get("weights")) for case in found}
@@ -56,7 +58,7 @@ class Kept:
         write(self.part, {"command": self.command, "cases": self.cases})
 
     def finish(self, content: dict[str, Any]) -> Path:
-        """Write the whole file."""
+        """Write the final file and remove the unfinished one."""
         write(self.path, {"command": self.command, **content})
         self.part.unlink(missing_ok=True)
         return self.path

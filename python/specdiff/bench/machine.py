@@ -1,4 +1,4 @@
-"""Where a measurement was taken, and the file that keeps it."""
+"""Description of the measuring machine, result files, and peak memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def processor() -> dict[str, str]:
-    """Model, family and stepping as Linux reports them; elsewhere what Python knows."""
+    """Model, family and stepping as reported by Linux; elsewhere the name Python reports."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return {"model name": platform.processor() or platform.machine()}
@@ -68,7 +68,7 @@ def description() -> dict[str, Any]:
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """A CUDA device and what drives it."""
+    """A CUDA device, its driver and its CUDA version."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
@@ -82,7 +82,7 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """The driver's version as nvidia-smi tells it, None if it does not."""
+    """The driver's version from nvidia-smi, or None."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -92,7 +92,7 @@ def driver() -> str | None:
 
 
 def write(path: Path, content: dict[str, Any]) -> Path:
-    """Write results and where they were measured, the whole file or nothing."""
+    """Write results and the machine's description, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {"machine": description(), "date": datetime.date.today().isoformat(), **content}
     write_atomically(path, (json.dumps(known, indent=1) + "\n").encode())
@@ -100,16 +100,16 @@ def write(path: Path, content: dict[str, Any]) -> Path:
 
 
 class Peak:
-    """Most memory held inside `peak_memory`, beyond what was held before."""
+    """Peak memory inside `peak_memory`, minus the memory held before."""
 
     megabytes: float | None = None
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """What torch's allocator of a CUDA device or of the CPU gave out; elsewhere nothing.
+    """Measure the peak memory of torch's allocator on a CUDA device or the CPU.
 
-    On a CPU torch's profiler watches, which takes time of its own.
+    On other devices nothing is measured. On a CPU, torch's profiler slows the code down.
 
     Example:
         >>> with peak_memory(torch.device("cpu")) as peak:
@@ -127,15 +127,15 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     if device.type != "cpu":
         yield peak
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to stderr
-    gc.collect()  # or what others left would be freed inside
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler off stderr
+    gc.collect()  # so that earlier garbage is not freed inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         yield peak
     peak.megabytes = most_held(watched) / 1e6
 
 
 def most_held(watched: profile) -> int:
-    """The most bytes at once, of what was allocated and freed on the CPU while watched."""
+    """Peak number of bytes allocated on the CPU while profiled."""
     events: Any = watched.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [event for event in events if event.name() == "[memory]"]
     changes.sort(key=lambda event: event.start_ns())

@@ -1,4 +1,4 @@
-"""Methods: ways to decode the same prompts, ours and transformers' own."""
+"""Decoding methods to compare: those of specdiff and those of transformers."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ PLAIN = "plain"
 THEIRS = ("transformers", "assisted", "transformers-lookup")
 OWN = (PLAIN, "plain-compiled", "plain-captured")
 
-# new tokens of each row, and counts, for prompts, a number of new tokens and a seed
+# (prompts, number of new tokens, seed) -> new tokens of each row, and counts
 Decode = Callable[..., tuple[list[list[int]], Stats]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to decode.
+    """A decoding method.
 
     Attributes:
-        name: one of OWN or THEIRS, or a drafter as `specdiff.drafters.load_drafter` knows it.
-        k: tokens drafted in a round; "auto": chosen in each; None: none, or the drafter's block.
-        steps: reverse steps of a diffusion drafter, or "auto" with k; None: its own.
-        rule: of `specdiff_kernels.verify`; None: `Sampling.rule`.
-        model: folder of the assistant of "assisted".
+        name: one of OWN or THEIRS, or a drafter for `specdiff.drafters.load_drafter`.
+        k: draft length; "auto": chosen in each round; None: the drafter's default, if it drafts.
+        steps: reverse steps of a diffusion drafter; "auto" together with k; None: its default.
+        rule: rule of `specdiff_kernels.verify`; None: `Sampling.rule`.
+        model: folder of the assistant model of "assisted".
 
     Example:
         >>> parse("block-diffusion,k=4,steps=2")
@@ -62,7 +62,7 @@ class Method:
 
 
 def parse(text: str) -> Method:
-    """NAME[,k=..][,steps=..][,rule=..][,model=..]
+    """Parse a method from NAME[,k=..][,steps=..][,rule=..][,model=..].
 
     Raises:
         ValueError: an option is unknown, out of its range, or belongs to another method.
@@ -73,7 +73,7 @@ def parse(text: str) -> Method:
         key, _, value = option.partition("=")
         if key not in ("k", "steps", "rule", "model") or not value:
             raise ValueError(
-                f"--method {text!r}: options are k=, steps=, rule= and model=, got {option!r}"
+                f"--method {text!r}: expected options k=, steps=, rule= or model=, got {option!r}"
             )
         if key in ("k", "steps") and value != AUTO:
             if not value.isdecimal() or int(value) < 1:
@@ -85,43 +85,43 @@ def parse(text: str) -> Method:
     if not name or (given and not method.drafts):
         raise ValueError(f"--method {text!r}: plain decoding takes no options")
     if (method.model is not None) != (name == "assisted"):
-        raise ValueError(f"--method {text!r}: 'assisted', and no other, needs model=FOLDER")
+        raise ValueError(f"--method {text!r}: model=FOLDER is for 'assisted', and only for it")
     if name in THEIRS and (method.rule or method.steps or method.k == AUTO):
-        raise ValueError(f"--method {text!r}: transformers' methods take k as a number alone")
+        raise ValueError(f"--method {text!r}: transformers' methods take only a number k")
     return method if method.k is None else planned(method)
 
 
 def check_labels(named: Iterable[tuple[str, str]]) -> None:
-    """Raise ValueError if two folders, given with their labels, have one label in the results."""
+    """Raise ValueError if two of these (label, folder) pairs have the same label."""
     known: dict[str, str] = {}
     for label, folder in named:
         other = known.setdefault(label, folder)
         if Path(other) != Path(folder):
             raise ValueError(
-                f"{other} and {folder} would both be called {label!r} in the results: rename a "
-                "folder or use a link of another name, or measure each with a --name of its own"
+                f"{other} and {folder} would both be called {label!r} in the results: rename or "
+                "link one of the folders, or measure each in its own run with its own --name"
             )
 
 
 def planned(method: Method) -> Method:
-    """The method, unless it wants T, but not K, of the planner, which chooses both.
+    """Return the method unless it lets the planner choose T but not K. The planner chooses both.
 
     Raises:
-        ValueError: it does.
+        ValueError: steps is "auto", but k is not.
     """
     if method.steps == AUTO and method.k != AUTO:
         raise ValueError(
-            f"steps=auto of {method.label!r} needs k=auto: the planner chooses both, got "
-            f"k={method.k}; give a number of steps, or k=auto, too"
+            f"steps=auto of {method.label!r} needs k=auto, got k={method.k}: the planner chooses "
+            "both, so give a number of steps or k=auto"
         )
     return method
 
 
 def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -> list[Method]:
-    """Every method that drafts and says no K or T of its own, with each of these.
+    """Combine every drafting method without K or T with each of `ks` and `steps`.
 
     Raises:
-        ValueError: results could not tell two of them apart, or one has steps=auto without k=auto.
+        ValueError: two methods would have the same label, or one has steps=auto without k=auto.
     """
     result: list[Method] = []
     for method in methods:
@@ -136,13 +136,13 @@ def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -
 
 
 class Models:
-    """A target as ours and as transformers' alone, loaded when it is first asked for.
+    """A target, as a `Target` and as transformers' unmodified model. Both are loaded on first use.
 
     Args:
-        name: a known model or a folder.
-        dtype: of the weights.
-        device: where it runs.
-        accelerated: whether ours has accelerated linear layers, on a CPU.
+        name: a known model's name or a folder.
+        dtype: dtype of the weights.
+        device: device to run on.
+        accelerated: whether the `Target` has accelerated linear layers, on a CPU.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Models:
 
     @property
     def untouched(self) -> Any:
-        """The model as transformers loads it: of its own, since `Target` sets attention."""
+        """The model as loaded by transformers, a second copy, as `Target` changes attention."""
         if self._untouched is None:
             self._untouched = load_untouched(self.name, self)
         return self._untouched
@@ -173,16 +173,16 @@ class Models:
 
 
 def load_untouched(name: str, models: Models) -> Any:
-    """A model as transformers loads it, of the dtype and on the device of `models`."""
+    """A model as loaded by transformers, with the dtype and device of `models`."""
     model: Any = load_causal(target_folder(name), models.dtype)
     return model.to(models.device)
 
 
 def make(method: Method, models: Models, sampling: Sampling, batch: int) -> Decode:
-    """A way to decode, ready to run.
+    """Prepare a method.
 
     Raises:
-        ValueError: the method cannot be had here; says why.
+        ValueError: the method is impossible here; the message says why.
     """
     if method.name in THEIRS:
         return theirs(method, models, sampling)
@@ -199,20 +199,20 @@ def make(method: Method, models: Models, sampling: Sampling, batch: int) -> Deco
 
 
 def plain(name: str, models: Models, sampling: Sampling) -> Decode:
-    """Our loop without a drafter."""
+    """specdiff's loop without a drafter."""
     if name == "plain-captured":
         if models.device.type != "cuda":
-            raise ValueError("plain-captured replays CUDA graphs: it needs a GPU")
+            raise ValueError("plain-captured replays CUDA graphs and needs a GPU")
         return ours(Decoder(models.target), sampling, capture=True, look_every=LOOK_EVERY)
     if name == "plain-compiled":
         if models.device.type != "cuda":
-            raise ValueError("plain-compiled is measured on a GPU alone")
+            raise ValueError("plain-compiled is measured on a GPU only")
         return ours(Decoder(Target(models.target.model, compile=True)), sampling)
     return ours(Decoder(models.target), sampling)
 
 
 def ours(decoder: Decoder, sampling: Sampling, **options: Any) -> Decode:
-    """Our loop; options of `Decoder.open`, which those of a call outdo."""
+    """specdiff's loop. Options are those of `Decoder.open`; a call may override them."""
 
     def decode(
         prompts: list[list[int]], tokens: int, seed: int, **more: Any
@@ -226,7 +226,7 @@ def ours(decoder: Decoder, sampling: Sampling, **options: Any) -> Decode:
 
 
 def theirs(method: Method, models: Models, sampling: Sampling) -> Decode:
-    """transformers' generate, its assisted generation, or its prompt lookup."""
+    """transformers' `generate`: plain, assisted or with prompt lookup."""
     model = models.untouched
     how: dict[str, Any] = {"do_sample": False}
     if not sampling.greedy:
@@ -264,7 +264,7 @@ def theirs(method: Method, models: Models, sampling: Sampling) -> Decode:
 
 @contextmanager
 def counting(model: torch.nn.Module, stats: Stats) -> Iterator[None]:
-    """Count a model's forwards. The one that reads the prompt brings a token, too."""
+    """Count a model's forwards, including the one that reads the prompt."""
 
     def count(*_: Any) -> None:
         stats.target_forwards += 1
@@ -277,7 +277,7 @@ def counting(model: torch.nn.Module, stats: Stats) -> Iterator[None]:
 
 
 def until(tokens: list[int], ends: Any) -> list[int]:
-    """Tokens up to the first that ends a row, which is kept; what follows is padding."""
+    """Tokens up to and including the first that ends the row. The rest is padding."""
     stops = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
     at = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
     return tokens[: at + 1]

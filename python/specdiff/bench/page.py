@@ -1,7 +1,4 @@
-"""One HTML file of what `specdiff bench` measured: tables, figures, and where they are from.
-
-It opens without a server and asks for nothing from elsewhere: styles and figures are inside.
-"""
+"""HTML report of `specdiff bench`: tables, figures and the machine, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -35,27 +32,27 @@ from .reading import (
 
 TITLES = {
     "methods": "Methods",
-    "steps": "Denoising steps",
-    "lengths": "Length of a draft",
+    "steps": "Reverse steps",
+    "lengths": "Draft length",
     "batch": "Batch",
-    "context": "Length of the prompt",
+    "context": "Prompt length",
     "table2": "Table 2 of SpecDiff (arXiv 2408.05636)",
     "appendix": "Appendix of SpecDiff (arXiv 2408.05636)",
     "figure2": "Figure 2 of SpecDiff (arXiv 2408.05636)",
     "controlled": "Controlled acceptance",
 }
 WHISKERS = "whiskers: 20th to 80th percentile"
-CAPTIONS = {  # by the kind of a figure
+CAPTIONS = {  # kind of figure -> caption
     "methods": f"Speed-up over plain decoding of the same prompts; {WHISKERS}.",
-    "stages": "Where the time of a target forward goes, in milliseconds.",
+    "stages": "Time of each stage per target forward, in milliseconds.",
     "steps": f"Speed-up (left axis) and alpha (right axis) against T; {WHISKERS}.",
     "lengths": f"Speed-up and tokens per target forward against K; {WHISKERS}.",
-    "batch": f"Speed-up and tokens per second against the batch; {WHISKERS}.",
-    "context": f"Speed-up and tokens per second against the prompt's length; {WHISKERS}.",
+    "batch": f"Speed-up and tokens per second against the batch size; {WHISKERS}.",
+    "context": f"Speed-up and tokens per second against the prompt length; {WHISKERS}.",
 }
 DASH, TIMES_SIGN = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 ALPHA_K = f"alpha {TIMES_SIGN} K"
-FIRST = 8  # positions of a draft whose acceptance is shown
+FIRST = 8  # number of draft positions whose acceptance is shown
 CSS = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --soft: #5f6368;
   --line: #d9dce1; --band: #f2f4f7; --bad: #b3261e; --link: #0b57d0; }
@@ -101,8 +98,8 @@ def report(contents: Sequence[Content], path: Path) -> None:
     """Write one HTML file with the tables and figures of all contents.
 
     Args:
-        contents: what `specdiff bench` writes, in the order to be shown.
-        path: of the file; its folder is made if it is missing.
+        contents: contents of result files of `specdiff bench`, in the order to show.
+        path: path of the HTML file; its folder is created if missing.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -129,7 +126,7 @@ def report(contents: Sequence[Content], path: Path) -> None:
 
 
 def tag(name: str, *inside: str, **attributes: Any) -> str:
-    """An element: `inside` is HTML already, attributes are not; `class_` and `aria_label` too."""
+    """An HTML element. `inside` is HTML; attributes are escaped. `class_` stands for class."""
     words = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
         for key, value in attributes.items()
@@ -144,7 +141,7 @@ def title(content: Content) -> str:
 
 
 def section(content: Content, anchor: str) -> str:
-    """All of one content."""
+    """The section of one content."""
     parts = [tag("h2", escape(title(content)))]
     if content["stand_in"]:
         parts.append(tag("p", escape(content["stand_in"]), class_="stand-in"))
@@ -153,7 +150,7 @@ def section(content: Content, anchor: str) -> str:
     parts.append(tag("p", escape(source), class_="source"))
     if content.get("published"):
         parts += [tag("h3", "Published and measured"), scroll(beside_published(content))]
-        parts.append(tag("h3", "All that was measured"))
+        parts.append(tag("h3", "All measurements"))
     parts += [tag("p", escape(shared(content)), class_="source"), scroll(cases_table(content))]
     for number, (kind, figure) in enumerate(drawn(content).items(), 1):
         svg = inline(image(figure, "svg").decode(), f"{anchor}-{number}-", CAPTIONS[kind])
@@ -176,7 +173,7 @@ class Column(NamedTuple):
 
 
 def number(name: str, form: str = ".2f") -> Callable[[Case], str]:
-    """Text of a figure that a case may lack."""
+    """Formatter of a figure, empty if a case lacks it."""
     return lambda case: "" if case[name] is None else format(case[name], form)
 
 
@@ -202,7 +199,7 @@ def stage(name: str) -> Callable[[Case], str]:
 
 
 CHECK = Column("check", check, None)
-FIGURES = (  # of a case that was not refused
+FIGURES = (  # columns of cases that were not refused
     Column("tokens/s", rate),
     Column("speed-up", lambda case: times(case["speedup"]) if case["speedup"] else ""),
     CHECK,
@@ -217,9 +214,9 @@ FIGURES = (  # of a case that was not refused
 
 
 def shared(content: Content) -> str:
-    """What all cases have in common, in a sentence."""
+    """The settings that all cases share, as a sentence."""
     words = {"target": "target {}", "rule": "rule {}", "batch": "batch {}", "prompts": "{} prompts",
-             "context": "{} tokens a prompt", "new_tokens": "{} new tokens each"}  # fmt: skip
+             "context": "{} tokens per prompt", "new_tokens": "{} new tokens each"}  # fmt: skip
     parts = [
         text.format(plain_number(values(content["cases"], name)[0]))
         for name, text in words.items()
@@ -229,7 +226,7 @@ def shared(content: Content) -> str:
 
 
 def cases_table(content: Content) -> str:
-    """All cases, only with the columns that are in use; refused ones with their reason."""
+    """Table of all cases, without unused columns. Refused cases have the reason."""
     extra = inner(content)
     names = [name for name in ("k", "steps") if values(content["cases"], name)] + extra
     settings = [Column("method", lambda case: case["method"], None), *map(setting, names)]
@@ -273,7 +270,7 @@ def verdict(case: Case) -> str:
 
 
 def product(one: dict[str, Any]) -> str:
-    """alpha x K: of a case as measured, of a published row as the paper prints it."""
+    """alpha x K, of a measured case or as printed in the paper."""
     found = one["alpha_k"] if "alpha_k" in one else one["alpha"] * one["k"]
     return "" if found is None else f"{found:.2f}"
 
@@ -284,11 +281,11 @@ def speed(one: dict[str, Any]) -> str:
 
 
 def role(one: dict[str, Any]) -> str:
-    """Of a published row, or of the one whose place a case has: "standard" or "specdiff"."""
+    """Role of a drafter in a published row or a case: "standard" or "specdiff"."""
     return one.get("role") or one["method"]
 
 
-COMPARED = {  # of a published row, or of a case
+COMPARED = {  # for published rows and for cases
     "K": lambda one: plain_number(one["k"]),
     "alpha": number("alpha"),
     ALPHA_K: product,
@@ -297,10 +294,10 @@ COMPARED = {  # of a published row, or of a case
 
 
 def beside_published(content: Content) -> str:
-    """Rows and columns of the paper's Table 2, what was measured in the same place beside them.
+    """The paper's Table 2 with the measured values beside the published ones.
 
-    A published row without a case of its task, target and method, as where another target stands
-    in, has no measured values, and the other way round.
+    A published row without a case of its task, target and method has no measured values. A case
+    without such a row, for example of another target, has no published values.
     """
     published = content["published"]
     cases = [case for case in content["cases"] if case["method"] != PLAIN]
@@ -326,7 +323,7 @@ def beside_published(content: Content) -> str:
 
 
 def compared(target: str, name: str, own: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows of one task, target and role: a published one with each case of that place."""
+    """Rows of one task, target and role: the published row with each of the cases."""
     paper = next((one for one in own if "refused" not in one), None)
     cases: list[Case | None] = [one for one in own if "refused" in one]
     rows = []
@@ -354,16 +351,16 @@ def measured_with(case: Case | None) -> str:
 
 
 def inline(svg: str, prefix: str, label: str) -> str:
-    """A figure to stand in a page: ids of its own, nothing that reaches out of it.
+    """Prepare an SVG figure for embedding: unique ids, no external references.
 
     Args:
-        svg: as matplotlib writes it.
-        prefix: of its ids, so that several figures do not share any.
-        label: what it shows, for those who do not see it.
+        svg: SVG as written by matplotlib.
+        prefix: prefix of the ids, unique to the figure.
+        label: description for screen readers.
     """
     box = re.search(r'<svg[^>]*\bviewBox="([^"]*)"[^>]*>', svg)
     if box is None:
-        raise ValueError("svg: expected an <svg> element with a viewBox, as matplotlib writes it")
+        raise ValueError("svg: expected an <svg> element with a viewBox, as written by matplotlib")
     inside = svg[box.end() : svg.rindex("</svg>")]
     for unwanted in ("<!--.*?-->", "<metadata>.*?</metadata>", "<style.*?</style>"):
         inside = re.sub(unwanted, "", inside, flags=re.S)

@@ -1,4 +1,4 @@
-"""What SpecDiff (arXiv 2408.05636) published, and the same rows and columns measured here."""
+"""Published results of SpecDiff (arXiv 2408.05636), and measurements of the same rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Published(NamedTuple):
 
     task: str
     target: str
-    method: str  # "standard": GPT-2 drafts, one token after another; "specdiff": SEDD does
+    method: str  # "standard": GPT-2 drafts token by token; "specdiff": SEDD drafts
     k: int
     alpha: float
     speedup: float
@@ -48,7 +48,7 @@ PUBLISHED = [
     )
     for row in rows
 ]  # fmt: skip
-ROLES = ("standard", "specdiff")  # of the drafters in a row of Table 2
+ROLES = ("standard", "specdiff")  # roles of the drafters in Table 2
 TASKS = tuple(dict.fromkeys(row.task for row in PUBLISHED))
 
 
@@ -63,21 +63,21 @@ def table2(
     kept: Kept | None = None,
     show: Show = lambda cases: None,
 ) -> dict[str, Any]:
-    """Plain, standard and SpecDiff's decoding on the paper's tasks, at its K.
+    """Measure plain, standard speculative and SpecDiff's decoding on the paper's tasks, at its K.
 
     Args:
         models: the target.
-        drafter: as `load_drafter` knows it.
-        standard: folder of an autoregressive drafter, GPT-2 in the paper; None: left out.
-        grid: tasks, corpus, sizes; its methods are set here.
-        k, steps: of SpecDiff, in place of the paper's K and of the drafter's own T.
-        kept, show: as of `run`.
+        drafter: a drafter for `load_drafter`.
+        standard: folder of an autoregressive drafter (GPT-2 in the paper); None: left out.
+        grid: tasks, corpus and sizes. Its methods are ignored.
+        k, steps: K and T of SpecDiff; None: the paper's K, and the drafter's default T.
+        kept, show: as in `run`.
 
     Returns:
-        as of `run`, and what was published; called "appendix" with the task "short" alone.
+        as `run`, with the published rows. The name is "appendix" if "short" is the only task.
 
     Raises:
-        ValueError: a task that the paper has not, or as of `run`.
+        ValueError: a task is not in the paper, or as `run`.
     """
     check_tasks(grid.tasks)
     cases: list[dict[str, Any]] = []
@@ -101,18 +101,18 @@ def table2(
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise ValueError for a task that the paper has not."""
+    """Raise ValueError for a task that is not in the paper."""
     if unknown := set(tasks) - set(TASKS):
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {', '.join(unknown)}")
 
 
 def called(row: Published, target: str) -> dict[str, Any]:
-    """A published row, with the target's name as it is written here."""
+    """A published row as a dict, with the target's name spelt as in the measurement."""
     return {**row._asdict(), "target": target if target.lower() == row.target else row.target}
 
 
 def stand_in(target: str, drafter: str, corpus: str | None) -> str | None:
-    """What is not the paper's own, in one line."""
+    """One line that lists the replacements for the paper's models and texts."""
     parts = []
     if target.lower() not in {row.target for row in PUBLISHED}:
         parts.append(f"{target} in place of the fine-tuned GPT-2 XL and GPT-Neo 2.7B")
@@ -132,32 +132,32 @@ def figure2(
     kept: Kept | None = None,
     show: Show = lambda cases: None,
 ) -> dict[str, Any]:
-    """Speed-up and alpha against T, the grid's steps; arguments as of `table2`."""
+    """Measure speed-up and alpha for each T of the grid. Arguments as in `table2`."""
     content = run(replace(grid, methods=[Method(drafter, k)]), models, kept=kept, show=show)
     return {
         **content, "name": "figure2", "stand_in": stand_in(models.label, drafter, grid.corpus)
     }  # fmt: skip
 
 
-READINGS = {  # of the paper's alpha: the chance of a token, given that those before it stand
-    "share": chance_for_share,  # alpha K of K tokens are accepted, as the paper says
+READINGS = {  # readings of the paper's alpha -> conditional acceptance of each token
+    "share": chance_for_share,  # alpha K of K tokens are accepted, as the paper writes
     "each": lambda alpha, k: alpha,  # as in Leviathan et al. (2211.17192)
 }
 DRAFTERS = {"standard": "gpt2", "specdiff": "sedd-small"}
-MEMORY_SHARE = 0.75  # of the machine's, for a target and its copies; the drafters need some, too
+MEMORY_SHARE = 0.75  # of the machine's memory for a target and its copies; drafters need the rest
 SET = (
-    "random weights of the models' shapes; drafted tokens stand with a set probability. share: so "
-    "that alpha K of K are accepted; each: every token with chance alpha"
+    "random weights of the models' shapes; drafted tokens are accepted with a set probability. "
+    "share: alpha K of K tokens are accepted; each: every token with probability alpha"
 )
 
 
 class Shape:
-    """A target of a published shape with random weights, in the place of `Models`.
+    """A target of a published shape with random weights, used like `Models`.
 
-    On a CPU its linear layers are accelerated, by packed copies if the memory has room for them.
+    On a CPU its linear layers are accelerated, by packed copies if the memory suffices.
 
     Args:
-        name, dtype, device, layers: of `random_target`.
+        name, dtype, device, layers: as in `random_target`.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Shape:
 
 
 def physical_memory() -> int:
-    """Of this machine, in bytes."""
+    """Physical memory of this machine, in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -192,20 +192,21 @@ def controlled(
     kept: Kept | None = None,
     show: Show = lambda cases: None,
 ) -> dict[str, Any]:
-    """The rows of Table 2 at the cost of its models and the acceptance that it reports.
+    """Measure the rows of Table 2 with models of its shapes, at the acceptance that it reports.
 
-    SEDD-small drafts K tokens in T steps, GPT-2 five one after another; what they say is replaced
-    by tokens that the target accepts with a set probability, see `Controlled`. Greedy.
+    SEDD-small drafts K tokens in T steps; GPT-2 drafts five tokens one by one. Their tokens are
+    replaced by tokens that are accepted with a set probability, see `Controlled`. Decoding is
+    greedy.
 
     Args:
         shape: the target.
-        tasks: whose K and alpha are taken; the prompts are random tokens.
-        steps: every T of SEDD.
-        context, tokens, count: of the prompts, of the new text, and how many of them.
-        kept, show: as of `run`.
+        tasks: tasks to take K and alpha from. The prompts are random tokens.
+        steps: numbers of reverse steps T of SEDD.
+        context, tokens, count: prompt length, number of new tokens, number of prompts.
+        kept, show: as in `run`.
 
     Raises:
-        ValueError: a task that the paper has not, or texts that do not fit the target's context.
+        ValueError: a task is not in the paper, or the texts do not fit the target's context.
     """
     check_tasks(tasks)
     prompts = random_prompts(shape.target.vocab_size, count, context)
@@ -256,7 +257,7 @@ def make_controlled(
     sampling: Sampling,
     batch: int,
 ) -> Decode:
-    """Plain decoding, or a drafter whose acceptance is set."""
+    """Prepare plain decoding, or a drafter with set acceptance."""
     if method.name == PLAIN:
         return ours(Decoder(shape.target), sampling)
     name, _, reading = method.name.partition(", ")

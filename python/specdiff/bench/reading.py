@@ -1,4 +1,4 @@
-"""What figures, page and terminal read alike of a content: a JSON file of `specdiff bench`."""
+"""Reads contents, the JSON files of `specdiff bench`, for figures, report and terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 Content = dict[str, Any]
 Case = dict[str, Any]
 PLAIN = "plain"
-BESIDE = ("rule", "batch", "context", "prompts", "new_tokens")  # K and T, in tables
+BESIDE = ("rule", "batch", "context", "prompts", "new_tokens")  # settings besides K and T
 SETTINGS = {"k": "K", "steps": "T", "rule": "rule", "batch": "batch", "context": "context"}
 
 
@@ -18,7 +18,7 @@ def measured(content: Content) -> list[Case]:
 
 
 def groups(cases: Iterable[Case], *names: str) -> dict[tuple[Any, ...], list[Case]]:
-    """Cases by their values of `names`, in the order in which these first appear."""
+    """Group cases by their values of `names`, in order of first appearance."""
     found: dict[tuple[Any, ...], list[Case]] = {}
     for case in cases:
         found.setdefault(tuple(case[name] for name in names), []).append(case)
@@ -26,12 +26,12 @@ def groups(cases: Iterable[Case], *names: str) -> dict[tuple[Any, ...], list[Cas
 
 
 def values(cases: Iterable[Case], name: str) -> list[Any]:
-    """What `name` is in these cases, once each, in order; None is nothing."""
+    """The distinct values of `name` in these cases, in order, without None."""
     return list(dict.fromkeys(case[name] for case in cases if case[name] is not None))
 
 
 def set_apart(cases: Iterable[Case], names: Sequence[str]) -> list[str]:
-    """The other settings in which cases of the same `names` differ."""
+    """The other settings in which cases with the same `names` differ."""
     return [
         setting
         for setting in SETTINGS
@@ -46,12 +46,12 @@ def sections(content: Content) -> list[list[Case]]:
 
 
 def inner(content: Content) -> list[str]:
-    """The settings beside K and T that differ inside of a section."""
+    """The settings other than K and T that vary within a section."""
     return [name for name in BESIDE if any(len(values(own, name)) > 1 for own in sections(content))]
 
 
 def heading(content: Content, own: Sequence[Case]) -> str:
-    """Of a section: task and temperature, and what else sets it apart from others."""
+    """Heading of a section: task, temperature, and settings that distinguish it from others."""
     every = content["cases"]
     parts = [own[0]["target"]] if len(values(every, "target")) > 1 else []
     parts += [own[0]["task"], manner(own[0]["temperature"])]
@@ -70,18 +70,18 @@ def manner(temperature: float) -> str:
 
 
 def said(case: Case, names: Iterable[str]) -> list[str]:
-    """Settings in words, those that the case has: "K = 4"."""
+    """The settings that a case has, in words such as "K = 4"."""
     return [f"{SETTINGS[name]} = {plain_number(case[name])}" for name in names
             if case[name] is not None]  # fmt: skip
 
 
 def plain_number(value: Any) -> str:
-    """Whole numbers for means of counts, words as they are, nothing for None."""
+    """Text of a value: means of counts rounded, words unchanged, empty for None."""
     return "" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
 def times(spread: dict[str, float]) -> str:
-    """A speed-up with its 20th and 80th percentile, without them where there is no spread."""
+    """A speed-up with its 20th and 80th percentile, if these are known."""
     if spread["p20"] == spread["p80"]:
         return f"{spread['median']:.2f}x"
     return f"{spread['median']:.2f}x ({spread['p20']:.2f}-{spread['p80']:.2f})"
@@ -92,7 +92,7 @@ def failed(case: Case) -> bool:
 
 
 def check(case: Case) -> str:
-    """Whether the text was plain decoding's, or followed its distribution: "identical 16/16"."""
+    """The result of a case's check in words, such as "identical 16/16"."""
     found = case["check"]
     if found is None:
         return ""
@@ -104,7 +104,7 @@ def check(case: Case) -> str:
 
 
 def machine(content: Content) -> str:
-    """Where it was measured, in a line."""
+    """The measuring machine in one line."""
     known = content["machine"]
     parts = [known["gpu"]["name"]] if known.get("gpu") else []
     parts += [known["processor"]["model name"], f"{known['cores']} cores",

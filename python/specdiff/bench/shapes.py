@@ -1,8 +1,9 @@
-"""Models of published shapes with random weights, for runs that measure cost alone.
+"""Models of published shapes with random weights, to measure cost.
 
-The pairs of SpecDiff (2408.05636), Table 2: GPT-2 XL and GPT-Neo 2.7B as targets, SEDD-small and,
-as the baseline, GPT-2 as drafters. A forward takes as long as with trained weights; what it says
-means nothing, so that acceptance has to be set, see `Controlled`. Nothing is downloaded.
+They are the models of SpecDiff (2408.05636), Table 2: the targets GPT-2 XL and GPT-Neo 2.7B, the
+drafter SEDD-small, and GPT-2 as the baseline drafter. A forward takes as long as with trained
+weights, but its output is meaningless. Acceptance must therefore be set, see `Controlled`. Nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from ..drafters.ddit import DDiT, DDiTConfig
 from ..drafters.sedd import SEDD
 from ..loop.target import Target
 
-STD = 0.02  # of random weights, as GPT-2's
+STD = 0.02  # of random weights, as in GPT-2
 
-# config.json of openai-community/gpt2-xl and EleutherAI/gpt-neo-2.7B, but that no token ends a text
+# config.json of openai-community/gpt2-xl and EleutherAI/gpt-neo-2.7B, without end-of-text tokens
 TARGETS: dict[str, PretrainedConfig] = {
     "gpt2-xl": GPT2Config(
         vocab_size=50257, n_positions=1024, n_embd=1600, n_layer=48, n_head=25, eos_token_id=None
@@ -66,20 +67,20 @@ def random_target(
     seed: int = 0,
     layers: int | None = None,
 ) -> PreTrainedModel:
-    """A model of a target's shape, made on its device in its dtype, with weights from the seed.
+    """A model of a target's shape with random weights, allocated directly on its device.
 
-    Its greedy text depends on the positions alone, and the best logit is far from the second, in
-    every dtype and however many tokens a forward reads.
+    Its greedy text depends on positions only. The best logit is far from the second, in every dtype
+    and for any number of tokens in a forward.
 
     Args:
         name: a key of TARGETS.
-        dtype, device: of its weights: fp32 takes 6.2 GB for GPT-2 XL, 10.6 GB for GPT-Neo 2.7B.
-        seed: of its weights.
-        layers: how many of them, for machines that are too small; None: all. Figures with fewer are
-            not those of the shape: say so wherever they are given.
+        dtype, device: of the weights. fp32 takes 6.2 GB for GPT-2 XL, 10.6 GB for GPT-Neo 2.7B.
+        seed: seed of the weights.
+        layers: number of layers, for small machines; None: all. Figures with fewer layers are not
+            those of the shape: say so when you give them.
 
     Raises:
-        ValueError: an unknown name, or layers that the shape has not.
+        ValueError: the name is unknown, or the shape has fewer layers.
 
     Example:
         >>> target = Target(random_target("gpt2-xl", dtype=torch.bfloat16, device="cuda"))
@@ -90,12 +91,13 @@ def random_target(
 def random_drafter(
     name: str, target: Target, *, layers: int | None = None, seed: int = 0
 ) -> SEDD | Autoregressive:
-    """A drafter of a published shape with weights from the seed, on the target's device, in its
-    dtype. SEDD has its default K and T: `Decoder` takes another K, and `steps` can be set.
+    """A drafter of a published shape with random weights, with the target's device and dtype.
+
+    SEDD has its default K and T. `Decoder` takes another K; `steps` sets another T.
 
     Args:
         name: a key of DRAFTERS.
-        target: with their vocabulary of 50257.
+        target: a target with the drafters' vocabulary of 50257 tokens.
         layers, seed: as in `random_target`.
 
     Raises:
@@ -114,7 +116,7 @@ def random_drafter(
 
 
 def cut(what: str, shapes: Mapping[str, Any], name: str, layers: int | None) -> Any:
-    """The configuration of a name, with its first `layers` layers."""
+    """The configuration of a shape, cut to its first `layers` layers."""
     if name not in shapes:
         raise ValueError(f"{what} must be one of {', '.join(shapes)}, got {name!r}")
     config = copy.deepcopy(shapes[name])
@@ -133,12 +135,12 @@ def cut(what: str, shapes: Mapping[str, Any], name: str, layers: int | None) -> 
 
 
 def allocate(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of this configuration in place, whose weights hold anything."""
+    """Allocate a model of this configuration, with uninitialised weights."""
     with torch.device(device), no_init_weights():
         if isinstance(config, DDiTConfig):
             with default_dtype(dtype):
                 network = DDiT(config)
-            return network.to(device, dtype)  # its tables of positions were made on the CPU
+            return network.to(device, dtype)  # its position tables are on the CPU
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     return model
@@ -155,7 +157,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def fill(model: nn.Module, seed: int) -> torch.Generator:
-    """Matrices from N(0, 0.02^2), weights of norms 1, biases 0. -> what goes on from the seed"""
+    """Set matrices to N(0, 0.02^2), norm weights to 1, biases to 0. -> the generator used"""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -169,21 +171,21 @@ def fill(model: nn.Module, seed: int) -> torch.Generator:
 def random_model(
     config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int
 ) -> PreTrainedModel:
-    """A GPT-2 or GPT-Neo that says what it is at which position.
+    """A GPT-2 or GPT-Neo whose best token is determined by the position.
 
-    Of random logits the best two of 50257 are a twentieth of the best apart, which rounding turns
-    round now and then, so that forwards of 1 and of K + 1 tokens would not agree. Scaling the head
-    does not help, as errors grow with it. Here the residual stream is mostly one row of the tied
-    embedding: every position has twice the row of some token. That token's logit is twice that of
-    the token read and several times all others'. Rows have deviation 1, and the layers, whose last
-    matrices are scaled as GPT-2's, add less than that all together. The last norm brings logits to
-    the size that trained models' have, the best to about 28.
+    With random logits, the best two of 50257 differ by only a twentieth of the best. Rounding would
+    sometimes swap them, and forwards of 1 and of K + 1 tokens would disagree. Scaling the head does
+    not help, because errors grow with it. Here the residual stream is mostly one row of the tied
+    embedding: every position embedding is twice the row of some token. That token's logit is twice
+    the logit of the token read, and several times all others. Rows have standard deviation 1. The
+    layers' last matrices are scaled as in GPT-2, so all layers together add less than that. The
+    last norm scales logits to the size in trained models, the best to about 28.
     """
     model = allocate(config, dtype, device)
     generator = fill(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("c_proj.weight", "out_proj.weight")):  # of attention and mlp
+            if name.endswith(("c_proj.weight", "out_proj.weight")):  # in attention and mlp
                 parameter.div_((2 * config.num_hidden_layers) ** 0.5)
         rows, positions = model.transformer.wte.weight, model.transformer.wpe.weight
         rows.div_(STD)

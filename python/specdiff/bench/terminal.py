@@ -1,4 +1,4 @@
-"""What `specdiff bench` shows of a content on a terminal."""
+"""Terminal tables of `specdiff bench`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .reading import (
     values,
 )
 
-FIRST = 4  # positions of a draft whose acceptance is shown
+FIRST = 4  # number of draft positions whose acceptance is shown
 
 
 def table(content: Content) -> Table:
-    """The cases of a content, a section for each target, task and temperature.
+    """Table of a content's cases, with a section for each target, task and temperature.
 
-    Settings beside K and T have a column where the content varies them. Refused cases are dim, with
-    the reason in the last column.
+    Settings other than K and T get a column if they vary. Refused cases are dim and have the reason
+    in the last column.
 
     Args:
-        content: what `specdiff bench` writes.
+        content: content of a result file of `specdiff bench`.
 
     Example:
         >>> Console().print(table(json.loads(Path("results/methods.json").read_text())))

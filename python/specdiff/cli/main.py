@@ -29,7 +29,7 @@ from .options import (
     set_threads,
     user_errors,
 )
-from .report import LiveText, Run, figures, median_run, table
+from .report import DecodedRun, LiveText, figures, median_run, table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ class Rule(str, Enum):
     lenient = "lenient"
 
 
-class Record(str, Enum):
+class RecordChoice(str, Enum):
     """Choices of `specdiff_kernels.verify`'s `record`."""
 
     one_hot = "one-hot"
@@ -144,7 +144,7 @@ def generate(
         ),
     ] = None,
     record: Annotated[
-        Record | None,
+        RecordChoice | None,
         typer.Option(help="Which recorded draft distributions count; default: all that are valid."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Per prompt.")] = 128,
@@ -358,9 +358,9 @@ def sample_target(
     with console.status("loading"):
         from ..loop.decoder import Decoder
         from ..loop.target import Target
-        from ..training.sample_target import Plan, sample_conversations
+        from ..training.sample_target import SamplePlan, sample_conversations
 
-        plan = Plan(prompts, max_length, temperatures, seed)
+        plan = SamplePlan(prompts, max_length, temperatures, seed)
         where, kind = placed(device, dtype)
         loaded = Target.load(target, dtype=kind, device=where)
     totals = sample_conversations(
@@ -520,7 +520,7 @@ def decode(
     prompts: list[list[int]],
     options: dict[str, Any],
     watch: Callable[[Step], None] | None = None,
-) -> Run:
+) -> DecodedRun:
     """Decode a batch, showing each step to `watch`."""
     new: list[list[int]] = [[] for _ in prompts]
     for step in decoder.stream(prompts, **options):
@@ -528,4 +528,4 @@ def decode(
             row += more
         if watch is not None:
             watch(step)
-    return Run(new, step.stats)
+    return DecodedRun(new, step.stats)

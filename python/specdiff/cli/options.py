@@ -1,4 +1,4 @@
-"""What the commands of `specdiff` share: options, and errors in one line."""
+"""Options and error reporting shared by the commands of `specdiff`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Dtype(str, Enum):
 
 
 NoAccelerate = Annotated[
-    bool, typer.Option("--no-accelerate", help="On a CPU: leave linear layers to torch.")
+    bool, typer.Option("--no-accelerate", help="On a CPU: use torch's linear layers.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")]
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Report what the user can mend in one line, and exit with code 2."""
+    """Print errors that the user can fix in one line, and exit with code 2."""
     try:
         yield
     except (ValueError, OSError, FetchError, FloatingPointError) as error:
@@ -57,23 +57,23 @@ def fail(error: Exception) -> NoReturn:
 def placed(
     device: Device | None, dtype: Dtype, threads: int | None = None
 ) -> tuple[torch.device, torch.dtype]:
-    """Where models go and of what type they are; torch gets its threads, transformers is silenced.
+    """Device and dtype for models. Also sets torch's threads and silences transformers.
 
     Raises:
-        ValueError: a GPU was asked for and there is none.
+        ValueError: --device cuda without a usable GPU.
     """
     import torch
 
     quiet(threads)
     gpu = torch.cuda.is_available()
     if device is Device.cuda and not gpu:
-        raise ValueError("--device cuda needs a GPU that torch can use, found none: use cpu")
+        raise ValueError("--device cuda: torch found no usable GPU; use --device cpu")
     where = device.value if device is not None else "cuda" if gpu else "cpu"
     return torch.device(where), getattr(torch, dtype.value)
 
 
 def set_threads(threads: int) -> None:
-    """Torch's, on a CPU. Raises ValueError below 1."""
+    """Set torch's CPU threads. Raises ValueError below 1."""
     import torch
 
     if threads < 1:
@@ -82,7 +82,7 @@ def set_threads(threads: int) -> None:
 
 
 def quiet(threads: int | None) -> None:
-    """No words of transformers' own, and so many CPU threads."""
+    """Silence transformers and, unless None, set the number of CPU threads."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""What the command line shows of a run: text as it is decoded, then figures as a table or JSON."""
+"""Output of the command line: live text, then figures as a table or JSON."""
 
 from __future__ import annotations
 
@@ -17,32 +17,36 @@ if TYPE_CHECKING:
     from ..planning.predictions import Need, Prediction
 
 DRAFTED = "green"
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from an incomplete character
 
 
 @dataclass(frozen=True)
-class Run:
-    """One decoding of a batch: the new tokens of each row, and counts and times."""
+class DecodedRun:
+    """Result of decoding one batch: the new tokens of each row, counts and times."""
 
     new_tokens: list[list[int]]
     stats: Stats
 
 
-def median_run(runs: Sequence[Run]) -> Run:
-    """The one of middle speed, so that all figures shown belong to one run."""
+def median_run(runs: Sequence[DecodedRun]) -> DecodedRun:
+    """The run of median speed. All figures shown then belong to one run."""
     return sorted(runs, key=lambda run: run.stats.tokens_per_second)[len(runs) // 2]
 
 
 def figures(
-    run: Run, text: str | list[str], baseline: Run | None = None, *, same: bool = False
+    run: DecodedRun,
+    text: str | list[str],
+    baseline: DecodedRun | None = None,
+    *,
+    same: bool = False,
 ) -> dict[str, Any]:
-    """What --json prints.
+    """Figures of a run, as printed by --json.
 
     Args:
-        run: with the drafter.
-        text: of each prompt, or of the only one.
-        baseline: the same prompts by plain decoding; None: not measured.
-        same: whether both runs must give the same text; otherwise `identical` is None.
+        run: the run with the drafter.
+        text: the text of each prompt, or of the only prompt.
+        baseline: the run by plain decoding; None: not measured.
+        same: whether both runs must give the same text. If False, `identical` is None.
     """
     stats = run.stats
     speed = stats.tokens_per_second
@@ -63,12 +67,14 @@ def figures(
     }
 
 
-def table(run: Run, baseline: Run | None, result: dict[str, Any], *, budget: bool = False) -> Table:
-    """The same for people, a column per run.
+def table(
+    run: DecodedRun, baseline: DecodedRun | None, result: dict[str, Any], *, budget: bool = False
+) -> Table:
+    """The figures as a table, one column per run.
 
     Args:
-        result: what `figures` made of the runs.
-        budget: whether a lenient rule was used, so that what it spent is shown.
+        result: `figures` of the runs.
+        budget: whether to show the total variation spent by a lenient rule.
     """
     runs = [run] if baseline is None else [run, baseline]
     title = {True: "text identical to plain decoding", False: "text DIFFERS from plain decoding"}
@@ -87,7 +93,7 @@ def table(run: Run, baseline: Run | None, result: dict[str, Any], *, budget: boo
         shown.add_row("conditional acceptance, %", shares)
     if budget:
         shown.add_row("total variation spent", f"{result['bias']:.4f}")
-        shown.add_row("... for each token", f"{result['bias_per_token']:.4f}")
+        shown.add_row("... per token", f"{result['bias_per_token']:.4f}")
         if result["bias"] > 0:
             shown.caption = "the text no longer follows the target's distribution exactly"
     for stage in run.stats.stage_ms:
@@ -99,7 +105,7 @@ def table(run: Run, baseline: Run | None, result: dict[str, Any], *, budget: boo
 
 
 def plans_table(rows: Sequence[Prediction], measured: dict[Plan, float]) -> Table:
-    """Predicted and measured speed-up of every plan, best first, and a bar for each."""
+    """Table of predicted and measured speed-ups of plans, best first, with a bar for each."""
     shown = Table(title="speed-up over plain decoding, costs in plain rounds", title_style="bold")
     for heading in ("K", "T", "draft", "rest", "tokens", "predicted", "measured"):
         shown.add_column(heading, justify="right")
@@ -128,17 +134,21 @@ def bar(value: float, longest: float, width: int = 14) -> str:
 
 
 def needs_table(wanted: Sequence[Need]) -> Table:
-    """What other acceptances, or another drafter's cost, each speed-up would ask for."""
-    shown = Table(title="what a speed-up would need", title_style="bold")
+    """Table of the acceptance, or the draft cost, needed for each speed-up."""
+    shown = Table(title="needed for a speed-up", title_style="bold")
     shown.add_column("speed-up", justify="right")
-    shown.add_column("each token accepted, at this drafter's cost")
-    shown.add_column("a draft's cost, accepted as now")
+    shown.add_column("acceptance, at the present draft cost")
+    shown.add_column("draft cost, at the present acceptance")
     for need in wanted:
         alpha, price = need.acceptance, need.draft_cost
         shown.add_row(
             f"{need.wanted:g}x",
-            "not even always" if alpha is None else f"{100 * alpha[0]:.0f} %, {named(alpha[1])}",
-            "not even none" if price is None else f"{price[0]:.2f} plain rounds, {named(price[1])}",
+            "unreachable even at 100 %"
+            if alpha is None
+            else f"{100 * alpha[0]:.0f} %, {named(alpha[1])}",
+            "unreachable even if free"
+            if price is None
+            else f"{price[0]:.2f} plain rounds, {named(price[1])}",
         )
     return shown
 
@@ -148,9 +158,9 @@ def named(plan: Plan) -> str:
 
 
 class TextStream:
-    """Turns one row's tokens into text, piece by piece; a character is given out when complete.
+    """Streaming detokenizer of one row. It returns characters only when they are complete.
 
-    Decodes a short window only, since what a token spells depends on its left neighbours.
+    It decodes a short window of tokens, because a token's text depends on the tokens before it.
 
     Example:
         >>> stream = TextStream(tokenizer)
@@ -161,14 +171,14 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
-        self.start = self.read = 0  # the window's first token, and how many were given out
+        self.start = self.read = 0  # the window's first token; tokens returned as text
 
     def push(self, token: int) -> str:
         self.tokens.append(token)
         return self._take(final=False)
 
     def flush(self) -> str:
-        """What is left when no more tokens come."""
+        """The rest of the text, after the last token."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:
@@ -184,9 +194,9 @@ class TextStream:
 
 
 class LiveText:
-    """Prints steps to a console: one row as it comes, several rows each when it has finished.
+    """Prints steps to a console: a single row live, several rows each when finished.
 
-    Accepted draft tokens are coloured apart from the target's own.
+    Accepted draft tokens have another colour than the target's tokens.
     """
 
     def __init__(self, console: Console, tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
@@ -213,7 +223,7 @@ class LiveText:
                 self.pieces[b].clear()
 
     def legend(self) -> None:
-        """Say what the colours mean, where there are any."""
+        """Explain the colours, if the console has any."""
         if self.console.color_system and not self.console.no_color:
             self.console.print(
                 f"[{DRAFTED}]drafted and accepted[/], the rest by the target", highlight=False

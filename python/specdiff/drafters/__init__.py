@@ -1,6 +1,6 @@
-"""Drafters: what proposes the tokens that a target verifies.
+"""Drafters: they propose the tokens that a target verifies.
 
-`load_drafter` finds one by name or by the folder of its weights.
+`load_drafter` loads one by name or from a folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .network import KINDS
 from .parallel import ParallelDrafter
 from .prompt_lookup import PromptLookup
 
-SHIPPED = {  # name -> folder of weights that come with specdiff; the default is the first
+SHIPPED = {  # name -> folder of weights shipped with specdiff; the first is the default
     "parallel": "smollm2-135m-parallel",
     "eagle": "smollm2-135m-eagle",
     "block-diffusion": "smollm2-135m-block-diffusion",
@@ -50,21 +50,20 @@ def load_drafter(
     steps: int | None = None,
     backend: str | None = None,
 ) -> Drafter:
-    """A drafter for `target`, on its device, in its dtype, accelerated if its model is.
+    """Load a drafter for `target`, with its device and dtype, accelerated if the target is.
 
-    Reads local files only.
+    Only local files are read. Code in a folder is never run.
 
     Args:
-        name_or_path: "parallel", "eagle" or "block-diffusion", which are shipped for
-            SmolLM2-135M-Instruct, "prompt-lookup", or a folder that holds a trained drafter of
-            these kinds, a SEDD or MDLM checkpoint, or any causal language model with the target's
-            vocabulary.
-        steps: reverse steps of a diffusion drafter; None is its own default.
-        backend: of the ops; None chooses.
+        name_or_path: "parallel", "eagle" or "block-diffusion" (shipped for SmolLM2-135M-Instruct),
+            "prompt-lookup", or a folder. A folder holds a trained drafter of these kinds, a SEDD or
+            MDLM checkpoint, or a causal language model with the target's vocabulary.
+        steps: reverse steps of a diffusion drafter; None: its default.
+        backend: backend of the ops; None chooses one.
 
     Raises:
-        ValueError: no such drafter, a folder that holds no usable one, or `steps` given to one
-            without steps. Code that a folder brings along is never run.
+        ValueError: the drafter is unknown, the folder holds no usable drafter, or `steps` is given
+            but the drafter has none.
 
     Example:
         >>> decoder = Decoder(target, load_drafter("prompt-lookup", target))
@@ -84,7 +83,7 @@ def load_drafter(
         refuse_steps(steps, f"a drafter of kind {kind!r}")
         causal: type[ParallelDrafter | Eagle] = Eagle if kind == "eagle" else ParallelDrafter
         return causal.load(folder, target, backend=backend)
-    if "graph" in fields and "noise" in fields:  # as the configurations of SEDD have
+    if "graph" in fields and "noise" in fields:  # a SEDD config
         return load_ddit(folder, target, steps, backend)
     refuse_steps(steps, "an autoregressive drafter")
     model: Any = load_causal(folder, target.dtype)
@@ -95,7 +94,7 @@ def load_drafter(
 
 
 def load_ddit(folder: Path, target: Target, steps: int | None, backend: str | None) -> Drafter:
-    """A SEDD or MDLM drafter, on the target's device and in its dtype."""
+    """Load a SEDD or MDLM drafter with the target's device and dtype."""
     from .ddit import DDiT
     from .sedd import DEFAULT_STEPS, MDLM, SEDD
 
@@ -105,15 +104,15 @@ def load_ddit(folder: Path, target: Target, steps: int | None, backend: str | No
 
 
 def drafter_folder(name_or_path: str | Path) -> Path:
-    """Where a drafter lies: one that comes with specdiff, by its name, or a folder as it is."""
+    """Folder of a drafter: a shipped one by its name, else the given path."""
     own = SHIPPED.get(str(name_or_path))
     return Path(name_or_path) if own is None else Path(__file__).parents[1] / "weights" / own
 
 
 def weights_digest(name_or_path: str | Path) -> str | None:
-    """What tells a drafter's weights apart, 12 hexadecimal digits; None: it has none in one file.
+    """Digest of a drafter's weights, 12 hexadecimal digits; None if it has no model.safetensors.
 
-    Published figures carry it, so that they can be held against the weights that are shipped.
+    Published figures carry the digest, so that they can be matched with the shipped weights.
 
     Example:
         >>> weights_digest("prompt-lookup") is None
@@ -125,4 +124,4 @@ def weights_digest(name_or_path: str | Path) -> str | None:
 
 def refuse_steps(steps: int | None, what: str) -> None:
     if steps is not None:
-        raise ValueError(f"steps belong to a diffusion drafter; {what} has none")
+        raise ValueError(f"steps are for diffusion drafters only; {what} has none: leave them out")

@@ -1,6 +1,7 @@
-"""Autoregressive: a smaller causal language model drafts one token after another.
+"""Autoregressive drafter: a smaller causal language model drafts token by token.
 
-Standard speculative decoding (Leviathan et al. 2211.17192, Chen et al. 2302.01318); the baseline.
+This is standard speculative decoding (Leviathan et al. 2211.17192, Chen et al. 2302.01318), the
+baseline.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from ..loop.target import Target
 class Autoregressive(Drafter):
     """Drafts with any causal language model that `Target` supports, in k forwards a round.
 
-    Tokens are drawn by the same sampling parameters as the target's, and recorded with their
-    distribution.
+    Tokens are drawn with the target's sampling parameters and recorded with their distribution.
 
     Args:
-        model: with the target's vocabulary.
-        backend: of the ops; None chooses.
+        model: the draft model; it needs the target's vocabulary.
+        backend: backend of the ops; None chooses one.
 
     Example:
         >>> decoder = Decoder(target, Autoregressive(small_model), k=5)
@@ -42,8 +42,8 @@ class Autoregressive(Drafter):
     def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
         if capacity > self.model.context_limit:
             raise ValueError(
-                f"sequences of up to {capacity} tokens were asked for, but the drafter's context "
-                f"holds {self.model.context_limit}: lower max_new_tokens or use another drafter"
+                f"sequences may reach {capacity} tokens, but the drafter's context holds only "
+                f"{self.model.context_limit}: lower max_new_tokens or use another drafter"
             )
         self.sampling = sampling
         self.cache = self.model.new_cache(batch, capacity)
@@ -63,7 +63,7 @@ class Autoregressive(Drafter):
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         B = len(lengths)
         if news.longest is None:
-            k = max(1, int(lengths.max()))  # a forward each: no more than wanted
+            k = max(1, int(lengths.max()))  # one forward each, so no longer than the longest draft
         logits = self._read(news)  # [B, V]
         pool = logits.new_empty(B, k, logits.shape[-1])
         tokens = torch.empty(B, k, dtype=torch.int64, device=lengths.device)
@@ -102,14 +102,14 @@ class Autoregressive(Drafter):
         )
 
     def _read(self, news: News) -> Tensor:
-        """Feed committed tokens, each row its own number. -> logits after the last [B, V]"""
+        """Read each row's committed tokens, however many. -> logits after the last [B, V]"""
         tokens, counts = news.tokens, news.counts
-        last = (counts - 1).clamp(min=0)  # rows without news compute padding
+        last = (counts - 1).clamp(min=0)  # rows without new tokens compute padding
         lengths, bound = self.cache.lengths, news.longest
         if bound is not None:
             self.cache.set_lengths(lengths, bound, exact=False)
         hidden = self.model.hidden(tokens, self.cache)
-        lengths.add_(counts)  # in place: a captured round reads it again
+        lengths.add_(counts)  # in place, because a captured round reads it again
         if bound is None:
             self.cache.set_lengths(lengths, int(lengths.max()))
         return self.model.head(hidden[torch.arange(len(last), device=last.device), last])

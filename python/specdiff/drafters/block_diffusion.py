@@ -1,9 +1,9 @@
-"""BlockDiffusion: a masked diffusion model drafts a whole block of tokens in T reverse steps.
+"""BlockDiffusion: a masked diffusion model drafts a block of tokens in T reverse steps.
 
-Absorbing-state diffusion (SEDD 2310.16834, MDLM 2406.07524) under a causal prefix: a block of K
-masks sees the prefix, and itself in both directions. Chunks are revealed from left to right, hence
-every position records its distribution; so are the tokens of a chunk, by a `SequentialHead` if
-there is one.
+This is absorbing-state diffusion (SEDD 2310.16834, MDLM 2406.07524) after a causal prefix. A block
+of K masks attends to the prefix, and to itself in both directions. Chunks are revealed from left to
+right, so every position records its distribution. With a `SequentialHead`, the tokens of a chunk
+are drawn from left to right, too.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from .schedule import chunk
 
 
 class BlockDiffusion(PrefixDrafter):
-    """Drafts k tokens in `steps` forwards over as many masks.
+    """Drafts k tokens in `steps` forwards over k masks.
 
-    Step s reveals chunk s from left to right, so the distribution of a position never depends on a
-    token revealed later and every draw is recorded with its distribution.
+    Step s reveals chunk s, counted from the left. No position's distribution depends on a token
+    revealed later, so every token is recorded with its distribution.
 
     Args:
         network: the denoiser. It is moved to the target's device and dtype, and accelerated iff the
             target's model is.
-        target: whose embeddings it reads.
-        steps: reverse steps T; None: the configuration's.
-        backend: of the ops; None chooses.
+        target: the target; the drafter reads its embeddings and states.
+        steps: reverse steps T; None: the number in the network's configuration.
+        backend: backend of the ops; None chooses one.
 
     Raises:
-        ValueError: `steps` out of range, a network of another kind, or for a target of another
-            shape.
+        ValueError: `steps` is out of range, or the network is of another kind or for a target of
+            another shape.
 
     Example:
         >>> decoder = Decoder(target, BlockDiffusion.load(folder, target))
@@ -69,8 +69,11 @@ class BlockDiffusion(PrefixDrafter):
         backend: str | None = None,
         steps: int | None = None,
     ) -> BlockDiffusion:
-        """Read a trained drafter from a folder. Raises ValueError as the constructor and
-        `DraftNetwork.load` do."""
+        """Load a trained drafter from a folder.
+
+        Raises:
+            ValueError: as the constructor and `DraftNetwork.load`.
+        """
         return cls(DraftNetwork.load(folder), target, steps=steps, backend=backend)
 
     @torch.no_grad()
@@ -90,7 +93,7 @@ class BlockDiffusion(PrefixDrafter):
         return draft
 
     def embed_block(self, tokens: Tensor, revealed: int) -> Tensor:
-        """The first `revealed` tokens of [B, k] as themselves, then masks. -> [B, k, d]"""
+        """Embed the first `revealed` of tokens [B, k], and masks at the others. -> [B, k, d]"""
         masks = self.network.embed_masks(self.anchor, tokens.shape[1])
         if revealed == 0:
             return masks

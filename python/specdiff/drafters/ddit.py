@@ -1,9 +1,9 @@
-"""DDiT: the denoising transformer of SEDD (2310.16834), which reads its public checkpoints.
+"""DDiT: the denoising transformer of SEDD (2310.16834). It loads SEDD's public checkpoints.
 
-A bidirectional transformer over a text with masks in it. The noise level enters through adaLN
-(DiT 2212.09748): shift, scale and gate of every layer are functions of sigma alone. A sampler with
-a fixed schedule computes them once, and then an adaLN is a plain LayerNorm whose weight and bias
-are looked up. MDLM (2406.07524) uses the same network with sigma = 0 throughout.
+It is a bidirectional transformer over a text with masks. The noise level enters through adaLN (DiT
+2212.09748): the shift, scale and gate of every layer depend on sigma only. A sampler with a fixed
+schedule computes them once. An adaLN is then a plain LayerNorm with weight and bias from a table.
+MDLM (2406.07524) uses the same network with sigma = 0 throughout.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from ..files import write_atomically
 from .network import rotate
 from .noise import Geometric, LogLinear
 
-FREQUENCIES = 128  # of the sinusoids of sigma; a cosine and a sine each
-BASE = 10000.0  # of those and of the rotary positions
+FREQUENCIES = 128  # number of sigma's sinusoids; a cosine and a sine each
+BASE = 10000.0  # for sigma's sinusoids and for the rotary positions
 NORM_EPS = 1e-5
 NOISES = {"loglinear": LogLinear, "geometric": Geometric}
-INV_FREQ = "rotary_emb.inv_freq"  # in the public checkpoints; it follows from the width
+INV_FREQ = "rotary_emb.inv_freq"  # stored in the public checkpoints, though the width determines it
 
 
 @dataclass(frozen=True)
 class DDiTConfig:
-    """Shape of a DDiT and the noise it was trained under; what config.json holds.
+    """Shape of a DDiT and the noise schedule of its training, as stored in config.json.
 
-    The defaults are those of sedd-small; sedd-medium has 24 blocks of width 1024 with 16 heads.
+    The defaults are those of sedd-small. sedd-medium has 24 blocks of width 1024 with 16 heads.
 
     Args:
-        tokens: V, without the mask, whose id is V.
-        hidden_size: width, a multiple of `heads` with an even quotient.
-        blocks, heads: of the transformer.
-        cond_dim: width of what is made of sigma.
-        length: most columns it is trained for.
-        time_conditioned: False: sigma is taken as 0 at all times, as MDLM does.
-        noise: its schedule.
+        tokens: V, the vocabulary without the mask. The mask's id is V.
+        hidden_size: width, a multiple of 2 * `heads`.
+        blocks, heads: number of transformer blocks, and of heads in each.
+        cond_dim: width of the embedding of sigma.
+        length: maximum number of columns in training.
+        time_conditioned: if False, sigma is 0 at all times, as in MDLM.
+        noise: noise schedule.
 
     Raises:
         ValueError: a size is out of range.
@@ -74,14 +74,14 @@ class DDiTConfig:
 
 
 class Modulation(NamedTuple):
-    """All adaLN outputs at one sigma. A gain is the norm's own weight times (1 + scale)."""
+    """All adaLN outputs at one sigma. A gain is the norm's weight times (1 + scale)."""
 
     blocks: Tensor  # [blocks, 6, d]: shift, gain, gate of the attention, then of the mlp
     final: Tensor  # [2, d]: shift, gain
 
 
 class Embedding(nn.Module):
-    """Rows for V tokens and the mask."""
+    """Embedding of V tokens and the mask."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Embedding(nn.Module):
 
 
 class SigmaMap(nn.Module):
-    """Noise level -> the vector that all adaLN read."""
+    """Maps a noise level to the vector that all adaLN layers read."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def sinusoids(sigmas: Sequence[float]) -> Tensor:
 class Rotary(nn.Module):
     """Tables of cosines and sines of rotary positions, [length, 1, 1, D].
 
-    They follow from the width alone, hence an `inv_freq` in a state dict is ignored.
+    The width determines them, so an `inv_freq` in a state dict is ignored.
     """
 
     cos: Tensor
@@ -132,7 +132,7 @@ class Rotary(nn.Module):
         self.register_load_state_dict_pre_hook(drop_inv_freq)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tables for embedded columns [B, N, d], in their dtype: cos and sin [N, 1, 1, D]."""
+        """cos and sin [N, 1, 1, D] for embedded columns [B, N, d], in their dtype."""
         columns = x.shape[1]
         return self.cos[:columns].to(x.dtype), self.sin[:columns].to(x.dtype)
 
@@ -147,7 +147,7 @@ def drop_inv_freq(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 
 class Block(nn.Module):
-    """Bidirectional attention, then a tanh-GELU mlp, each between an adaLN and a gate."""
+    """Bidirectional attention and a tanh-GELU mlp, each with an adaLN before and a gate after."""
 
     def __init__(self, config: DDiTConfig) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Last adaLN, and the head. `forward` is the former; see `DDiT.head`."""
+    """The last adaLN and the head. `forward` applies the adaLN, `DDiT.head` the head."""
 
     def __init__(self, config: DDiTConfig) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class OutputLayer(nn.Module):
 
 
 def adaptive_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm of [B, N, d] with gain and shift [d] of all rows, or [B, 1, d], each its own."""
+    """LayerNorm of [B, N, d] with gain and shift [d] for all rows, or [B, 1, d] for each row."""
     if gain.ndim == 1:
         return F.layer_norm(x, gain.shape, gain, shift, NORM_EPS)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), gain)
@@ -216,7 +216,7 @@ def zeroed(linear: nn.Linear) -> nn.Linear:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of [B, N, H, D] in both directions; mask: bool [B, 1, 1, N]. -> [B, N, H, D]"""
+    """Bidirectional attention of [B, N, H, D]; mask: bool [B, 1, 1, N]. -> [B, N, H, D]"""
     if flash_fits(q, mask) and (flash := flash_attention()) is not None:
         return flash(q, k, v)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
@@ -229,7 +229,7 @@ def flash_fits(q: Tensor, mask: Tensor | None) -> bool:
 
 @functools.cache
 def flash_attention() -> Callable[..., Tensor] | None:
-    """flash_attn's kernel where the package is installed. It is never needed."""
+    """flash_attn's kernel, or None if the optional package is not installed."""
     try:
         return importlib.import_module("flash_attn").flash_attn_func
     except ImportError:
@@ -237,16 +237,16 @@ def flash_attention() -> Callable[..., Tensor] | None:
 
 
 class DDiT(nn.Module):
-    """The denoiser: a text with masks -> outputs l for every token at every position.
+    """Denoiser: maps a text with masks to outputs l for every token at every position.
 
-    l is what the network says before SEDD scales it: the score of token v at a masked position is
-    exp(l_v) / (V (exp(sigma) - 1)), and p(v) = softmax(l)_v over the V tokens. Random weights are
-    those of the public code: adaLN and head begin at zero.
+    l is the output before SEDD's scaling. The score of token v at a masked position is exp(l_v) /
+    (V (exp(sigma) - 1)), and p(v) = softmax(l)_v over the V tokens. Weights are initialised as in
+    the public code: adaLN and head are zero.
 
     Parameters have the names of the public checkpoints louaaron/sedd-small and sedd-medium.
 
     Args:
-        config: shape.
+        config: shape and noise schedule.
 
     Example:
         >>> network = DDiT.from_pretrained(folder).eval()
@@ -267,20 +267,20 @@ class DDiT(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """V, the tokens that can be drafted: all but the mask."""
+        """V, the number of tokens that can be drafted: all but the mask."""
         return self.config.tokens
 
     @property
     def mask_id(self) -> int:
-        """V, the id of the mask and the last column of `head`."""
+        """V, the mask's id and its column in `head`, the last."""
         return self.config.tokens
 
     def modulations(self, sigmas: Sequence[float]) -> list[Modulation]:
-        """What `forward` needs to know of each noise level, to be kept while weights stay.
+        """The adaLN outputs that `forward` needs at each noise level. They depend on the weights.
 
         Args:
             sigmas: total noise at each reverse step. Without time conditioning only their number
-                counts, and all entries are the same one.
+                matters, and all entries of the result are equal.
 
         Returns:
             one Modulation per sigma, in the network's dtype.
@@ -295,25 +295,25 @@ class DDiT(nn.Module):
         return table if self.config.time_conditioned else table * len(sigmas)
 
     def forward(self, tokens: Tensor, modulation: Modulation, mask: Tensor | None = None) -> Tensor:
-        """Tokens -> final states, of which `head` makes logits.
+        """Final states of tokens. `head` maps them to logits.
 
         Args:
-            tokens: i64 [B, N], masked positions hold `mask_id`; N is at most `config.length`.
+            tokens: i64 [B, N], N <= `config.length`. Masked positions hold `mask_id`.
             modulation: an entry of `modulations`.
-            mask: bool [B, N], True for real columns, of which every row has one; None: all are.
-                States of columns that are not real are arbitrary.
+            mask: bool [B, N], True for real columns, False for padding. Every row needs a real
+                column. None: all columns are real. States of padding are arbitrary.
 
         Returns:
             [B, N, d], after the last norm.
 
         Raises:
-            ValueError: more columns than the network is made for.
+            ValueError: more than `config.length` columns.
         """
         columns, length = tokens.shape[1], self.config.length
         if columns > length:
             raise ValueError(
                 f"tokens must have at most length = {length} columns, got {columns}: "
-                "leave out the first ones"
+                "drop the first ones"
             )
         visible = None if mask is None else mask[:, None, None]  # [B, 1, 1, N]
         x = self.vocab_embed(tokens)
@@ -323,11 +323,11 @@ class DDiT(nn.Module):
         return self.output_layer(x, modulation.final)
 
     def head(self, states: Tensor) -> Tensor:
-        """Final states [..., d] -> l [..., V + 1]; the last column, the mask's, means nothing."""
+        """Final states [..., d] -> l [..., V + 1]. Ignore the last column, the mask's."""
         return self.output_layer.linear(states)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, each atomically, as public checkpoints are."""
+        """Write config.json and model.safetensors atomically, in the public checkpoints' format."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
@@ -338,14 +338,14 @@ class DDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> DDiT:
-        """Read a public checkpoint's folder, or what `save_pretrained` wrote, as fp32 on the CPU.
+        """Load a folder of a public checkpoint, or from `save_pretrained`, as fp32 on the CPU.
 
         Args:
-            folder: with config.json and model.safetensors; pickled weights are never read.
+            folder: holds config.json and model.safetensors. Pickled weights are never read.
 
         Raises:
-            ValueError: the folder holds no absorbing-state DDiT, or a damaged one; says what is
-                wrong with it.
+            ValueError: the folder holds no absorbing-state DDiT, or a damaged one. The message
+                gives the cause.
 
         Example:
             >>> DDiT.from_pretrained(snapshot_download("louaaron/sedd-small"))
@@ -356,34 +356,35 @@ class DDiT(nn.Module):
             tensors = load_file(folder / "model.safetensors")
             with torch.device("meta"):
                 network = cls(config)
-            owned = {k: v.to(torch.float32, copy=True) for k, v in tensors.items()}  # off the file
+            # copies, so that no weight is a view of the file
+            owned = {k: v.to(torch.float32, copy=True) for k, v in tensors.items()}
             network.load_state_dict(owned, assign=True)
         except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{folder} holds no usable DDiT: {error}; expected config.json and "
-                "model.safetensors (pickled weights are not read), as in louaaron/sedd-small or "
-                "from save_pretrained"
+                "model.safetensors (pickled weights are not read), as in louaaron/sedd-small or as "
+                "written by save_pretrained"
             ) from error
         return network
 
 
 def read_config(fields: dict[str, Any]) -> DDiTConfig:
-    """The nested config.json of the public checkpoints. Raises ValueError, TypeError.
+    """Parse the nested config.json of the public checkpoints. Raises ValueError, TypeError.
 
-    Keys of its own, not in the public ones: `model.time_conditioning`, and `noise.eps`, which is
-    1e-3 there.
+    Two keys are additions here: `model.time_conditioning`, and `noise.eps`, which is always 1e-3 in
+    the public checkpoints.
     """
     try:
         graph, noise, model = fields["graph"]["type"], fields["noise"], fields["model"]
         if graph != "absorb":
             raise ValueError(
-                f"graph.type must be 'absorb', got {graph!r}: without a mask token there is "
-                "nothing to reveal"
+                f"graph.type must be 'absorb', got {graph!r}: other graphs have no mask token to "
+                "reveal"
             )
         if not model["scale_by_sigma"]:
             raise ValueError(
-                "model.scale_by_sigma must be true, got false: the outputs would be scores "
-                "instead of logits, which no reverse step here expects"
+                "model.scale_by_sigma must be true, got false: the outputs would be scores, but "
+                "the reverse steps here expect logits"
             )
         return DDiTConfig(
             tokens=fields["tokens"],
@@ -401,7 +402,7 @@ def read_config(fields: dict[str, Any]) -> DDiTConfig:
 
 def read_noise(fields: dict[str, Any]) -> LogLinear | Geometric:
     kind = fields["type"]
-    if kind == "loglinear":  # public ones also have sigma_min and sigma_max, unused
+    if kind == "loglinear":  # the public checkpoints also have sigma_min and sigma_max, unused
         return LogLinear(fields.get("eps", LogLinear.eps))
     if kind == "geometric":
         return Geometric(fields["sigma_min"], fields["sigma_max"])
@@ -409,7 +410,7 @@ def read_noise(fields: dict[str, Any]) -> LogLinear | Geometric:
 
 
 def config_fields(config: DDiTConfig) -> dict[str, Any]:
-    """What `read_config` reads, with the `dropout` that the public code wants to see."""
+    """The fields of config.json, with the `dropout` that the public code requires."""
     kind = next(name for name, noise in NOISES.items() if isinstance(config.noise, noise))
     return {
         "tokens": config.tokens,

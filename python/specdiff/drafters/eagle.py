@@ -1,9 +1,9 @@
-"""Eagle: one token after another, by a small network that reads the target's states.
+"""Eagle: a small network reads the target's states and drafts token by token.
 
-EAGLE (2401.15077): autoregressive drafting on the target's states. Where these end, the network's
-own prediction of the next one takes their place; it learns on such predictions, too, as in HASS
-(2408.15766). The network is that of `ParallelDrafter` and `BlockDiffusion`, without masks: what
-they save in forwards and lose in acceptance can be read off beside it.
+EAGLE (2401.15077) drafts autoregressively on the target's states. After the last committed token,
+the network's own predictions replace these states. It is also trained on such predictions, as in
+HASS (2408.15766). The network is that of `ParallelDrafter` and `BlockDiffusion` without masks. A
+comparison shows how many forwards parallel drafting saves and how much acceptance it loses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .prefix import PrefixDrafter
 
 
 class Eagle(PrefixDrafter):
-    """Drafts k tokens in k forwards; arguments as of `PrefixDrafter`.
+    """Drafts k tokens in k forwards. Arguments as in `PrefixDrafter`.
 
     Example:
         >>> decoder = Decoder(target, Eagle.load(folder, target))
@@ -31,7 +31,7 @@ class Eagle(PrefixDrafter):
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         self.check(k)
         if news.longest is None:
-            k = max(1, int(lengths.max()))  # a forward each: no more than wanted
+            k = max(1, int(lengths.max()))  # one forward each, so no longer than the longest draft
         B = len(lengths)
         pool = self.head.weight.new_empty(B * k, self.head.out_features)
         draft = self.masked(pool, B, k, lengths)
@@ -46,6 +46,6 @@ class Eagle(PrefixDrafter):
         return draft
 
     def embed_next(self, tokens: Tensor, state: Tensor) -> Tensor:
-        """Drafted tokens i64 [B], each drawn from its state [B, d] -> [B, 1, d]"""
+        """Embed drafted tokens i64 [B], drawn from `state` [B, d]. -> [B, 1, d]"""
         embedded = F.embedding(tokens.clamp(min=0), self.embedding)
         return self.network.embed_prefix(embedded, self.network.embed_out(state))[:, None]

@@ -1,10 +1,9 @@
-"""SequentialHead: what a drafted token changes in the logits of the next position.
+"""SequentialHead: corrects the logits of a position for the drafted token before it.
 
-A parallel drafter knows nothing of the tokens that it draws beside each other. This small head
-does: it reads the token before a position and the network's state there, and adds a correction of
-low rank to the logits, so that tokens are drawn from left to right without another forward. The
-Markov head of DSpark (2607.05147) is the kind that reads the token alone; that of Domino
-(2605.29707) also reads the state.
+A parallel drafter draws its tokens independently of each other. This small head reads the token
+before a position and the network's state there, and adds a low-rank correction to the logits.
+Tokens are then drawn from left to right without another forward. The Markov head of DSpark
+(2607.05147) reads the token only; the head of Domino (2605.29707) also reads the state.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ FACTOR_STD = 0.01
 
 
 class SequentialHead(nn.Module):
-    """logits(v) += W[v] . C silu(A n(E[x]) + B n(s)), n scaling to a root mean square of 1.
+    """logits(v) += W[v] . C silu(A n(E[x]) + B n(s)), where n scales to a root mean square of 1.
 
-    E is the target's embedding, x the token before the position, s the network's state there. In
-    place of a table of all tokens, which few conversations would overfit, it is E that says what x
-    is. W is zero in the beginning, and the head without effect.
+    E is the target's embedding, x the token before the position, and s the network's state at the
+    position. E represents x, because a table of its own would overfit a small training set. W is
+    initially zero, so the head has no effect.
 
     Args:
         target_size: width of E.
-        state_size: width of s; 0: the head does not read it.
-        rank: of the correction.
-        vocab_size: of the draft.
+        state_size: width of s; 0: the head does not read s.
+        rank: rank of the correction.
+        vocab_size: number of tokens that can be drafted.
 
     Example:
         >>> head = SequentialHead(target_size=576, state_size=576, rank=128, vocab_size=8192)
@@ -50,11 +49,11 @@ class SequentialHead(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, embedded: Tensor, states: Tensor) -> Tensor:
-        """The correction of logits.
+        """Correction of the logits.
 
         Args:
-            embedded: [..., target_size], E of the token before.
-            states: [..., state_size].
+            embedded: [..., target_size], E of the token before the position.
+            states: [..., state_size], the network's state at the position.
 
         Returns:
             [..., vocab_size]
@@ -62,7 +61,7 @@ class SequentialHead(nn.Module):
         return self.out(self.code(embedded, states))
 
     def code(self, embedded: Tensor, states: Tensor) -> Tensor:
-        """What W is multiplied by. [..., rank]"""
+        """The vector that W is multiplied by. [..., rank]"""
         inner = self.token(scaled(embedded))
         if self.state is not None:
             inner = inner + self.state(scaled(states))
@@ -70,5 +69,5 @@ class SequentialHead(nn.Module):
 
 
 def scaled(x: Tensor) -> Tensor:
-    """[..., d] with a root mean square of 1 in each row."""
+    """Scale each row of [..., d] to a root mean square of 1."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)

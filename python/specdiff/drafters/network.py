@@ -1,10 +1,9 @@
-"""DraftNetwork: a small transformer of committed tokens with masks behind them.
+"""DraftNetwork: a small transformer over committed tokens, followed by masks.
 
-It reads the target's own embeddings and its states, the last one or those of several layers, so a
-few million parameters do.
-Committed tokens attend to what came before them and keep their keys and values; masks see the
-committed tokens and each other as their drafter says: `BlockDiffusion` or `ParallelDrafter`. In an
-`Eagle` no masks follow, but the drafted tokens themselves.
+It reads the target's embeddings and hidden states, of the last layer or of several layers. A few
+million parameters are therefore enough. Committed tokens attend causally and keep their keys and
+values. Masks attend to the committed tokens, and to each other as `BlockDiffusion` or
+`ParallelDrafter` defines. In an `Eagle`, drafted tokens follow instead of masks.
 """
 
 from __future__ import annotations
@@ -33,30 +32,31 @@ KINDS = {  # model_type in config.json -> name
     "specdiff_parallel": "parallel",
     "specdiff_eagle": "eagle",
 }
-Mask = Tensor | BlockMask  # bool [B, 1, Q, S], True where a query sees a key
+Mask = Tensor | BlockMask  # bool [B, 1, Q, S], True where a query attends to a key
 
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Shape of a drafter; what config.json holds.
+    """Shape of a draft network, as stored in config.json.
 
     Args:
-        kind: "block-diffusion", "parallel" or "eagle", the drafter that it is for.
+        kind: kind of drafter: "block-diffusion", "parallel" or "eagle".
         target_vocab_size: rows of the target's embedding.
-        target_hidden_size: its columns.
-        draft_vocab_size: how many target tokens can be drafted.
-        hidden_size: width, a multiple of `heads` with an even quotient.
+        target_hidden_size: columns of the target's embedding.
+        draft_vocab_size: number of target tokens that can be drafted.
+        hidden_size: width, a multiple of 2 * `heads`.
         layers, heads, intermediate_size: of the transformer.
-        block: most tokens in a draft.
-        k: tokens in a draft unless told otherwise; None: `block`.
-        steps: reverse steps that `BlockDiffusion` takes unless told otherwise.
+        block: maximum draft length.
+        k: default draft length; None: `block`.
+        steps: default number of reverse steps of `BlockDiffusion`.
         rope_theta, norm_eps: as in Llama.
-        target_layers: layers of the target whose residual streams it reads, counted from 1, after
-            the embedding, in ascending order. The lm head's input always comes last and is not
-            listed. Not of an eagle, which has to stand in for what it reads.
-        target_layer_count: layers that the target has; given with `target_layers`.
-        head_rank: of the `SequentialHead`; 0: none. Not of an eagle, which knows the tokens.
-        head_state: whether that reads the network's state, and not the token before alone.
+        target_layers: layers of the target whose residual streams the network reads, in ascending
+            order, counted from 1 after the embedding. The lm head's input is always read, comes
+            last and is not listed. Not for an eagle, which must predict the states that it reads.
+        target_layer_count: number of the target's layers; required with `target_layers`.
+        head_rank: rank of the `SequentialHead`; 0: no head. Not for an eagle, which reads the
+            drafted tokens anyway.
+        head_state: whether the head reads the network's state besides the token before.
 
     Raises:
         ValueError: a size is out of range.
@@ -103,8 +103,8 @@ class DraftConfig:
         self._check_layers()
         if self.kind == "eagle" and (self.target_layers or self.head_rank):
             raise ValueError(
-                "an eagle predicts the one state that it reads and knows the tokens before: leave "
-                f"out target_layers and head_rank, got {list(self.target_layers)} and "
+                "an eagle reads only the state that it predicts, and no sequential head: leave out "
+                f"target_layers and head_rank, got {list(self.target_layers)} and "
                 f"{self.head_rank}"
             )
 
@@ -113,7 +113,7 @@ class DraftConfig:
         if not layers:
             return
         if count is None:
-            raise ValueError(f"target_layers {list(layers)} need a target_layer_count beside them")
+            raise ValueError(f"target_layers {list(layers)} also need a target_layer_count")
         ascending = all(a < b for a, b in itertools.pairwise(layers))
         if not ascending or layers[0] < 1 or layers[-1] > count:
             raise ValueError(
@@ -123,27 +123,26 @@ class DraftConfig:
 
     @property
     def causal(self) -> bool:
-        """Whether the last committed token's own column says what comes next."""
+        """Whether the last committed token's column predicts the next token."""
         return self.kind != "block-diffusion"
 
     def masks(self, k: int) -> int:
-        """Masks in a draft of k tokens. `ParallelDrafter` drafts the first one without, `Eagle`
-        all."""
+        """Number of masks for a draft of k tokens: k; k - 1 if parallel; 0 for an eagle."""
         return {"block-diffusion": k, "parallel": k - 1, "eagle": 0}[self.kind]
 
 
 class Cache(Protocol):
-    """Where keys and values go and come from."""
+    """Storage for keys and values."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take those of new columns [B, H, Q, D]; return those that they may see, [B, H, S, D]."""
+        """Store k and v of new columns [B, H, Q, D]; return those they attend to [B, H, S, D]."""
 
 
 class PrefixCache:
-    """Keys and values of every layer, in place, with a length of its own for each row.
+    """Keys and values of every layer, updated in place. Each row has its own length.
 
-    A block is written right behind its prefix, where the next tokens overwrite it; entries beyond
-    a row's length are never visible to anything else. The last slot takes padding.
+    A block is written directly after its prefix, and the next tokens overwrite it. Entries beyond a
+    row's length are visible to that block only. The last slot is for padding.
     """
 
     def __init__(self, config: DraftConfig, batch: int, capacity: int, like: Tensor):
@@ -156,12 +155,12 @@ class PrefixCache:
         self.store = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.layers)]
         self.padding = shape[2] - 1
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        self.slots = self.lengths[:, None]  # [B, Q], where the next forward writes
-        self.longest = 0  # at least the largest of them
-        self.span = 0  # how many slots it reads
+        self.slots = self.lengths[:, None]  # [B, Q], slots that the next forward writes to
+        self.longest = 0  # at least the largest length
+        self.span = 0  # number of slots that the next forward reads
 
     def part(self, rows: slice) -> PrefixCache:
-        """Some of the rows, in the same memory."""
+        """The cache of some rows, sharing its memory."""
         part = copy(self)
         part.store = [(keys[rows], values[rows]) for keys, values in self.store]
         part.lengths = self.lengths[rows]
@@ -196,7 +195,7 @@ class Layer(nn.Module):
         B, Q, d = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, Q, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, Q, D]
-        q, k = (rotate(part, rotation).to(v.dtype) for part in (q, k))  # v's is that of autocast
+        q, k = (rotate(part, rotation).to(v.dtype) for part in (q, k))  # v has autocast's dtype
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         mixed = attend(q, k, v, mask)
@@ -225,11 +224,11 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class DraftNetwork(nn.Module):
-    """The network, without the target's embeddings, which callers pass in.
+    """The network without the target's embeddings, which callers pass in.
 
     Args:
         config: shape.
-        draft_ids: i64 [draft_vocab_size], strictly increasing target ids.
+        draft_ids: i64 [draft_vocab_size], target ids of the draft vocabulary, strictly increasing.
 
     Raises:
         ValueError: `draft_ids` do not fit.
@@ -241,7 +240,7 @@ class DraftNetwork(nn.Module):
         super().__init__()
         if draft_ids.shape != (config.draft_vocab_size,) or (draft_ids.diff() <= 0).any():
             raise ValueError(
-                f"draft_ids must be {config.draft_vocab_size} strictly increasing ids, "
+                f"draft_ids must be {config.draft_vocab_size} strictly increasing token ids, "
                 f"got shape {tuple(draft_ids.shape)}"
             )
         d, target = config.hidden_size, config.target_hidden_size
@@ -262,14 +261,14 @@ class DraftNetwork(nn.Module):
 
     @torch.no_grad()
     def initialise(self, embedding: Tensor, generator: torch.Generator | None = None) -> None:
-        """Random weights; the stream's axes are the principal axes of `embedding`.
+        """Initialise the weights. The residual stream's axes are principal axes of `embedding`.
 
-        `hidden_in` and what the layers add begin at zero, so the first output is a linear
-        function of the last token alone.
+        `hidden_in` and the layers' outputs are initially zero. The output is then a linear function
+        of the last token only.
 
         Args:
-            embedding: [V, target_hidden_size] of the target.
-            generator: of the random numbers, on the CPU.
+            embedding: [V, target_hidden_size], the target's embedding.
+            generator: random number generator on the CPU.
         """
         scale = 0.4 / self.config.hidden_size**0.5
         for layer in self.layers:
@@ -287,20 +286,23 @@ class DraftNetwork(nn.Module):
         self.embed_out.weight.zero_()[:, : axes.shape[1]] = axes / rows.norm(dim=1).mean()
 
     def embed_prefix(self, embedded: Tensor, states: Tensor) -> Tensor:
-        """Tokens [..., target_d], and the target's states before each [..., (n + 1) target_d],
-        those of layers and last the lm head's input, side by side -> [..., d]
+        """Embed committed tokens. -> [..., d]
 
-        Behind the committed tokens, `Eagle` has `embed_out` of its own states for that input.
+        Args:
+            embedded: [..., target_d], the tokens' target embeddings.
+            states: [..., (n + 1) target_d], the target's states before each token, concatenated:
+                those of the n target layers, then the lm head's input. After the committed tokens,
+                `Eagle` passes `embed_out` of its own states as the lm head's input.
         """
         width = self.config.target_hidden_size
         each = scaled(states.unflatten(-1, (-1, width))).flatten(-2)
         return self.embed_in(scaled(embedded)) + self.hidden_in(each)
 
     def embed_masks(self, anchor: Tensor, count: int) -> Tensor:
-        """The first `count` masks behind a committed token, which they start from.
+        """Embed the first `count` masks after a committed token.
 
         Args:
-            anchor: [..., d], that token's `embed_prefix`.
+            anchor: [..., d], `embed_prefix` of the committed token.
 
         Returns:
             [..., count, d]
@@ -308,7 +310,7 @@ class DraftNetwork(nn.Module):
         return anchor[..., None, :] + self.mask + self.offset[:count]
 
     def embed_revealed(self, embedded: Tensor) -> Tensor:
-        """Drafted tokens [..., count, target_d], whose states are not known. -> [..., count, d]"""
+        """Embed drafted tokens [..., count, target_d], without target states. -> [..., count, d]"""
         return self.embed_in(scaled(embedded)) + self.offset[: embedded.shape[-2]]
 
     def forward(
@@ -319,15 +321,16 @@ class DraftNetwork(nn.Module):
         Args:
             x: [B, Q, d].
             positions: i64 [B, Q].
-            mask: bool [B, 1, Q, S], True where a query sees a key, or FlexAttention's block mask.
-            cache: where keys and values go and come from; None: the columns themselves, S = Q.
+            mask: bool [B, 1, Q, S], True where a query attends to a key, or a FlexAttention block
+                mask.
+            cache: storage for keys and values; None: columns attend to each other only, S = Q.
 
         Returns:
-            [B, Q, d]; `embed_out`, the target's output embedding and `bias` make logits of it.
+            [B, Q, d]; logits follow by `embed_out`, the target's output embedding and `bias`.
         """
         config = self.config
         turn = frequencies(config.hidden_size // config.heads, config.rope_theta, x.device)
-        angles = (positions[..., None] * turn).repeat(1, 1, 2)[:, None]  # in fp32 for all dtypes
+        angles = (positions[..., None] * turn).repeat(1, 1, 2)[:, None]  # fp32 in every dtype
         rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, rotation, mask, cache)
@@ -335,11 +338,12 @@ class DraftNetwork(nn.Module):
 
     @torch.no_grad()
     def adopt(self, other: DraftNetwork) -> None:
-        """Take over the weights of another network of the same width and vocabulary.
+        """Copy the weights of another network of the same width and vocabulary.
 
-        Its drafts may be shorter, whose last mask then stands for the further ones, and of another
-        kind: mask i of a parallel draft is what mask i + 1 of a block is. An eagle has no masks.
-        States that it does not read begin without effect; a head that it lacks stays as it is.
+        The other network may have shorter drafts: its last mask then initialises the further masks.
+        It may be of another kind: mask i of a parallel draft corresponds to mask i + 1 of a block,
+        and an eagle has no masks. Target states that it does not read get zero weights. A head that
+        it lacks is left unchanged.
 
         Raises:
             ValueError: a weight has another shape.
@@ -357,14 +361,16 @@ class DraftNetwork(nn.Module):
             if theirs is None or theirs.shape != mine.shape:
                 shape = None if theirs is None else list(theirs.shape)
                 raise ValueError(
-                    f"the initial network's {name} must be {list(mine.shape)}, got {shape}: give "
-                    "both the same width, layers, target and draft_vocab_size"
+                    f"the initial network's {name} must be {list(mine.shape)}, got {shape}: use "
+                    "the same width, layers, target and draft_vocab_size in both"
                 )
             mine.copy_(theirs)
 
     def _states_of(self, other: DraftNetwork) -> Tensor:
-        """The other's `hidden_in` for the states that this network reads; zeros where it reads
-        none of that layer."""
+        """The other's `hidden_in` for the states that this network reads.
+
+        It is zero for layers that the other network does not read.
+        """
         width = other.config.target_hidden_size
         blocks = other.hidden_in.weight.split(width, 1)
         known = dict(zip((*other.config.target_layers, "last"), blocks, strict=True))
@@ -385,10 +391,10 @@ class DraftNetwork(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> DraftNetwork:
-        """Read what `save` wrote, as fp32 on the CPU.
+        """Load a network written by `save`, as fp32 on the CPU.
 
         Raises:
-            ValueError: the folder holds no drafter of this kind, or a damaged one.
+            ValueError: the folder holds no draft network, or a damaged one.
         """
         folder = Path(folder)
         try:
@@ -407,7 +413,7 @@ class DraftNetwork(nn.Module):
         except (OSError, TypeError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{folder} holds no usable drafter: {error}; expected config.json and "
-                "model.safetensors as `specdiff train` writes them"
+                "model.safetensors as written by `specdiff train`"
             ) from error
         return network
 

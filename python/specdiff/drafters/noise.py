@@ -1,9 +1,9 @@
-"""Noise schedules of absorbing-state diffusion, and how fast a reverse step takes masks away.
+"""Noise schedules of absorbing-state diffusion, and the rates at which reverse steps unmask.
 
-At time t in [0, 1] a token is still itself with probability alpha(t) = exp(-sigma(t)) and masked
-otherwise (SEDD, arXiv 2310.16834; MDLM, arXiv 2406.07524). A reverse step t -> s turns a
-masked position into a token with probability rate * m, where m = (1/V) sum_v exp(l_v) of the
-network's outputs l at that position. MDLM normalises its outputs: there, m = 1.
+At time t in [0, 1] a token is unmasked with probability alpha(t) = exp(-sigma(t)), else masked
+(SEDD, arXiv 2310.16834; MDLM, arXiv 2406.07524). A reverse step t -> s reveals a masked position
+with probability rate * m, where m = (1/V) sum_v exp(l_v) of the network's outputs l at that
+position. MDLM normalises its outputs, so there m = 1.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-END = 1e-5  # the time at which sampling stops, as in the public code of SEDD and MDLM
+END = 1e-5  # time at which sampling stops, as in the public code of SEDD and MDLM
 
 
 class Noise(Protocol):
-    """A schedule: total noise `sigma`, its derivative, and alpha = exp(-sigma)."""
+    """A noise schedule: total noise sigma, its derivative, and alpha = exp(-sigma)."""
 
     def alpha(self, t: float) -> float: ...
 
@@ -31,10 +31,10 @@ class LogLinear:
     """alpha(t) = 1 - (1 - eps) t: the expected number of masks is linear in t.
 
     Args:
-        eps: what is left of the text at t = 1, in (0, 1).
+        eps: alpha at t = 1, in (0, 1).
 
     Raises:
-        ValueError: `eps` out of range.
+        ValueError: `eps` is out of range.
 
     Example:
         >>> LogLinear().sigma(0.5)
@@ -65,7 +65,7 @@ class Geometric:
         sigma_min, sigma_max: total noise at t = 0 and t = 1, 0 < sigma_min < sigma_max.
 
     Raises:
-        ValueError: they are out of order, or not positive and finite.
+        ValueError: not 0 < sigma_min < sigma_max, or not finite.
     """
 
     sigma_min: float = 1e-4
@@ -89,20 +89,21 @@ class Geometric:
 
 
 def ancestral_rate(noise: Noise, t: float, s: float) -> float:
-    """(alpha(s) - alpha(t)) / (1 - alpha(t)): the exact reverse step t -> s.
+    """(alpha(s) - alpha(t)) / (1 - alpha(t)): rate of the exact reverse step t -> s.
 
-    Times m it is the reveal probability of SEDD's analytic sampler (Tweedie tau-leaping), the
-    staggered score times the transposed transition; with m = 1 that of MDLM's ancestral sampler.
+    rate * m is the reveal probability of SEDD's analytic sampler (Tweedie tau-leaping), which is
+    the staggered score times the transposed transition. With m = 1 it is the reveal probability of
+    MDLM's ancestral sampler.
 
     Args:
         noise: the schedule.
-        t, s: where the step starts and ends, 0 <= s < t <= 1.
+        t, s: start and end of the step, 0 <= s < t <= 1.
 
     Returns:
         the rate, in (0, 1].
 
     Raises:
-        ValueError: times out of order or out of [0, 1].
+        ValueError: not 0 <= s < t <= 1.
     """
     check_times(t, s)
     now, then = noise.sigma(t), noise.sigma(s)
@@ -110,17 +111,17 @@ def ancestral_rate(noise: Noise, t: float, s: float) -> float:
 
 
 def euler_rate(noise: Noise, t: float, s: float) -> float:
-    """(t - s) sigma'(t) / (exp(sigma(t)) - 1): SEDD's Euler step t -> s.
+    """(t - s) sigma'(t) / (exp(sigma(t)) - 1): rate of SEDD's Euler step t -> s.
 
-    Under LogLinear noise it equals `ancestral_rate`. Under another one it can exceed 1 when the
-    step is large; the caller caps the probability.
+    Under LogLinear noise it equals `ancestral_rate`. Under other noise it can exceed 1 for large
+    steps; the caller caps the probability.
 
     Args:
         noise: the schedule.
-        t, s: where the step starts and ends, 0 <= s < t <= 1.
+        t, s: start and end of the step, 0 <= s < t <= 1.
 
     Raises:
-        ValueError: times out of order or out of [0, 1].
+        ValueError: not 0 <= s < t <= 1.
     """
     check_times(t, s)
     sigma = noise.sigma(t)
@@ -128,16 +129,16 @@ def euler_rate(noise: Noise, t: float, s: float) -> float:
 
 
 def times(steps: int) -> list[tuple[float, float]]:
-    """The reverse steps (t, s): the network is evaluated at t, and s is the next t.
+    """Reverse steps (t, s): the network is evaluated at t, and s is the next t.
 
-    They are equally long, from 1 down to END = 1e-5. There the last one has to reveal whatever is
-    still masked, since a mask is no token.
+    The steps have equal length and go from 1 down to END = 1e-5. The last step must reveal all
+    remaining masks.
 
     Args:
-        steps: how many, at least 1.
+        steps: number of steps, at least 1.
 
     Raises:
-        ValueError: `steps` below 1.
+        ValueError: `steps` is below 1.
 
     Example:
         >>> times(2)
@@ -151,4 +152,4 @@ def times(steps: int) -> list[tuple[float, float]]:
 
 def check_times(t: float, s: float) -> None:
     if not 0 <= s < t <= 1:
-        raise ValueError(f"a reverse step goes from t to s with 0 <= s < t <= 1, got t={t}, s={s}")
+        raise ValueError(f"t and s: expected 0 <= s < t <= 1, got t={t}, s={s}")

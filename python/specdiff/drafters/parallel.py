@@ -1,9 +1,10 @@
-"""ParallelDrafter: k tokens in one causal forward, with k - 1 masks behind the last token.
+"""ParallelDrafter: k tokens in one causal forward, with k - 1 masks after the last token.
 
-ParallelSpec (2410.05589). The last committed token's column says what comes next, as in any
-language model; mask i behind it says what comes i tokens later, and sees the masks before it. With
-a `SequentialHead` each position's distribution also knows the token drawn before it, as in DSpark
-(2607.05147). No distribution knows a token that is drawn later, so every draw is recorded.
+This is ParallelSpec (2410.05589). The last committed token's column predicts the next token, as in
+any language model. Mask i after it predicts the token i positions later, and attends to the masks
+before it. With a `SequentialHead`, each position's distribution also depends on the token drawn
+before it, as in DSpark (2607.05147). No distribution depends on a token drawn later, so every token
+is recorded with its distribution.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .prefix import PrefixDrafter
 
 
 class ParallelDrafter(PrefixDrafter):
-    """Drafts k tokens in one forward; arguments as of `PrefixDrafter`.
+    """Drafts k tokens in one forward. Arguments as in `PrefixDrafter`.
 
     Example:
         >>> decoder = Decoder(target, ParallelDrafter.load(folder, target))

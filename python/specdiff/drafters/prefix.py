@@ -1,4 +1,4 @@
-"""What drafters with a DraftNetwork share: it stands beside its target."""
+"""PrefixDrafter: base class of the drafters with a DraftNetwork."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ D = TypeVar("D", bound="PrefixDrafter")
 
 
 class Columns(NamedTuple):
-    """Columns that one forward reads."""
+    """Columns that the network reads in one forward."""
 
     x: Tensor  # [B, Q, d]
     positions: Tensor  # i64 [B, Q]
-    slots: Tensor  # i64 [B, Q], where their keys and values go
-    last: Tensor  # i64 [B, Q], the last slot that each of them sees
+    slots: Tensor  # i64 [B, Q], cache slots for their keys and values
+    last: Tensor  # i64 [B, Q], the last slot that each column attends to
 
 
 class PrefixDrafter(Drafter):
-    """A drafter that reads committed tokens once and puts masks or drafted tokens behind them.
+    """A drafter that reads committed tokens once and appends masks or drafted tokens.
 
     Args:
-        network: of the class's own `kind`. It is moved to the target's device and dtype, and
-            accelerated iff the target's model is; its packed weights are then rounded to bf16. That
-            halves what a draft reads, and what it records is what it drew from, as ever.
-        target: whose embeddings and states it reads.
-        backend: of the ops; None chooses.
+        network: a network of this class's `kind`. It is moved to the target's device and dtype, and
+            accelerated iff the target's model is. Its packed weights are then rounded to bf16,
+            which halves the memory traffic of drafting. Drafts stay exact: they record the
+            distributions that they are drawn from.
+        target: the target; the drafter reads its embeddings and states.
+        backend: backend of the ops; None chooses one.
 
     Raises:
-        ValueError: a network of another kind, or for a target of another shape.
+        ValueError: the network is of another kind, or for a target of another shape.
     """
 
     kind: str
@@ -55,19 +56,19 @@ class PrefixDrafter(Drafter):
         if config.kind != self.kind:
             raise ValueError(
                 f"network must be of kind {self.kind!r} for {type(self).__name__}, "
-                f"got {config.kind!r}: `load_drafter` finds the drafter of a folder"
+                f"got {config.kind!r}: use `load_drafter`, which picks the class"
             )
         embedding = target.model.get_input_embeddings().weight.detach()
         expected = (config.target_vocab_size, config.target_hidden_size)
         if embedding.shape != expected:
             raise ValueError(
                 f"the drafter was trained for a target with embeddings {list(expected)}, "
-                f"got {list(embedding.shape)}: load the drafter of this target"
+                f"got {list(embedding.shape)}: load a drafter trained for this target"
             )
         if config.target_layer_count not in (None, target.layer_count):
             raise ValueError(
                 f"the drafter was trained for a target with {config.target_layer_count} layers, "
-                f"got {target.layer_count}: load the drafter of this target"
+                f"got {target.layer_count}: load a drafter trained for this target"
             )
         self.target_layers = config.target_layers
         self.network = network.to(target.device, target.dtype).eval().requires_grad_(False)
@@ -92,8 +93,11 @@ class PrefixDrafter(Drafter):
 
     @classmethod
     def load(cls: type[D], folder: str | Path, target: Target, *, backend: str | None = None) -> D:
-        """Read a trained drafter from a folder. Raises ValueError as the constructor and
-        `DraftNetwork.load` do."""
+        """Load a trained drafter from a folder.
+
+        Raises:
+            ValueError: as the constructor and `DraftNetwork.load`.
+        """
         return cls(DraftNetwork.load(folder), target, backend=backend)
 
     def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
@@ -104,19 +108,22 @@ class PrefixDrafter(Drafter):
         self.cache.lengths[rows] = 0
 
     def check(self, k: int) -> None:
-        """Raise ValueError unless it can draft k tokens."""
+        """Raise ValueError unless this drafter can draft k tokens."""
         if not 1 <= k <= self.most:
             raise ValueError(f"k must be in [1, {self.most}] for this drafter, got {k}")
 
     @torch.no_grad()
     def read(self, rows: slice, news: News) -> None:
-        """Keys and values of what was committed to some rows."""
+        """Cache the keys and values of tokens committed to some rows."""
         cache = self.cache.part(rows)
         self.forward(cache, self.columns(cache, news))
 
     def commit(self, news: News) -> Columns:
-        """Columns of what was committed. `anchor` [B, d] becomes the embedding of the newest token
-        of each row, `anchor_token` i64 [B] that token, `newest` [B] its column."""
+        """Columns of newly committed tokens.
+
+        Sets, for each row's newest token: `newest` i64 [B], its column; `anchor_token` i64 [B], its
+        id; `anchor` [B, d], its embedding.
+        """
         self.newest = (news.counts - 1).clamp(min=0)
         row = torch.arange(len(news.counts), device=self.newest.device)
         columns = self.columns(self.cache, news)
@@ -124,7 +131,7 @@ class PrefixDrafter(Drafter):
         return columns
 
     def columns(self, cache: PrefixCache, news: News) -> Columns:
-        """Those of news, which become part of a cache's prefix."""
+        """Columns of newly committed tokens, which become part of the cache's prefix."""
         if news.hidden is None:
             raise ValueError(f"news.hidden is None; {type(self).__name__} needs hidden states")
         embedded = F.embedding(news.tokens, self.embedding)
@@ -132,17 +139,20 @@ class PrefixDrafter(Drafter):
         column = torch.arange(news.tokens.shape[1], device=prefix.device)
         at = cache.lengths[:, None] + column
         slots = at.where(column < news.counts[:, None], cache.padding)
-        cache.lengths.add_(news.counts)  # in place: a captured round reads it again
+        cache.lengths.add_(news.counts)  # in place, because a captured round reads it again
         cache.longest = int(cache.lengths.max()) if news.longest is None else news.longest
         return Columns(prefix, at, slots, at)
 
     def behind(self, x: Tensor, *, causal: bool, first: int = 0) -> Columns:
-        """Embedded masks and drafted tokens [B, Q, d], `first` columns behind what is committed."""
+        """Columns of embedded masks and drafted tokens [B, Q, d].
+
+        They start `first` positions after the committed tokens.
+        """
         at = self.cache.lengths[:, None] + first + torch.arange(x.shape[1], device=x.device)
         return Columns(x, at, at, at if causal else at[:, -1:].expand_as(at))
 
     def forward(self, cache: PrefixCache, *columns: Columns) -> Tensor:
-        """One forward. -> final states [B, Q, d] of all columns, one part behind the other"""
+        """One forward over the concatenated columns. -> final states [B, Q, d]"""
         x, positions, slots, last = (torch.cat(part, 1) for part in zip(*columns, strict=True))
         cache.slots = slots
         cache.span = min(cache.longest + self.network.config.block, cache.padding)
@@ -153,14 +163,14 @@ class PrefixDrafter(Drafter):
     def draw(
         self, draft: Draft, lo: int, hi: int, step: int, states: Tensor, draws: Draws
     ) -> Draft:
-        """Reveal positions lo .. hi - 1, whose logits lie in the pool.
+        """Reveal positions lo .. hi - 1, whose logits are in the pool.
 
-        Without a sequential head they are revealed at once, in reverse step `step`. With one they
-        are from left to right, each in a step of its own, and its correction is added to the logits
-        before the token is drawn: the distribution that is recorded is that of the draw.
+        Without a sequential head they are revealed at once, in reverse step `step`. With a head
+        they are revealed from left to right, each in its own step. The head's correction is added
+        to the logits before a token is drawn, so the recorded distribution is the one drawn from.
 
         Args:
-            states: [B, hi - lo, d], the network's at these positions.
+            states: [B, hi - lo, d], the network's states at these positions.
         """
         head, correction = self.network.head, self.correction
         if head is None or correction is None:
@@ -179,7 +189,7 @@ class PrefixDrafter(Drafter):
     def reveal(
         self, draft: Draft, reveal: Reveal, step: int, draws: Draws, *, entropies: bool
     ) -> Draft:
-        """`denoise_step` with what a session draws by."""
+        """`denoise_step` with the session's sampling parameters and random draws."""
         return denoise_step(
             draft,
             reveal,
@@ -191,18 +201,18 @@ class PrefixDrafter(Drafter):
         )
 
     def masked(self, logits: Tensor, B: int, k: int, lengths: Tensor) -> Draft:
-        """A draft without tokens over a pool [B k, Vd]."""
+        """A fully masked draft with the logits pool [B k, Vd]."""
         return Draft.masked(B, k, logits, draft_ids=self.network.draft_ids, lengths=lengths)
 
     def pool(self, draft: Draft) -> Tensor:
-        """A draft's logits by their places, [B, k, Vd]."""
+        """A draft's logits by position, [B, k, Vd]."""
         if draft.logits is None:
-            raise ValueError("draft.logits is None; a draft that is drawn here has a pool")
+            raise ValueError("draft.logits is None: expected a draft made by `masked`")
         return draft.logits.view(*draft.tokens.shape, -1)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A layer of these weights [out, in], which learns nothing."""
+    """A linear layer with frozen weights [out, in]."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, False)
     if bias is not None:

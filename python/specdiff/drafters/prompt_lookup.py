@@ -1,6 +1,6 @@
-"""PromptLookup: the continuation of the last n-gram where it occurred before.
+"""PromptLookup: drafts the continuation of an earlier occurrence of the last n-gram.
 
-Costs nothing and needs no model; good where the output repeats the input. Saxena,
+It needs no model and costs almost nothing. It works well if the output repeats the input. Saxena,
 https://github.com/apoorvumang/prompt-lookup-decoding
 """
 
@@ -15,8 +15,8 @@ from ..loop.drafter import Drafter, Draws, News
 from ..loop.sampling import RowSampling
 
 
-class Row:
-    """Tokens of one sequence, and where each n-gram was last continued."""
+class History:
+    """Tokens of one sequence, and the position after the last occurrence of each n-gram."""
 
     def __init__(self, max_ngram: int) -> None:
         self.max_ngram = max_ngram
@@ -38,13 +38,14 @@ class Row:
 
 
 class PromptLookup(Drafter):
-    """Drafts what followed the most recent earlier occurrence of the row's last n-gram.
+    """Drafts the tokens after the most recent earlier occurrence of a row's last n-gram.
 
-    The longest n-gram that occurred before is used; without one the row drafts nothing. Tokens are
-    one-hot (no draft distribution), which `verify` accepts with the target's own probability.
+    The longest n-gram that occurred before is used. If there is none, the row drafts nothing.
+    Tokens are one-hot: they have no draft distribution, and `verify` accepts them with the target's
+    probability.
 
     Args:
-        max_ngram: longest n-gram to look for, at least 1.
+        max_ngram: length of the longest n-gram to look for, at least 1.
 
     Example:
         >>> decoder = Decoder(target, PromptLookup())
@@ -59,11 +60,11 @@ class PromptLookup(Drafter):
         self.max_ngram = max_ngram
 
     def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
-        self.rows = [Row(self.max_ngram) for _ in range(batch)]
+        self.rows = [History(self.max_ngram) for _ in range(batch)]
 
     def forget(self, rows: list[int]) -> None:
         for b in rows:
-            self.rows[b] = Row(self.max_ngram)
+            self.rows[b] = History(self.max_ngram)
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         B = len(self.rows)

@@ -1,4 +1,4 @@
-"""Which positions each reverse step of a diffusion drafter reveals."""
+"""Schedules: the positions that each reverse step of a diffusion drafter reveals."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ ORDERS = (
 
 
 def schedule(order: str, steps: int, k: int, noise: Noise) -> list[Reveal]:
-    """The reveals of T reverse steps over K positions; the last one takes all that is left.
+    """The reveals of T reverse steps over K positions. The last step reveals all remaining masks.
 
     Args:
         order: "analytic" or "euler" (SEDD's samplers), "ancestral" (MDLM's), "first-hitting" (one
-            position at random), "left-to-right" (chunks), "entropy" (those of least entropy),
-            "confidence" (those whose sampled token is likeliest).
+            random position a step), "left-to-right" (chunks), "entropy" (positions of least
+            entropy), "confidence" (positions whose sampled token is most probable).
         steps: T.
         k: K.
-        noise: of the drafter's training; it sets the rates of the first three orders.
+        noise: noise of the drafter's training; it sets the rates of the first three orders.
 
     Raises:
-        ValueError: an unknown order, or `steps` below 1.
+        ValueError: the order is unknown, or `steps` is below 1.
 
     Example:
         >>> from specdiff.drafters.noise import LogLinear

@@ -1,8 +1,7 @@
 """SEDD and MDLM: absorbing-state diffusion over the whole text drafts K tokens in T reverse steps.
 
-The drafter of SpecDiff (2408.05636). The committed text is the part that is not masked; K masks
-stand behind it, and each step reveals some of them, in any order of `schedule`.
-SEDD: 2310.16834; MDLM: 2406.07524.
+This is the drafter of SpecDiff (2408.05636). K masks follow the committed text, and each step
+reveals some of them, in any order of `schedule`. SEDD: 2310.16834; MDLM: 2406.07524.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ HOT_STARTS = (None, "entangled", "recycled")
 
 
 class SEDD(Drafter):
-    """Drafts with a DDiT network, which sees as much of the text as fits beside K masks.
+    """Drafts with a DDiT network that reads the end of the text and K masks.
 
-    Of a text longer than `network.config.length - K` tokens the last ones are given, at positions
-    from 0 on. Keys and values are not kept: attention goes both ways.
+    The network reads at most the last `network.config.length - K` tokens, at positions from 0 on.
+    Keys and values are not cached, because attention is bidirectional.
 
     Args:
-        network: with the target's vocabulary. It is put into eval mode.
-        block: K, tokens drafted per round unless told otherwise.
+        network: a network with the target's vocabulary. It is put into eval mode.
+        block: K, the default number of tokens drafted per round.
         steps: T, forwards of the network per round.
-        order: which positions each step reveals, see `schedule`; None: "analytic".
-        hot_start: what becomes of the tokens behind a rejected one. None: all are masked again.
-            "entangled": those that an examined token was conditioned on stay, with their record,
-            and every record counts. "recycled": all stay as bare guesses, and only what is freed
-            behind them is drafted.
-        draft_sampling: the distribution that drafts are drawn by; None: the target's. Any is exact.
-            Low temperatures often accept more, since positions sampled at once are incoherent.
-        backend: of the ops; None chooses.
+        order: order of the reveals, see `schedule`; None: "analytic".
+        hot_start: treatment of the drafted tokens after a rejected one. None: all are masked again.
+            "entangled": tokens that an examined token was conditioned on stay with their recorded
+            distributions, and every record is used in verification. "recycled": all stay, without
+            distributions, and only the free positions after them are drafted.
+        draft_sampling: sampling parameters of the draft; None: the target's. Any choice is exact.
+            Low temperatures often accept more, because positions sampled at once are incoherent.
+        backend: backend of the ops; None chooses one.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> decoder = Decoder(target, SEDD.from_pretrained(folder), k=8)
@@ -73,8 +72,8 @@ class SEDD(Drafter):
             raise ValueError(f"hot_start must be one of {HOT_STARTS}, got {hot_start!r}")
         if hot_start == "entangled" and order == "confidence":
             raise ValueError(
-                "hot_start 'entangled' needs records that count everywhere, but with order "
-                "'confidence' sampled values decide what is revealed: use 'recycled' or None"
+                "hot_start 'entangled' does not work with order 'confidence', where sampled tokens "
+                "decide which positions are revealed: use hot_start 'recycled' or None"
             )
         self.network = network.eval().requires_grad_(False)
         self.vocab_size: int | None = network.vocab_size
@@ -93,7 +92,7 @@ class SEDD(Drafter):
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        """All that a schedule modulates by is computed once."""
+        """Set T. The schedule's modulations are computed once."""
         if steps not in self.tables:
             sigmas = [self.network.config.noise.sigma(t) for t, _ in times(steps)]
             self.tables[steps] = self.network.modulations(sigmas)
@@ -101,14 +100,14 @@ class SEDD(Drafter):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> SEDD:
-        """Read a checkpoint such as louaaron/sedd-small from a local folder, in fp32 on the CPU.
+        """Load a checkpoint such as louaaron/sedd-small from a local folder, in fp32 on the CPU.
 
         Args:
             folder: see `DDiT.from_pretrained`.
-            options: of the constructor.
+            options: arguments of the constructor.
 
         Raises:
-            ValueError: no usable checkpoint, or an option out of its range.
+            ValueError: the folder holds no usable checkpoint, or an option is out of range.
 
         Example:
             >>> SEDD.from_pretrained("sedd-small", block=40, steps=8)
@@ -137,7 +136,7 @@ class SEDD(Drafter):
         self._append(news)
         B = len(lengths)
         pool = self.table[0].final.new_empty(B * k, network.vocab_size + 1)
-        logits = pool[:, : network.vocab_size]  # the mask is no token
+        logits = pool[:, : network.vocab_size]  # without the mask's column
         draft = Draft.masked(B, k, logits, lengths=lengths, entangled=self.hot_start == "entangled")
         if self.hot_start is not None and self.previous is not None:
             draft = carry_over(self.previous, draft, news.counts)
@@ -157,12 +156,12 @@ class SEDD(Drafter):
                 **draws._asdict(),
                 backend=self.backend,
             )
-        # also where it had nothing left to reveal
+        # also if the last steps had nothing left to reveal
         self.previous = draft._replace(final_step=self.steps - 1)
         return self.previous
 
     def _append(self, news: News) -> None:
-        """Committed tokens into `text`, padding into its last column."""
+        """Write committed tokens into `text`, and padding into its last column."""
         column = torch.arange(news.tokens.shape[1], device=self.counts.device)
         at = self.counts[:, None] + column
         spare = self.text.shape[1] - 1
@@ -170,34 +169,34 @@ class SEDD(Drafter):
         self.counts += news.counts
 
     def _denoise(self, tokens: Tensor, modulation: Modulation) -> Tensor:
-        """One forward over each row's last tokens and its draft. i64 [B, K] -> states [B, K, d]"""
+        """One forward over each row's last tokens and draft. i64 [B, K] -> states [B, K, d]"""
         B, K = tokens.shape
         window = self.counts.clamp(max=self.network.config.length - K)  # [B]
         column = torch.arange(int(window.max()) + K, device=tokens.device)  # [N]
         source = (self.counts - window)[:, None] + column
         text = self.text.gather(1, source.clamp(max=self.text.shape[1] - 1))
-        place = column - window[:, None]  # in the draft, [B, N]
+        place = column - window[:, None]  # position in the draft, [B, N]
         drafted = tokens.where(tokens >= 0, self.network.mask_id)
         drafted = drafted.gather(1, place.clamp(0, K - 1))
         real = place < K
-        padding = None if bool(real.all()) else real  # flash-attn takes none
+        padding = None if bool(real.all()) else real  # flash-attn runs only without a mask
         states = self.network(text.where(place < 0, drafted), modulation, padding)
         at = window[:, None] + torch.arange(K, device=tokens.device)
         return states.gather(1, at[..., None].expand(B, K, states.shape[-1]))
 
 
 class MDLM(SEDD):
-    """Drafts with a network that was trained as MDLM: its outputs are normalised, so that masked
-    positions are revealed at the rate of the noise alone.
+    """Drafts with a network trained as MDLM.
 
-    Arguments as of `SEDD`; the order is "ancestral" unless told otherwise.
+    Its outputs are normalised, so masked positions are revealed at the rate of the noise only.
+    Arguments as in `SEDD`; the default order is "ancestral".
     """
 
     orders = tuple(order for order in ORDERS if order not in ("analytic", "euler"))
 
 
 def fill(pool: Tensor, masked: Tensor, logits: Tensor) -> None:
-    """Put the logits of masked positions, bool [B, K], into their rows of the pool [B K, V + 1]."""
+    """Write the logits of `masked` positions, bool [B, K], to their rows of pool [B K, V + 1]."""
     if len(logits) == len(pool):
         pool.copy_(logits)
     else:
@@ -205,15 +204,17 @@ def fill(pool: Tensor, masked: Tensor, logits: Tensor) -> None:
 
 
 def carry_over(old: Draft, new: Draft, counts: Tensor) -> Draft:
-    """Tokens of the last draft behind what was committed of it, in their new places.
+    """Move the uncommitted tokens of the last draft to their positions in the new draft.
+
+    If the draft is entangled, the kept tokens are those that an examined token was conditioned on,
+    which means those revealed in an earlier step than some examined token. They keep their recorded
+    distributions until they are examined. Otherwise all tokens are kept, without distributions.
+    The tau of kept tokens becomes -1: revealed before the first step.
 
     Args:
         old: the last draft.
-        new: all masked; its pool takes the logits of tokens that keep their record. If it is
-            entangled, these are the tokens that an examined one was conditioned on: those of an
-            earlier step than some examined one. They stay until they are examined themselves.
-            Otherwise all are kept, as bare guesses. Their tau becomes -1: before any step.
-        counts: i64 [B], tokens committed since: the accepted ones and one more.
+        new: the new draft, fully masked. Logits of recorded tokens are copied to its pool.
+        counts: i64 [B], tokens committed since the last draft: the accepted ones and one more.
     """
     B, k = new.tokens.shape
     width = old.tokens.shape[1]
@@ -240,6 +241,5 @@ def carry_over(old: Draft, new: Draft, counts: Tensor) -> Draft:
 
 
 def pool_of(draft: Draft) -> list[Tensor]:
-    """The logits that a draft was drawn from, and the fields of their distributions: R rows
-    each."""
+    """A draft's logits and the fields of their distributions, R rows each."""
     return [x for x in (draft.logits, *(draft.distribution or ())) if x is not None]

@@ -1,7 +1,7 @@
-"""What speculative decoding can be expected to do: rejections, tokens per round, bias.
+"""Theory of speculative decoding: expected rejections, tokens per round, speed-up and bias.
 
-Formulas of Yin et al. (arXiv 2411.00841) and Leviathan et al. (2211.17192) in float64, each tested
-against enumeration. docs/theory.md states them.
+The formulas are those of Yin et al. (arXiv 2411.00841) and Leviathan et al. (2211.17192), computed
+in float64 and each tested against enumeration. docs/theory.md states them.
 """
 
 from .chains import (
@@ -29,7 +29,7 @@ from .lenient import (
     parameter_for,
 )
 from .speed import (
-    Plan,
+    BestPlan,
     best_length,
     best_plan,
     needed_acceptance,
@@ -41,10 +41,10 @@ from .speed import (
 
 __all__ = [
     "LENIENT_RULES",
+    "BestPlan",
     "LenientRun",
     "Outcome",
     "Pair",
-    "Plan",
     "RejectionEstimate",
     "RunCounts",
     "additive",

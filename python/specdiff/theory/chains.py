@@ -1,8 +1,7 @@
-"""Exact expectations of speculative decoding for a pair of distributions over few states.
+"""Exact expectations of speculative decoding for models with few states.
 
-p is the target's distribution of the next token, q the drafter's. Texts are followed by their
-chance of
-being in each state, one token at a time, in float64: no sampling.
+p is the target's next-token distribution, q the drafter's. The probability of each state is
+propagated token by token in float64, without sampling.
 """
 
 from __future__ import annotations
@@ -15,26 +14,24 @@ import torch
 from torch import Tensor
 
 Prefix = tuple[int, ...]
-TOLERANCE = 1e-5  # what a distribution's sum may differ from 1 by: that of float32 rows does
+TOLERANCE = 1e-5  # allowed error of a distribution's sum; float32 rows need it
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Next-token distributions of a target and a drafter that depend on the text through a state
-    alone.
+    """Next-token distributions of a target and a drafter, given a state.
 
-    A text begins in state 0. `markov` makes a pair whose state is the last token, `tree` one whose
-    state is the whole text so far.
+    A text begins in state 0. In a pair from `markov` the state is the last token; in one from
+    `tree` it is the whole text so far.
 
     Args:
         p: the target's distribution in each state, [S, V].
-        q: the drafter's, [S, V].
-        next: the state behind each token, int64 [S, V]; -1: no text is followed beyond it.
-        length: how many tokens of a text can be followed; None: any number.
+        q: the drafter's distribution in each state, [S, V].
+        next: the state after each token, int64 [S, V]; -1: texts are not followed further.
+        length: maximum length of a text in tokens; None: unlimited.
 
     Raises:
-        ValueError: shapes that do not match, a row that is no distribution, a state that does not
-            exist.
+        ValueError: shapes do not match, a row is not a distribution, or a state does not exist.
 
     Example:
         >>> half, sure = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])
@@ -67,7 +64,7 @@ class Pair:
 
     @classmethod
     def markov(cls, p_first: Any, p: Any, q_first: Any, q: Any) -> Pair:
-        """Two Markov chains: the distribution of the first token [V], and behind each token [V, V].
+        """Two Markov chains, each by its first token's distribution [V] and the transitions [V, V].
 
         Example:
             >>> pair = Pair.markov([1, 0], [[0.5, 0.5]] * 2, [1, 0], [[1, 0]] * 2)
@@ -91,8 +88,9 @@ class Pair:
         V: int,
         length: int,
     ) -> Pair:
-        """Any two distributions, of texts of at most `length` tokens: called with each shorter
-        prefix.
+        """Two arbitrary models of texts of at most `length` tokens.
+
+        Each model is a function from a prefix to the next token's distribution.
 
         Example:
             >>> distribution = lambda prefix: [1.0, 0.0] if prefix else [0.5, 0.5]
@@ -102,7 +100,7 @@ class Pair:
         if V < 1 or length < 1:
             raise ValueError(f"V and length: expected at least 1, got {V} and {length}")
         prefixes: list[Prefix] = [()]
-        for prefix in prefixes:  # grows on the way
+        for prefix in prefixes:  # the list grows during the loop
             if len(prefix) < length - 1:
                 prefixes += [(*prefix, v) for v in range(V)]
         p_rows, q_rows = (
@@ -113,33 +111,33 @@ class Pair:
         return cls(p_rows, q_rows, behind.where(behind < len(prefixes), -1), length)
 
     def start(self) -> Tensor:
-        """The empty text: all chance in state 0. [S]"""
+        """State probabilities of the empty text: 1 for state 0. [S]"""
         return torch.eye(len(self.p), dtype=torch.float64)[0]
 
     def moved(self, chance: Tensor, emission: Tensor) -> Tensor:
-        """One token on: chance [S] of each state, times emission [S, V] of each token. -> [S]"""
-        behind = chance.new_zeros(len(chance) + 1)  # the last entry: not followed
+        """State probabilities one token later, from chance [S] and emission [S, V]. -> [S]"""
+        behind = chance.new_zeros(len(chance) + 1)  # the last entry collects state -1
         return behind.index_add(0, self.next.flatten() % len(behind),
                                 (chance[:, None] * emission).flatten())[:-1]  # fmt: skip
 
     def check_length(self, N: int) -> None:
         if N < 0 or (self.length is not None and self.length < N):
-            most = "" if self.length is None else f" and at most {self.length}, as this pair has"
+            most = "" if self.length is None else f" and at most {self.length}, this pair's length"
             raise ValueError(f"number of tokens: expected at least 0{most}, got {N}")
 
 
 def as_distributions(name: str, rows: Any) -> Tensor:
-    """Rows [..., V] as float64, each non-negative and divided by its sum, which has to be near 1.
+    """Rows [..., V] as float64, each divided by its sum, which must be near 1.
 
     Raises:
-        ValueError: names the argument.
+        ValueError: a row is not a distribution; the message names the argument.
     """
     distributions = torch.as_tensor(rows, dtype=torch.float64)
     if distributions.ndim == 0 or not (
         (distributions >= 0).all() and ((distributions.sum(-1) - 1).abs() < TOLERANCE).all()
     ):
         raise ValueError(
-            f"{name}: expected rows of non-negative numbers that sum to 1, got {rows}: take the "
+            f"{name}: expected rows of non-negative numbers that sum to 1, got {rows}: apply "
             "softmax first"
         )
     return distributions / distributions.sum(-1, keepdim=True)
@@ -148,8 +146,8 @@ def as_distributions(name: str, rows: Any) -> Tensor:
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """TV = sum (p - q)+ = 1 - sum min(p, q). [..., V] -> [...]
 
-    The chance that the token rule rejects a token drawn from q (Leviathan et al. 2211.17192,
-    Theorem 3.5 and Corollary 3.6).
+    It is the probability that the token rule rejects a token drawn from q (Leviathan et al.
+    2211.17192, Theorem 3.5 and Corollary 3.6).
 
     Example:
         >>> total_variation(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0])).item()
@@ -159,7 +157,7 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm((p - q)+), and p where that is 0 everywhere. [..., V] -> [..., V]
+    """Residual norm((p - q)+); p itself if p = q. [..., V] -> [..., V]
 
     Example:
         >>> residual(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.0])).tolist()
@@ -174,7 +172,7 @@ def tv_by_position(pair: Pair, N: int) -> Tensor:
     """E_{x<n ~ p} TV(p_n, q_n) for n = 1 .. N. -> f64 [N]
 
     Raises:
-        ValueError: a text of N tokens cannot be followed.
+        ValueError: N exceeds the pair's length.
 
     Example:
         >>> pair = Pair.markov([0.5, 0.5], [[0.5, 0.5]] * 2, [1, 0], [[0.5, 0.5], [0, 1]])
@@ -190,20 +188,21 @@ def tv_by_position(pair: Pair, N: int) -> Tensor:
 
 
 def expected_rejections(pair: Pair, N: int) -> float:
-    """sum_n E_{x<n ~ p} TV(p_n, q_n): rejections of the token rule over N tokens.
+    """sum_n E_{x<n ~ p} TV(p_n, q_n): expected rejections of the token rule over N tokens.
 
-    Every one of the N positions is drafted and examined (drafts reach to the end of the text; with
-    shorter ones see `run_counts`). Yin et al. 2411.00841, the theorem on expected rejections.
+    All N positions are drafted and examined: drafts reach to the end of the text. See `run_counts`
+    for shorter drafts. Yin et al. 2411.00841, theorem on expected rejections.
 
-    It is also the least of all unbiased schemes that accept a drafted token x with a probability
-    b(x) set by the past, and else draw from a distribution r set by the past (ibid., the lower
-    bound). *Proof.* Unbiased means b(x) q(x) + P_rej r(x) = p(x) behind every prefix that occurs.
-    So b q <= p, b q <= q, hence P_rej = 1 - sum b q >= 1 - sum min(p, q) = TV, and prefixes follow
-    p. b = min(1, p/q), the token rule, attains it. Rules that judge several tokens together, such
-    as block verification, are outside of that class and may reject less.
+    This is the minimum over all unbiased schemes of the following class: a drafted token x is
+    accepted with a probability b(x) that the past determines, else the token is drawn from a
+    distribution r that the past determines (ibid., lower bound). *Proof.* Unbiased means b(x) q(x)
+    + P_rej r(x) = p(x) after every prefix that occurs. So b q <= p and b q <= q, hence P_rej = 1 -
+    sum b q >= 1 - sum min(p, q) = TV, and prefixes follow p. The token rule, b = min(1, p/q),
+    attains the bound. Rules that judge several tokens together, such as block verification, are
+    outside the class and may reject less.
 
     Raises:
-        ValueError: a text of N tokens cannot be followed.
+        ValueError: N exceeds the pair's length.
 
     Example:
         >>> pair = Pair.markov([0.5, 0.5], [[0.5, 0.5]] * 2, [1, 0], [[0.5, 0.5], [0, 1]])
@@ -214,26 +213,26 @@ def expected_rejections(pair: Pair, N: int) -> float:
 
 
 def batch_rejections(pair: Pair, N: int, drafts: int) -> float:
-    """Expected rejections over N tokens with M drafts behind each rejection.
+    """Expected rejections over N tokens with M drafts after each rejection.
 
-    Where a round begins (the *root*), the first tokens of M independent drafts are tried in turn:
-    number m is accepted with probability min(1, p^m / q), where p^1 = p, p^(m+1) = norm((p^m -
-    q)+). The first to be accepted is the draft that is followed by the token rule, up to its first
-    rejection; drafts reach to the end of the text. That all M are rejected at the root counts as
-    one rejection, after which the token comes from p^(M+1). With P(x<n) the chance of a prefix
-    under p and f(x<n) that of the prefix with a root behind it,
+    A round begins at its *root*. There the first tokens of M independent drafts are tried in turn.
+    Token m is accepted with probability min(1, p^m / q), where p^1 = p and p^(m+1) = norm((p^m -
+    q)+). The token rule then judges the rest of the accepted draft up to its first rejection.
+    Drafts reach to the end of the text. If all M first tokens are rejected, this counts as one
+    rejection, and the token is drawn from p^(M+1). Let P(x<n) be the probability of a prefix under
+    p, and f(x<n) the probability of the prefix followed by a root. Then
 
         E = sum_n sum_{x<n} (P - f) TV(p, q) + f prod_{m<=M} TV(p^m, q),    f(empty) = 1
         f(x<=n) = (P - f)(x<n) (p - q)+(x_n) + f(x<n) prod_{m<=M} TV(p^m, q) p^(M+1)(x_n)
 
-    Yin et al. 2411.00841, the theorem on batches. The first summand of f is the chance of a
-    rejection times the residual's, TV norm((p - q)+); M = 1 gives `expected_rejections`.
+    Yin et al. 2411.00841, theorem on batches. The first summand of f is the probability of a
+    rejection times the residual, TV norm((p - q)+). M = 1 gives `expected_rejections`.
 
     Args:
         drafts: M, at least 1.
 
     Raises:
-        ValueError: M below 1, or a text of N tokens cannot be followed.
+        ValueError: M is below 1, or N exceeds the pair's length.
 
     Example:
         >>> pair = Pair.markov([0.5, 0.5], [[0.5, 0.5]] * 2, [0.8, 0.2], [[0.8, 0.2]] * 2)
@@ -259,14 +258,14 @@ def batch_rejections(pair: Pair, N: int, drafts: int) -> float:
 
 
 def conditional_acceptances(pair: Pair, K: int, state: int = 0) -> Tensor:
-    """P(drafted token i is accepted | all before it are), i = 1 .. K, behind one state. -> f64 [K]
+    """P(drafted token i is accepted | all before it are), i = 1 .. K, from one state. -> f64 [K]
 
-    The chance that a draft's first k tokens are accepted is sum over x of prod_{i<=k} min(p_i,
-    q_i)(x_i), whose ratios these are; 0 once nothing is left. They are not 1 - E TV: a prefix that
-    was accepted follows prod min(p, q), made to sum to 1, and not p.
+    A draft's first k tokens are accepted with probability A_k = sum over x of prod_{i<=k} min(p_i,
+    q_i)(x_i). Returned are A_k / A_(k-1), 0 where A_(k-1) = 0. They differ from 1 - E TV, because
+    an accepted prefix follows the normalised prod min(p, q), not p.
 
     Raises:
-        ValueError: a draft of K tokens cannot be followed.
+        ValueError: K exceeds the pair's length.
 
     Example:
         >>> pair = Pair.markov([0.5, 0.5], [[0.5, 0.5]] * 2, [0.8, 0.2], [[0.8, 0.2]] * 2)
@@ -284,22 +283,22 @@ def conditional_acceptances(pair: Pair, K: int, state: int = 0) -> Tensor:
 
 
 class RunCounts(NamedTuple):
-    """Expected counts of a run of N tokens."""
+    """Expected counts over a run of N tokens."""
 
-    rounds: float  # target forwards begun: positions that a round begins with
+    rounds: float  # rounds begun, each with one target forward
     examined: float  # positions where a drafted token was judged
-    rejections: float  # of those; rounds = 1 + rejections and bonus tokens before the last token
+    rejections: float  # rounds = 1 + rejections and bonus tokens before the last token
 
 
 def run_counts(pair: Pair, N: int, K: int) -> RunCounts:
-    """Rounds, examined positions and rejections of N tokens by drafts of K, token rule.
+    """Rounds, examined positions and rejections over N tokens with drafts of K, token rule.
 
-    A round examines its tokens in turn. At the first rejection the residual's token ends it; if
-    all K are accepted, one token more, drawn from p and not examined, does. So fewer rejections
-    than `expected_rejections`, and N / rounds tokens a target forward.
+    A round examines its drafted tokens in turn. A rejection ends it with a token from the residual.
+    If all K tokens are accepted, it ends with a bonus token, drawn from p and not examined. So
+    rejections are fewer than `expected_rejections`, and a target forward yields N / rounds tokens.
 
     Raises:
-        ValueError: K below 0, or a text of N tokens cannot be followed.
+        ValueError: K is below 0, or N exceeds the pair's length.
 
     Example:
         >>> pair = Pair.markov([0.5, 0.5], [[0.5, 0.5]] * 2, [1, 0], [[1, 0]] * 2)
@@ -311,7 +310,8 @@ def run_counts(pair: Pair, N: int, K: int) -> RunCounts:
         raise ValueError(f"K: expected at least 0, got {K}")
     tv, both = total_variation(pair.p, pair.q), torch.minimum(pair.p, pair.q)
     excess = (pair.p - pair.q).clamp(min=0)
-    at = [pair.start(), *(torch.zeros_like(tv) for _ in range(K))]  # by tokens accepted so far
+    # indexed by the number of tokens accepted so far
+    at = [pair.start(), *(torch.zeros_like(tv) for _ in range(K))]
     rounds, examined, rejections = torch.zeros(3, dtype=torch.float64)
     for _ in range(N):
         drafted = torch.stack(at[:K]).sum(0) if K else torch.zeros_like(tv)

@@ -1,26 +1,26 @@
-"""The expected rejections of a run, estimated while it decodes.
+"""Estimates of a run's expected rejections, made while it decodes.
 
-Position n of the emitted text is *examined* if a drafted token was judged there: not if the token
-is a bonus. Let F be all that happened before position n is judged, the distributions of drafter and
-target there included, A_n whether it is examined (settled by F), R_n whether its token is rejected,
-and c_n = P(R_n = 1 | F), under the token rule TV(p_n, q_n). Then
+Position n of the emitted text is *examined* if a drafted token was judged there; a bonus token is
+not examined. Let F be everything known before position n is judged, including the distributions of
+drafter and target there. Let A_n say whether the position is examined (F determines it), and R_n
+whether its token is rejected. Let c_n = P(R_n = 1 | F), which is TV(p_n, q_n) under the token rule.
+Then
 
     E sum_n A_n c_n = E sum_n A_n R_n
 
-since E[A_n (R_n - c_n) | F] = 0. So what this module sums is unbiased for the expected rejections
-of *this* way of decoding, whatever decides K, as long as it decides by the past.
+since E[A_n (R_n - c_n) | F] = 0. So sum_n A_n c_n is unbiased for the expected rejections of *this*
+way of decoding, however K is chosen, as long as the choice depends on the past only.
 
-If every position is examined, both are unbiased for sum_n E_{x<n ~ p} TV_n as well, since the
-emitted text follows p: `expected_rejections`. With bonus tokens they are not: `run_counts`.
-Drafted tokens behind a rejected one are no part of the text, and their distributions follow
-prefixes of q: they do not count. Means (a sum divided by the examined positions) are ratios of two
-    unbiased
-sums: consistent, not unbiased.
+If every position is examined, both sums are also unbiased for sum_n E_{x<n ~ p} TV_n
+(`expected_rejections`), since the emitted text follows p. With bonus tokens they are not: see
+`run_counts`. Drafted tokens after a rejected one do not count: they are not part of the text, and
+their distributions follow prefixes of q. Means (a sum divided by the examined positions) are ratios
+of two unbiased sums: consistent, but not unbiased.
 
-Variance: by itself each A_n c_n has at most that of A_n R_n, being its expectation given F. That
-says nothing of the sums in general, where a rejection may lead to texts of less TV. If every
-position is examined it does hold of sum_n (1 - q_n(x_n) / p_n(x_n))+ over the *emitted* tokens,
-see `rejected_given_token`.
+Variance: each A_n c_n has at most the variance of A_n R_n, since it is the expectation of A_n R_n
+given F. This does not extend to the sums in general, because a rejection may lead to texts of less
+TV. If every position is examined, it does hold for sum_n (1 - q_n(x_n) / p_n(x_n))+ over the
+*emitted* tokens: see `rejected_given_token`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class RejectionEstimate:
     """Totals over the examined positions of a run.
 
     Attributes:
-        examined: how many positions.
-        rejected: how many of their tokens were rejected, the 0/1 outcomes.
-        expected: sum of their chances of rejection; estimates the expected `rejected`.
-        variance: sum of c (1 - c), the variance that rejected - expected has by itself.
+        examined: number of examined positions.
+        rejected: number of rejected tokens.
+        expected: sum of the rejection probabilities c; an estimate of the expected `rejected`.
+        variance: sum of c (1 - c), an estimate of the variance of rejected - expected.
 
     Example:
         >>> estimate = RejectionEstimate()
@@ -58,15 +58,14 @@ class RejectionEstimate:
         """Add a round of B sequences.
 
         Args:
-            chance: floats [B, K], P(rejection) of each drafted position given what came before it.
-                A recorded distribution: `row_divergence(target_logits, draft_logits).tv`; one-hot:
-                1 - p of the drafted token. What was not examined may be anything.
+            chance: floats [B, K], P(rejection) of each drafted position given its past. With a
+                recorded distribution it is `row_divergence(target_logits, draft_logits).tv`; for a
+                one-hot draft, 1 - p of the drafted token. Positions not examined are ignored.
             accepted: integers [B], as `verify` returns them.
-            drafted: integers [B], tokens of each draft; None: K.
+            drafted: integers [B], the length of each draft; None: K.
 
         Raises:
-            ValueError: shapes that do not match, or a chance outside [0, 1] at an examined
-                position.
+            ValueError: shapes do not match, or a chance at an examined position is outside [0, 1].
         """
         judged = examined(accepted, chance.shape[-1], drafted)
         if chance.shape != judged.shape:
@@ -84,30 +83,31 @@ class RejectionEstimate:
 
     @property
     def mean(self) -> float:
-        """Mean chance of rejection of an examined position, 0 if there were none."""
+        """Mean rejection probability of the examined positions; 0 if there are none."""
         return self.expected / self.examined if self.examined else 0.0
 
     @property
     def deviation(self) -> float:
-        """(rejected - expected) / sqrt(variance): about standard normal of a verifier that
-        rejects as often as the distributions say; 0 without variance."""
+        """(rejected - expected) / sqrt(variance), or 0 if the variance is 0.
+
+        It is about standard normal if the verifier rejects as often as the distributions imply.
+        """
         return (self.rejected - self.expected) / self.variance**0.5 if self.variance else 0.0
 
 
 def examined(accepted: Tensor, K: int, drafted: Tensor | None = None) -> Tensor:
-    """Which drafted positions were judged: the accepted ones and the one that was rejected.
+    """Mask of the drafted positions that were judged: the accepted ones and the rejected one.
 
     Args:
         accepted: integers [B].
-        K: positions of the result.
-        drafted: integers [B], tokens of each draft; None: K.
+        K: number of drafted positions, the result's columns.
+        drafted: integers [B], the length of each draft; None: K.
 
     Returns:
         bool [B, K].
 
     Raises:
-        ValueError: shapes that do not match, more tokens drafted than K, or more accepted than
-            drafted.
+        ValueError: shapes do not match, or not 0 <= accepted <= drafted <= K.
 
     Example:
         >>> examined(torch.tensor([0, 2]), 3).int().tolist()
@@ -128,20 +128,20 @@ def examined(accepted: Tensor, K: int, drafted: Tensor | None = None) -> Tensor:
 
 
 def rejected_given_token(p: Tensor, q: Tensor, token: Tensor) -> Tensor:
-    """(1 - q(x) / p(x))+: that a rejection brought the emitted token x.
+    """(1 - q(x) / p(x))+: the probability that the emitted token x came from a rejection.
 
-    x is emitted with probability min(p, q)(x) by acceptance and (p - q)+(x) by rejection, so this
-    is P(R_n = 1 | F, x_n = x); its mean over x ~ p is TV(p, q). Given the whole text, when every
-    position is examined, the R_n are independent with these chances (the two cases above multiply
-    over n). So the sum of these over the text is E[sum R_n | text], and its variance is at most
-    that of sum R_n (Rao-Blackwell).
+    x is emitted with probability min(p, q)(x) by acceptance and (p - q)+(x) by rejection. So this
+    is P(R_n = 1 | F, x_n = x), and its mean over x ~ p is TV(p, q). If every position is examined,
+    then given the whole text the R_n are independent with these probabilities, because the two
+    cases above multiply over n. Hence their sum over the text is E[sum R_n | text], and its
+    variance is at most that of sum R_n (Rao-Blackwell).
 
     Args:
         p, q: distributions [..., V].
-        token: int64 [...], emitted, so that p(x) > 0.
+        token: int64 [...], the emitted tokens; p(x) > 0.
 
     Returns:
-        floats [...]; a `chance` for `RejectionEstimate.count` as well.
+        floats [...], usable as `chance` of `RejectionEstimate.count`.
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])

@@ -1,8 +1,8 @@
-"""Quality against speed: rules that accept more than the exact one, and what that costs.
+"""Lenient acceptance rules: they accept more than the exact rule, at the price of a bias.
 
-A rule accepts a token x that was drawn from q with probability b(x), and else draws from
-norm((p - b q)+). All rules here are at least the exact one, min(1, p/q), and never accept a token
-of p = 0. Yin et al. 2411.00841, the tradeoff between rejections and bias.
+A rule accepts a token x drawn from q with probability b(x), and else draws from norm((p - b q)+).
+All rules here have b >= min(1, p/q), the exact rule, and never accept a token with p = 0. Yin et
+al. 2411.00841, tradeoff between rejections and bias.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .speed import least
 
 
 class Outcome(NamedTuple):
-    """What a rule makes of one position. Floats [...] for distributions [..., V]."""
+    """Result of a rule at one position. Floats [...] for distributions [..., V]."""
 
     rejection: Tensor  # P_rej = 1 - sum b q
     distribution: Tensor  # [..., V], of the emitted token
@@ -29,14 +29,15 @@ def outcome(p: Tensor, q: Tensor, accept: Tensor) -> Outcome:
     """P_rej = 1 - sum b q, distribution = b q + P_rej norm((p - b q)+), bias = TV(distribution, p).
 
     For every b with min(1, p/q) <= b <= 1, bias + P_rej = TV(p, q). *Proof.* Where p >= q, b = 1;
-    where p < q, b q >= p. So (p - b q)+ = (p - q)+, of sum TV, and where p >= q the distribution is
-    q + (P_rej / TV) (p - q), elsewhere b q, at least p. Hence bias = sum (p - distribution)+ =
-    (1 - P_rej / TV) TV. No b and no residual do better: TV(p, q) <= TV(p, distribution) +
-    TV(distribution, q), and
-    a token emitted differs from one drawn from q only if that was rejected: TV(distribution, q) <=
-        P_rej.
+    where p < q, b q >= p. So (p - b q)+ = (p - q)+, whose sum is TV. Where p >= q, the distribution
+    is q + (P_rej / TV) (p - q); elsewhere it is b q >= p. Hence bias = sum (p - distribution)+ =
+    (1 - P_rej / TV) TV.
 
-    A b <= min(1, p/q) is unbiased, and rejects at least as often as TV.
+    No b and no residual do better. First, TV(p, q) <= TV(p, distribution) + TV(distribution, q).
+    Second, TV(distribution, q) <= P_rej, since the emitted token differs from the token drawn from
+    q only after a rejection.
+
+    A b <= min(1, p/q) is unbiased and rejects with probability at least TV.
 
     Args:
         p, q: distributions [..., V].
@@ -55,12 +56,12 @@ def outcome(p: Tensor, q: Tensor, accept: Tensor) -> Outcome:
 
 
 def lenience(p: Tensor, q: Tensor, l: float) -> Tensor:  # noqa: E741 as in the formula
-    """b = min(1, p / (l q)): 1 is exact, 0 accepts whatever p allows. Leviathan et al. 2211.17192.
+    """b = min(1, p / (l q)), Leviathan et al. 2211.17192. l = 1 is exact; 0 accepts all p > 0.
 
-    bias <= (1 - l) sum of q where q > p: b q - p <= (1 - l) q there.
+    bias <= (1 - l) sum of q where q > p, since b q - p <= (1 - l) q there.
 
     Raises:
-        ValueError: l outside [0, 1].
+        ValueError: l is outside [0, 1].
 
     Example:
         >>> lenience(torch.tensor([0.25, 0.75]), torch.tensor([1.0, 0.0]), 0.5).tolist()
@@ -71,12 +72,12 @@ def lenience(p: Tensor, q: Tensor, l: float) -> Tensor:  # noqa: E741 as in the 
 
 
 def additive(p: Tensor, q: Tensor, eps: float) -> Tensor:
-    """b = min(1, (p + eps) / q): 0 is exact, 1 accepts whatever p allows.
+    """b = min(1, (p + eps) / q). eps = 0 is exact; 1 accepts all tokens with p > 0.
 
     bias = sum of min(q - p, eps) where q > p > 0, at most eps times the number of such tokens.
 
     Raises:
-        ValueError: eps outside [0, 1].
+        ValueError: eps is outside [0, 1].
 
     Example:
         >>> additive(torch.tensor([0.25, 0.75]), torch.tensor([1.0, 0.0]), 0.5).tolist()
@@ -87,12 +88,12 @@ def additive(p: Tensor, q: Tensor, eps: float) -> Tensor:
 
 
 def ensemble(p: Tensor, q: Tensor, w: float) -> Tensor:
-    """b = min(1, 1 - w + w p / q): 1 is exact, 0 accepts whatever p allows.
+    """b = min(1, 1 - w + w p / q). w = 1 is exact; 0 accepts all tokens with p > 0.
 
-    With s the sum of q where p = 0: P_rej = w TV + (1 - w) s, bias = (1 - w) (TV - s).
+    P_rej = w TV + (1 - w) s and bias = (1 - w) (TV - s), where s is the sum of q where p = 0.
 
     Raises:
-        ValueError: w outside [0, 1].
+        ValueError: w is outside [0, 1].
 
     Example:
         >>> ensemble(torch.tensor([0.25, 0.75]), torch.tensor([1.0, 0.0]), 0.5).tolist()
@@ -103,7 +104,7 @@ def ensemble(p: Tensor, q: Tensor, w: float) -> Tensor:
 
 
 Rule = Callable[[Tensor, Tensor, float], Tensor]
-# each with its exact parameter and the one that accepts most
+# rule, its parameter when exact, its most lenient parameter
 LENIENT_RULES: dict[str, tuple[Rule, float, float]] = {
     "lenience": (lenience, 1.0, 0.0),
     "additive": (additive, 0.0, 1.0),
@@ -112,25 +113,23 @@ LENIENT_RULES: dict[str, tuple[Rule, float, float]] = {
 
 
 class LenientRun(NamedTuple):
-    """Expected sums over the positions of N tokens, all examined."""
+    """Expected sums over the positions of N tokens, all of them examined."""
 
     rejections: float
-    bias: (
-        float  # at least the total variation between the distribution of the text and the target's
-    )
+    bias: float  # upper bound of the total variation between the text's distribution and p
 
 
 def lenient_run(pair: Pair, N: int, rule: Callable[[Tensor, Tensor], Tensor]) -> LenientRun:
-    """Rejections and biases over N tokens of text that is decoded by a rule.
+    """Expected rejections and bias over N tokens decoded by a rule.
 
-    The text follows pi, the product of `outcome`'s distributions. The sums are over prefixes of pi,
-    and
+    The text follows pi, the product of the distributions of `outcome`. The expectations are over
+    prefixes of pi, and
 
         TV(pi over N tokens, p over N tokens) <= sum_n E_{x<n ~ pi} bias_n
 
-    *Proof.* pi(x<=n) - p(x<=n) = pi(x<n) (pi_n - p_n) + (pi(x<n) - p(x<n)) p_n; half the sum of
-    absolute values is at most E_pi bias_n + the distance of n - 1 tokens. With pi and p exchanged
-    on the right the same holds for prefixes of p, those of an exact run.
+    *Proof.* pi(x<=n) - p(x<=n) = pi(x<n) (pi_n - p_n) + (pi(x<n) - p(x<n)) p_n. Half the sum of
+    absolute values is at most E_pi bias_n plus the total variation over n - 1 tokens. With pi and p
+    exchanged on the right, the same holds for prefixes of p, which are those of an exact run.
 
     Args:
         rule: (p, q) -> b, [S, V] each, at least min(1, p/q).
@@ -154,15 +153,15 @@ def lenient_run(pair: Pair, N: int, rule: Callable[[Tensor, Tensor], Tensor]) ->
 
 
 def ensemble_weight(budget: float, N: int, mean_tv: float) -> float:
-    """w = 1 - budget / (N mean TV), at least 0: a share of the budget at each of N steps.
+    """w = max(0, 1 - budget / (N mean_tv)): the ensemble weight for a bias budget over N tokens.
 
-    Each step's bias is at most (1 - w) TV (`ensemble`), so that the text of N tokens is within
-    `budget` of the target's distribution in total variation (`lenient_run`): an upper bound, not
-    the bias itself. It holds if `mean_tv` is at least (1/N) sum_n E TV_n over prefixes of p, which
-    an exact run estimates (`RejectionEstimate`), or over prefixes of the ensemble's own text.
+    Each step's bias is at most (1 - w) TV (`ensemble`). So a text of N tokens is within `budget` of
+    the target's distribution in total variation (`lenient_run`). This is an upper bound, not the
+    bias itself. It holds if `mean_tv` is at least (1/N) sum_n E TV_n over prefixes of p, which an
+    exact run estimates (`RejectionEstimate`), or over prefixes of the ensemble's own text.
 
     Raises:
-        ValueError: a negative budget, N below 1, or mean_tv outside [0, 1].
+        ValueError: budget is negative, N is below 1, or mean_tv is outside [0, 1].
 
     Example:
         >>> ensemble_weight(budget=2, N=100, mean_tv=0.25)
@@ -175,17 +174,17 @@ def ensemble_weight(budget: float, N: int, mean_tv: float) -> float:
 
 
 def parameter_for(name: str, budget: float, N: int, p: Tensor, q: Tensor) -> float:
-    """The most lenient parameter whose mean bias over given rows is at most budget / N.
+    """The most lenient parameter of a rule whose mean bias over given rows is at most budget / N.
 
-    As `ensemble_weight`, for every rule and with no more strictness than it needs: the upper bound
-    holds if the rows' mean bias is that of the N steps. Rows of an exact run estimate it.
+    It is like `ensemble_weight`, but for every rule, and no stricter than necessary. The upper
+    bound holds if the rows' mean bias equals that of the N steps. Rows of an exact run estimate it.
 
     Args:
         name: "lenience", "additive" or "ensemble".
         p, q: f64 [n, V], distributions of target and drafter at examined positions.
 
     Raises:
-        ValueError: an unknown rule, a negative budget, or N below 1.
+        ValueError: the rule is unknown, budget is negative, or N is below 1.
 
     Example:
         >>> p, q = torch.tensor([[0.5, 0.5]]).double(), torch.tensor([[1.0, 0.0]]).double()
@@ -199,11 +198,11 @@ def parameter_for(name: str, budget: float, N: int, p: Tensor, q: Tensor) -> flo
     at = lambda strictness: most + strictness * (exact - most)
     bias = lambda x: float(outcome(p, q, rule(p, q, x)).bias.mean())
     strictness = least(lambda s: bias(at(s)) <= budget / N, 0.0, 1.0)
-    return exact if strictness is None else at(strictness)  # None: 1e-17 of rounding
+    return exact if strictness is None else at(strictness)  # None: by rounding of 1e-17
 
 
 def capped(p: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """min(1, numerator / denominator), 0 where p = 0, 1 where only the denominator is."""
+    """min(1, numerator / denominator); 0 where p = 0, 1 where only the denominator is 0."""
     ratio = torch.where(numerator < denominator, numerator / denominator, 1.0)
     return torch.where(p > 0, ratio, 0.0)
 

@@ -1,7 +1,7 @@
-"""Tokens per round, speed-ups, and the lengths and costs that they ask for.
+"""Tokens per round, speed-up, the best draft length, and the acceptance or cost for a speed-up.
 
 Costs are in units of one plain step of the target. Drafting K tokens costs K c with an
-autoregressive drafter of cost ratio c, T c_d with a diffusion drafter of T reverse steps; the
+autoregressive drafter of cost ratio c, and T c_d with a diffusion drafter of T reverse steps. The
 target's forward over them costs v(K), with v(0) = 1.
 """
 
@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-Cost = Callable[[int], float] | Sequence[float]  # of K, or its values at 0, 1, ...
+Cost = Callable[[int], float] | Sequence[float]  # a function of K, or its values at K = 0, 1, ...
 
 
 def tokens_per_round(acceptances: Sequence[float]) -> float:
-    """E(K) = 1 + sum_{k<=K} prod_{i<=k} a_i.
+    """E(K) = 1 + sum_{k<=K} prod_{i<=k} a_i, the expected tokens per round.
 
-    a_i is the chance that drafted token i is accepted if all before it are. The one token more is
-    the residual's or the bonus.
+    a_i is the probability that drafted token i is accepted, given that all before it are. The 1
+    counts the token from the residual, or the bonus token.
 
     Raises:
-        ValueError: an acceptance outside [0, 1].
+        ValueError: an acceptance is outside [0, 1].
 
     Example:
         >>> tokens_per_round([0.5, 0.5])
@@ -37,13 +37,13 @@ def tokens_per_round(acceptances: Sequence[float]) -> float:
 
 
 def tokens_per_round_at(alpha: float, K: int) -> float:
-    """(1 - alpha^(K+1)) / (1 - alpha), K + 1 where alpha = 1: a constant chance of acceptance.
+    """(1 - alpha^(K+1)) / (1 - alpha), or K + 1 if alpha = 1: E(K) at constant acceptance alpha.
 
-    Leviathan et al. 2211.17192, Equation (1). Written as the geometric sum, which loses no digits
-    near alpha = 1.
+    Leviathan et al. 2211.17192, Equation (1). It is computed as a geometric sum, which loses no
+    digits near alpha = 1.
 
     Raises:
-        ValueError: alpha outside [0, 1], K below 0.
+        ValueError: alpha is outside [0, 1], or K is below 0.
 
     Example:
         >>> tokens_per_round_at(0.5, 2), tokens_per_round_at(1, 5)
@@ -55,15 +55,15 @@ def tokens_per_round_at(alpha: float, K: int) -> float:
 
 
 def speed_up(acceptances: Sequence[float], draft_cost: float, verify_cost: float = 1.0) -> float:
-    """E(K) / (cost of drafting + cost of verifying): how many plain steps a round's cost replaces.
+    """Speed-up over plain decoding: E(K) / (draft_cost + verify_cost).
 
-    Autoregressive drafter: draft_cost = K c, verify_cost = 1; with constant a_i = alpha that is
-    (1 - alpha^(K+1)) / ((1 - alpha)(K c + 1)), Leviathan et al. 2211.17192, Theorem 3.8.
-    Diffusion drafter: draft_cost = T c_d, verify_cost = v(K) (SpecDiff, 2408.05636: drafting
-    costs as much whatever K is).
+    For an autoregressive drafter, draft_cost = K c and verify_cost = 1. With constant a_i = alpha
+    the speed-up is (1 - alpha^(K+1)) / ((1 - alpha)(K c + 1)), Leviathan et al. 2211.17192, Theorem
+    3.8. For a diffusion drafter, draft_cost = T c_d and verify_cost = v(K) (SpecDiff, 2408.05636,
+    where the cost of drafting does not depend on K).
 
     Raises:
-        ValueError: an acceptance outside [0, 1], a negative cost, or a round that costs nothing.
+        ValueError: an acceptance is outside [0, 1], a cost is negative, or a round costs nothing.
 
     Example:
         >>> speed_up([0.5, 0.5], draft_cost=2 * 0.125)
@@ -71,42 +71,42 @@ def speed_up(acceptances: Sequence[float], draft_cost: float, verify_cost: float
     """
     if not (draft_cost >= 0 and verify_cost >= 0 and 0 < draft_cost + verify_cost < math.inf):
         raise ValueError(
-            "draft_cost and verify_cost: expected finite numbers of at least 0 that are not both "
-            f"0, got {draft_cost} and {verify_cost}"
+            "draft_cost and verify_cost: expected finite numbers >= 0 that are not both 0, got "
+            f"{draft_cost} and {verify_cost}"
         )
     return tokens_per_round(acceptances) / (draft_cost + verify_cost)
 
 
-class Plan(NamedTuple):
-    """How to draft, and the speed-up to be expected of it."""
+class BestPlan(NamedTuple):
+    """Draft length and reverse steps, with the expected speed-up."""
 
-    steps: int  # T; 0: of no diffusion drafter, or nothing is drafted
     k: int  # K; 0: plain decoding is faster than any draft
+    steps: int  # T; 0: the drafter has no reverse steps, or nothing is drafted
     speed_up: float
 
 
-def best_length(acceptances: Sequence[float], draft_cost: Cost, verify_cost: Cost) -> Plan:
-    """The K of most speed-up, 0 <= K <= len(acceptances). Ties go to the smallest.
+def best_length(acceptances: Sequence[float], draft_cost: Cost, verify_cost: Cost) -> BestPlan:
+    """The K with the largest speed-up, 0 <= K <= len(acceptances). Ties go to the smallest K.
 
-    K = 0 is plain decoding, without a drafter's run: speed-up 1.
+    K = 0 is plain decoding, where the drafter does not run: speed-up 1.
 
     Args:
-        acceptances: a_1 .. a_Kmax; those of a longer draft begin with those of a shorter one.
-        draft_cost: of K tokens, a function or its values at K = 0, 1, ..; `lambda K: K * c` for an
-            autoregressive drafter.
-        verify_cost: v(K), likewise.
+        acceptances: a_1 .. a_Kmax. A draft of K tokens uses the first K of them.
+        draft_cost: cost of drafting K tokens, as a function of K or its values at K = 0, 1, ...;
+            `lambda K: K * c` for an autoregressive drafter.
+        verify_cost: v(K), in the same form.
 
     Raises:
-        ValueError: as `speed_up`, or too few values of a cost.
+        ValueError: as `speed_up`, or a cost has too few values.
 
     Example:
         >>> best_length([0.5] * 4, lambda K: 0.1 * K, lambda K: 1.0)
-        Plan(steps=0, k=2, speed_up=1.4583333333333335)
+        BestPlan(k=2, steps=0, speed_up=1.4583333333333335)
     """
-    plans = [Plan(0, 0, 1.0)]
+    plans = [BestPlan(0, 0, 1.0)]
     for K in range(1, len(acceptances) + 1):
         costs = cost_at("draft_cost", draft_cost, K), cost_at("verify_cost", verify_cost, K)
-        plans.append(Plan(0, K, speed_up(acceptances[:K], *costs)))
+        plans.append(BestPlan(K, 0, speed_up(acceptances[:K], *costs)))
     return max(plans, key=lambda plan: plan.speed_up)
 
 
@@ -114,22 +114,22 @@ def best_plan(
     acceptances: Mapping[int, Sequence[float]],
     draft_cost: Callable[[int, int], float],
     verify_cost: Cost,
-) -> Plan:
-    """The (T, K) of most speed-up for a diffusion drafter. Ties go to the fewest steps, then K.
+) -> BestPlan:
+    """The (T, K) with the largest speed-up for a diffusion drafter. Ties go to the least T, then K.
 
     Args:
-        acceptances: for each T a_1 .. a_Kmax.
-        draft_cost: of (T, K), all T steps together.
-        verify_cost: v(K), a function or its values at K = 0, 1, ...
+        acceptances: a_1 .. a_Kmax for each T.
+        draft_cost: a function of (T, K), the cost of all T steps together.
+        verify_cost: v(K), as a function of K or its values at K = 0, 1, ...
 
     Raises:
-        ValueError: as `best_length`, or T below 1.
+        ValueError: as `best_length`, or T is below 1.
 
     Example:
         >>> best_plan({1: [0.5] * 3, 4: [0.9] * 3}, lambda T, K: 0.1 * T, lambda K: 1.0)
-        Plan(steps=4, k=3, speed_up=2.45642857142857...)
+        BestPlan(k=3, steps=4, speed_up=2.45642857142857...)
     """
-    plans = [Plan(0, 0, 1.0)]
+    plans = [BestPlan(0, 0, 1.0)]
     for T in sorted(acceptances):
         check_count("steps", T, 1)
         plan = best_length(acceptances[T], partial(draft_cost, T), verify_cost)
@@ -143,11 +143,11 @@ def needed_acceptance(
 ) -> float | None:
     """The least constant acceptance alpha with E(K) / (draft_cost + verify_cost) >= wanted.
 
-    By bisection, since E(K) grows with alpha; the number returned does reach `wanted`. None: not
-    even alpha = 1 does.
+    It is found by bisection, since E(K) grows with alpha. The returned alpha reaches `wanted`. None
+    means that `wanted` is unreachable even at alpha = 1.
 
     Raises:
-        ValueError: K below 0, or as `speed_up`.
+        ValueError: K is below 0, or as `speed_up`.
 
     Example:
         >>> round(needed_acceptance(1.4, 2, draft_cost=0.25), 9)
@@ -163,13 +163,13 @@ def needed_acceptance(
 def needed_draft_cost(
     wanted: float, acceptances: Sequence[float], verify_cost: float = 1.0
 ) -> float | None:
-    """The most that drafting a round may cost for a speed-up of `wanted`: E(K) / wanted - v(K).
+    """The largest draft cost of a round with a speed-up of `wanted`: E(K) / wanted - v(K).
 
-    Divide it by K for an autoregressive drafter's c, by T for a diffusion drafter's c_d. None: a
-    drafter that costs nothing would not reach it.
+    Divide it by K for an autoregressive drafter's c, and by T for a diffusion drafter's c_d. None
+    means that `wanted` is unreachable even with drafts that cost nothing.
 
     Raises:
-        ValueError: an acceptance outside [0, 1], or `wanted` not positive.
+        ValueError: an acceptance is outside [0, 1], or `wanted` is not positive.
 
     Example:
         >>> needed_draft_cost(1.4, [0.5, 0.5]), needed_draft_cost(2, [0.5, 0.5])
@@ -182,7 +182,7 @@ def needed_draft_cost(
 
 
 def least(enough: Callable[[float], bool], low: float, high: float) -> float | None:
-    """The smallest float in [low, high] for which a monotone condition holds; None: it never does.
+    """The smallest float in [low, high] that meets a monotone condition; None: there is none.
 
     Example:
         >>> least(lambda x: x * x >= 0.25, 0.0, 1.0), least(lambda x: x > 1, 0.0, 1.0)
@@ -198,7 +198,7 @@ def least(enough: Callable[[float], bool], low: float, high: float) -> float | N
 
 
 def cost_at(name: str, cost: Cost, K: int) -> float:
-    """A cost at K, of a function or of its values."""
+    """The cost at K, given as a function or as a list of values."""
     if callable(cost):
         return float(cost(K))
     if len(cost) <= K:

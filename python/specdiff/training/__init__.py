@@ -1,5 +1,5 @@
-"""Training of drafters: docs/training.md tells how, `specdiff train` does it.
+"""Training of drafters, as run by `specdiff train`. docs/training.md is the guide.
 
-`config` reads a run's file, `run` carries it out. A task, `distillation` or `denoising`, says what
-the loss of some texts is; `trainer` makes it small. `corpora` and `sample_target` get the texts.
+`config` reads a run's file and `run` executes it. A task (`distillation` or `denoising`) defines
+the loss, and `trainer` minimises it. `corpora` and `sample_target` supply the texts.
 """

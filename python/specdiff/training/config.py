@@ -1,4 +1,4 @@
-"""One TOML file says everything about a training run.
+"""Configuration of a training run: one TOML file.
 
     target = "smollm2-135m"        # a known model, or a Hugging Face folder
 
@@ -8,13 +8,13 @@
     [data]                         # Answers or Texts, by kind
     conversations = "../data/smollm2_samples.npz"
 
-    [objective]                    # Objective; not of "sedd" and "mdlm"
+    [objective]                    # Objective; not for "sedd" and "mdlm"
     divergence = "mix"
 
     [training]                     # Recipe
     steps = 4000
 
-Whatever is left out has its default. Paths are relative to the file.
+Missing keys have their defaults. Paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
-PATHS = ("initial", "conversations", "texts", "path")  # keys that name files or folders
+PATHS = ("initial", "conversations", "texts", "path")  # keys whose values are files or folders
 
 
 @dataclass(frozen=True)
 class PrefixShape:
-    """A drafter that reads the target's states; see `DraftConfig`.
+    """Shape of a drafter that reads the target's states. See `DraftConfig` for the other fields.
 
     Args:
         kind: "block-diffusion", "parallel" or "eagle".
-        initial: folder of a drafter whose weights it starts from, of the same sizes but for
-            `block`; None: the best linear prediction.
-        k: tokens in a draft unless told otherwise; None: `block`.
-        draft_vocab_size: tokens that can be drafted, the most frequent ones of the data.
-        target_layers: layers of the target whose states it reads beside the last one, counted from
-            1, in ascending order; not of an eagle.
-        head_rank, head_state: of its `SequentialHead`; 0: none.
+        initial: folder of a drafter with the initial weights; all sizes but `block` must be equal.
+            None: start at the best linear prediction.
+        k: default draft length; None: `block`.
+        draft_vocab_size: number of tokens that can be drafted: the most frequent ones of the data.
+        target_layers: layers of the target whose states are read besides the last one, counted from
+            1, in ascending order; not for an eagle.
+        head_rank, head_state: shape of the `SequentialHead`; head_rank 0: no head.
     """
 
     kind: str
@@ -67,12 +67,12 @@ class PrefixShape:
 
 @dataclass(frozen=True)
 class DenoiserShape:
-    """A DDiT with the target's vocabulary; see `DDiTConfig`.
+    """Shape of a DDiT with the target's vocabulary. See `DDiTConfig` for the other fields.
 
     Args:
-        kind: "sedd" or "mdlm", which is not conditioned on time.
-        initial: folder of a checkpoint to go on from, such as sedd-small, whose shape then counts;
-            None: random weights.
+        kind: "sedd", or "mdlm", which is not conditioned on time.
+        initial: folder of a checkpoint with the initial weights, such as sedd-small. Its shape
+            replaces the one given here. None: random weights.
     """
 
     kind: str
@@ -86,13 +86,13 @@ class DenoiserShape:
 
 @dataclass(frozen=True)
 class Answers:
-    """Text that the target wrote.
+    """Training data written by the target.
 
     Args:
-        conversations: see `load_conversations`.
-        held_out: share of prompts whose conversations are never trained on, see `split`.
-        cache_states: keep the target's states of all of them on disk instead of computing them
-            again in every step: 2 bytes for each number, see docs/training.md.
+        conversations: file or folder, see `load_conversations`.
+        held_out: share of prompts whose conversations are not trained on, see `split`.
+        cache_states: keep the target's states on disk, at 2 bytes a number, instead of computing
+            them in every step. See docs/training.md.
     """
 
     conversations: str
@@ -102,13 +102,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Texts:
-    """Text of any kind, cut into rows.
+    """Training data of arbitrary texts, cut into rows of tokens.
 
     Args:
         texts: a corpus or a folder, see `read_texts`.
-        path: a folder with a named corpus's files, instead of the network.
-        length: tokens in a row; None: the drafter's.
-        max_tokens: read so many at most; None: all. Of the held-out part, a tenth of it.
+        path: folder with the files of a named corpus, to avoid the network.
+        length: tokens per row; None: the drafter's length.
+        max_tokens: maximum number of training tokens; at most a tenth as many are held out. None:
+            no limit.
     """
 
     texts: str
@@ -118,8 +119,8 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What `load_run` reads."""
+class TrainingRun:
+    """Settings of a training run."""
 
     target: str
     drafter: PrefixShape | DenoiserShape
@@ -137,11 +138,12 @@ SHAPES: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path) -> TrainingRun:
     """Read a training run's file.
 
     Raises:
-        ValueError: no such file, no TOML, or a key that is unknown, missing or out of range.
+        ValueError: the file is missing or is not TOML, or a key is unknown, missing or out of
+            range.
 
     Example:
         >>> run = load_run("configs/smollm2-135m-parallel.toml")
@@ -159,10 +161,12 @@ def load_run(path: str | Path) -> Run:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_run(tables: dict[str, Any], folder: Path) -> Run:
-    known = [field.name for field in fields(Run)]
+def read_run(tables: dict[str, Any], folder: Path) -> TrainingRun:
+    known = [field.name for field in fields(TrainingRun)]
     if unknown := set(tables) - set(known):
-        raise ValueError(f"unknown {', '.join(sorted(unknown))}; expected {', '.join(known)}")
+        raise ValueError(
+            f"unknown table or key {', '.join(sorted(unknown))}; expected {', '.join(known)}"
+        )
     for name in known[1:]:
         if not isinstance(tables.get(name, {}), dict):
             raise ValueError(f"{name} must be a table, [{name}], got {tables[name]!r}")
@@ -173,14 +177,14 @@ def read_run(tables: dict[str, Any], folder: Path) -> Run:
         raise ValueError('target is missing: expected target = "smollm2-135m" or a folder')
     shape, data = SHAPES[kind]
     if shape is DenoiserShape and "objective" in tables:
-        raise ValueError(f"objective has no use for drafter.kind = {kind!r}: leave it out")
+        raise ValueError(f"drafter.kind = {kind!r} takes no [objective]: remove the table")
     training = section(Recipe, "training", tables, folder)
     if shape is DenoiserShape and training.matrices != "adamw":
         raise ValueError(
             f"training.matrices must be 'adamw' for drafter.kind = {kind!r}, got "
-            f"{training.matrices!r}: leave it out"
+            f"{training.matrices!r}: remove the key"
         )
-    return Run(
+    return TrainingRun(
         resolve(tables["target"], folder),
         section(shape, "drafter", tables, folder),
         section(data, "data", tables, folder),
@@ -190,7 +194,7 @@ def read_run(tables: dict[str, Any], folder: Path) -> Run:
 
 
 def section(kind: type[T], name: str, tables: dict[str, Any], folder: Path) -> T:
-    """A table as a dataclass."""
+    """Read a table into a dataclass."""
     table, hints = tables.get(name, {}), get_type_hints(kind)
     if unknown := set(table) - set(hints):
         raise ValueError(
@@ -208,7 +212,7 @@ def section(kind: type[T], name: str, tables: dict[str, Any], folder: Path) -> T
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:
-    """A value of the type that its field has; an int for a float, a list for a tuple."""
+    """Check a value against its field's type. An int may stand for a float, a list for a tuple."""
     if get_origin(hint) is tuple:
         part = get_args(hint)[0]
         if type(value) is not list or any(type(x) is not part for x in value):
@@ -224,12 +228,12 @@ def checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def plain_types(hint: Any) -> list[type]:
-    """The types of a field, without None."""
+    """The types that a field allows, without None."""
     parts = get_args(hint) if get_origin(hint) is not None else (hint,)
     return [part for part in parts if part is not type(None)]
 
 
 def resolve(name: str, folder: Path) -> str:
-    """A path that exists beside the file, or else a name."""
+    """The path relative to the TOML file's folder if it exists, else the name unchanged."""
     beside = folder / name
     return str(beside) if beside.exists() else name

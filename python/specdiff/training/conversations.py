@@ -1,4 +1,4 @@
-"""Conversations to distil from: read, checked, split; and the tokens that are frequent in them."""
+"""Conversations to distil from: load, check and split them, and count their tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PARTS = "part-*.npz"  # of a folder, as `specdiff sample-target` writes them
+PARTS = "part-*.npz"  # files written by `specdiff sample-target`
 
 
 class Conversations(NamedTuple):
-    """Token sequences: tokens[i, prompt_length[i]:length[i]] is the target's own answer."""
+    """Token sequences. tokens[i, prompt_length[i]:length[i]] is the target's answer."""
 
     tokens: Tensor  # i64 [N, S]
     prompt_length: Tensor  # i64 [N]
@@ -24,19 +24,19 @@ class Conversations(NamedTuple):
 
 
 def load_conversations(path: str | Path) -> Conversations:
-    """Read conversations in the format of data/README.md; nothing is unpickled.
+    """Load conversations in the format of data/README.md. Nothing is unpickled.
 
     Args:
         path: an .npz file with the integer arrays tokens [N, S], prompt_length [N] and length [N],
             or a folder of files part-*.npz, which are joined in the order of their names. Parts
-            may differ in S; behind its length a row holds 0.
+            may differ in S. Rows are padded with 0.
 
     Returns:
-        Conversations, all i64 and on the CPU.
+        the conversations, i64 on the CPU.
 
     Raises:
-        ValueError: no such file or no part in the folder, an array is missing or of another shape
-            or kind, or a row breaks 0 < prompt_length < length <= S.
+        ValueError: the file is missing, the folder has no part, an array is missing or has another
+            shape or dtype, or a row violates 0 < prompt_length < length <= S.
 
     Example:
         >>> data = load_conversations("data/smollm2_samples.npz")
@@ -46,8 +46,8 @@ def load_conversations(path: str | Path) -> Conversations:
     files = sorted(path.glob(PARTS)) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ValueError(
-            f"expected {path} to be an .npz file or a folder of {PARTS} files, found neither: make "
-            "one with `specdiff sample-target`"
+            f"{path} is neither an .npz file nor a folder of {PARTS} files: make one with "
+            "`specdiff sample-target`"
         )
     parts = [read_part(file) for file in files]
     longest = max(part.tokens.shape[1] for part in parts)
@@ -60,21 +60,21 @@ def load_conversations(path: str | Path) -> Conversations:
 
 
 def read_part(file: Path) -> Conversations:
-    """One .npz, checked."""
+    """Load and check one .npz file."""
     try:
         with np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in Conversations._fields if name in data}
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} is not an .npz file that can be read: {error}") from error
+        raise ValueError(f"{file} is not a readable .npz file: {error}") from error
     if missing := [name for name in Conversations._fields if name not in arrays]:
-        raise ValueError(f"{file} lacks {', '.join(missing)}; data/README.md has the format")
+        raise ValueError(f"{file} lacks {', '.join(missing)}; see data/README.md for the format")
     for name, array in arrays.items():
         if array.dtype.kind not in "iu":
             raise ValueError(f"{name} in {file} must hold integers, got {array.dtype}")
     shapes = [arrays[name].shape for name in Conversations._fields]
     if len(shapes[0]) != 2 or shapes[1:] != [shapes[0][:1]] * 2:
         raise ValueError(
-            f"{file} must have tokens [N, S], prompt_length [N] and length [N], got the shapes "
+            f"{file} must have tokens [N, S], prompt_length [N] and length [N], got shapes "
             f"{', '.join(map(str, shapes))}"
         )
     part = Conversations(
@@ -92,19 +92,19 @@ def read_part(file: Path) -> Conversations:
 
 
 def frequent_ids(data: Conversations, count: int, vocab_size: int, always: list[int]) -> Tensor:
-    """The `count` most frequent tokens of the answers, ties to the lower id.
+    """The `count` most frequent tokens of the answers. Ties go to the lower id.
 
     Args:
-        data: whose answers are counted.
-        count: how many, at most vocab_size.
-        vocab_size: of the target; every token lies below it.
-        always: tokens that are among them however rare, such as the end of a turn.
+        data: conversations; only their answers are counted.
+        count: number of tokens to return, at most vocab_size.
+        vocab_size: the target's; all ids must be below it.
+        always: tokens to include however rare, such as the end of a turn.
 
     Returns:
         i64 [count], sorted.
 
     Raises:
-        ValueError: count is out of range, or a token lies outside the vocabulary.
+        ValueError: count is out of range, or a token is outside the vocabulary.
 
     Example:
         >>> frequent_ids(data, 8192, 49152, always=[2]).shape
@@ -127,22 +127,22 @@ def frequent_ids(data: Conversations, count: int, vocab_size: int, always: list[
 
 
 def split(data: Conversations, share: float) -> tuple[Tensor, Tensor]:
-    """Conversations to train on, and those held out: no prompt is on both sides.
+    """Split conversations into training and held-out ones, so that no prompt is in both.
 
-    Which prompts are held out follows from a hash of their tokens and the share alone: one that is
-    held out from some data is held out from all. The default share of 1/32 is the prompts whose
-    sha256, over their tokens as little-endian uint16 (int32 if there are larger ones), begins with
-    a byte below 8.
+    A hash of a prompt's tokens and the share alone decide: a prompt held out from one data set is
+    held out from all. At the default share of 1/32, a prompt is held out if the first byte of its
+    sha256 is below 8. The hash is over the tokens as little-endian uint16 (int32 if an id is
+    larger).
 
     Args:
-        data: with at least 2 different prompts.
-        share: of all hashes, held out, in [0, 1); of the data's prompts at least one, never all.
+        data: conversations with at least 2 different prompts.
+        share: share of hashes to hold out, in [0, 1). At least one prompt is held out, never all.
 
     Returns:
-        two disjoint i64 tensors of indices, in ascending order, which together are all.
+        the indices of both sides: two disjoint i64 tensors, ascending, which together are all.
 
     Raises:
-        ValueError: too few prompts, or share is out of range.
+        ValueError: there are too few prompts, or share is out of range.
 
     Example:
         >>> rows, held_out = split(load_conversations("answers"), 1 / 32)
@@ -154,8 +154,8 @@ def split(data: Conversations, share: float) -> tuple[Tensor, Tensor]:
         known.setdefault(prompt_hash(tokens[:length]), []).append(row)
     if len(known) < 2:
         raise ValueError(
-            "conversations must have at least 2 different prompts, to train on one and hold out "
-            f"one, got {len(known)}"
+            "conversations must have at least 2 different prompts, one to train on and one to hold "
+            f"out, got {len(known)}"
         )
     first, *_, last = sorted(known)
     out = [x for x in known if (x < share * 2**64 or x == first) and x != last]
@@ -166,25 +166,25 @@ def split(data: Conversations, share: float) -> tuple[Tensor, Tensor]:
 
 
 def prompt_hash(tokens: Tensor) -> int:
-    """The first 64 bits of the sha256 that `split` goes by. i64 [n] -> an int in [0, 2^64)"""
+    """The first 64 bits of the sha256 that `split` uses. i64 [n] -> an int in [0, 2^64)"""
     dtype = "<u2" if int(tokens.max()) < 1 << 16 else "<i4"
     digest = hashlib.sha256(tokens.numpy().astype(dtype).tobytes()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def without(prompts: Collection[tuple[int, ...]], data: Conversations, rows: Tensor) -> Tensor:
-    """The conversations that have none of some prompts.
+    """Remove the conversations with given prompts.
 
     Args:
-        prompts: token ids, as `specdiff.training.held_out.held_out_prompts` gives them.
+        prompts: token ids, as from `specdiff.training.held_out.held_out_prompts`.
         data: all conversations.
-        rows: i64 [n], indices of those that are asked about.
+        rows: i64 [n], indices to filter.
 
     Returns:
-        i64 [m], what stays of `rows`, in its order.
+        i64 [m], the remaining indices in their order.
 
     Raises:
-        ValueError: nothing stays.
+        ValueError: no index remains.
 
     Example:
         >>> rows = without(held_out_prompts(tokenizer), data, rows)
@@ -196,7 +196,7 @@ def without(prompts: Collection[tuple[int, ...]], data: Conversations, rows: Ten
     ]
     if not kept:
         raise ValueError(
-            "conversations must have prompts that are not held out for benchmarks, to train on, "
-            "got none: sample others with `specdiff sample-target`"
+            "all prompts of the conversations are held out for benchmarks: sample others with "
+            "`specdiff sample-target`"
         )
     return torch.tensor(kept)

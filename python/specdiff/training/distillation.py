@@ -1,11 +1,11 @@
-"""Distillation: a drafter with a DraftNetwork learns the target's distributions on the target's
-text.
+"""Distillation: a DraftNetwork learns the target's distributions on text that the target wrote.
 
-The distribution that a drafter should have at position i of a draft, knowing only what comes before
-the draft, is the target's averaged over the tokens between. Text that the target wrote has those
-tokens at the right frequencies, so a divergence from the target's distribution at each position,
-averaged over the text, is least there (DistillSpec, 2310.08461; ParallelSpec, 2410.05589). An eagle
-knows the tokens between, and its distribution should be the target's own.
+A parallel drafter knows only the tokens before the draft. Its ideal distribution at position i of a
+draft is the target's, averaged over the drafted tokens in between. Text written by the target has
+these tokens at the right frequencies. So the ideal distribution minimises the divergence from the
+target's distribution at each position, averaged over the text (DistillSpec, 2310.08461;
+ParallelSpec, 2410.05589). An eagle knows the tokens in between, so its ideal is the target's
+distribution itself.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ from .objective import Objective
 from .seeds import generator
 from .teacher import BATCH, Teacher
 
-FLEX_LEAST = 16  # width of a head that FlexAttention compiles for
+FLEX_LEAST = 16  # smallest head width that FlexAttention supports
 RIDGE = 1e-3  # relative to the inputs' mean square, which is 1
 
 
 class Batch(NamedTuple):
-    """Texts of one forward, and what is asked about them."""
+    """Texts and groups of one forward."""
 
     tokens: Tensor  # i64 [B, S]
-    states: Tensor  # f32 [B, S, (n + 1) target_d], the target's of n layers, last its lm head input
-    first: Tensor  # i64 [B], the column that the answer's first token is predicted from
+    states: Tensor  # f32 [B, S, (n + 1) target_d], the target's: n layers, then the lm head's input
+    first: Tensor  # i64 [B], column that predicts the answer's first token
     length: Tensor  # i64 [B]
     groups: Groups
-    block: int  # K, tokens in a draft
+    block: int  # K, draft length
 
 
 class Drafts(NamedTuple):
-    """Whole drafts of K positions behind each anchor, as the network and the target see them."""
+    """States of the network and the target for a draft of K positions after each anchor."""
 
-    states: Tensor  # [B, A, K, d], of the network
-    before: Tensor  # i64 [B, A, K], the text's token before
-    target: Tensor  # [B, A, K, target_d], the lm head's input for the same token
-    inside: Tensor  # bool [B, A, K], whether the answer reaches so far
+    states: Tensor  # [B, A, K, d], the network's states
+    before: Tensor  # i64 [B, A, K], the text's token before each position
+    target: Tensor  # [B, A, K, target_d], the lm head's input at each position
+    inside: Tensor  # bool [B, A, K], whether the position is within the answer
     text: Tensor  # [B, S, d], the network's states of the text
 
 
 class Distillation(nn.Module):
-    """A training task: the mean divergence over texts, drafts and positions.
+    """Training task: the mean divergence over texts, drafts and positions.
 
     Args:
-        network: what learns.
-        teacher: from whom.
-        rows, held_out: i64, conversations to learn from, and those for `held_out_loss`.
-        objective: see there.
-        seed: of the groups' places.
+        network: the network to train.
+        teacher: the target to learn from.
+        rows, held_out: i64, indices of conversations to train on, and for `held_out_loss`.
+        objective: divergence and weights.
+        seed: seed of the groups' positions.
     """
 
     def __init__(
@@ -79,15 +79,18 @@ class Distillation(nn.Module):
         self.lengths = self.data.length[rows]
 
     def forward(self, chosen: Tensor, step: int, progress: float) -> Tensor:
-        """Mean loss of conversations i64 [B], at this step and share of the training. -> f32 []"""
-        chosen = chosen.cpu()  # where DDP has moved it from
+        """Mean loss of the conversations with indices i64 [B]. -> f32 []
+
+        `progress` is the finished share of the training.
+        """
+        chosen = chosen.cpu()  # DDP has moved it to the device
         block = draft_length(self.network.config, self.seed, step)
         return self.loss(
             self.network, self.batch(chosen, step, self.objective.anchors, block), progress
         )
 
     def batch(self, chosen: Tensor, step: int, anchors: int, block: int) -> Batch:
-        """Texts with groups that depend on the seed, the step and each text alone."""
+        """Texts with groups. The groups depend on the seed, the step and each text only."""
         data, config = self.data, self.network.config
         first, length = data.prompt_length[chosen] - 1, data.length[chosen]
         generators = [generator(self.seed, step, row) for row in chosen.tolist()]
@@ -106,7 +109,7 @@ class Distillation(nn.Module):
         weight = self.weights(network.config, batch) * drafts.inside
         asked = weight > 0
         rows = [x[asked] for x in (drafts.states, drafts.before, drafts.target, weight)]
-        if network.config.causal:  # the first position is asked everywhere in the text
+        if network.config.causal:  # train the first position on the whole text
             column = torch.arange(batch.tokens.shape[1], device=batch.first.device)
             answer = (column >= batch.first[:, None]) & (column < batch.length[:, None] - 1)
             share = answer / answer.sum(1, keepdim=True)
@@ -126,7 +129,7 @@ class Distillation(nn.Module):
         return value / (len(batch.length) * sum(map(self.objective.position_weight, positions)))
 
     def weights(self, config: DraftConfig, batch: Batch) -> Tensor:
-        """Of each position of a draft; those that few drafts are long enough for weigh more.
+        """Weights of draft positions. Positions that fewer drafts reach weigh more.
 
         -> f32 [B, A, K]
         """
@@ -142,7 +145,7 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def held_out_loss(self, network: DraftNetwork, texts: int = 16) -> float:
-        """The loss on fixed drafts of up to `texts` held-out conversations, as training begins."""
+        """Loss at progress 0 on fixed drafts of up to `texts` held-out conversations."""
         rows, total = by_length(self.held_out[:texts], self.data), 0.0
         for block in (lengths := draft_lengths(network.config)):
             for chosen in rows.split(4):
@@ -152,7 +155,7 @@ class Distillation(nn.Module):
 
 
 def make_drafts(network: DraftNetwork, teacher: Teacher, batch: Batch) -> Drafts:
-    """What the network says of texts and groups, and the target."""
+    """Run the network on texts and groups, and pair its states with the target's."""
     K, S = batch.block, batch.tokens.shape[1]
     embedded = F.embedding(batch.tokens, teacher.embedding).float()
     flex = embedded.is_cuda and network.config.hidden_size // network.config.heads >= FLEX_LEAST
@@ -162,7 +165,8 @@ def make_drafts(network: DraftNetwork, teacher: Teacher, batch: Batch) -> Drafts
     anchor = batch.groups.anchor
     if network.config.causal:
         states = torch.cat((take(text, anchor)[:, :, None], states), 2)
-    column = anchor[..., None] + torch.arange(K, device=anchor.device)  # [B, A, K], before each
+    # [B, A, K], the column before each position
+    column = anchor[..., None] + torch.arange(K, device=anchor.device)
     inside = column + 1 < batch.length[:, None, None]
     column = column.clamp(max=S - 1)
     before = batch.tokens.gather(1, column.flatten(1)).view_as(column)
@@ -171,7 +175,7 @@ def make_drafts(network: DraftNetwork, teacher: Teacher, batch: Batch) -> Drafts
 
 
 def head_inputs(network: DraftNetwork, states: Tensor) -> Tensor:
-    """The target's lm head's, the last of its states side by side. -> [..., target_d]"""
+    """The lm head's inputs: the last target_d of the concatenated states. -> [..., target_d]"""
     return states[..., -network.config.target_hidden_size :]
 
 
@@ -186,8 +190,10 @@ def draft_logits(network: DraftNetwork, teacher: Teacher, states: Tensor, before
 def output_inputs(
     network: DraftNetwork, teacher: Teacher, states: Tensor, before: Tensor
 ) -> Tensor:
-    """What is multiplied by the target's output embedding, and beside it what is by the sequential
-    head's W. -> [..., target_d + r]"""
+    """Inputs of the target's output embedding and of the sequential head's W, concatenated.
+
+    -> [..., target_d + r]
+    """
     predicted = network.embed_out(states)
     if network.head is None:
         return predicted
@@ -196,30 +202,30 @@ def output_inputs(
 
 
 def draft_lengths(config: DraftConfig) -> list[int]:
-    """Lengths of drafts that a network learns: the longest, its half and quarter, and the usual."""
+    """Draft lengths in training: the maximum, half and a quarter of it, and the default."""
     block = config.block
     return sorted({block, max(1, block // 2), max(1, block // 4), config.k or block})
 
 
 def draft_length(config: DraftConfig, seed: int, step: int) -> int:
-    """That of a step."""
+    """The draft length of a step."""
     lengths = draft_lengths(config)
     return lengths[int(torch.randint(len(lengths), (), generator=generator(seed, step)))]
 
 
 def by_length(rows: Tensor, data: Conversations) -> Tensor:
-    """Rows in order of their length, so that neighbours need little padding."""
+    """Sort rows by length, so that neighbours need little padding."""
     return rows[data.length[rows].argsort(stable=True)]
 
 
 @torch.no_grad()
 def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
-    """Start at the best linear prediction of the next state, by ridge regression.
+    """Initialise the network with the best linear prediction of the next state.
 
-    h[t] from the token x[t], the state h[t-1] and a constant: in closed form, in one pass over
-    `rows`, which spares the gradient steps from random weights to there. The network's stream then
-    runs along the principal axes of the states, scaled to a root mean square of about 1. A state is
-    the lm head's input here; those of layers begin without effect.
+    Ridge regression predicts h[t] from the token x[t], the state h[t-1] and a constant. It is
+    solved in closed form in one pass over `rows`, and saves the first gradient steps. The residual
+    stream's axes are then the principal axes of the states, scaled to a root mean square of about
+    1. Here a state is the lm head's input; states of other layers initially have no effect.
     """
     data, d = teacher.conversations, network.config.target_hidden_size
     device = teacher.device
@@ -248,20 +254,20 @@ def fit_linear(network: DraftNetwork, teacher: Teacher, rows: Tensor) -> None:
 
 
 class Judged(NamedTuple):
-    """Whole drafts of one step behind A anchors in each of C conversations, as the target sees
-    them."""
+    """Comparison of one-step drafts with the target, after A anchors in each of C conversations."""
 
-    overlap: Tensor  # f32 [C, A, K], sum_x min(p(x), q(x)): the chance of acceptance
+    overlap: Tensor  # f32 [C, A, K], sum_x min(p(x), q(x)), the acceptance
     match: Tensor  # f32 [C, A, K], whether the argmaxes agree
     inside: Tensor  # bool [C, A, K], whether the answer reaches so far
 
     def figures(self) -> dict[str, list[float]]:
         """Means over all drafts, by position.
 
-        acceptance: the chance of acceptance, on the text's own prefix;
-        greedy_match: how often the argmaxes agree;
-        tokens_per_forward, greedy_tokens_per_forward: with drafts of 1, 2, .. K tokens, 1 + the
-            mean number of leading tokens accepted, from the two above, multiplied along each draft.
+        acceptance: probability of acceptance, given the text's prefix;
+        greedy_match: share of positions where the argmaxes agree;
+        tokens_per_forward, greedy_tokens_per_forward: for drafts of 1, 2, .. K tokens, 1 + the mean
+            number of leading tokens accepted. It is the sum of products of the two values above
+            along each draft.
         """
         count = self.inside.sum((0, 1)).clamp(min=1)
         return {
@@ -274,11 +280,11 @@ class Judged(NamedTuple):
         }
 
     def tokens(self) -> Tensor:
-        """Tokens a forward in each conversation, with drafts of K. f32 [C]"""
+        """Tokens per forward in each conversation, with drafts of K tokens. f32 [C]"""
         return 1 + self._leading(self.overlap).mean(1).sum(-1)
 
     def _leading(self, chance: Tensor) -> Tensor:
-        """The chance that a draft is accepted up to each position. [C, A, K]"""
+        """Probability that a draft is accepted up to each position. [C, A, K]"""
         return (chance * self.inside).cumprod(-1)
 
 
@@ -286,13 +292,12 @@ class Judged(NamedTuple):
 def judge(
     network: DraftNetwork, teacher: Teacher, rows: Tensor, block: int, *, anchors: int = 16
 ) -> Judged:
-    """One-step drafts on given conversations, against the target's distribution over its whole
-    vocabulary.
+    """Compare one-step drafts with the target's distribution over its full vocabulary.
 
     Args:
-        rows: i64 [C], the conversations; the places of drafts in them are always the same.
-        block: K, the length of the drafts.
-        anchors: A, drafts in each conversation.
+        rows: i64 [C], indices of conversations. The drafts' positions in them are fixed.
+        block: K, draft length.
+        anchors: A, number of drafts in each conversation.
     """
     task = Distillation(network, teacher, rows, rows, Objective())
     parts = []
@@ -312,6 +317,6 @@ def judge(
 def evaluate(
     network: DraftNetwork, teacher: Teacher, rows: Tensor, block: int, *, anchors: int = 16
 ) -> dict[str, list[float]]:
-    """`judge` as figures, conversations of like length side by side."""
+    """The figures of `judge`, with conversations batched by length."""
     rows = by_length(rows, teacher.conversations)
     return judge(network, teacher, rows, block, anchors=anchors).figures()

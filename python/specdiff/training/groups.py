@@ -1,11 +1,11 @@
-"""Groups of masks behind random places of a text: what a drafter is asked while it learns.
+"""Groups: training drafts of masks, appended after random positions of a text.
 
-A group stands behind the token at its anchor and sees the text up to there, and itself. In
-`ParallelDrafter` (ParallelSpec, 2410.05589, group-wise training) a mask sees the masks before it in
-its group; in `BlockDiffusion` it sees the whole group, whose left part may be revealed, as in the
-later steps of a draft. One forward serves the text and all of its groups. A group of `Eagle` is the
-text's own tokens with the network's predictions in place of the target's states (HASS, 2408.15766),
-one more forward for each.
+A group follows the token at its anchor. It attends to the text up to the anchor and to itself. In
+`ParallelDrafter` (ParallelSpec, 2410.05589, group-wise training) a mask attends to the masks before
+it in its group. In `BlockDiffusion` it attends to the whole group, whose left part may be revealed
+as in the later steps of a draft. One forward covers the text and all groups. In `Eagle` a group
+consists of the text's tokens, with the network's predictions instead of the target's states (HASS,
+2408.15766). Each token of a group takes another forward.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from ..drafters.network import DraftNetwork, Mask
 
-REVEALED_SHARE = 0.25  # of block-diffusion groups that start with a random left part revealed
+REVEALED_SHARE = 0.25  # share of block-diffusion groups with a random left part revealed
 
 
 class Groups(NamedTuple):
-    """A groups for each of B texts."""
+    """Positions of A groups in each of B texts."""
 
-    anchor: Tensor  # i64 [B, A], column of the last token that a group knows
-    revealed: Tensor  # i64 [B, A], how many tokens on its left are given; 0 in parallel drafts
+    anchor: Tensor  # i64 [B, A], column of the last text token before the group
+    revealed: Tensor  # i64 [B, A], number of revealed tokens on the left; 0 in parallel drafts
 
 
 class States(NamedTuple):
     """Final states of texts and groups."""
 
     text: Tensor  # [B, S, d]
-    groups: Tensor  # [B, A, M, d]; of an eagle M = K - 1
+    groups: Tensor  # [B, A, M, d]; M = K - 1 for an eagle
 
 
 def sample_groups(
@@ -46,14 +46,14 @@ def sample_groups(
     *,
     revealing: bool,
 ) -> Groups:
-    """Stratified anchors, each row's by its own generator.
+    """Draw stratified anchors, with one generator per row.
 
     Args:
-        first, last: i64 [B], the columns where anchors may stand.
-        count: A, groups for each row.
+        first, last: i64 [B], range of columns for anchors.
+        count: A, number of groups per row.
         block: K, columns of a group.
-        generators: B of them.
-        revealing: whether a random left part of some groups is revealed.
+        generators: B generators.
+        revealing: whether to reveal a random left part of some groups.
     """
     anchor, revealed = [], []
     for lo, hi, generator in zip(first.tolist(), last.tolist(), generators, strict=True):
@@ -67,13 +67,13 @@ def sample_groups(
 
 
 def group_mask(anchor: Tensor, columns: int, masks: int, *, causal: bool, flex: bool) -> Mask:
-    """Who sees whom among S text columns and A groups of M masks behind them, Q = S + A M.
+    """Attention mask of S text columns followed by A groups of M masks, Q = S + A M.
 
     Args:
         anchor: i64 [B, A].
         columns, masks: S and M.
-        causal: whether a mask sees only those before it in its group.
-        flex: make a block mask for FlexAttention, which skips what is hidden.
+        causal: whether a mask attends only to earlier masks of its group and itself.
+        flex: make a block mask for FlexAttention, which skips masked blocks.
 
     Returns:
         bool [B, 1, Q, Q], or a BlockMask of that shape.
@@ -105,14 +105,15 @@ def forward_groups(
     *,
     flex: bool = False,
 ) -> States:
-    """Texts and their groups, as the drafter will see them.
+    """Final states of texts and their groups, computed as when drafting.
 
     Args:
-        network: whose `config.kind` says what a group is and how it attends.
+        network: the network. Its `config.kind` determines the groups and their attention.
         embedded: [B, S, target_d], the target's embeddings of the texts.
-        before: [B, S, (n + 1) target_d], its states before each token; zeros before the first.
-        groups: see there.
-        block: K, tokens in a draft.
+        before: [B, S, (n + 1) target_d], the target's states before each token; zeros before the
+            first.
+        groups: positions of the groups.
+        block: K, draft length.
         flex: use FlexAttention instead of a dense mask.
     """
     text = network.embed_prefix(embedded, before)
@@ -136,13 +137,13 @@ def forward_groups(
 
 
 class Grown:
-    """Keys and values of every layer, to which each forward adds its own."""
+    """A cache of keys and values that every forward extends."""
 
     def __init__(self) -> None:
         self.store: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [B, H, Q, D]; return all there are."""
+        """Append k and v [B, H, Q, D]; return all keys and values so far."""
         if layer in self.store:
             keys, values = self.store[layer]
             k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
@@ -159,7 +160,7 @@ def forward_tokens(
     *,
     flex: bool,
 ) -> States:
-    """Texts [B, S, d], then token after token of all groups of an eagle."""
+    """Eagle: a forward over texts [B, S, d], then one for each token position of all groups."""
     (B, S, _), A = text.shape, anchor.shape[1]
     column, group = torch.arange(S, device=text.device), torch.arange(A, device=text.device)
     cache = Grown()
@@ -179,7 +180,7 @@ def forward_tokens(
 
 
 def take(x: Tensor, columns: Tensor) -> Tensor:
-    """Columns i64 [B, N] of [B, S, d] -> [B, N, d]"""
+    """Select columns i64 [B, N] of x [B, S, d]. -> [B, N, d]"""
     return x.gather(1, columns[..., None].expand(-1, -1, x.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Messages that decoding is measured on, and that no drafter is trained on."""
+"""Messages that are held out for benchmarks: no drafter is trained on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELD_OUT = Path(__file__).with_name("held_out_prompts.jsonl")  # 64, see data/RE
 
 @cache
 def messages(task: str) -> tuple[str, ...]:
-    """What users say in a task that has its own texts.
+    """The user messages of a benchmark task.
 
     Args:
         task: "chat" or "held-out".
@@ -34,7 +34,7 @@ def messages(task: str) -> tuple[str, ...]:
 
 
 def is_held_out(message: str) -> bool:
-    """Whether it is one of the messages of both tasks, but for space around it.
+    """Whether a message is in one of the two tasks, up to surrounding space.
 
     Example:
         >>> is_held_out("Write a short poem about the first snow of winter.\\n")
@@ -49,7 +49,7 @@ def stripped() -> frozenset[str]:
 
 
 def held_out_prompts(tokenizer: PreTrainedTokenizerBase) -> set[tuple[int, ...]]:
-    """Token ids of all prompts that these messages make, with and without the space around them.
+    """Token ids of all prompts from the held-out messages, with and without surrounding space.
 
     Example:
         >>> tuple(encode(tokenizer, messages("chat")[0])) in held_out_prompts(tokenizer)

@@ -1,8 +1,9 @@
-"""`linear_divergence`: how far apart distributions are whose logits a last linear layer makes.
+"""`linear_divergence`: divergence of distributions whose logits come from a last linear layer.
 
-Thousands of rows over a vocabulary, twice, and their gradient are hundreds of megabytes. Here it is
-done for some rows at a time: their logits, their divergence and what it says to the layer's inputs
-and weights, which is all that is kept. Fused linear cross-entropies do the same.
+The logits of thousands of rows, for draft and target, and their gradient take hundreds of
+megabytes. So this works on some rows at a time: it computes their logits, their divergence and the
+gradients of the layer's inputs and weights, and keeps only these gradients. Fused linear
+cross-entropies do the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from specdiff_kernels import RowDivergence, row_divergence
 
-ROWS = 512  # at a time
+ROWS = 512  # rows at a time
 
 
 def linear_divergence(
@@ -29,20 +30,21 @@ def linear_divergence(
     bias: Tensor,
     value: Callable[[RowDivergence], Tensor],
 ) -> Tensor:
-    """Sum over rows of `weight` times a value of their divergence.
+    """Weighted sum over rows of a divergence between draft and target.
 
-    The target's logits are `target` times `output`, the draft's `inputs` times [output | learnt]
-    plus `bias`. Gradients flow to `inputs`, `learnt` and `bias`, once. Under autocast the products
-    and those of the gradient are in its dtype, sums over rows in fp32; without, all is in fp32.
+    The target's logits are `target` times `output`. The draft's are `inputs` times [output |
+    learnt] plus `bias`. Gradients flow to `inputs`, `learnt` and `bias`, and only first-order ones.
+    Under autocast, matrix products have its dtype, and sums over rows are in fp32. Otherwise all is
+    in fp32.
 
     Args:
         inputs: [N, d + r].
         target: [N, d].
-        weight: f32 [N].
-        output: [D, d], which does not learn.
+        weight: f32 [N], weights of the rows.
+        output: [D, d], fixed.
         learnt: [D, r]; None: r is 0.
         bias: f32 [D].
-        value: of each row, [N].
+        value: maps the rows' `RowDivergence` to values [N].
 
     Returns:
         f32 []
@@ -61,7 +63,7 @@ def linear_divergence(
 
 
 class LinearDivergence(torch.autograd.Function):
-    """Makes the gradient on the way, since what it takes is at hand only there."""
+    """Computes the gradient in the forward, because only there its inputs are in memory."""
 
     @staticmethod
     def forward(

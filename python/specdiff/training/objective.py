@@ -1,4 +1,4 @@
-"""Objective: which divergence between draft and target is made small, and where."""
+"""Objective: the divergence between draft and target, and the weights of draft positions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ DIVERGENCES = ("kl", "reverse_kl", "tv", "mix")
 
 @dataclass(frozen=True)
 class Objective:
-    """What is made small at every position of a draft.
+    """Training objective of a draft network.
 
     Args:
-        divergence: "kl" (target, draft), "reverse_kl" (draft, target), "tv", the probability that
-            verification rejects, or "mix": (1 - w) kl + w tv, where w is 0 up to the share
-            `tv_from` of the training and grows linearly to `tv_weight`. TV is what counts, but its
-            gradient vanishes where draft and target are far apart.
-        position_decay: position i weighs position_decay^i, since a token counts only if all before
-            it stand.
-        position_floor: but no less than this.
-        tv_from, tv_weight: of "mix".
-        tv_ramp: share of the training over which its w grows, 0: at once; None: up to the end.
-        anchors: drafts that are asked about in each text.
+        divergence: "kl" (target, draft), "reverse_kl" (draft, target), "tv" (the probability that
+            verification rejects), or "mix": (1 - w) kl + w tv. There, w is 0 up to the share
+            `tv_from` of the training and then grows linearly to `tv_weight`. TV determines the
+            acceptance, but its gradient vanishes where draft and target are far apart.
+        position_decay: position i has weight position_decay^i, since a token counts only if all
+            before it are accepted.
+        position_floor: minimum of these weights.
+        tv_from, tv_weight: parameters of "mix".
+        tv_ramp: share of the training in which w grows; 0: at once; None: up to the end.
+        anchors: number of drafts in each text.
 
     Raises:
         ValueError: a field is out of range.
@@ -52,18 +52,18 @@ class Objective:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
 
     def position_weight(self, i: int) -> float:
-        """Of position i, counted from the first that is drafted."""
+        """Weight of position i, counted from the first drafted position."""
         return max(self.position_decay**i, self.position_floor)
 
     def value(self, divergence: RowDivergence, progress: float) -> Tensor:
-        """Per row, when this share of the training is done. -> [N]"""
+        """Divergence of each row; `progress` is the finished share of the training. -> [N]"""
         if self.divergence != "mix":
             return getattr(divergence, self.divergence)
         w = self.share_of_tv(progress)
         return (1 - w) * divergence.kl + w * divergence.tv if w else divergence.kl
 
     def share_of_tv(self, progress: float) -> float:
-        """The w of "mix"."""
+        """The weight w of "mix"."""
         past = progress - self.tv_from
         if past < 0:
             return 0.0

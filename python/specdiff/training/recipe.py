@@ -1,4 +1,4 @@
-"""Recipe: how long, how fast and from which seed a drafter is trained."""
+"""Recipe: steps, batch size, learning rates and seed of a training run."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ MATRICES = ("adamw", "muon")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a training run beside its data and its objective.
+    """Training settings other than data and objective.
 
     Args:
         steps: optimiser steps.
-        batch: texts in a step, over all processes.
-        accumulate: forwards and backwards that they are read in; the result is the same.
-        learning_rate: the full one. It rises from zero over the share `warmup` of the steps, stays
-            up to the share `hold` of them, and falls along a cosine to `final` of it.
-        vector_learning_rate: the full one of what is no linear layer's matrix; None:
+        batch: texts per step, over all processes.
+        accumulate: number of forward and backward passes per step. It does not change the result.
+        learning_rate: peak learning rate. The rate rises from zero over the share `warmup` of the
+            steps, stays at the peak up to the share `hold` of them, and falls along a cosine to
+            `final` times the peak.
+        vector_learning_rate: peak rate of parameters that are not matrices of linear layers; None:
             `learning_rate`.
-        head_learning_rate: the full one of a sequential head's W, which begins at zero and at a
-            small rate barely learns.
-        matrices: what trains the linear layers' matrices, but for that W: "adamw", or "muon"
-            (torch.optim.Muon with a momentum of 0.95 and steps as long as AdamW's). All else is
-            AdamW's.
-        weight_decay: of all matrices but that W.
-        clip: most length of the gradient.
-        ema: decay of the averaged weights, which are what is kept in the end; 0: the last ones.
-        precision: "no" or "bf16", of the forward and the loss's products.
-        seed: of weights, batches and masks.
+        head_learning_rate: peak rate of the sequential head's W, which starts at zero and barely
+            learns at a small rate.
+        matrices: optimiser of the linear layers' matrices, except W: "adamw", or "muon"
+            (torch.optim.Muon with momentum 0.95 and steps scaled like AdamW's). AdamW trains all
+            other parameters.
+        weight_decay: weight decay of all matrices except W.
+        clip: maximum norm of the gradient.
+        ema: decay of the weights' moving average. The run's result is the average; 0: the last
+            weights.
+        precision: "no" or "bf16", for the forward and the loss's matrix products.
+        seed: seed of weights, batches and masks.
         save_every: steps between checkpoints.
 
     Raises:
@@ -80,7 +82,7 @@ class Recipe:
             raise ValueError(f"precision must be 'no' or 'bf16', got {self.precision!r}")
 
     def rate(self, step: int, full: float | None = None) -> float:
-        """Learning rate of a step, counted from 0, where `full` is the full one."""
+        """Learning rate of a step, counted from 0, for the peak rate `full`."""
         full = self.learning_rate if full is None else full
         warm = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
         held = self.hold * self.steps

@@ -1,4 +1,4 @@
-"""A whole training run: from its TOML file to a drafter's folder."""
+"""Runs a training: from its settings to a drafter's folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..loop.decoder import Decoder
 from ..loop.sampling import Sampling
 from ..loop.target import Target, stop_tokens
 from ..models import load_causal, load_tokenizer
-from .config import PATHS, Answers, DenoiserShape, PrefixShape, Run, Texts
+from .config import PATHS, Answers, DenoiserShape, PrefixShape, Texts, TrainingRun
 from .conversations import Conversations, frequent_ids, load_conversations, split, without
 from .corpora import load_rows, prepare_rows, read_texts
 from .denoising import Denoising
@@ -37,49 +37,49 @@ from .teacher import Teacher, cached_states
 from .trainer import Trainer, make_accelerator
 
 CHECKPOINT, LOSSES, EVALUATION = "checkpoint.safetensors", "losses.jsonl", "evaluation.json"
-PROMPTS, PROMPT_LENGTH, CONTINUATION = 16, 32, 32  # of what a denoiser's drafts are tried on
+PROMPTS, PROMPT_LENGTH, CONTINUATION = 16, 32, 32  # for trying a denoiser's drafts
 
 
 class Job(NamedTuple):
-    """A task, and what is particular to its kind of drafter."""
+    """A task, and the functions specific to its kind of drafter."""
 
     task: Any
-    begin: Any  # () -> None, sets the weights of a run that starts anew
-    figures: Any  # network -> dict, how good its drafts are on held-out text
+    begin: Any  # () -> None, initialises the weights of a new run
+    figures: Any  # network -> dict, quality of its drafts on held-out text
     save: Any  # (network, folder) -> None
-    compare: Any = None  # (network, folder of another) -> Gain; None: there is no such figure
+    compare: Any = None  # (network, folder of another) -> Gain; None: not defined
 
 
 def train(
-    run: Run,
+    run: TrainingRun,
     out: Path,
     *,
     minutes: float | None = None,
     better_than: Path | None = None,
     average: tuple[Path, Path] | None = None,
 ) -> dict[str, Any]:
-    """Train a drafter, or go on with one. Every process of a launch calls it.
+    """Train a drafter, or resume its training. Every process of a launch must call it.
 
     `out` gets the drafter (config.json, model.safetensors), checkpoint.safetensors, losses.jsonl
-    (a line for each step), evaluation.json, and what is computed once from the data. A run ends
-    early, and is as whole, where `minutes` are over or it is interrupted (Ctrl-C); a second
-    interrupt stops it at once, at its last checkpoint.
+    (a line for each step), evaluation.json, and caches computed from the data. After `minutes`, or
+    on Ctrl-C, the run stops after its current step and writes all of these. A second Ctrl-C stops
+    it at once, at the last checkpoint.
 
     Args:
         run: see `load_run`.
-        out: its folder. What it holds of the same run is continued.
-        minutes: stop after so long; the next call goes on from there. None: at the last step.
-        better_than: folder of a drafter beside the target. The drafter is written only if it gains
-            more tokens a forward over that one than two standard errors, on held-out conversations.
-        average: folders of two drafters that were trained apart from one start: nothing is trained,
-            the mean of their weights is the drafter.
+        out: output folder. If it holds an unfinished training of the same run, that is resumed.
+        minutes: time limit; the next call resumes. None: train to the last step.
+        better_than: folder of a drafter for the same target. The new drafter is written only if its
+            gain in tokens per forward on held-out conversations exceeds two standard errors.
+        average: folders of two drafters that were trained separately from the same start. Nothing
+            is trained; the drafter is the mean of their weights.
 
     Returns:
-        how good the drafts are on held-out text, what evaluation.json holds; nothing in processes
-        other than the first.
+        quality of the drafts on held-out text, as in evaluation.json. It is empty in all processes
+        but the first.
 
     Raises:
-        ValueError: data or weights that do not fit, or a folder of another run.
+        ValueError: data or weights do not fit, or the folder belongs to another run.
         FloatingPointError: the loss is not finite.
 
     Example:
@@ -99,11 +99,11 @@ def train(
         goes_on = checkpoint.exists()
         if not goes_on:
             job.begin()
-        # processes take over the first one's weights here
+        # here all processes get the first one's weights
         trainer = Trainer(job.task, run.training, accelerator)
         if goes_on:
             trainer.resume(checkpoint)
-            console.print(f"going on at step {trainer.step}")
+            console.print(f"resuming at step {trainer.step}")
         else:
             console.print(f"held-out loss {job.task.held_out_loss(trainer.network):.4f}")
         log = Log(out / LOSSES, trainer.step, enabled=accelerator.is_main_process)
@@ -134,20 +134,20 @@ def finish(
     better_than: Path | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Judge a drafter, and write it if it is to be written."""
+    """Evaluate a drafter, and write it unless `better_than` forbids it."""
     figures = {**about, **job.figures(network)}
     for name, measured in figures.items():
         if isinstance(measured, dict) and "acceptance" in measured:
             by_position = " ".join(f"{chance:.3f}" for chance in measured["acceptance"])
-            console.print(f"accepted by position, {name}: {by_position}")
+            console.print(f"acceptance by position, {name}: {by_position}")
     written = True
     if better_than is not None:
         gain: Gain = job.compare(network, better_than)
         figures["gain"] = {"over": str(better_than), **gain._asdict()}
         written = gain.sure
-        said = "written" if written else "not more than two standard errors, so it is not written"
+        said = "written" if written else "not written, as the gain is within two standard errors"
         console.print(
-            f"{gain.tokens:+.4f} tokens a forward over {better_than}, standard error "
+            f"{gain.tokens:+.4f} tokens per forward over {better_than}, standard error "
             f"{gain.standard_error:.4f}: {said}"
         )
     if written:
@@ -157,18 +157,18 @@ def finish(
 
 
 def averaged(
-    run: Run,
+    run: TrainingRun,
     out: Path,
     folders: tuple[Path, Path],
     better_than: Path | None,
     accelerator: Accelerator,
     console: Console,
 ) -> dict[str, Any]:
-    """Average two drafters, judge the mean and write it; one process is enough for that."""
+    """Average two drafters, evaluate the mean and write it. Only the first process works."""
     if not accelerator.is_main_process:
         return {}
     check_comparable(run, "average")
-    # of the data held-out conversations alone are read
+    # only the held-out conversations of the data are read
     run = replace(run, data=replace(run.data, cache_states=False))  # type: ignore[arg-type]
     first, second = (DraftNetwork.load(folder) for folder in folders)
     mean = average(first, second)
@@ -176,34 +176,35 @@ def averaged(
         job = prepare(run, out, accelerator, progress)
     if job.task.network.config != mean.config:
         raise ValueError(
-            f"{folders[0]} and {folders[1]} hold drafters of another shape than the run's: "
-            f"expected {job.task.network.config}, got {mean.config}"
+            f"the drafters in {folders[0]} and {folders[1]} do not have the run's shape: expected "
+            f"{job.task.network.config}, got {mean.config}"
         )
     about = {"average": [str(folder) for folder in folders]}
     return finish(job, mean.to(job.task.teacher.device), about, out, better_than, console)
 
 
-def check_comparable(run: Run, option: str) -> None:
-    """Raise ValueError if the run's drafter is not judged by its target's distributions."""
+def check_comparable(run: TrainingRun, option: str) -> None:
+    """Raise ValueError unless the run's drafter is evaluated by the target's distributions."""
     if not isinstance(run.drafter, PrefixShape):
         raise ValueError(
-            f"{option}: such figures are for drafters beside a target, got drafter.kind = "
-            f"{run.drafter.kind!r}: leave it out"
+            f"{option} is for drafters that read the target's states, got drafter.kind = "
+            f"{run.drafter.kind!r}: omit it"
         )
 
 
 @contextmanager
 def interruptible(console: Console) -> Iterator[Callable[[], bool]]:
-    """Tells whether Ctrl-C was pressed; a second one has its usual effect."""
+    """Yield a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts."""
     asked = False
 
     def ask(number: int, frame: Any) -> None:
         nonlocal asked
         asked = True
         signal.signal(signal.SIGINT, before)
-        console.print("stopping after this step; once more stops at once")
+        console.print("stopping after this step; press Ctrl-C again to stop at once")
 
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    # only the main thread gets signals
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     before = signal.signal(signal.SIGINT, ask)
@@ -227,9 +228,9 @@ class Log:
     """losses.jsonl: {"step": n, "loss": x} for each step.
 
     Args:
-        path: of the file; lines of steps that are to be repeated are dropped.
-        step: the next one.
-        enabled: False: nothing is written.
+        path: path of the file. Lines of `step` and later steps are dropped.
+        step: the next step.
+        enabled: if False, nothing is written.
     """
 
     def __init__(self, path: Path, step: int, *, enabled: bool) -> None:
@@ -248,18 +249,18 @@ class Log:
             self.file.flush()
 
     def mean(self) -> float:
-        """Of the losses since it was last asked."""
+        """Mean loss since the last call."""
         mean, self.recent = sum(self.recent) / max(1, len(self.recent)), []
         return mean
 
 
-def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -> Job:
-    """What is to be learnt, on this process's device; one process computes what is kept."""
+def prepare(run: TrainingRun, out: Path, accelerator: Accelerator, progress: Progress) -> Job:
+    """Prepare the job on this process's device. The first process computes the cached files."""
     folder = target_folder(run.target)
     model: Any = load_causal(folder, torch.float32)
     model.to(accelerator.device).requires_grad_(False)
     tokenizer = load_tokenizer(folder)
-    torch.manual_seed(run.training.seed)  # of random weights
+    torch.manual_seed(run.training.seed)  # for random weights
     if run.training.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # for the teacher and the logits
     with accelerator.main_process_first():
@@ -267,11 +268,11 @@ def prepare(run: Run, out: Path, accelerator: Accelerator, progress: Progress) -
             return distillation(run, run.drafter, run.data, model, tokenizer, out, progress)
         if isinstance(run.drafter, DenoiserShape) and isinstance(run.data, Texts):
             return denoising(run, run.drafter, run.data, model, tokenizer, out)
-    raise ValueError(f"no {type(run.drafter).__name__} learns from {type(run.data).__name__}")
+    raise ValueError(f"{type(run.drafter).__name__} cannot be trained on {type(run.data).__name__}")
 
 
-def settings(run: Run, model: Any) -> dict[str, Any]:
-    """What a folder's run is made of, beside the recipe: all but where things lie."""
+def settings(run: TrainingRun, model: Any) -> dict[str, Any]:
+    """Settings that a folder's run depends on, except the recipe and paths."""
     parts = {"drafter": run.drafter, "data": run.data, "objective": run.objective}
     said = {
         name: {k: v for k, v in asdict(part).items() if k not in PATHS}
@@ -281,7 +282,7 @@ def settings(run: Run, model: Any) -> dict[str, Any]:
 
 
 def distillation(
-    run: Run,
+    run: TrainingRun,
     shape: PrefixShape,
     data: Answers,
     model: Any,
@@ -305,12 +306,12 @@ def distillation(
     own = {
         "conversations": written,
         "left_out": left_out or None,
-        "precision": None if precision == "no" else precision,  # of the states
+        "precision": None if precision == "no" else precision,  # precision of the states
     }
     keep_settings(out, {**settings(run, model), **own})
     if left_out:
         progress.console.print(
-            f"left out {left_out} conversations whose prompt is held out for benchmarks"
+            f"skipping {left_out} conversations whose prompts are held out for benchmarks"
         )
     seed = run.training.seed
     if initial is not None:
@@ -332,7 +333,7 @@ def distillation(
         generator = torch.Generator().manual_seed(seed)
         if initial is not None:
             if network.head is not None:
-                network.head.initialise(generator)  # stays so where the other one has none
+                network.head.initialise(generator)  # kept if the initial drafter has no head
             network.adopt(initial)
             return
         network.initialise(teacher.embedding, generator)
@@ -347,8 +348,8 @@ def distillation(
         block = min(config.block, other.config.block)
         if other.config.target_layers != config.target_layers:
             raise ValueError(
-                f"{folder} reads target layers {list(other.config.target_layers)} and the run's "
-                f"drafter {list(config.target_layers)}: compare drafters that read the same"
+                f"the drafter in {folder} reads target layers {list(other.config.target_layers)}, "
+                f"the run's drafter {list(config.target_layers)}: expected the same layers"
             )
         theirs = judge(other, teacher.drafting(other.draft_ids), held_out, block).tokens()
         return gain(theirs, judge(network, teacher, held_out, block).tokens())
@@ -357,7 +358,7 @@ def distillation(
 
 
 def denoising(
-    run: Run, shape: DenoiserShape, data: Texts, model: Any, tokenizer: Any, out: Path
+    run: TrainingRun, shape: DenoiserShape, data: Texts, model: Any, tokenizer: Any, out: Path
 ) -> Job:
     keep_settings(out, settings(run, model))
     network = new_denoiser(shape, model.get_input_embeddings().weight.shape[0])
@@ -387,7 +388,7 @@ def denoising(
 
 
 def new_denoiser(shape: DenoiserShape, tokens: int) -> DDiT:
-    """With random weights, or those of a checkpoint for as many tokens and of the same kind."""
+    """A DDiT with random weights, or with a checkpoint's if kind and vocabulary size match."""
     conditioned = shape.kind == "sedd"
     if shape.initial is None:
         sizes = {k: v for k, v in asdict(shape).items() if k not in ("kind", "initial")}
@@ -398,6 +399,6 @@ def new_denoiser(shape: DenoiserShape, tokens: int) -> DDiT:
         kind = "sedd" if config.time_conditioned else "mdlm"
         raise ValueError(
             f"drafter.initial = {shape.initial} is of kind {kind!r} with {config.tokens} tokens; "
-            f"expected {shape.kind!r} with the target's {tokens}"
+            f"expected kind {shape.kind!r} with the target's {tokens} tokens"
         )
     return network

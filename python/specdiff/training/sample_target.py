@@ -1,10 +1,9 @@
-"""Conversations that a target writes, to distil a drafter from; `specdiff sample-target` runs it.
+"""Samples conversations from a target, to distil a drafter from (`specdiff sample-target`).
 
-Conversation i has a prompt, a temperature and a seed that depend on the run's seed and i alone.
-The batch stays full within a part (one file): rows are admitted as soon as others are seen to have
-finished, those side by side in one prefill.
-Parts are sampled one after another, each in a session of its own, so that a part's very bits do not
-depend on where a run was interrupted.
+The prompt, temperature and seed of conversation i depend only on i and the run's seed. Within a
+part (one file) the batch stays full: new rows are admitted as soon as others are seen to have
+finished, adjacent rows in one prefill. Parts are sampled one by one, each in its own session. The
+bits of a part therefore do not depend on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from ..loop.session import Session
 from .corpora import NAMES, progress_bar, read_text, read_texts, tokenizer_digest
 from .held_out import is_held_out
 
-WAVES = 16  # batches in a part, or
-ENOUGH = 2048  # conversations, if those are fewer batches
-ATTEMPTS = 100  # at a message or a passage that can be used
-LEAST_WORDS = 3  # of a message that the target writes
+WAVES = 16  # maximum number of batches in a part
+ENOUGH = 2048  # conversations, at which a part has fewer batches
+ATTEMPTS = 100  # to get a usable message or passage
+LEAST_WORDS = 3  # in a message written by the target
 INSTRUCTIONS = (
     "Continue this text:\n\n{}",
     "Write the next paragraph.\n\n{}",
@@ -50,24 +49,25 @@ MARK = "THE-WORDS-OF-THE-USER"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What decides conversations.
+class SamplePlan:
+    """Settings that determine the conversations.
 
     Args:
-        prompts: "self": the target writes the user's message, too (Magpie, 2406.08464); a file
-            with a prompt on each line; or a corpus or folder as `read_texts` takes them, whose
-            passages are to be continued, summarised or corrected. None is one that decoding is
-            measured on (`specdiff.training.held_out`): another is drawn, and a file with one is
+        prompts: "self": the target also writes the user's message (Magpie, 2406.08464). Or a file
+            with one prompt per line. Or a corpus or folder for `read_texts`, whose passages are to
+            be continued, summarised or corrected. Prompts of the benchmarks
+            (`specdiff.training.held_out`) are never used: another is drawn, and a file with one is
             refused.
-        max_length: most tokens of prompt and answer. A prompt of ours has at most half of them.
-        temperatures: conversation i has temperature i modulo their number; 0 is greedy.
-        seed: of everything.
+        max_length: maximum tokens of prompt and answer. Prompts from "self" or a corpus have at
+            most half of them.
+        temperatures: conversation i has temperatures[i modulo their number]; 0 is greedy.
+        seed: seed of the run.
 
     Raises:
         ValueError: a field is out of range.
 
     Example:
-        >>> Plan(temperatures=(1.0, 0.7, 0.0), max_length=400)
+        >>> SamplePlan(temperatures=(1.0, 0.7, 0.0), max_length=400)
     """
 
     prompts: str = "self"
@@ -79,19 +79,19 @@ class Plan:
         if self.max_length < 4:
             raise ValueError(f"max_length must be at least 4, got {self.max_length}")
         if not self.temperatures:
-            raise ValueError("temperatures must hold at least one, got none")
+            raise ValueError("temperatures must hold at least one number, got none")
         for temperature in self.temperatures:
-            Sampling(temperature)  # says what is wrong with it
+            Sampling(temperature)  # raises ValueError if it is out of range
 
     def temperature(self, i: int) -> float:
         return self.temperatures[i % len(self.temperatures)]
 
 
 class Totals(NamedTuple):
-    """What a run did."""
+    """Counts and time of a run."""
 
-    conversations: int  # sampled now; others were there
-    answer_tokens: int  # theirs
+    conversations: int  # sampled in this run, without those already there
+    answer_tokens: int  # in these conversations
     seconds: float
 
     @property
@@ -100,30 +100,30 @@ class Totals(NamedTuple):
 
 
 class UserTurn(NamedTuple):
-    """Where a chat template puts the words of a user."""
+    """Tokens around a user's message in a chat template."""
 
-    before: list[int]  # token ids up to where they begin
-    end: int  # the special token behind them
+    before: list[int]  # token ids before the message
+    end: int  # the special token after it
 
 
-class Row(NamedTuple):
-    """What a place of the session is doing."""
+class Job(NamedTuple):
+    """Task of a session's row."""
 
     conversation: int
-    attempt: int | None  # at a message; None: the answer
+    attempt: int | None  # number of the attempt at a message; None: the answer
     prompt: list[int]
 
 
 def draw(seed: int, index: int, what: str, attempt: int = 0) -> int:
-    """64 random bits for one purpose of one conversation, the same on every machine.
+    """64 random bits for one purpose in one conversation, the same on every machine.
 
     The answer of conversation i is sampled with `draw(seed, i, "answer")`.
 
     Args:
-        seed: of the run.
-        index: of the conversation, counted from 0 over all parts.
+        seed: the run's seed.
+        index: index of the conversation, counted from 0 over all parts.
         what: "answer", "message" or "passage".
-        attempt: at a message or passage.
+        attempt: number of the attempt at a message or passage.
 
     Returns:
         an int in [0, 2^64).
@@ -140,45 +140,44 @@ def sample_conversations(
     tokenizer: PreTrainedTokenizerBase,
     out: str | Path,
     conversations: int,
-    plan: Plan | None = None,
+    plan: SamplePlan | None = None,
     *,
     first: int = 0,
     batch: int = 16,
 ) -> Totals:
-    """Have a target write conversations first, ..., first + conversations - 1 into a folder.
+    """Sample conversations first, ..., first + conversations - 1 from a target into a folder.
 
-    The answers are sampled from the target's own distribution, without top-k and top-p, until it
-    ends them or max_length is reached. Files are part-<index of the first>.npz with
-    `part_size(batch)` conversations each, in the format of data/README.md, for
-    `load_conversations`; each appears when it is complete. After an interruption at any moment the
-    same call samples what is missing, with the result of an uninterrupted run, byte for byte on one
-    machine. Other ranges may be sampled elsewhere, and their files put into the same folder.
+    Answers are sampled from the target's distribution, without top-k and top-p, until the target
+    ends them or max_length is reached. The files part-<first index>.npz have `part_size(batch)`
+    conversations each, in the format of data/README.md, for `load_conversations`. A file appears
+    when it is complete. After an interruption, the same call samples the missing files. On one
+    machine the result equals an uninterrupted run's, byte for byte. Other ranges can be sampled
+    elsewhere and their files put into the same folder.
 
-    A conversation does not depend on those beside it, but for the rounding of the model's sums: in
-    another batch, or on another machine, a token may differ where two were equally likely.
+    A conversation does not depend on the others in its batch, except by rounding in the model: in
+    another batch or on another machine, a token may differ if two were about equally likely.
 
     Args:
-        decoder: of the target, without a drafter.
-        tokenizer: the target's.
-        out: folder of the files.
-        conversations: how many, at least 1.
-        plan: of prompts, temperatures, lengths; None: its defaults.
-        first: index of the first, a multiple of `part_size(batch)`.
+        decoder: a decoder of the target, without a drafter.
+        tokenizer: the target's tokenizer.
+        out: output folder.
+        conversations: number of conversations, at least 1.
+        plan: prompts, temperatures and lengths; None: the defaults.
+        first: index of the first conversation, a multiple of `part_size(batch)`.
         batch: rows decoded together.
 
     Returns:
-        Totals of what was missing.
+        totals of the conversations sampled by this call.
 
     Raises:
-        ValueError: an argument is out of range, the prompts cannot be used or are held out, the
-            target writes no message that can be used, or `out` was made with another target, plan
-            or batch.
+        ValueError: an argument is out of range, the prompts are unusable or held out, the target
+            writes no usable message, or `out` was made with another target, plan or batch.
         DistributionError: the target's logits define no distribution.
 
     Example:
         >>> sample_conversations(Decoder(Target(model)), tokenizer, "samples", 2000)
     """
-    plan = plan or Plan()
+    plan = plan or SamplePlan()
     check_arguments(decoder, plan, conversations, first, batch)
     sampler = Sampler(decoder, tokenizer, plan, batch)
     texts = sampler.texts(first)
@@ -187,9 +186,9 @@ def sample_conversations(
 
 
 def part_size(batch: int) -> int:
-    """Conversations of a part: 16 batches, or as many as make 2048 if those are fewer.
+    """Conversations in a part: 16 batches, or fewer if these already make 2048 conversations.
 
-    A kill loses a part at most, and the batch runs empty at the end of each.
+    A killed run loses at most one part. The batch runs empty at the end of each part.
 
     Example:
         >>> [part_size(batch) for batch in (16, 128, 500, 4096)]
@@ -199,7 +198,7 @@ def part_size(batch: int) -> int:
 
 
 def check_arguments(
-    decoder: Decoder, plan: Plan, conversations: int, first: int, batch: int
+    decoder: Decoder, plan: SamplePlan, conversations: int, first: int, batch: int
 ) -> None:
     if conversations < 1 or batch < 1:
         raise ValueError(
@@ -211,7 +210,7 @@ def check_arguments(
             f"{batch}, got {first}"
         )
     if decoder.drafter is not None:
-        raise ValueError("decoder must have no drafter: the target writes by itself")
+        raise ValueError("decoder must have no drafter: conversations are sampled by the target")
     if plan.max_length > decoder.target.context_limit:
         raise ValueError(
             f"max_length must be at most {decoder.target.context_limit}, the target's context, got "
@@ -222,7 +221,7 @@ def check_arguments(
 def sample_missing(
     sampler: Sampler, texts: Iterator[str] | None, out: Path, indices: range
 ) -> Totals:
-    """Write the parts with these conversations that are not there."""
+    """Write the missing parts of these conversations."""
     sampled = tokens = 0
     began = time.monotonic()
     size = part_size(sampler.batch)
@@ -240,29 +239,29 @@ def sample_missing(
             sampled += len(part)
             tokens += int((arrays["length"] - arrays["prompt_length"]).sum())
             if sampler.captures:
-                gc.collect()  # its session is in a cycle, and a cache of all rows with it
+                gc.collect()  # frees the session's cache, which is in a reference cycle
     return Totals(sampled, tokens, time.monotonic() - began)
 
 
 class Sampler:
-    """Samples parts by sessions of `batch` places."""
+    """Samples parts in sessions of `batch` rows."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, plan: Plan, batch: int
+        self, decoder: Decoder, tokenizer: PreTrainedTokenizerBase, plan: SamplePlan, batch: int
     ) -> None:
         self.decoder, self.tokenizer, self.plan, self.batch = decoder, tokenizer, plan, batch
-        self.room = plan.max_length // 2  # tokens of a prompt
+        self.room = plan.max_length // 2  # maximum prompt length in tokens
         self.own = plan.prompts == "self"
         self.captures = decoder.target.device.type == "cuda"
         self.turn = user_turn(tokenizer) if self.own else None
         if len(self.formatted(".")) >= self.room:
             raise ValueError(
-                f"max_length must be above {2 * len(self.formatted('.'))}, twice the length of the "
-                f"chat template, got {plan.max_length}"
+                f"max_length must be above {2 * len(self.formatted('.'))}, twice the chat "
+                f"template's length, got {plan.max_length}"
             )
 
     def settings(self) -> dict[str, Any]:
-        """What the bits of a part depend on."""
+        """Settings that the bits of a part depend on."""
         plan = self.plan
         return {
             "target": model_digest(self.decoder.target.model),
@@ -276,7 +275,7 @@ class Sampler:
         }
 
     def texts(self, first: int) -> Iterator[str] | None:
-        """Lines or documents of conversations from `first` on; None if the target writes them."""
+        """Lines or documents for conversations from `first` on; None for prompts "self"."""
         source = self.plan.prompts
         if self.own:
             return None
@@ -285,11 +284,11 @@ class Sampler:
         numbered = enumerate(read_text(Path(source)).splitlines(), 1)
         lines = {n: line for n, line in numbered if line.strip()}
         if not lines:
-            raise ValueError(f"prompts: {source} is empty, expected a prompt on each line")
+            raise ValueError(f"prompts: {source} is empty, expected one prompt per line")
         if held_out := [n for n, line in lines.items() if is_held_out(line)]:
             raise ValueError(
-                f"prompts: {source} must hold no prompt that `specdiff bench` measures on, got "
-                f"such in line {', '.join(map(str, held_out))}: take it out"
+                f"prompts: {source} holds prompts that `specdiff bench` measures on, in line "
+                f"{', '.join(map(str, held_out))}: remove them"
             )
         return islice(cycle(lines.values()), first % len(lines), None)
 
@@ -297,30 +296,31 @@ class Sampler:
         return self.plan.prompts not in NAMES and Path(self.plan.prompts).is_file()
 
     def prompt(self, i: int, text: str) -> list[int]:
-        """Token ids of the prompt of conversation i, from its line or document."""
+        """Token ids of conversation i's prompt, from its line or document."""
         if not self.is_file():
             return self.passage(i, text)
         ids = self.formatted(text)
         if len(ids) >= self.plan.max_length:
             raise ValueError(
                 f"prompts: {text[:40]!r} has {len(ids)} tokens, and max_length = "
-                f"{self.plan.max_length} leaves no room for an answer: shorten it or raise that"
+                f"{self.plan.max_length} leaves no room for an answer: shorten the prompt or raise "
+                "max_length"
             )
         return ids
 
     def passage(self, i: int, text: str) -> list[int]:
-        """Some words of a document, in a chat under an instruction."""
+        """A prompt with an instruction and some words of a document."""
         for attempt in range(ATTEMPTS):
             message, ids = self.asked(i, text, attempt)
             if not is_held_out(message):
                 return ids
         raise ValueError(
-            "prompts: a document must have a passage that `specdiff bench` does not measure on, "
-            f"got {text.strip()[:40]!r}: leave it out"
+            "prompts: `specdiff bench` measures on every passage of the document "
+            f"{text.strip()[:40]!r}: remove the document"
         )
 
     def asked(self, i: int, text: str, attempt: int) -> tuple[str, list[int]]:
-        """A message with words of a document, shortened until it fits, and its token ids."""
+        """A message with words of a document, shortened to fit, and the prompt's token ids."""
         choose = random.Random(draw(self.plan.seed, i, "passage", attempt))
         instruction = choose.choice(INSTRUCTIONS) if self.tokenizer.chat_template else "{}"
         words = re.findall(WORD, text) or ["."]
@@ -334,7 +334,7 @@ class Sampler:
             size = size * 3 // 4
 
     def formatted(self, text: str) -> list[int]:
-        """A message in the chat template; without one, plain text."""
+        """Token ids of a message in the chat template, or as plain text if there is none."""
         if not self.tokenizer.chat_template:
             return self.tokenizer(text)["input_ids"]
         message = [{"role": "user", "content": text}]
@@ -352,8 +352,8 @@ class Sampler:
             waiting = deque(self.message(i, 0) for i in indices)
         else:
             pairs = zip(indices, texts, strict=True)
-            waiting = deque(Row(i, None, self.prompt(i, text)) for i, text in pairs)
-        places: list[Row | None] = [None] * self.batch
+            waiting = deque(Job(i, None, self.prompt(i, text)) for i, text in pairs)
+        places: list[Job | None] = [None] * self.batch
         finished: dict[int, tuple[list[int], int]] = {}
         while waiting or any(places):
             for b, row in enumerate(places):
@@ -388,7 +388,7 @@ class Sampler:
             capture=self.captures,
         )
 
-    def admit(self, session: Session, first: int, rows: list[Row]) -> None:
+    def admit(self, session: Session, first: int, rows: list[Job]) -> None:
         """Let the places of the session from `first` on begin with rows, in one prefill."""
         prompts = [row.prompt for row in rows]
         ends = [self.plan.max_length if row.attempt is None else self.room for row in rows]
@@ -400,23 +400,23 @@ class Sampler:
             sampling=[Sampling(self.temperature(row)) for row in rows],
         )
 
-    def seed(self, row: Row) -> int:
+    def seed(self, row: Job) -> int:
         what = "answer" if row.attempt is None else "message"
         return draw(self.plan.seed, row.conversation, what, row.attempt or 0)
 
-    def temperature(self, row: Row) -> float:
+    def temperature(self, row: Job) -> float:
         return self.plan.temperature(row.conversation) if row.attempt is None else 1.0
 
-    def message(self, index: int, attempt: int) -> Row:
-        """The row in which the target writes what a user says."""
-        return Row(index, attempt, self.turn.before if self.turn else [])
+    def message(self, index: int, attempt: int) -> Job:
+        """A row in which the target writes the user's message."""
+        return Job(index, attempt, self.turn.before if self.turn else [])
 
-    def answer(self, row: Row, tokens: list[int]) -> Row:
-        """The row that answers a message, if that can be used; else another attempt at one.
+    def answer(self, row: Job, tokens: list[int]) -> Job:
+        """A row that answers a message if the message is usable, else another attempt at one.
 
-        It can if the target ended it by itself, and it has three words of letters or digits, fits
-        into half of max_length and is not held out. It is tokenised anew, as if a user had typed
-        it.
+        A message is usable if the target ended it, it has at least three words of letters or
+        digits, it fits into half of max_length, and it is not held out. It is tokenised again, as
+        if a user had typed it.
         """
         attempt = (row.attempt or 0) + 1
         if self.turn is not None and tokens[-1] == self.turn.end:
@@ -425,19 +425,19 @@ class Sampler:
             ids = self.formatted(said.strip())
             enough = len(re.findall(r"\w+", said)) >= LEAST_WORDS
             if enough and len(ids) <= self.room and not is_held_out(said):
-                return Row(row.conversation, None, ids)
+                return Job(row.conversation, None, ids)
         if attempt == ATTEMPTS:
             raise ValueError(
                 f"prompts 'self': in {ATTEMPTS} attempts the target wrote no message of "
-                f"{LEAST_WORDS} words within {self.room} tokens that is not held out; raise "
-                "max_length, or give a file of prompts, a folder or a corpus"
+                f"{LEAST_WORDS} words within {self.room} tokens that is not held out: raise "
+                "max_length, or use a file of prompts, a folder or a corpus"
             )
         return self.message(row.conversation, attempt)
 
     def arrays(
         self, indices: range, finished: dict[int, tuple[list[int], int]]
     ) -> dict[str, np.ndarray]:
-        """What data/README.md describes."""
+        """The arrays described in data/README.md."""
         vocabulary = self.decoder.target.vocab_size
         dtype = np.uint16 if vocabulary <= 1 << 16 else np.int32
         tokens = np.zeros((len(indices), self.plan.max_length), dtype)
@@ -453,7 +453,7 @@ class Sampler:
 
 
 def adjacent(places: list[int]) -> Iterator[range]:
-    """Runs of places side by side, of places in ascending order.
+    """Group ascending rows into runs of adjacent rows.
 
     Example:
         >>> list(adjacent([0, 1, 2, 5, 7, 8]))
@@ -465,35 +465,34 @@ def adjacent(places: list[int]) -> Iterator[range]:
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
-    """What surrounds a user's message.
+    """The tokens that the chat template puts around a user's message.
 
     Raises:
-        ValueError: there is no chat template, it does not show the message as it is, or no special
-            token ends it.
+        ValueError: there is no chat template, it changes the message, or no special token ends it.
     """
-    way_out = "give a file of prompts, a folder or a corpus"
+    way_out = "use a file of prompts, a folder or a corpus"
     if not tokenizer.chat_template:
-        raise ValueError(f"prompts 'self' need a chat template, and there is none: {way_out}")
+        raise ValueError(f"prompts 'self' need a chat template, but there is none: {way_out}")
     message = [{"role": "user", "content": MARK}]
     text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     before, _, after = text.partition(MARK)
     first, then = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (before, after))
     if not first or not then or MARK in after or then[0] not in tokenizer.all_special_ids:
         raise ValueError(
-            "prompts 'self' need a chat template with something before a user's message and a "
-            f"special token behind it, this one gives {text!r}: {way_out}"
+            "prompts 'self' need a chat template with text before a user's message and a special "
+            f"token after it, got {text!r}: {way_out}"
         )
     return UserTurn(first, then[0])
 
 
 def endless(source: str) -> Iterator[str]:
-    """The documents of a corpus's training split, again and again."""
-    texts = read_texts(source, "train")  # errors come now
+    """The documents of a corpus's training split, repeated forever."""
+    texts = read_texts(source, "train")  # raises errors now
     return chain(texts, chain.from_iterable(read_texts(source, "train") for _ in repeat(None)))
 
 
 def conversations_in(file: Path) -> int:
-    """Of a part; 0 if there is none."""
+    """Number of conversations in a part's file; 0 if there is no file."""
     if not file.is_file():
         return 0
     with np.load(file, allow_pickle=False) as data:
@@ -501,7 +500,7 @@ def conversations_in(file: Path) -> int:
 
 
 def npz(arrays: dict[str, Any]) -> bytes:
-    """The bytes of an .npz; zip entries bear no date, so that they depend on nothing else."""
+    """The bytes of an .npz file. They depend on the arrays only, as zip entries have no date."""
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Random numbers that follow from a key, not from what was drawn before."""
+"""Random generators seeded by a key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ import torch
 
 
 def generator(*key: int) -> torch.Generator:
-    """Random numbers, on the CPU, that depend on nothing but these integers."""
+    """A generator on the CPU that depends only on these integers."""
     word = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(word))

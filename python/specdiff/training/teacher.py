@@ -1,7 +1,7 @@
 """The target as a teacher: its embeddings, and its states at every position of its texts.
 
-A state is what a drafter reads: the residual streams behind some of the target's layers, and last
-the lm head's input, side by side.
+A state is the drafter's input from the target: the residual streams after some of its layers,
+followed by the lm head's input, concatenated.
 """
 
 from __future__ import annotations
@@ -23,25 +23,24 @@ from ..files import write_atomically
 from ..loop.recorder import Recorder
 from .conversations import Conversations
 
-BATCH = 4  # conversations in a forward; more of them fall out of a CPU's caches
-LARGEST = 60000.0  # that is stored; f16 ends at 65504
-SAVE_EVERY = 10.0  # seconds of computation that are lost at most
+BATCH = 4  # conversations per forward; more exceed a CPU's caches
+LARGEST = 60000.0  # largest number stored; f16 ends at 65504
+SAVE_EVERY = 10.0  # seconds of computation that an interruption can lose
 
 
 class Teacher:
-    """What a drafter learns from.
+    """The target's embeddings, states and conversations, for distillation.
 
     Args:
         model: the target, a Hugging Face causal language model.
-        conversations: what it wrote.
+        conversations: conversations written by the target.
         draft_ids: i64 [D], tokens that the drafter can draft.
-        states: f16 [sum(length - 1), (n + 1) d], as `cached_states` reads them; None: they are
-            computed whenever they are asked for.
-        layers: n layers whose residual streams are read, too; counted from 1, in ascending order.
-        dtype: of that computation, see `Body`.
+        states: f16 [sum(length - 1), (n + 1) d] from `cached_states`; None: computed on demand.
+        layers: n layers whose residual streams are part of a state, counted from 1, ascending.
+        dtype: dtype of that computation, see `Body`.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model does not have these layers.
     """
 
     def __init__(
@@ -56,23 +55,23 @@ class Teacher:
     ) -> None:
         self.device = model.device
         self.conversations, self.cached = conversations, states
-        self.count = conversations.length - 1  # states of each; the last token's predicts nothing
-        self.start = self.count.cumsum(0) - self.count  # where they begin
+        self.count = conversations.length - 1  # states of each; the last token needs none
+        self.start = self.count.cumsum(0) - self.count  # index of the first state
         self.body = Body(model, layers, dtype) if states is None else None
         self.embedding = model.get_input_embeddings().weight.detach()  # [V, d]
         self.output = model.get_output_embeddings().weight.detach()  # [V, d]
         self.draft_output = self.output[draft_ids.to(self.device)].contiguous()  # [D, d]
 
     def drafting(self, draft_ids: Tensor) -> Teacher:
-        """The same teacher for a drafter of other tokens."""
+        """The same teacher for another draft vocabulary."""
         teacher = copy.copy(self)
         teacher.draft_output = self.output[draft_ids.to(self.device)].contiguous()
         return teacher
 
     def states(self, rows: Tensor, longest: int) -> Tensor:
-        """States of conversations at their first `longest` positions.
+        """States of the conversations `rows`, i64 [B], at their first `longest` positions.
 
-        i64 [B] -> f32 [B, longest, (n + 1) d], zeros from each one's last token on
+        -> f32 [B, longest, (n + 1) d], zero from each conversation's last token on
         """
         count = self.count[rows].clamp(max=longest)
         if self.body is not None:
@@ -87,16 +86,17 @@ class Teacher:
 
 
 class Body:
-    """A target up to its lm head, for the states alone: without logits, cache and gradients.
+    """A target without its lm head. It computes states without logits, cache or gradients.
 
     Args:
         model: the target.
-        layers: whose residual streams are wanted beside the lm head's input, see `Recorder`.
-        dtype: of the weights and of what is computed; None: the model's own. Another one is that
-            of a copy, which leaves the model as it is.
+        layers: layers whose residual streams are returned before the lm head's input, see
+            `Recorder`.
+        dtype: dtype of weights and computation; None: the model's. For another dtype the weights
+            are copied, and the model is left unchanged.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model does not have these layers.
 
     Example:
         >>> body = Body(model, [2, 4], torch.bfloat16)
@@ -115,8 +115,10 @@ class Body:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """i64 [B, S] -> [B, S, (n + 1) d]; padding stands behind the tokens, where nothing sees
-        it, so that attention needs no mask but its own triangle"""
+        """States of tokens i64 [B, S]. -> [B, S, (n + 1) d]
+
+        Padding must be on the right. Then no token attends to it, and the causal mask is enough.
+        """
         if self.recorder is not None:
             self.recorder.want(self.layers)
         with torch.autocast(tokens.device.type, enabled=False):
@@ -125,7 +127,7 @@ class Body:
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> Any:
-    """A copy with parameters of another dtype. Buffers, such as rotary frequencies, stay exact."""
+    """A copy with parameters of another dtype. Buffers such as rotary frequencies are unchanged."""
     made = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in module.parameters()}
     return copy.deepcopy(module, made)
 
@@ -139,26 +141,26 @@ def cached_states(
     layers: Sequence[int] = (),
     dtype: torch.dtype | None = None,
 ) -> np.ndarray:
-    """The states of all conversations, from a file, or computed into it.
+    """The states of all conversations, read from a file or computed into it.
 
-    Conversation i has length[i] - 1 states, as the last token's predicts nothing. They stand one
-    behind the other, conversation by conversation.
+    Conversation i has length[i] - 1 states, because the last token needs none. The file holds them
+    conversation by conversation.
 
-    An interrupted computation goes on where it stopped: PATH.partial has the states so far, and
-    PATH.progress says of how many conversations.
+    An interrupted computation is resumed: PATH.partial has the states so far, and PATH.progress the
+    number of conversations.
 
     Args:
         model: the target.
-        conversations: what it wrote.
-        path: of the file, .npy.
-        progress: where the bar is drawn, and above it what the file takes.
+        conversations: conversations written by the target.
+        path: the .npy file.
+        progress: shows a bar and, above it, the size of the file.
         layers, dtype: see `Body`.
 
     Returns:
-        f16 [sum(length - 1), (n + 1) d], mapped into memory; numbers beyond 60000 are cut off.
+        f16 [sum(length - 1), (n + 1) d], memory-mapped. Numbers are clamped to +-60000.
 
     Raises:
-        ValueError: `path` holds other states, or its disk has too little room.
+        ValueError: `path` holds other states, or its disk has too little space.
 
     Example:
         >>> states = cached_states(model, conversations, Path("out/states.npy"), Progress())
@@ -171,7 +173,7 @@ def cached_states(
     if (states.shape, states.dtype) != (shape, np.float16):
         raise ValueError(
             f"states in {path} must be float16 of shape {shape}, got {states.dtype} of shape "
-            f"{states.shape}: delete it, and they are computed again"
+            f"{states.shape}: delete the file to compute them again"
         )
     return states
 
@@ -183,7 +185,7 @@ def compute_states(
     shape: tuple[int, int],
     progress: Progress,
 ) -> None:
-    """Write the file of `cached_states`, the longest conversations first."""
+    """Compute the file of `cached_states`, longest conversations first."""
     partial = path.with_name(f"{path.name}.partial")
     marker = path.with_name(f"{path.name}.progress")
     count = conversations.length - 1
@@ -203,7 +205,7 @@ def compute_states(
         np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     else:
         check_room(path.parent, size - 512 * partial.stat().st_blocks)
-    begin = partial.stat().st_size - size  # behind the header
+    begin = partial.stat().st_size - size  # after the header
     tokens = int(count[order[:done]].sum())
     task = progress.add_task("the target's states, tokens", total=shape[0], completed=tokens)
     with partial.open("r+b") as file:
@@ -226,7 +228,7 @@ def compute_states(
 
 
 def is_store(path: Path, shape: tuple[int, int]) -> bool:
-    """Whether a file is there that states of this shape can be written into."""
+    """Whether the file exists and can hold states of this shape."""
     if not path.exists():
         return False
     store = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -238,13 +240,13 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"the target's states need {needed:,} bytes in {folder}, where {free:,} are free: "
-            "take another --out, fewer conversations, or data.cache_states = false, which computes "
-            "them again in every step"
+            f"the target's states need {needed:,} bytes in {folder}, where {free:,} are free: use "
+            "another --out, fewer conversations, or data.cache_states = false, which computes the "
+            "states in every step"
         )
 
 
 def sync(file: Any) -> None:
-    """Have a file's bytes on the disk."""
+    """Flush a file to disk."""
     file.flush()
     os.fsync(file.fileno())

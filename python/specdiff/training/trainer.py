@@ -1,7 +1,7 @@
-"""The training loop: AdamW or Muon, warmup, cosine, clipping, averaged weights; over accelerate.
+"""Training loop on accelerate: AdamW or Muon, warmup, cosine, clipping, averaged weights.
 
-Whatever a step does follows from the seed and its number: a run that is killed at any moment goes
-on from its last checkpoint with the very same losses, and one process or many see the same batches.
+A step depends only on the seed and its number. A killed run therefore resumes from its last
+checkpoint with exactly the same losses. One process or many see the same batches.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from ..drafters.head import SequentialHead
 from ..files import write_atomically
 from .recipe import Recipe
 
-POOL = 16  # batches that are sorted by length together
-MOMENTS = {  # what an optimiser remembers of a parameter
+POOL = 16  # number of batches that are sorted by length together
+MOMENTS = {  # optimiser -> keys of a parameter's state
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.Muon: ("momentum_buffer",),
 }
 
 
 class Task(Protocol):
-    """What is learnt. Its forward is the loss of the texts chosen for a step.
+    """A training task. Its forward is the loss of the texts chosen for a step.
 
     Attributes:
-        network: the part that is trained, averaged and kept.
+        network: the network to train, average and save.
         rows: i64 [N], texts to choose from.
-        lengths: i64 [N], theirs.
+        lengths: i64 [N], lengths of these texts.
     """
 
     network: nn.Module
@@ -53,16 +53,16 @@ class Task(Protocol):
 
 
 def choose(rows: Tensor, lengths: Tensor, recipe: Recipe, step: int) -> Tensor:
-    """Texts of a step. i64 [batch]"""
+    """Texts for a step. -> i64 [batch]"""
     epoch, place = divmod(step, len(rows) // recipe.batch)
     return rows[batches_of(lengths, recipe, epoch)[place]]
 
 
-@functools.lru_cache(maxsize=1)  # of the epoch that is under way
+@functools.lru_cache(maxsize=1)  # for the current epoch
 def batches_of(lengths: Tensor, recipe: Recipe, epoch: int) -> Tensor:
-    """An epoch is shuffled, what fills no batch is left out, and neighbours of like length meet.
+    """Shuffled batches of an epoch, each of texts of similar length. Left-over texts are dropped.
 
-    i64 [batches, batch], places in `lengths`
+    -> i64 [batches, batch], indices into `lengths`
     """
     count = len(lengths) // recipe.batch
     shuffle = np.random.default_rng([recipe.seed, epoch])
@@ -72,15 +72,15 @@ def batches_of(lengths: Tensor, recipe: Recipe, epoch: int) -> Tensor:
 
 
 class Trainer:
-    """Trains a task; every process of a launch makes the same one.
+    """Trains a task. Every process of a launch must make the same trainer.
 
     Args:
-        task: a module; its network is trained in place.
-        recipe: see there.
-        accelerator: None: one for this machine.
+        task: a `Task` module. Its network is trained in place.
+        recipe: training settings.
+        accelerator: None: made from the recipe.
 
     Raises:
-        ValueError: a batch that the processes cannot share, or of more texts than there are.
+        ValueError: the processes cannot share the batch evenly, or it exceeds the number of texts.
 
     Example:
         >>> trainer = Trainer(task, Recipe(steps=100))
@@ -106,15 +106,14 @@ class Trainer:
 
     @property
     def network(self) -> Any:
-        """The averaged network, which is what a run makes."""
+        """The averaged network, the result of a run."""
         return self.average.module
 
     def train_step(self) -> float:
         """One optimiser step. Returns its loss, the mean over the whole batch.
 
         Raises:
-            FloatingPointError: the loss or its gradient is not finite; the weights are those before
-                the step.
+            FloatingPointError: the loss or its gradient is not finite. The weights are unchanged.
         """
         recipe, accelerator = self.recipe, self.accelerator
         for optimizer in self.optimizers:
@@ -122,12 +121,12 @@ class Trainer:
                 group["lr"] = recipe.rate(self.step, group["full"])
         chosen = choose(self.task.rows, self.task.lengths, recipe, self.step)
         *parts, last = chosen.view(recipe.accumulate, accelerator.num_processes, -1)
-        with accelerator.no_sync(self.module):  # gradients meet once
+        with accelerator.no_sync(self.module):  # gradients are reduced once
             loss = sum(map(self.backward, parts), torch.zeros((), device=accelerator.device))
         loss = accelerator.reduce(loss + self.backward(last), "mean").item()
         self.check("loss", loss)
         length = accelerator.clip_grad_norm_(self.module.parameters(), recipe.clip)
-        self.check("gradient's length", float(length))
+        self.check("gradient's norm", float(length))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -136,7 +135,7 @@ class Trainer:
         return loss
 
     def backward(self, part: Tensor) -> Tensor:
-        """Add the gradient of this process's texts of i64 [processes, n]; their share of loss"""
+        """Add the gradient of this process's row of i64 [processes, n]. -> its share of the loss"""
         progress = self.step / self.recipe.steps
         loss = self.module(part[self.accelerator.process_index], self.step, progress)
         loss = loss / self.recipe.accumulate
@@ -144,7 +143,7 @@ class Trainer:
         return loss.detach()
 
     def agree(self, wanted: bool) -> bool:
-        """Whether any process wants it."""
+        """Whether `wanted` is True in any process."""
         flag = torch.tensor(float(wanted), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
@@ -152,12 +151,12 @@ class Trainer:
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the {what} of step {self.step} is {value}: lower learning_rate = "
-                f"{self.recipe.learning_rate}, or clip = {self.recipe.clip}; the last checkpoint "
-                "is from before it"
+                f"{self.recipe.learning_rate} or clip = {self.recipe.clip}; the last checkpoint "
+                "is from an earlier step"
             )
 
     def optimizer_of(self, parameter: Tensor) -> torch.optim.Optimizer:
-        """That which trains a parameter."""
+        """The optimiser of a parameter."""
         return next(
             wrapped.optimizer
             for wrapped in self.optimizers
@@ -181,10 +180,10 @@ class Trainer:
         write_atomically(path, save(tensors, about))
 
     def resume(self, path: Path) -> None:
-        """Continue from what `save` wrote.
+        """Continue from a checkpoint written by `save`.
 
         Raises:
-            ValueError: it was made with another recipe or for another network, or is no checkpoint.
+            ValueError: the file is not a checkpoint, or has another recipe or network.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -192,11 +191,11 @@ class Trainer:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             theirs = json.loads(about["recipe"])
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no checkpoint of a training: {error!r}") from error
+            raise ValueError(f"{path} is not a training checkpoint: {error!r}") from error
         ours = asdict(self.recipe)
         if changed := [f"{k} = {theirs.get(k)}" for k in ours if ours[k] != theirs.get(k)]:
             raise ValueError(
-                f"{path} was made with {', '.join(changed)}: train on with these, or use another "
+                f"{path} was made with {', '.join(changed)}: use the same settings, or another "
                 "folder"
             )
         averaged = dict(self.network.named_parameters())
@@ -204,7 +203,7 @@ class Trainer:
             saved = tensors.get(f"network.{name}")
             if saved is None or saved.shape != parameter.shape:
                 raise ValueError(
-                    f"{path} is of another network, {name} differs: use another folder"
+                    f"{path} is from another network ({name} differs): use another folder"
                 )
             parameter.data.copy_(saved)
             averaged[name].data.copy_(tensors[f"average.{name}"])
@@ -218,8 +217,7 @@ class Trainer:
 
 
 def make_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """For each weight of a network one, as the recipe says. `full` of a group is its full learning
-    rate."""
+    """The optimisers of all weights, by the recipe. A group's peak learning rate is `full`."""
     weights = list(network.parameters())
     heads = {m.out.weight for m in network.modules() if isinstance(m, SequentialHead)}
     linear = {m.weight for m in network.modules() if isinstance(m, nn.Linear)} - heads
@@ -246,7 +244,7 @@ def make_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opti
 
 
 def decaying_average(decay: float) -> Callable[..., None]:
-    """Of weights: after n steps the last ones weigh 1 - decay, more while there are few."""
+    """Update rule of the weights' moving average: new weights count 1 - decay, more at first."""
 
     def update(average: list[Tensor], new: list[Tensor], count: Tensor | int) -> None:
         n = float(count)
@@ -256,6 +254,6 @@ def decaying_average(decay: float) -> Callable[..., None]:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """For the devices and processes that this one was launched with."""
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # while the first prepares data
+    """An Accelerator for the devices and processes of this launch."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the first process prepares data
     return Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[patience])
