@@ -261,6 +261,24 @@ def table2() -> list[str]:
     return [*grid(head, rows), "", f"{checks(*data)} {source(*data)}"]
 
 
+def drafters() -> list[str]:
+    """Tokens per forward, with standard errors."""
+    data, rows = result("drafters"), []
+    groups = [(task, t) for task in ("chat", "held-out") for t in (1.0, 0.0)]
+    cases = {
+        ((c["drafter"], c["K"], c["rule"]), (c["task"], c["temperature"])): c for c in data["cases"]
+    }
+    for drafter in dict.fromkeys(drafter for drafter, _ in cases):
+        own = (cases[drafter, group] for group in groups)
+        cells = [f"{c['tokens_per_forward']:.2f} ± {c['standard_error']:.2f}" for c in own]
+        rows.append([*map(str, drafter), *cells])
+    named = (f"{texts}, {manner(t)}" for texts, t in groups)
+    greedy = [c for c in data["cases"] if c["temperature"] == 0]
+    same = min(c["identical"] / c["prompts"] for c in greedy)
+    said = f"At least {same:.1%} of the greedy texts of each setting are plain decoding's."
+    return [*grid(["drafter", "K", "rule", *named], rows), "", f"{said} {source(data)}"]
+
+
 def draft() -> list[str]:
     """Cost of drafting relative to the target's forward."""
     data, rows = result("draft"), []
@@ -347,6 +365,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         planner,
         lenience,
         draft,
+        drafters,
         conformance,
     )
 }
