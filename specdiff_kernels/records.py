@@ -74,7 +74,10 @@ def check_names(rule: str, record: str | None) -> None:
 
 def strongest(draft: Draft, rule: str) -> Record:
     order = (Record.ENTANGLED, Record.RUNNING_MAX, Record.FINAL, Record.ONE_HOT)
-    return next(record for record in order if reason_against(record, draft, rule) is None)
+    for record in order:
+        if reason_against(record, draft, rule) is None:
+            break
+    return record
 
 
 def reason_against(record: Record, draft: Draft, rule: str) -> str | None:

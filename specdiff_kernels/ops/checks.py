@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import DISTRIBUTION_DTYPES, MAX_VOCABULARY, Purpose, RowDistribution
+from ..fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes, bind
+from ..types import Purpose
 
 INT64 = (torch.int64,)
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, torch.nn.Parameter)
+NUMBERS = (int, float)
 
 
 def check_tensor(
@@ -26,9 +28,12 @@ def check_tensor(
     """Raise unless `tensor` lies on `device` with one of `dtypes` and `shape` (None: any size)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.shape != shape and not fits(tensor.shape, shape):
-        want = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape [{want}], got {list(tensor.shape)}")
+    wrong = len(tensor.shape) != len(shape)
+    for want, have in zip(shape, tensor.shape, strict=False):
+        wrong = wrong or (want is not None and want != have)
+    if wrong:
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(
@@ -40,10 +45,96 @@ def check_tensor(
     return tensor
 
 
-def fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(
-        want is None or want == have for want, have in zip(wanted, shape, strict=True)
-    )
+def checked(
+    layout: Layout[Record],
+    values: Sequence[Any],
+    sizes: Sizes,
+    device: torch.device,
+    prefix: str = "",
+    into: bool = False,
+) -> Record:
+    """The record of these values, as kernels take them: tensors contiguous, a number for all rows
+    as a tensor; the entries of a tensor are checked by the kernel, through the row's status.
+
+    Args:
+        sizes: what is known of the sizes in shapes; what the tensors show is added. A shape in it
+            stands for another one.
+        prefix: what the caller writes before names.
+        into: they will be written to, and have to be contiguous.
+
+    Raises:
+        ValueError, TypeError: the message names the field.
+    """
+    found: list[Any] = []
+    for (name, spec, record, optional), value in zip(layout.fields, values, strict=True):
+        if value is None and optional:
+            pass
+        elif record is not None:
+            if not isinstance(value, (tuple, list)) or len(value) != len(record.fields):
+                raise TypeError(
+                    f"{prefix}{name}: expected a {record.kind.__name__}, got {type(value).__name__}"
+                )
+            inner = f"{prefix}{name}." if record.named else prefix
+            value = checked(record, value, sizes, device, inner, into)
+        elif isinstance(spec, Scalar):
+            if not spec.choices and type(value) is not spec.kind:
+                value = spec.kind(value or 0)
+            if spec.size:
+                sizes[spec.size] = value
+        elif isinstance(spec, Array) and not spec.many:
+            shape: Any = tuple(map(sizes.get, sizes.get(spec.shape, spec.shape)))
+            if spec.number is not None and not isinstance(value, Tensor):
+                value = number_for_all(prefix + name, value, spec, shape, device)
+            elif (
+                type(value) not in PLAIN
+                or value.shape != shape
+                or value.dtype not in spec.dtypes
+                or value.device != device
+            ):
+                check_tensor(prefix + name, value, shape, spec.dtypes, device)
+                bind(sizes, spec.shape, value)
+            if into or spec.written:
+                if not value.is_contiguous():
+                    raise ValueError(
+                        f"{prefix}{name}: expected contiguous memory, got a strided view"
+                    )
+            elif not spec.rows or value.shape[-1] != 1 != value.stride(-1):
+                value = value.contiguous()
+            if spec.is_logits and not 1 <= value.shape[-1] <= MAX_VOCABULARY:
+                raise ValueError(
+                    f"{prefix}{name}: expected a vocabulary of 1 to {MAX_VOCABULARY}, got "
+                    f"{value.shape[-1]}"
+                )
+        found.append(value)
+    return tuple.__new__(layout.kind, found)  # as it does, without its call
+
+
+def columns(
+    name: str,
+    ids: Tensor | None,
+    device: torch.device,
+    shape: tuple[str, ...],
+    target: tuple[str, ...],
+) -> Sizes:
+    """What is known of a draft's logits: they have a column for each id, or the target's."""
+    if ids is None:
+        return {shape: target}
+    check_tensor(name, ids, (None,), INT64, device)
+    return {shape[-1]: ids.shape[0]}
+
+
+def number_for_all(
+    name: str, value: Any, spec: Array, shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """A number that may stand for all entries, as a tensor."""
+    dtype, (allowed, low, high, zero) = spec.dtypes[0], spec.number  # type: ignore[misc]
+    kind = int if dtype == torch.int64 else float
+    plain = type(value) in NUMBERS or isinstance(value, Real)
+    if not plain or not (low <= value <= high or (zero and value == 0)) or (
+        kind is int and value != int(value)
+    ):  # fmt: skip
+        raise ValueError(f"{name}: expected {allowed}, got {value!r}")
+    return torch.full(shape, plain_number(value, kind), dtype=dtype, device=device)
 
 
 def device_of(name: str, tensor: Tensor) -> torch.device:
@@ -77,86 +168,42 @@ def overlap(a: Tensor | None, b: Tensor | None) -> bool:
     return start < last and first < end
 
 
-def check_logits(
-    name: str, logits: Tensor, shape: tuple[int | None, ...], device: torch.device
-) -> Tensor:
-    """Logits of a supported dtype and vocabulary, with contiguous rows (copied if need be)."""
-    check_tensor(name, logits, shape, LOGIT_DTYPES, device)
-    V = logits.shape[-1]
-    if not 1 <= V <= MAX_VOCABULARY:
-        raise ValueError(f"{name}: expected a vocabulary of 1 to {MAX_VOCABULARY}, got {V}")
-    return logits if logits.stride(-1) == 1 or V == 1 else logits.contiguous()
+ordered: tuple[Any, Any, int] = (lambda: None, None, 0)  # ids last found to increase, state, end
 
 
 def check_increasing(name: str, ids: Tensor, V: int) -> None:
-    """Raise unless the token ids increase strictly within [0, V), where they can be looked at."""
+    """Raise unless the token ids increase strictly within [0, V), where they can be looked at.
+
+    All of them are looked at once, and again when somebody wrote to them.
+    """
+    global ordered
     if not readable(ids) or ids.shape[0] == 0:
         return
-    inside = int(ids[0]) >= 0 and int(ids[-1]) < V
-    if not inside or not bool((ids[1:] > ids[:-1]).all()):
+    state = None if ids.is_inference() else (ids.data_ptr(), ids._version, ids.shape, ids.stride())
+    seen, before, end = ordered
+    if seen() is not ids or state is None or state != before:
+        increase = int(ids[0]) >= 0 and bool((ids[1:] > ids[:-1]).all())
+        end = int(ids[-1]) + 1 if increase else V + 1
+        if increase:
+            ordered = weakref.ref(ids), state, end
+    if end > V:
         raise ValueError(
             f"{name}: expected strictly increasing ids in [0, {V}), got others; "
             "sort the columns of the drafter's head once"
         )
 
 
-def check_distribution(
-    name: str, distribution: RowDistribution, N: int, device: torch.device
-) -> RowDistribution:
-    """The distribution with contiguous fields of N entries each."""
-    for field, tensor, dtype in zip(
-        RowDistribution._fields, distribution, DISTRIBUTION_DTYPES, strict=True
-    ):
-        check_tensor(f"{name}.{field}", tensor, (N,), (dtype,), device)
-    return RowDistribution(*contiguous(*distribution))
-
-
-# name: (dtype, what is allowed, test)
-PARAMETERS = {
-    "temperature": (torch.float32, "0 or a number in [2^-95, 2^95]",
-                    lambda x: x == 0 or 2.0**-95 <= x <= 2.0**95),
-    "top_k": (torch.int64, "an integer in [0, 2^63) (0: off)",
-              lambda x: 0 <= x < 2**63 and x == int(x)),
-    "top_p": (torch.float32, "a number in [2^-149, 1]", lambda x: 2.0**-149 <= x <= 1),
-    "min_p": (torch.float32, "a number in [0, 1]", lambda x: 0 <= x <= 1),
-    "rate": (torch.float64, "a number >= 0", lambda x: x >= 0),
-}  # fmt: skip
-
-
-def per_row(name: str, value: float | Tensor | None, N: int, device: torch.device) -> Tensor | None:
-    """A parameter as a tensor [N]; None stays None. Numbers are checked here, the
-    entries of a tensor by the kernel, through the row's status."""
-    if value is None:
-        return None
-    dtype, allowed, test = PARAMETERS[name]
-    if isinstance(value, Tensor):
-        check_tensor(name, value, (N,), (dtype,), device)
-        return value.contiguous()
-    if not isinstance(value, Real) or not test(value):
-        raise ValueError(f"{name}: expected {allowed}, got {value!r}")
-    value = plain_number(value, int if dtype == torch.int64 else float)
-    return torch.full((N,), value, dtype=dtype, device=device)
-
-
 def plain_number(value: Any, kind: type) -> Any:
     """NumPy's numbers and the like as Python's, which are left alone: a compiler's are symbols."""
-    return value if type(value) in (int, float) else kind(value)
+    return value if type(value) in NUMBERS else kind(value)
 
 
-def check_random(
-    N: int,
-    device: torch.device,
-    words_shape: tuple[int, ...],
-    words: Tensor | None,
-    **key: Tensor | None,
-) -> None:
+def check_random(N: int, words: Tensor | None, **key: Tensor | None) -> None:
     """Raise unless the draws come either from `words` or from all tensors [N] of their key."""
     if words is not None:
-        check_tensor("words", words, words_shape, INT64, device)
+        return
     for name, tensor in key.items():
-        if tensor is not None:
-            check_tensor(name, tensor, (N,), INT64, device)
-        elif words is None:
+        if tensor is None:
             raise ValueError(
                 f"{name}: expected a tensor [{N}] int64, got None; pass {' and '.join(key)}, or "
                 "words"
@@ -177,17 +224,10 @@ def check_purpose(purpose: int) -> int:
     return int(purpose)
 
 
-def check_workspace(workspace: Tensor | None, out: Any, device: torch.device) -> None:
+def check_workspace(workspace: Tensor, out: Any, device: torch.device) -> None:
     """Raise unless a workspace is int64 [n] and comes with outputs; its size is the backend's."""
-    if workspace is None:
-        return
     check_tensor("workspace", workspace, (None,), INT64, device)
     if out is None:
         raise ValueError("workspace: expected `out` with it, got None; allocate the outputs too")
     if not workspace.is_contiguous():
         raise ValueError("workspace: expected contiguous memory, got a strided view")
-
-
-def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Each tensor with contiguous memory; None stays None."""
-    return tuple(t if t is None else t.contiguous() for t in tensors)
