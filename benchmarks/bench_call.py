@@ -9,16 +9,16 @@ calls whose kernel is left out; it is the least of several runs, as others share
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
-import time
 from timeit import repeat
 from typing import Any
 from unittest import mock
 
 import torch
 
-from specdiff_kernels import Draft, Reveal, _C, denoise_step, verify
+from specdiff_kernels import _C, Draft, Reveal, denoise_step, verify
 
 B, K, V = 1, 8, 49152
 CALLS, RUNS = 1000, 15
@@ -40,8 +40,7 @@ def functions(call: Callable[[], Any]) -> Counter[str]:
 
     def note(frame: Any, event: str, _: Any) -> None:
         if event == "call" and frame.f_code is not call.__code__:
-            seen[frame.f_code.co_qualname if sys.version_info >= (3, 11) else
-                 frame.f_code.co_name] += 1  # fmt: skip
+            seen[frame.f_code.co_name] += 1
 
     call()  # what is made once
     before = sys.getprofile()
@@ -62,7 +61,9 @@ def microseconds(call: Callable[[], Any]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     call = a_call()
-    print(f"{functions(call).total()} Python functions, {microseconds(call):.1f} us beside the kernel")
+    print(
+        f"{functions(call).total()} Python functions, {microseconds(call):.1f} us beside the kernel"
+    )
 
 
 if __name__ == "__main__":

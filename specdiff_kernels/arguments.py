@@ -8,56 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fields import DTYPES, LOGITS_WIDTH, layout_of
+from .fields import layout_of
 from .inputs import CommitInputs
 from .pages import Pages
 from .types import Committed
-
-ABSENT = [(0,) * width for width in range(LOGITS_WIDTH + 1)]
 
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def pack(*records: Any) -> list[int]:
-    """What `Arguments` of csrc/bindings/arguments.h reads: for each field of the records in order
-    an address, 0 for none; a number; or what logits and sized tensors consist of."""
-    packed: list[int] = []
-    for record in records:
-        if isinstance(record, Tensor):
-            packed.append(record.data_ptr())
-            continue
-        layout = layout_of(type(record))
-        for (_, _, spec), width, value in zip(
-            layout.leaves, layout.widths, layout.flatten(record), strict=True
-        ):
-            if value is None:
-                packed += ABSENT[width]
-            elif width == 1:
-                if isinstance(value, Tensor):
-                    packed.append(value.data_ptr())
-                else:
-                    packed.append(spec.choices.index(value) if spec.choices else value)
-            elif width == LOGITS_WIDTH:
-                batch_stride = value.stride(0) if value.ndim == 3 else 0
-                packed += (
-                    value.data_ptr(), DTYPES[value.dtype], value.shape[-1], batch_stride,
-                    value.stride(-2), value.shape[-2],
-                )  # fmt: skip
-            elif width:
-                packed += (value.data_ptr(), *value.shape)
+def pack(inputs: Any, out: Any) -> list[int]:
+    """What `Arguments` of csrc/bindings/arguments.h reads: the fields of both in order."""
+    packed = layout_of(type(inputs)).pack(inputs)
+    packed += [out.data_ptr()] if isinstance(out, Tensor) else layout_of(type(out)).pack(out)
     return packed
 
 
 def pack_commit(inputs: CommitInputs, out: Committed) -> list[int]:
     """As `pack`; between them how many geometries caches have, then each with its caches."""
-    packed = pack(inputs)
     groups = by_geometry(inputs.caches, inputs.pages)
+    packed = layout_of(CommitInputs).pack(inputs)
     packed.append(len(groups))
     for (sizes, strides), alike in groups.items():
         packed += (len(alike), *(cache.data_ptr() for cache in alike), *sizes, *strides)
-    return packed + pack(out)
+    return packed + layout_of(Committed).pack(out)
 
 
 def scratch(workspace: Tensor | None, size: int, rows: int, V: int, device: torch.device) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from functools import cache
-from operator import attrgetter
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -28,10 +27,9 @@ import torch
 from torch import Tensor
 
 Record = TypeVar("Record", bound=tuple)
-Sizes = dict[Any, Any]  # what the words of shapes stand for, or whole shapes
+Sizes = dict[str, Any]  # what the words of shapes stand for
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/ numbers them
-LOGITS_WIDTH = 6  # numbers that native code is given for logits
 MAX_VOCABULARY = 2**19 - 1  # 2^19 weights of 2^44 would overflow an int64 total
 
 
@@ -48,8 +46,8 @@ NOT_NEGATIVE = Range("a number >= 0", 0, float("inf"))
 
 
 class Array(NamedTuple):
-    """A tensor of one of `dtypes`. Its shape is words that stand for a size each; a size that is
-    not known yet is what the tensor has."""
+    """A tensor of one of `dtypes`. Its shape is numbers and words that stand for a size each, which
+    is what the tensor has if it is not known; or a word in small letters for a whole shape."""
 
     dtypes: tuple[torch.dtype, ...]
     shape: tuple[str, ...]
@@ -115,23 +113,56 @@ class Layout(Generic[Record]):
         self.fields = tuple(_field(name, hints[name], group) for name in kind._fields)  # type: ignore[attr-defined]
         # of all annotated fields, those of records in it too: (name, optional, spec)
         self.leaves = tuple(self._leaves())
-        self.widths = tuple(_width(spec) for _, _, spec in self.leaves)
-        # record -> what kernels are given of it, one after another
+        # written out, as `collections.namedtuple` does: loops over fields would take longer than
+        # all else that a call does beside its kernel
         self.flatten: Callable[[Any], tuple[Any, ...]] = eval(f"lambda record: ({self._items()})")
+        scope = {"torch": torch, "new": tuple.__new__, "logits": _logits}
+        self.pack: Callable[[Any], list[int]] = eval(f"lambda record: [{self._numbers()}]", scope)
+        outputs = self._outputs(scope)
+        self.empty: Callable[..., Record] = eval(f"lambda sizes, device, inputs: {outputs}", scope)
 
     def _items(self, record: str = "record") -> str:
-        """The items of a record's flat form, as an expression: a call a field would take longer
-        than all the kernel's other arguments."""
+        """What kernels are given of a record, one after another; as Python's expressions."""
         items = ""
         for index, (_, spec, inner, optional) in enumerate(self.fields):
             item = f"{record}[{index}]"
             if inner is not None:
-                parts = inner._items(item)
                 nothing = "None, " * len(inner.leaves)
-                items += f"*(({nothing}) if {item} is None else ({parts})), " if optional else parts
+                items += _or_else(item, nothing, inner._items(item), optional)
             elif spec is not None:
                 items += f"{item}, "
         return items
+
+    def _numbers(self, record: str = "record") -> str:
+        """What native code is given of it: addresses, 0 for none; numbers; what logits and sized
+        tensors consist of."""
+        numbers = ""
+        for index, (_, spec, inner, optional) in enumerate(self.fields):
+            item = f"{record}[{index}]"
+            if inner is not None:
+                nothing = "0, " * sum(_width(leaf) for _, _, leaf in inner.leaves)
+                numbers += _or_else(item, nothing, inner._numbers(item), optional)
+            elif isinstance(spec, Scalar):
+                numbers += f"{spec.choices}.index({item}), " if spec.choices else f"{item}, "
+            elif spec is not None and not spec.many:
+                parts = f"{item}.data_ptr(), " + f"*{item}.shape, " * spec.sized
+                parts = f"*logits({item}), " if spec.is_logits else parts
+                numbers += _or_else(item, "0, " * _width(spec), parts, optional)
+        return numbers
+
+    def _outputs(self, scope: dict[str, Any]) -> str:
+        """New memory for it."""
+        outputs = ""
+        for _, spec, inner, _ in self.fields:
+            if inner is not None:
+                outputs += f"{inner._outputs(scope)}, "
+            elif isinstance(spec, Array):
+                words = (word if word.isdigit() else f"sizes[{word!r}]" for word in spec.shape)
+                shape = "".join(f"{word}, " for word in words)
+                dtype = f"inputs.{spec.like}.dtype" if spec.like else spec.dtypes[0]
+                outputs += f"torch.empty(({shape}), dtype={dtype}, device=device), "
+        scope[self.kind.__name__] = self.kind
+        return f"new({self.kind.__name__}, ({outputs}))"
 
     def _leaves(self) -> Iterator[tuple[str, bool, Any]]:
         for name, spec, record, optional in self.fields:
@@ -157,13 +188,23 @@ def _field(name: str, hint: Any, group: Group) -> Field:
     return Field(name, spec, None, optional)
 
 
+def _or_else(item: str, nothing: str, parts: str, optional: bool) -> str:
+    return f"*(({nothing}) if {item} is None else ({parts})), " if optional else parts
+
+
 def _width(spec: Array | Scalar) -> int:
     """How many numbers native code is given for it."""
     if isinstance(spec, Scalar):
         return 1
-    if spec.is_logits:
-        return LOGITS_WIDTH
-    return 0 if spec.many else 1 + len(spec.shape) * spec.sized
+    return 6 if spec.is_logits else 1 - spec.many + len(spec.shape) * spec.sized
+
+
+def _logits(logits: Tensor) -> tuple[int, ...]:
+    """[N, V] or [B, N, V] -> address, dtype, V, batch stride, row stride, N"""
+    *batch_stride, row_stride, _ = logits.stride()
+    *_, N, V = logits.shape
+    batch = batch_stride[0] if batch_stride else 0
+    return logits.data_ptr(), DTYPES[logits.dtype], V, batch, row_stride, N
 
 
 layout_of: Callable[[Any], Layout] = cache(Layout)
@@ -187,45 +228,15 @@ def any_given(layout: Layout, record: Any) -> bool:
     return any(value is not None for value in layout.flatten(record))
 
 
-def bind(sizes: Sizes, shape: tuple[str, ...], tensor: Tensor) -> None:
-    """Note what the words of a shape stand for; K also says what K+1 is, and the reverse."""
-    for word, size in zip(shape, tensor.shape, strict=False):
-        sizes[word] = size
-        if word.endswith("+1"):
-            sizes[word[:-2]] = size - 1
-        else:
-            sizes[word + "+1"] = size + 1
-
-
 def sizes_of(layout: Layout, flat: Sequence[Any]) -> Sizes:
-    """The sizes of checked inputs."""
+    """What checked inputs say of the words in shapes."""
     sizes: Sizes = {}
     for (_, _, spec), value in zip(layout.leaves, flat, strict=True):
         if isinstance(value, Tensor):
-            bind(sizes, spec.shape, value)
+            sizes.update(zip(spec.shape, value.shape, strict=False))
         elif isinstance(spec, Scalar) and spec.size:
             sizes[spec.size] = value
     return sizes
-
-
-def fixed_sizes(*layouts: Layout) -> Sizes:
-    """The words of shapes that are numbers."""
-    specs = [spec for layout in layouts for _, _, spec in layout.leaves]
-    words = {word for spec in specs if isinstance(spec, Array) for word in spec.shape}
-    return {word: int(word) for word in words if word.isdigit()}
-
-
-def empty(layout: Layout[Record], sizes: Sizes, inputs: Any, device: torch.device) -> Record:
-    """Outputs to write into."""
-    values: list[Any] = []
-    for _, spec, inner, _ in layout.fields:
-        if inner is not None:
-            values.append(empty(inner, sizes, inputs, device))
-        elif isinstance(spec, Array):
-            dtype = attrgetter(spec.like)(inputs).dtype if spec.like else spec.dtypes[0]
-            shape: Any = tuple(map(sizes.get, spec.shape))
-            values.append(torch.empty(shape, dtype=dtype, device=device))
-    return tuple.__new__(layout.kind, values)
 
 
 def schema(layout: Layout, aliases: str, *, out: bool = False) -> str:

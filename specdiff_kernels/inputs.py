@@ -61,7 +61,7 @@ class SampleInputs(NamedTuple):
 
 
 class VerifyInputs(NamedTuple):
-    target_logits: Annotated[Tensor, Logits("B K+1 V")]
+    target_logits: Annotated[Tensor, Logits("B K1 V")]
     draft: Draft
     rule: Annotated[str, Scalar(str, "str", RULES)]
     record: Annotated[Record, Scalar(Record, "int")]
@@ -92,7 +92,7 @@ class CommitInputs(NamedTuple):
     stop_tokens: Annotated[Tensor | None, I64("S", sized=True)]
     limit: Annotated[Tensor | None, I64("B")]
     finished: Annotated[Tensor | None, BOOL("B")]
-    pages: Annotated[Pages | None, Group("blocks")]
+    pages: Annotated[Pages | None, Group("P")]
     release: Annotated[bool, FLAG]
     path: Annotated[Tensor | None, I64("B N")]
     caches: Annotated[list[Tensor], I64("", many=True, written=True)]

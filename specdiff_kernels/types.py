@@ -20,7 +20,6 @@ from .fields import (
     Group,
     Logits,
     Scalar,
-    empty,
     layout_of,
 )
 
@@ -152,7 +151,7 @@ class Draft(NamedTuple):
             [[-1, -1]]
         """
         tokens = torch.full((B, K), -1, dtype=torch.int64, device=logits.device)
-        distribution = empty(DISTRIBUTION, {"N": len(logits)}, None, logits.device)
+        distribution = DISTRIBUTION.empty({"N": len(logits)}, logits.device, None)
         for field in distribution:
             field.zero_()
         tau, rows = tokens.int(), tokens.clone()
@@ -196,7 +195,7 @@ class Verified(NamedTuple):
     """What a target forward settled: `accepted` drafts, then one token more, then -1."""
 
     accepted: Annotated[Tensor, I64("B")]
-    emitted: Annotated[Tensor, I64("B K+1")]
+    emitted: Annotated[Tensor, I64("B K1")]
     # Status; where it is not OK, accepted and bias are 0, emitted all -1
     status: Annotated[Tensor, I32("B")]
     # total variation spent by the lenient rule; 0 under the exact ones

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes, bind
+from ..fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes
 from ..types import Purpose
 
 INT64 = (torch.int64,)
@@ -45,82 +45,134 @@ def check_tensor(
     return tensor
 
 
-def checked(
-    layout: Layout[Record],
-    values: Sequence[Any],
-    sizes: Sizes,
+def bound(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    words: tuple[str, ...],
+    dtypes: Collection[torch.dtype],
     device: torch.device,
-    prefix: str = "",
-    into: bool = False,
-) -> Record:
-    """The record of these values, as kernels take them: tensors contiguous, a number for all rows
-    as a tensor; the entries of a tensor are checked by the kernel, through the row's status.
+    sizes: Sizes,
+) -> torch.Size:
+    """The shape of a tensor, after `check_tensor`; noted in `sizes` as what words stand for."""
+    check_tensor(name, tensor, shape, dtypes, device)
+    sizes.update(zip(words, tensor.shape, strict=False))
+    return tensor.shape
+
+
+def refuse(name: str, expected: str, got: Any) -> None:
+    raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def expect_record(name: str, kind: type, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != len(kind._fields):  # type: ignore[attr-defined]
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+
+
+def checker(layout: Layout[Record], prefix: str = "", into: bool = False) -> Callable[..., Record]:
+    """A function (sizes, device, values of the fields) -> the record as kernels take it: tensors
+    contiguous, a number for all rows as a tensor. (Entries of tensors are checked by the kernel,
+    through the row's status.)
+
+    It is written out, a few lines for each field, as `collections.namedtuple` does: a loop over
+    fields takes longer than all that a call does beside its kernel.
+
+    Its sizes are what the caller knows of words in shapes; what the tensors show is added. It
+    raises ValueError or TypeError, whose message names the field.
 
     Args:
-        sizes: what is known of the sizes in shapes; what the tensors show is added. A shape in it
-            stands for another one.
         prefix: what the caller writes before names.
-        into: they will be written to, and have to be contiguous.
-
-    Raises:
-        ValueError, TypeError: the message names the field.
+        into: tensors will be written to, and have to be contiguous.
     """
-    found: list[Any] = []
-    for (name, spec, record, optional), value in zip(layout.fields, values, strict=True):
-        if value is None and optional:
-            pass
-        elif record is not None:
-            if not isinstance(value, (tuple, list)) or len(value) != len(record.fields):
-                raise TypeError(
-                    f"{prefix}{name}: expected a {record.kind.__name__}, got {type(value).__name__}"
-                )
+    scope: dict[str, Any] = dict(
+        PLAIN=PLAIN, Tensor=Tensor, new=tuple.__new__, bound=bound,
+        refuse=refuse, expect_record=expect_record, number_for_all=number_for_all,
+    )  # fmt: skip
+    words = {word for _, _, spec in layout.leaves for word in getattr(spec, "shape", ())}
+    names = [name for name, *_ in layout.fields]
+    lines = [f"def check(sizes, device, {', '.join(names)}):"]
+    lines += [f"    _{word} = sizes.get({word!r})" for word in sorted(words) if word.isidentifier()]
+    lines += [f"    {line}" for line in check_lines(layout, "", prefix, into, scope)]
+    exec("\n".join([*lines, "    return record"]), scope)
+    return scope["check"]
+
+
+def check_lines(
+    layout: Layout, path: str, prefix: str, into: bool, scope: dict[str, Any]
+) -> Iterator[str]:
+    """Lines that check the fields of a record, held by variables, and assign it to `path`record."""
+
+    def constant(value: Any) -> str:
+        scope[f"c{len(scope)}"] = value
+        return f"c{len(scope) - 1}"
+
+    for name, spec, record, optional in layout.fields:
+        variable, shown = path + name, repr(prefix + name)
+        indent = "    " if optional and (record or spec) else ""
+        if indent:
+            yield f"if {variable} is not None:"
+        if record is not None:
             inner = f"{prefix}{name}." if record.named else prefix
-            value = checked(record, value, sizes, device, inner, into)
+            if record.named:
+                kind = constant(record.kind)
+                expect = f"expect_record({shown}, {kind}, {variable})"
+                yield f"{indent}if type({variable}) is not {kind}: {expect}"
+            items = ", ".join(f"{variable}_{item}" for item, *_ in record.fields)
+            yield f"{indent}{items}, = {variable}"
+            for line in check_lines(record, f"{variable}_", inner, into, scope):
+                yield indent + line
+            yield f"{indent}{variable} = {variable}_record"
         elif isinstance(spec, Scalar):
-            if not spec.choices and type(value) is not spec.kind:
-                value = spec.kind(value or 0)
+            if not spec.choices:
+                kind = constant(spec.kind)
+                yield f"if type({variable}) is not {kind}: {variable} = {kind}({variable} or 0)"
             if spec.size:
-                sizes[spec.size] = value
-        elif isinstance(spec, Array) and not spec.many:
-            shape: Any = tuple(map(sizes.get, sizes.get(spec.shape, spec.shape)))
-            if spec.number is not None and not isinstance(value, Tensor):
-                value = number_for_all(prefix + name, value, spec, shape, device)
-            elif (
-                type(value) not in PLAIN
-                or value.shape != shape
-                or value.dtype not in spec.dtypes
-                or value.device != device
-            ):
-                check_tensor(prefix + name, value, shape, spec.dtypes, device)
-                bind(sizes, spec.shape, value)
-            if into or spec.written:
-                if not value.is_contiguous():
-                    raise ValueError(
-                        f"{prefix}{name}: expected contiguous memory, got a strided view"
-                    )
-            elif not spec.rows or value.shape[-1] != 1 != value.stride(-1):
-                value = value.contiguous()
-            if spec.is_logits and not 1 <= value.shape[-1] <= MAX_VOCABULARY:
-                raise ValueError(
-                    f"{prefix}{name}: expected a vocabulary of 1 to {MAX_VOCABULARY}, got "
-                    f"{value.shape[-1]}"
-                )
-        found.append(value)
-    return tuple.__new__(layout.kind, found)  # as it does, without its call
+                yield f"_{spec.size} = sizes[{spec.size!r}] = {variable}"
+        elif spec is not None and not spec.many:
+            for line in array_lines(variable, shown, spec, into or spec.written, constant):
+                yield indent + line
+    values = ", ".join(path + name for name, *_ in layout.fields)
+    yield f"{path}record = new({constant(layout.kind)}, ({values},))"
 
 
-def columns(
-    name: str,
-    ids: Tensor | None,
-    device: torch.device,
-    shape: tuple[str, ...],
-    target: tuple[str, ...],
-) -> Sizes:
-    """What is known of a draft's logits: they have a column for each id, or the target's."""
+def array_lines(
+    x: str, shown: str, spec: Array, written: bool, constant: Callable[[Any], str]
+) -> Iterator[str]:
+    """Lines that check a tensor, held by the variable `x`."""
+    dtypes, whole = constant(spec.dtypes), spec.shape[0].islower()
+    words = [f"_{word}" if word.isidentifier() else word for word in spec.shape]
+    shape = words[0] if whole else f"({', '.join(words)},)"
+    found = "_" if whole else ", ".join(w if w.isidentifier() else "_" for w in words) + ","
+    indent = ""
+    if spec.number is not None:
+        number = f"number_for_all({shown}, {x}, {constant(spec)}, {shape}, device)"
+        yield f"if not isinstance({x}, Tensor): {x} = {number}"
+        yield "else:"
+        indent = "    "
+    yield (
+        f"{indent}if type({x}) not in PLAIN or {x}.shape != {shape} or {x}.dtype not in {dtypes} "
+        f"or {x}.device != device:"
+    )
+    expected = f"{shape}, {constant(() if whole else spec.shape)}, {dtypes}, device, sizes"
+    yield f"{indent}    {found} = bound({shown}, {x}, {expected})"
+    if written:
+        refusal = f"refuse({shown}, 'contiguous memory', 'a strided view')"
+        yield f"if not {x}.is_contiguous(): {refusal}"
+    elif spec.rows:
+        yield f"if {x}.shape[-1] != 1 and {x}.stride(-1) != 1: {x} = {x}.contiguous()"
+    else:
+        yield f"{indent}{x} = {x}.contiguous()"
+    if spec.is_logits:
+        allowed = f"a vocabulary of 1 to {MAX_VOCABULARY}"
+        yield f"if not 1 <= {words[-1]} <= {MAX_VOCABULARY}:"
+        yield f"    refuse({shown}, {allowed!r}, {words[-1]})"
+
+
+def columns(name: str, ids: Tensor | None, V: int, device: torch.device) -> int:
+    """How many columns a draft's logits have: one for each id, or the target's V."""
     if ids is None:
-        return {shape: target}
-    check_tensor(name, ids, (None,), INT64, device)
-    return {shape[-1]: ids.shape[0]}
+        return V
+    return check_tensor(name, ids, (None,), INT64, device).shape[0]
 
 
 def number_for_all(
@@ -128,13 +180,12 @@ def number_for_all(
 ) -> Tensor:
     """A number that may stand for all entries, as a tensor."""
     dtype, (allowed, low, high, zero) = spec.dtypes[0], spec.number  # type: ignore[misc]
-    kind = int if dtype == torch.int64 else float
-    plain = type(value) in NUMBERS or isinstance(value, Real)
-    if not plain or not (low <= value <= high or (zero and value == 0)) or (
-        kind is int and value != int(value)
-    ):  # fmt: skip
+    kind: type = int if dtype == torch.int64 else float
+    plain = type(value) in NUMBERS  # NumPy's and the like become so; a compiler's are symbols
+    inside = (plain or isinstance(value, Real)) and (low <= value <= high or (zero and value == 0))
+    if not inside or (kind is int and value != int(value)):
         raise ValueError(f"{name}: expected {allowed}, got {value!r}")
-    return torch.full(shape, plain_number(value, kind), dtype=dtype, device=device)
+    return torch.full(shape, value if plain else kind(value), dtype=dtype, device=device)
 
 
 def device_of(name: str, tensor: Tensor) -> torch.device:
@@ -193,15 +244,8 @@ def check_increasing(name: str, ids: Tensor, V: int) -> None:
         )
 
 
-def plain_number(value: Any, kind: type) -> Any:
-    """NumPy's numbers and the like as Python's, which are left alone: a compiler's are symbols."""
-    return value if type(value) in NUMBERS else kind(value)
-
-
-def check_random(N: int, words: Tensor | None, **key: Tensor | None) -> None:
-    """Raise unless the draws come either from `words` or from all tensors [N] of their key."""
-    if words is not None:
-        return
+def check_random(N: int, **key: Tensor | None) -> None:
+    """Raise unless draws without words have all tensors [N] of their key."""
     for name, tensor in key.items():
         if tensor is None:
             raise ValueError(

@@ -95,8 +95,8 @@ def denoise_step(
     order = check_reveal(reveal, step, draft.tau)
     B, K = draft.tokens.shape
     rows = torch.arange(B * K, device=device).view(B, K) if pool_rows is None else pool_rows
-    sizes = columns("draft.draft_ids", draft.draft_ids, device, ("R", "Vd"), ("R", "Vd"))
-    sizes["words",] = ("B", "K", "2" if position is None else "Vd+1")
+    V = columns("draft.draft_ids", draft.draft_ids, draft.logits.shape[-1], device)
+    sizes: Sizes = {"B": B, "K": K, "Vd": V, "words": (B, K, 2 if position is None else 1 + V)}
     inputs = OP.check(
         sizes,
         device,
@@ -111,7 +111,8 @@ def denoise_step(
     if draft.draft_ids is not None:
         check_increasing("draft.draft_ids", draft.draft_ids, 2**31)
     check_pool_rows(pool_rows, sizes)
-    check_random(B, words, seed=seed, round=round)
+    if words is None:
+        check_random(B, seed=seed, round=round)
     results = None
     if out is not None:
         if out.distribution is None or out.entropy is None:

@@ -15,14 +15,12 @@ from ..backends import implementation
 from ..fields import (
     Record,
     Sizes,
-    empty,
-    fixed_sizes,
     layout_of,
     schema,
     sizes_of,
     unflatten,
 )
-from .checks import PLAIN, check_workspace, checked
+from .checks import PLAIN, check_workspace, checker
 
 LIBRARY = torch.library.Library("specdiff", "DEF")
 NO_TENSORS = (type(None), int, bool, str)
@@ -89,7 +87,8 @@ class Op(Generic[Inputs, Record]):
         self.inputs, self.outputs = layout_of(inputs), layout_of(outputs)
         self.single = len(self.outputs.leaves) == 1
         self.takes_workspace = workspace
-        self.fixed = fixed_sizes(self.inputs, self.outputs)
+        self.check = checker(self.inputs)  # (sizes, device, values) -> inputs
+        self.check_out = checker(self.outputs, "" if self.single else "out.", into=True)
         self.register(differentiable)
         self.packet = getattr(torch.ops.specdiff, name)
 
@@ -105,8 +104,8 @@ class Op(Generic[Inputs, Record]):
         def allocate(*args: Any) -> tuple[Inputs, Record]:
             flat = args[:-1]
             inputs = unflatten(self.inputs, iter(flat))
-            sizes = self.fixed | sizes_of(self.inputs, flat)
-            return inputs, empty(self.outputs, sizes, inputs, flat[0].device)
+            sizes = sizes_of(self.inputs, flat)
+            return inputs, self.outputs.empty(sizes, flat[0].device, inputs)
 
         def result(out: Record) -> Any:
             return out[0] if self.single else self.outputs.flatten(out)
@@ -134,11 +133,6 @@ class Op(Generic[Inputs, Record]):
         )
         torch.library.register_fake(f"specdiff::{name}.out", lambda *args: None, lib=LIBRARY)
 
-    def check(self, sizes: Sizes, device: torch.device, *values: Any) -> Inputs:
-        """The inputs as kernels take them; see `checked`."""
-        sizes |= self.fixed
-        return checked(self.inputs, values, sizes, device)
-
     def __call__(
         self,
         inputs: Inputs,
@@ -153,8 +147,7 @@ class Op(Generic[Inputs, Record]):
             check_workspace(workspace, out, device)
         flat = self.inputs.flatten(inputs)
         if out is not None:
-            prefix = "" if self.single else "out."
-            given = checked(self.outputs, out, sizes, device, prefix, into=True)
+            given = self.check_out(sizes, device, *out)
             results = self.outputs.flatten(given)
             if watched((*flat, *results, workspace)):
                 scratch = [workspace] if self.takes_workspace else []
@@ -165,7 +158,7 @@ class Op(Generic[Inputs, Record]):
         if watched(flat):
             result = self.packet.default(*numbers(flat), backend)
             return unflatten(self.outputs, iter([result] if self.single else result))
-        given = empty(self.outputs, sizes, inputs, device)
+        given = self.outputs.empty(sizes, device, inputs)
         self.run(inputs, device, backend, given)
         return given
 

@@ -89,15 +89,18 @@ def row_divergence(
     device = device_of("target_logits", target_logits)
     for name, value in (("target_logits", target_logits), ("temperature", temperature)):
         check_constant(name, value, f"only the draft is trained: pass {name}.detach()")
-    sizes = columns("draft_ids", draft_ids, device, ("N", "D"), ("N", "V"))
+    sizes: Sizes = {}
+    if target_logits.ndim == 2:
+        V = sizes["V"] = target_logits.shape[1]
+        sizes["D"] = columns("draft_ids", draft_ids, V, device)
     inputs = OP.check(sizes, device, target_logits, draft_logits, draft_ids, temperature)
     if draft_ids is not None:
-        check_increasing("draft_ids", draft_ids, sizes["V"])
+        check_increasing("draft_ids", draft_ids, V)
     if out is None:
         return OP(inputs, sizes, device, backend).rows
     if torch.is_grad_enabled() and draft_logits.requires_grad:
         raise ValueError("out: expected None where draft_logits requires a gradient, got tensors")
-    statistics = target_logits.new_empty(sizes["N"], sizes["8"], dtype=torch.float64)
+    statistics = target_logits.new_empty(sizes["N"], 8, dtype=torch.float64)
     return OP(inputs, sizes, device, backend, Divergences(out, statistics)).rows
 
 

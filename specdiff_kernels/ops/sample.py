@@ -71,7 +71,7 @@ def sample(
     device = device_of("logits", logits)
     if slot is None and words is None:
         slot = torch.zeros(logits.shape[0], dtype=torch.int64, device=device)
-    sizes: Sizes = {("words",): ("N",) if position is None else ("N", "V")}
+    sizes: Sizes = {"words": logits.shape[:1] if position is None else logits.shape}
     inputs = OP.check(
         sizes,
         device,
@@ -82,8 +82,7 @@ def sample(
         check_purpose(purpose),
         draft_ids,
     )
-    if position is None:
-        check_random(sizes["N"], words, seed=seed, round=round)
-    else:
-        check_random(sizes["N"], words, seed=seed)
+    if words is None:
+        key = {"seed": seed} if position is not None else {"seed": seed, "round": round}
+        check_random(sizes["N"], **key)
     return OP(inputs, sizes, device, backend, None if out is None else Sampled(out), workspace).out

@@ -95,15 +95,14 @@ def skinny_linear(
     check_tensor("x", x, (None, None), FLOAT, device)
     if isinstance(weight, PackedWeight):
         weight, N = weight
-        sizes: Sizes = {("weight",): ("packs", "K", "16")}
         check_tensor("weight.packs", weight, (-(-N // PACK), x.shape[1], PACK), WEIGHTS, device)
         weight = weight.contiguous()
     else:
-        sizes = {("weight",): ("N", "K")}
         check_tensor("weight", weight, (None, x.shape[1]), WEIGHTS, device)
         N = weight.shape[0]
     for name, value in (("x", x), ("weight", weight), ("bias", bias)):
         check_constant(name, value, "use torch.nn.functional.linear, or torch.no_grad()")
+    sizes: Sizes = {"weight": weight.shape}
     inputs = OP.check(sizes, device, x, weight, N, bias)
     if out is None:
         return OP(inputs, sizes, device, backend).out

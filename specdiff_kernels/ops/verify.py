@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..fields import Sizes
 from ..inputs import VerifyInputs
 from ..lenience import check_lenience
 from ..records import choose_record
@@ -95,10 +96,17 @@ def verify(
     if position is not None and rule != "coupled":
         raise ValueError(f"position: only the coupled rule takes one, got one under {rule!r}")
     device = device_of("target_logits", target_logits)
-    if target_logits.ndim == 3 and target_logits.shape[1] == 0:
-        raise ValueError("target_logits: expected [B, K + 1, V] with K >= 0, got no positions")
-    sizes = columns("draft.draft_ids", draft.draft_ids, device, ("R", "Vd"), ("R", "V"))
-    sizes["words",] = ("B", "K+1", "V") if rule == "coupled" else ("B", "K+1")
+    if target_logits.ndim != 3 or target_logits.shape[1] == 0:
+        raise ValueError(
+            "target_logits: expected shape [*, *, *], [B, K + 1, V] with K >= 0, got "
+            f"{list(target_logits.shape)}" + ", no positions" * (target_logits.ndim == 3)
+        )
+    B, positions, V = target_logits.shape
+    sizes: Sizes = {"B": B, "K": positions - 1, "K1": positions, "V": V}
+    if isinstance(draft.logits, Tensor) and draft.logits.ndim == 2:
+        sizes["R"] = draft.logits.shape[0]
+    sizes["Vd"] = columns("draft.draft_ids", draft.draft_ids, V, device)
+    sizes["words"] = (B, positions, V) if rule == "coupled" else (B, positions)
     inputs = OP.check(
         sizes,
         device,
@@ -111,11 +119,11 @@ def verify(
         (words, seed, round, position),
     )
     if draft.draft_ids is not None:
-        check_increasing("draft.draft_ids", draft.draft_ids, sizes["V"])
-    if rule == "coupled":
-        check_random(sizes["B"], words, seed=seed, position=position)
-    else:
-        check_random(sizes["B"], words, seed=seed, round=round)
+        check_increasing("draft.draft_ids", draft.draft_ids, V)
+    if words is None and rule == "coupled":
+        check_random(B, seed=seed, position=position)
+    elif words is None:
+        check_random(B, seed=seed, round=round)
     return OP(inputs, sizes, device, backend, out, workspace)
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..fields import empty
 from ..inputs import Randomness, RowDistributionInputs, VerifyInputs
 from ..lenience import KINDS
 from ..records import Record
@@ -250,4 +249,4 @@ def draft_weights(draft: Draft, i: int, recorded: Tensor, V: int) -> tuple[Tenso
 
 def empty_distribution(N: int, device: torch.device) -> RowDistribution:
     """A RowDistribution of N rows to write into."""
-    return empty(DISTRIBUTION, {"N": N}, None, device)
+    return DISTRIBUTION.empty({"N": N}, device, None)
