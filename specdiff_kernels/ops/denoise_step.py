@@ -92,7 +92,7 @@ def denoise_step(
         raise ValueError(f"draft.tokens: expected [B, K], got {list(draft.tokens.shape)}")
     if draft.logits is None:
         raise ValueError("draft.logits: expected the pool of the model's logits, got None")
-    order = check_reveal(reveal, step, draft.tau)
+    order = check_reveal(reveal, step)
     B, K = draft.tokens.shape
     rows = torch.arange(B * K, device=device).view(B, K) if pool_rows is None else pool_rows
     V = columns("draft.draft_ids", draft.draft_ids, draft.logits.shape[-1], device)
@@ -108,6 +108,7 @@ def denoise_step(
         (temperature, top_k, top_p, min_p),
         (words, seed, round, position),
     )
+    check_step(inputs.step, inputs.draft.tau)
     if draft.draft_ids is not None:
         check_increasing("draft.draft_ids", draft.draft_ids, 2**31)
     check_pool_rows(pool_rows, sizes)
@@ -133,18 +134,22 @@ def denoise_step(
     )
 
 
-def check_reveal(reveal: Reveal, step: int, tau: Tensor) -> Order:
-    """The order of a reveal, which a step later than all of tau [B, K] is to make."""
+def check_reveal(reveal: Reveal, step: int) -> Order:
+    """The order of a reveal."""
     if not isinstance(reveal, Reveal):
         raise TypeError(f"reveal: expected a Reveal such as Reveal.all(), got {reveal!r}")
     if not isinstance(step, Integral) or not 0 <= step < 2**31:
         raise ValueError(f"step: expected an integer in [0, 2^31), got {step!r}")
+    return Order(reveal.order)
+
+
+def check_step(step: int, tau: Tensor) -> None:
+    """Raise unless the step is later than all of tau [B, K], where they can be looked at."""
     if tau.numel() and readable(tau) and step <= (latest := int(tau.max())):
         raise ValueError(
             f"step: expected more than {latest}, the draft's latest reverse step, got {step}; "
             "records are judged by their order"
         )
-    return Order(reveal.order)
 
 
 def check_pool_rows(pool_rows: Tensor | None, sizes: Sizes) -> None:

@@ -70,7 +70,7 @@ def sample(
     """
     device = device_of("logits", logits)
     if slot is None and words is None:
-        slot = torch.zeros(logits.shape[0], dtype=torch.int64, device=device)
+        slot = torch.zeros(logits.shape[:1], dtype=torch.int64, device=device)
     sizes: Sizes = {"words": logits.shape[:1] if position is None else logits.shape}
     inputs = OP.check(
         sizes,

@@ -103,7 +103,7 @@ def verify(
         )
     B, positions, V = target_logits.shape
     sizes: Sizes = {"B": B, "K": positions - 1, "K1": positions, "V": V}
-    if isinstance(draft.logits, Tensor) and draft.logits.ndim == 2:
+    if draft.logits is not None:
         sizes["R"] = draft.logits.shape[0]
     sizes["Vd"] = columns("draft.draft_ids", draft.draft_ids, V, device)
     sizes["words"] = (B, positions, V) if rule == "coupled" else (B, positions)
@@ -128,9 +128,14 @@ def verify(
 
 
 def check_draft(draft: Draft) -> None:
+    """Raise unless it is a draft whose logits [R, Vd] come with their distribution."""
     if not isinstance(draft, Draft):
         raise TypeError(f"draft: expected a Draft, got {type(draft).__name__}")
     if (draft.logits is None) != (draft.distribution is None):
         raise ValueError(
             "draft: expected logits and distribution together, or neither; got one of them"
         )
+    if draft.logits is not None:
+        device_of("draft.logits", draft.logits)
+        if draft.logits.ndim != 2:
+            raise ValueError(f"draft.logits: expected shape [*, *], got {list(draft.logits.shape)}")
