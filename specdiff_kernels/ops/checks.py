@@ -145,7 +145,10 @@ def array_lines(
     found = "_" if whole else ", ".join(w if w.isidentifier() else "_" for w in words) + ","
     indent = ""
     if spec.number is not None:
-        number = f"number_for_all({shown}, {x}, {constant(spec)}, {shape}, device)"
+        # in the text: PyTorch's compiler takes a float from elsewhere for one that may change, and
+        # begins again for each
+        bounds = ", ".join("1e999" if item == float("inf") else repr(item) for item in spec.number)
+        number = f"number_for_all({shown}, {x}, {bounds}, {dtypes}[0], {shape}, device)"
         yield f"if not isinstance({x}, Tensor): {x} = {number}"
         yield "else:"
         indent = "    "
@@ -176,10 +179,17 @@ def columns(name: str, ids: Tensor | None, V: int, device: torch.device) -> int:
 
 
 def number_for_all(
-    name: str, value: Any, spec: Array, shape: tuple[int, ...], device: torch.device
+    name: str,
+    value: Any,
+    allowed: str,
+    low: float,
+    high: float,
+    zero: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
 ) -> Tensor:
-    """A number that may stand for all entries, as a tensor."""
-    dtype, (allowed, low, high, zero) = spec.dtypes[0], spec.number  # type: ignore[misc]
+    """A number that may stand for all entries, as a tensor; see `Range`."""
     kind: type = int if dtype == torch.int64 else float
     plain = type(value) in NUMBERS  # NumPy's and the like become so; a compiler's are symbols
     inside = (plain or isinstance(value, Real)) and (low <= value <= high or (zero and value == 0))
