@@ -131,11 +131,11 @@ def check_draft(draft: Draft) -> None:
     """Raise unless it is a draft whose logits [R, Vd] come with their distribution."""
     if not isinstance(draft, Draft):
         raise TypeError(f"draft: expected a Draft, got {type(draft).__name__}")
-    if (draft.logits is None) != (draft.distribution is None):
+    logits = draft.logits
+    if (logits is None) != (draft.distribution is None):
         raise ValueError(
             "draft: expected logits and distribution together, or neither; got one of them"
         )
-    if draft.logits is not None:
-        device_of("draft.logits", draft.logits)
-        if draft.logits.ndim != 2:
-            raise ValueError(f"draft.logits: expected shape [*, *], got {list(draft.logits.shape)}")
+    if logits is not None and (not isinstance(logits, Tensor) or logits.ndim != 2):
+        device_of("draft.logits", logits)
+        raise ValueError(f"draft.logits: expected shape [*, *], got {list(logits.shape)}")
