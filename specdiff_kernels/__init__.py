@@ -7,6 +7,7 @@
 """
 
 from .backends import BackendError, available_backends, use_backend, workspace_size
+from .fields import MAX_VOCABULARY
 from .lenience import check_lenience
 from .ops import (
     commit,
@@ -22,7 +23,6 @@ from .pages import Pages
 from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal
 from .types import (
-    MAX_VOCABULARY,
     Committed,
     DistributionError,
     Draft,

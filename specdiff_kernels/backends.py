@@ -154,4 +154,4 @@ def workspace_size(
 
 def implementation(op: str, device: torch.device, name: str | None) -> Callable[..., Any]:
     """The function that runs `op` on `device`, with the backend asked for or the best one."""
-    return find(op, device.type, requested(name))
+    return find(op, device.type, name if name in NAMES else requested(name))

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Real
-from typing import Any
 
 from torch import Tensor
 
-from .types import Lenience
-
-# kind: (amounts allowed, test of a number or a tensor)
-KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "lenience": ("a number in (0, 1]", lambda x: (x > 0) & (x <= 1)),
-    "additive": ("a number >= 0", lambda x: x >= 0),
-    "ensemble": ("a number in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
-}
+from .types import KINDS, Lenience
 
 
 def check_lenience(rule: str, lenience: Lenience | None) -> None:

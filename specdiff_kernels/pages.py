@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .fields import I32, SIZE
 
 
 class Pages(NamedTuple):
@@ -19,11 +21,13 @@ class Pages(NamedTuple):
     A sequence may write only to blocks that it holds alone.
     """
 
-    tables: Tensor  # i32 [B, M], -1: no block
-    references: Tensor  # i32 [N], table entries that hold each block
-    free: Tensor  # i32 [N], the first `available` of them are blocks that nobody holds
-    available: Tensor  # i32 [1]
-    block_size: int
+    tables: Annotated[Tensor, I32("B M", sized=True, written=True)]  # -1: no block
+    # table entries that hold each block
+    references: Annotated[Tensor, I32("N", sized=True, written=True)]
+    # the first `available` of them are blocks that nobody holds
+    free: Annotated[Tensor, I32("N", written=True)]
+    available: Annotated[Tensor, I32("1", written=True)]
+    block_size: Annotated[int, SIZE]
 
     @classmethod
     def empty(

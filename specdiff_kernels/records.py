@@ -22,6 +22,7 @@ class Record(IntEnum):
     ENTANGLED = 3  # everywhere
 
 
+STRONGEST_FIRST = (Record.ENTANGLED, Record.RUNNING_MAX, Record.FINAL, Record.ONE_HOT)
 RECORDS = {
     "one-hot": Record.ONE_HOT,
     "final": Record.FINAL,
@@ -73,8 +74,10 @@ def check_names(rule: str, record: str | None) -> None:
 
 
 def strongest(draft: Draft, rule: str) -> Record:
-    order = (Record.ENTANGLED, Record.RUNNING_MAX, Record.FINAL, Record.ONE_HOT)
-    return next(record for record in order if reason_against(record, draft, rule) is None)
+    for record in STRONGEST_FIRST:
+        if reason_against(record, draft, rule) is None:
+            break
+    return record
 
 
 def reason_against(record: Record, draft: Draft, rule: str) -> str | None:

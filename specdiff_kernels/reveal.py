@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import IntEnum
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
+
+from .fields import F64, NOT_NEGATIVE, SIZE, Scalar
 
 
 class Order(IntEnum):
@@ -24,11 +26,11 @@ class Order(IntEnum):
 class Reveal(NamedTuple):
     """Which masked positions a reverse step reveals. Made by one of the methods below."""
 
-    order: Order
-    lo: int = 0
-    hi: int = 0
-    number: int = 0
-    rate: float | Tensor = 0.0
+    order: Annotated[Order, Scalar(Order, "int")]
+    lo: Annotated[int, SIZE] = 0
+    hi: Annotated[int, SIZE] = 0
+    number: Annotated[int, SIZE] = 0
+    rate: Annotated[float | Tensor, F64("N", NOT_NEGATIVE)] = 0.0
 
     @classmethod
     def all(cls) -> Reveal:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-MAX_VOCABULARY = 2**19 - 1  # 2^19 weights of 2^44 would overflow an int64 total
+from .fields import (
+    BOOL,
+    F32,
+    F64,
+    I32,
+    I64,
+    NOT_NEGATIVE,
+    SIZE,
+    Group,
+    Logits,
+    Scalar,
+    layout_of,
+)
 
 
 class Status(IntEnum):
@@ -79,14 +92,14 @@ class RowDistribution(NamedTuple):
     A row with scale 0 is greedy: its one token is held in `threshold`.
     """
 
-    max: Tensor  # f32 [N]
-    scale: Tensor  # f32 [N], log2(e) / temperature
-    threshold: Tensor  # i64 [N]
-    total: Tensor  # i64 [N]
-    status: Tensor  # i32 [N], Status
+    max: Annotated[Tensor, F32("N")]
+    scale: Annotated[Tensor, F32("N")]  # log2(e) / temperature
+    threshold: Annotated[Tensor, I64("N")]
+    total: Annotated[Tensor, I64("N")]
+    status: Annotated[Tensor, I32("N")]  # Status
 
 
-DISTRIBUTION_DTYPES = (torch.float32, torch.float32, torch.int64, torch.int64, torch.int32)
+DISTRIBUTION = layout_of(RowDistribution)
 
 
 class Draft(NamedTuple):
@@ -99,18 +112,20 @@ class Draft(NamedTuple):
     positions must stay as they are until `verify` has read them.
     """
 
-    tokens: Tensor  # i64 [B, K]
-    tau: Tensor  # i32 [B, K], reverse step that sampled the position
-    rows: Tensor  # i64 [B, K], row of `logits`, or -1
-    logits: Tensor | None = None  # [R, Vd] f32 | bf16 | f16, rows of any stride
-    distribution: RowDistribution | None = None  # of the R rows
-    draft_ids: Tensor | None = None  # i64 [Vd], strictly increasing: target id of each column
-    lengths: Tensor | None = None  # i64 [B], drafted tokens of each sequence; None: K
+    tokens: Annotated[Tensor, I64("B K", sized=True)]
+    tau: Annotated[Tensor, I32("B K")]  # reverse step that sampled the position
+    rows: Annotated[Tensor, I64("B K")]  # row of `logits`, or -1
+    logits: Annotated[Tensor | None, Logits("R Vd")] = None  # rows of any stride
+    distribution: Annotated[RowDistribution | None, Group("R")] = None  # of the R rows
+    draft_ids: Annotated[Tensor | None, I64("Vd")] = None  # increasing: target id of each column
+    lengths: Annotated[Tensor | None, I64("B")] = None  # drafted tokens of each sequence; None: K
     value_dependent: bool = False  # sampled values decided which positions were revealed or masked
-    final_step: int | None = None  # the tau of the last scheduled step, which sampled all masked
+    # the tau of the last scheduled step, which sampled all masked
+    final_step: Annotated[int | None, SIZE] = None
     entangled: bool = False  # the drafter keeps what docs/losslessness.md says after a rejection
     coupled: bool = False  # tokens were drawn with the noise of their absolute positions
-    entropy: Tensor | None = None  # f64 [B, K] nats, as `denoise_step` last measured it, or NaN
+    # f64 [B, K] nats, as `denoise_step` last measured it, or NaN
+    entropy: Tensor | None = None
 
     @classmethod
     def masked(
@@ -136,9 +151,9 @@ class Draft(NamedTuple):
             [[-1, -1]]
         """
         tokens = torch.full((B, K), -1, dtype=torch.int64, device=logits.device)
-        distribution = RowDistribution(
-            *(logits.new_zeros(len(logits), dtype=dtype) for dtype in DISTRIBUTION_DTYPES)
-        )
+        distribution = DISTRIBUTION.empty({"N": len(logits)}, logits.device, None)
+        for field in distribution:
+            field.zero_()
         tau, rows = tokens.int(), tokens.clone()
         return cls(tokens, tau, rows, logits, distribution, draft_ids, lengths, entangled=entangled)
 
@@ -146,11 +161,19 @@ class Draft(NamedTuple):
 class Pending(NamedTuple):
     """What a reverse step changes of a draft."""
 
-    tokens: Tensor  # i64 [B, K]
-    tau: Tensor  # i32 [B, K]
-    rows: Tensor  # i64 [B, K]
-    distribution: RowDistribution  # of the R rows
-    entropy: Tensor  # f64 [B, K], only written
+    tokens: Annotated[Tensor, I64("B K")]
+    tau: Annotated[Tensor, I32("B K")]
+    rows: Annotated[Tensor, I64("B K")]
+    distribution: Annotated[RowDistribution, Group("R")]
+    entropy: Annotated[Tensor, F64("B K")]
+
+
+# kind of lenience: (amounts allowed, test of a number or a tensor)
+KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "lenience": ("a number in (0, 1]", lambda x: (x > 0) & (x <= 1)),
+    "additive": ("a number >= 0", lambda x: x >= 0),
+    "ensemble": ("a number in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+}
 
 
 class Lenience(NamedTuple):
@@ -164,28 +187,31 @@ class Lenience(NamedTuple):
         "ensemble"  max(p, (1 - amount) q + amount p)         amount in [0, 1]; 1 is exact
     """
 
-    kind: str
-    amount: float | Tensor  # or f64 [B]
+    kind: Annotated[str, Scalar(str, "str", tuple(KINDS))]
+    amount: Annotated[float | Tensor, F64("N", NOT_NEGATIVE)]
 
 
 class Verified(NamedTuple):
     """What a target forward settled: `accepted` drafts, then one token more, then -1."""
 
-    accepted: Tensor  # i64 [B]
-    emitted: Tensor  # i64 [B, K + 1]
-    status: Tensor  # i32 [B], Status; where it is not OK, accepted and bias are 0, emitted all -1
-    bias: Tensor  # f64 [B], total variation spent by the lenient rule; 0 under the exact ones
+    accepted: Annotated[Tensor, I64("B")]
+    emitted: Annotated[Tensor, I64("B K1")]
+    # Status; where it is not OK, accepted and bias are 0, emitted all -1
+    status: Annotated[Tensor, I32("B")]
+    # total variation spent by the lenient rule; 0 under the exact ones
+    bias: Annotated[Tensor, F64("B")]
 
 
 class RowDivergence(NamedTuple):
     """How far the draft's distribution q of each row is from the target's distribution p; NaN: a
     row has none."""
 
-    tv: Tensor  # f32 [N], total variation: 1 - the probability that verification accepts
-    kl: Tensor  # f32 [N] nats, KL(p || q) over the drafted tokens
-    reverse_kl: Tensor  # f32 [N] nats, KL(q || p)
-    target_entropy: Tensor  # f32 [N] nats
-    draft_entropy: Tensor  # f32 [N] nats
+    # total variation: 1 - the probability that verification accepts
+    tv: Annotated[Tensor, F32("N")]
+    kl: Annotated[Tensor, F32("N")]  # nats, KL(p || q) over the drafted tokens
+    reverse_kl: Annotated[Tensor, F32("N")]  # nats, KL(q || p)
+    target_entropy: Annotated[Tensor, F32("N")]  # nats
+    draft_entropy: Annotated[Tensor, F32("N")]  # nats
 
 
 class RowStatistics(NamedTuple):
@@ -202,12 +228,19 @@ class RowStatistics(NamedTuple):
     draft_entropy: Tensor
 
 
+class Divergences(NamedTuple):
+    """What the forward pass of `row_divergence` puts out."""
+
+    rows: Annotated[RowDivergence, Group(named=False)]
+    statistics: Annotated[Tensor, F64("N 8")]  # RowStatistics
+
+
 class Committed(NamedTuple):
     """Per-row cache lengths after a round."""
 
-    lengths: Tensor  # i64 [B]
-    kept: Tensor  # i64 [B], emitted tokens that stand
-    finished: Tensor  # bool [B]
+    lengths: Annotated[Tensor, I64("B")]
+    kept: Annotated[Tensor, I64("B")]  # emitted tokens that stand
+    finished: Annotated[Tensor, BOOL("B")]
 
 
 class PackedWeight(NamedTuple):

@@ -7,39 +7,39 @@ namespace py = pybind11;
 namespace specdiff {
 namespace {
 
-void row_distribution(const RowDistributionArguments& arguments, Address scratch, int threads) {
-  RowDistributionParams p = params(arguments);
+void row_distribution(const Numbers& arguments, Address scratch, int threads) {
+  RowDistributionParams p = params<RowDistributionParams>(arguments);
   p.scratch = pointer<int64_t>(scratch);
   p.threads = threads;
   py::gil_scoped_release release;
   cpu::row_distribution(p);
 }
 
-void row_divergence(const RowDivergenceArguments& arguments, int threads) {
+void row_divergence(const Numbers& arguments, int threads) {
   static_assert(sizeof(RowStatistics) == 8 * sizeof(double), "see RowStatistics in types.py");
-  RowDivergenceParams p = params(arguments);
+  RowDivergenceParams p = params<RowDivergenceParams>(arguments);
   p.threads = threads;
   py::gil_scoped_release release;
   cpu::row_divergence(p);
 }
 
-void row_divergence_backward(const RowDivergenceBackwardArguments& arguments, int threads) {
-  RowDivergenceBackwardParams p = params(arguments);
+void row_divergence_backward(const Numbers& arguments, int threads) {
+  RowDivergenceBackwardParams p = params<RowDivergenceBackwardParams>(arguments);
   p.threads = threads;
   py::gil_scoped_release release;
   cpu::row_divergence_backward(p);
 }
 
-void sample(const SampleArguments& arguments, int threads) {
-  SampleParams p = params(arguments);
+void sample(const Numbers& arguments, int threads) {
+  SampleParams p = params<SampleParams>(arguments);
   p.threads = threads;
   py::gil_scoped_release release;
   cpu::sample(p);
 }
 
-void verify(const VerifyArguments& arguments, Address prefixes, Address scratch, int threads) {
+void verify(const Numbers& arguments, Address prefixes, Address scratch, int threads) {
   static_assert(sizeof(Prefix) == 6 * sizeof(int64_t), "see PREFIX_WORDS");
-  VerifyParams p = params(arguments);
+  VerifyParams p = params<VerifyParams>(arguments);
   p.prefixes = pointer<Prefix>(prefixes);
   p.scratch = pointer<int64_t>(scratch);
   p.threads = threads;
@@ -47,10 +47,9 @@ void verify(const VerifyArguments& arguments, Address prefixes, Address scratch,
   cpu::verify(p);
 }
 
-void denoise_step(const DenoiseStepArguments& arguments, Address candidates, Address scratch,
-                  int threads) {
+void denoise_step(const Numbers& arguments, Address candidates, Address scratch, int threads) {
   static_assert(sizeof(Candidate) == 2 * sizeof(int64_t), "see CANDIDATE_WORDS");
-  DenoiseStepParams p = params(arguments);
+  DenoiseStepParams p = params<DenoiseStepParams>(arguments);
   p.candidates = pointer<Candidate>(candidates);
   p.scratch = pointer<int64_t>(scratch);
   p.threads = threads;
@@ -58,8 +57,8 @@ void denoise_step(const DenoiseStepArguments& arguments, Address candidates, Add
   cpu::denoise_step(p);
 }
 
-void commit(const CommitArguments& arguments, int threads) {
-  CommitParams p = params(arguments);
+void commit(const Numbers& arguments, int threads) {
+  CommitParams p = params<CommitParams>(arguments);
   p.threads = threads;
   py::gil_scoped_release release;
   cpu::commit(p);

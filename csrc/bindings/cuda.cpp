@@ -10,10 +10,10 @@ namespace {
 using QueueTuple = std::tuple<int, Address, Address>;
 
 // An op of what Python hands over.
-template <class Arguments, auto op>
-void call(const Arguments& arguments, const QueueTuple& queue) {
+template <class Params, auto op>
+void call(const Numbers& arguments, const QueueTuple& queue) {
   const auto [device, stream, workspace] = queue;
-  const auto p = params(arguments);
+  const auto p = params<Params>(arguments);
   py::gil_scoped_release release;
   op(p, {device, pointer<void>(stream), pointer<int64_t>(workspace)});
 }
@@ -24,11 +24,11 @@ void call(const Arguments& arguments, const QueueTuple& queue) {
 PYBIND11_MODULE(_C_cuda, m) {
   using namespace specdiff;
   m.doc() = "The CUDA kernels. Arguments are checked in Python, not here.";
-  m.def("row_distribution", &call<RowDistributionArguments, cuda::row_distribution>);
-  m.def("sample", &call<SampleArguments, cuda::sample>);
-  m.def("denoise_step", &call<DenoiseStepArguments, cuda::denoise_step>);
-  m.def("verify", &call<VerifyArguments, cuda::verify>);
-  m.def("commit", &call<CommitArguments, cuda::commit>);
+  m.def("row_distribution", &call<RowDistributionParams, cuda::row_distribution>);
+  m.def("sample", &call<SampleParams, cuda::sample>);
+  m.def("denoise_step", &call<DenoiseStepParams, cuda::denoise_step>);
+  m.def("verify", &call<VerifyParams, cuda::verify>);
+  m.def("commit", &call<CommitParams, cuda::commit>);
   m.def("fault", &cuda::fault, "Why kernels cannot run on a device, or nothing.");
   m.def("workspace_size", &cuda::workspace_size, "Words of scratch for rows of so many columns.");
 }

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 import specdiff_kernels._C as _C
 
-from ..arguments import commit_arguments
+from ..arguments import pack_commit
+from ..inputs import CommitInputs
 from ..types import Committed
 
 
-def commit(*args: Any, out: Committed) -> None:
-    _C.commit(commit_arguments(*args, out=out), torch.get_num_threads())
+def commit(inputs: CommitInputs, *, out: Committed) -> None:
+    _C.commit(pack_commit(inputs, out), torch.get_num_threads())

@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 import specdiff_kernels._C as _C
 
-from ..arguments import address, denoise_step_arguments
-from ..reveal import Reveal
+from ..arguments import address, pack
+from ..inputs import DenoiseStepInputs
 from ..types import Pending
 from .scratch import scratch_for
 
 CANDIDATE_WORDS = 2  # int64s kept of each position
 
 
-def denoise_step(
-    logits: Tensor,
-    draft: Pending,
-    draft_ids: Tensor | None,
-    lengths: Tensor | None,
-    pool_rows: Tensor,
-    reveal: Reveal,
-    rate: Tensor,
-    step: int,
-    entropies: bool,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor | None,
-    round: Tensor | None,
-    position: Tensor | None,
-    words: Tensor | None,
-    *,
-    out: Pending,
-) -> None:
-    scratch = scratch_for(logits, top_k, top_p, min_p)
+def denoise_step(inputs: DenoiseStepInputs, *, out: Pending) -> None:
+    scratch = scratch_for(inputs.logits, inputs.sampling)
     candidates = out.tokens.new_empty((*out.tokens.shape, CANDIDATE_WORDS))
-    arguments = denoise_step_arguments(
-        logits, draft, draft_ids, lengths, pool_rows, reveal, rate, step, entropies,
-        temperature, top_k, top_p, min_p, seed, round, position, words, out=out,
-    )  # fmt: skip
-    _C.denoise_step(arguments, address(candidates), address(scratch), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _C.denoise_step(pack(inputs, out), address(candidates), address(scratch), threads)

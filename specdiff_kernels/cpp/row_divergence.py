@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import specdiff_kernels._C as _C
 
-from ..arguments import row_divergence_arguments, row_divergence_backward_arguments
+from ..arguments import pack
+from ..inputs import RowDivergenceBackwardInputs, RowDivergenceInputs
+from ..types import Divergences
 
 
-def row_divergence(*args: Any, out: Sequence[Tensor]) -> None:
-    _C.row_divergence(row_divergence_arguments(*args, out=out), torch.get_num_threads())
+def row_divergence(inputs: RowDivergenceInputs, *, out: Divergences) -> None:
+    _C.row_divergence(pack(inputs, out), torch.get_num_threads())
 
 
-def row_divergence_backward(*args: Any, out: Tensor) -> None:
-    arguments = row_divergence_backward_arguments(*args, out=out)
-    _C.row_divergence_backward(arguments, torch.get_num_threads())
+def row_divergence_backward(inputs: RowDivergenceBackwardInputs, *, out: Tensor) -> None:
+    _C.row_divergence_backward(pack(inputs, out), torch.get_num_threads())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 import specdiff_kernels._C as _C
 
-from ..arguments import sample_arguments
+from ..arguments import pack
+from ..inputs import SampleInputs
 
 
-def sample(*args: Any, out: Tensor) -> None:
-    _C.sample(sample_arguments(*args, out=out), torch.get_num_threads())
+def sample(inputs: SampleInputs, *, out: Tensor) -> None:
+    _C.sample(pack(inputs, out), torch.get_num_threads())

@@ -7,10 +7,13 @@ from torch import Tensor
 
 import specdiff_kernels._C as _C
 
-from ..arguments import DTYPES, address
+from ..arguments import address
+from ..fields import DTYPES
+from ..inputs import SkinnyLinearInputs
 
 
-def skinny_linear(x: Tensor, weight: Tensor, N: int, bias: Tensor | None, *, out: Tensor) -> None:
+def skinny_linear(inputs: SkinnyLinearInputs, *, out: Tensor) -> None:
+    x, weight, N, bias = inputs
     M, K = x.shape
     columns = x.new_empty(K, M) if M > 1 else None  # where x is turned
     _C.skinny_linear(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-from ..arguments import commit_arguments
+from ..arguments import pack_commit
+from ..inputs import CommitInputs
 from ..types import Committed
 from . import native
 from .launch import stream_of
 
 
-def commit(lengths: Tensor, *args: Any, out: Committed) -> None:
-    arguments = commit_arguments(lengths, *args, out=out)
-    native.commit(arguments, (*stream_of(lengths.device), 0))
+def commit(inputs: CommitInputs, *, out: Committed) -> None:
+    native.commit(pack_commit(inputs, out), (*stream_of(inputs.lengths.device), 0))

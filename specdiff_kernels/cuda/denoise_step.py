@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from ..arguments import denoise_step_arguments
+from ..arguments import pack
+from ..inputs import DenoiseStepInputs
 from ..types import Pending
 from . import native
 from .launch import launch
 
 
-def denoise_step(logits: Tensor, *args: Any, out: Pending, workspace: Tensor | None = None) -> None:
-    arguments = denoise_step_arguments(logits, *args, out=out)
-    rows = out.tokens.numel()
-    launch(native.denoise_step, arguments, logits.device, rows, logits.shape[-1], workspace)
+def denoise_step(
+    inputs: DenoiseStepInputs, *, out: Pending, workspace: Tensor | None = None
+) -> None:
+    launch(native.denoise_step, pack(inputs, out), inputs.logits, out.tokens.numel(), workspace)

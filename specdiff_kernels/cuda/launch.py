@@ -29,12 +29,12 @@ def fault() -> str | None:
 
 def launch(
     op: Callable[..., None],
-    arguments: tuple,
-    device: torch.device,
+    arguments: list[int],
+    logits: Tensor,
     rows: int,
-    V: int,
     workspace: Tensor | None,
 ) -> None:
-    """Run `op` with the workspace that was passed in, or with a new one for rows of V logits."""
+    """Run `op` with the workspace that was passed in, or a new one for `rows` logits."""
+    device, V = logits.device, logits.shape[-1]
     workspace = scratch(workspace, native.workspace_size(rows, V), rows, V, device)
     op(arguments, (*stream_of(device), workspace.data_ptr()))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from ..arguments import sample_arguments
+from ..arguments import pack
+from ..inputs import SampleInputs
 from . import native
 from .launch import launch
 
 
-def sample(logits: Tensor, *args: Any, out: Tensor, workspace: Tensor | None = None) -> None:
-    arguments = sample_arguments(logits, *args, out=out)
-    N, V = logits.shape
-    launch(native.sample, arguments, logits.device, N, V, workspace)
+def sample(inputs: SampleInputs, *, out: Tensor, workspace: Tensor | None = None) -> None:
+    launch(native.sample, pack(inputs, out), inputs.logits, len(inputs.logits), workspace)

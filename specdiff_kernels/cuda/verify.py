@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from ..arguments import verify_arguments
+from ..arguments import pack
+from ..inputs import VerifyInputs
 from ..types import Verified
 from . import native
 from .launch import launch
 
 
-def verify(
-    target_logits: Tensor, *args: Any, out: Verified, workspace: Tensor | None = None
-) -> None:
-    B, rows, V = target_logits.shape
-    arguments = verify_arguments(target_logits, *args, out=out)
-    launch(native.verify, arguments, target_logits.device, B * rows, V, workspace)
+def verify(inputs: VerifyInputs, *, out: Verified, workspace: Tensor | None = None) -> None:
+    launch(native.verify, pack(inputs, out), inputs.target_logits, out.emitted.numel(), workspace)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import DISTRIBUTION_DTYPES, MAX_VOCABULARY, Purpose, RowDistribution
+from ..fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes
+from ..types import Purpose
 
 INT64 = (torch.int64,)
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = (Tensor, torch.nn.Parameter)
+NUMBERS = (int, float)
 
 
 def check_tensor(
@@ -26,9 +28,12 @@ def check_tensor(
     """Raise unless `tensor` lies on `device` with one of `dtypes` and `shape` (None: any size)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.shape != shape and not fits(tensor.shape, shape):
-        want = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape [{want}], got {list(tensor.shape)}")
+    wrong = len(tensor.shape) != len(shape)
+    for want, have in zip(shape, tensor.shape, strict=False):
+        wrong = wrong or (want is not None and want != have)
+    if wrong:
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(
@@ -40,10 +45,157 @@ def check_tensor(
     return tensor
 
 
-def fits(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(
-        want is None or want == have for want, have in zip(wanted, shape, strict=True)
+def bound(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    words: tuple[str, ...],
+    dtypes: Collection[torch.dtype],
+    device: torch.device,
+    sizes: Sizes,
+) -> torch.Size:
+    """The shape of a tensor, after `check_tensor`; noted in `sizes` as what words stand for."""
+    check_tensor(name, tensor, shape, dtypes, device)
+    sizes.update(zip(words, tensor.shape, strict=False))
+    return tensor.shape
+
+
+def refuse(name: str, expected: str, got: Any) -> None:
+    raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def expect_record(name: str, kind: type, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != len(kind._fields):  # type: ignore[attr-defined]
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+
+
+def checker(layout: Layout[Record], prefix: str = "", into: bool = False) -> Callable[..., Record]:
+    """A function (sizes, device, values of the fields) -> the record as kernels take it: tensors
+    contiguous, a number for all rows as a tensor. (Entries of tensors are checked by the kernel,
+    through the row's status.)
+
+    It is written out, a few lines for each field, as `collections.namedtuple` does: a loop over
+    fields takes longer than all that a call does beside its kernel.
+
+    Its sizes are what the caller knows of words in shapes; what the tensors show is added. It
+    raises ValueError or TypeError, whose message names the field.
+
+    Args:
+        prefix: what the caller writes before names.
+        into: tensors will be written to, and have to be contiguous.
+    """
+    scope: dict[str, Any] = dict(
+        PLAIN=PLAIN, Tensor=Tensor, new=tuple.__new__, bound=bound,
+        refuse=refuse, expect_record=expect_record, number_for_all=number_for_all,
+    )  # fmt: skip
+    words = {word for _, _, spec in layout.leaves for word in getattr(spec, "shape", ())}
+    names = [name for name, *_ in layout.fields]
+    lines = [f"def check(sizes, device, {', '.join(names)}):"]
+    lines += [f"    _{word} = sizes.get({word!r})" for word in sorted(words) if word.isidentifier()]
+    lines += [f"    {line}" for line in check_lines(layout, "", prefix, into, scope)]
+    exec("\n".join([*lines, "    return record"]), scope)
+    return scope["check"]
+
+
+def check_lines(
+    layout: Layout, path: str, prefix: str, into: bool, scope: dict[str, Any]
+) -> Iterator[str]:
+    """Lines that check the fields of a record, held by variables, and assign it to `path`record."""
+
+    def constant(value: Any) -> str:
+        scope[f"c{len(scope)}"] = value
+        return f"c{len(scope) - 1}"
+
+    for name, spec, record, optional in layout.fields:
+        variable, shown = path + name, repr(prefix + name)
+        indent = "    " if optional and (record or spec) else ""
+        if indent:
+            yield f"if {variable} is not None:"
+        if record is not None:
+            inner = f"{prefix}{name}." if record.named else prefix
+            if record.named:
+                kind = constant(record.kind)
+                expect = f"expect_record({shown}, {kind}, {variable})"
+                yield f"{indent}if type({variable}) is not {kind}: {expect}"
+            items = ", ".join(f"{variable}_{item}" for item, *_ in record.fields)
+            yield f"{indent}{items}, = {variable}"
+            for line in check_lines(record, f"{variable}_", inner, into, scope):
+                yield indent + line
+            yield f"{indent}{variable} = {variable}_record"
+        elif isinstance(spec, Scalar):
+            if not spec.choices:
+                kind = constant(spec.kind)
+                yield f"if type({variable}) is not {kind}: {variable} = {kind}({variable} or 0)"
+            if spec.size:
+                yield f"_{spec.size} = sizes[{spec.size!r}] = {variable}"
+        elif spec is not None and not spec.many:
+            for line in array_lines(variable, shown, spec, into or spec.written, constant):
+                yield indent + line
+    values = ", ".join(path + name for name, *_ in layout.fields)
+    yield f"{path}record = new({constant(layout.kind)}, ({values},))"
+
+
+def array_lines(
+    x: str, shown: str, spec: Array, written: bool, constant: Callable[[Any], str]
+) -> Iterator[str]:
+    """Lines that check a tensor, held by the variable `x`."""
+    dtypes, whole = constant(spec.dtypes), spec.shape[0].islower()
+    words = [f"_{word}" if word.isidentifier() else word for word in spec.shape]
+    shape = words[0] if whole else f"({', '.join(words)},)"
+    found = "_" if whole else ", ".join(w if w.isidentifier() else "_" for w in words) + ","
+    indent = ""
+    if spec.number is not None:
+        # in the text: PyTorch's compiler takes a float from elsewhere for one that may change, and
+        # begins again for each
+        bounds = ", ".join("1e999" if item == float("inf") else repr(item) for item in spec.number)
+        number = f"number_for_all({shown}, {x}, {bounds}, {dtypes}[0], {shape}, device)"
+        yield f"if not isinstance({x}, Tensor): {x} = {number}"
+        yield "else:"
+        indent = "    "
+    yield (
+        f"{indent}if type({x}) not in PLAIN or {x}.shape != {shape} or {x}.dtype not in {dtypes} "
+        f"or {x}.device != device:"
     )
+    expected = f"{shape}, {constant(() if whole else spec.shape)}, {dtypes}, device, sizes"
+    yield f"{indent}    {found} = bound({shown}, {x}, {expected})"
+    if written:
+        refusal = f"refuse({shown}, 'contiguous memory', 'a strided view')"
+        yield f"if not {x}.is_contiguous(): {refusal}"
+    elif spec.rows:
+        yield f"if {x}.shape[-1] != 1 and {x}.stride(-1) != 1: {x} = {x}.contiguous()"
+    else:
+        yield f"{indent}{x} = {x}.contiguous()"
+    if spec.is_logits:
+        allowed = f"a vocabulary of 1 to {MAX_VOCABULARY}"
+        yield f"if not 1 <= {words[-1]} <= {MAX_VOCABULARY}:"
+        yield f"    refuse({shown}, {allowed!r}, {words[-1]})"
+
+
+def columns(name: str, ids: Tensor | None, V: int, device: torch.device) -> int:
+    """How many columns a draft's logits have: one for each id, or the target's V."""
+    if ids is None:
+        return V
+    return check_tensor(name, ids, (None,), INT64, device).shape[0]
+
+
+def number_for_all(
+    name: str,
+    value: Any,
+    allowed: str,
+    low: float,
+    high: float,
+    zero: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    """A number that may stand for all entries, as a tensor; see `Range`."""
+    kind: type = int if dtype == torch.int64 else float
+    plain = type(value) in NUMBERS  # NumPy's and the like become so; a compiler's are symbols
+    inside = (plain or isinstance(value, Real)) and (low <= value <= high or (zero and value == 0))
+    if not inside or (kind is int and value != int(value)):
+        raise ValueError(f"{name}: expected {allowed}, got {value!r}")
+    return torch.full(shape, value if plain else kind(value), dtype=dtype, device=device)
 
 
 def device_of(name: str, tensor: Tensor) -> torch.device:
@@ -77,86 +229,35 @@ def overlap(a: Tensor | None, b: Tensor | None) -> bool:
     return start < last and first < end
 
 
-def check_logits(
-    name: str, logits: Tensor, shape: tuple[int | None, ...], device: torch.device
-) -> Tensor:
-    """Logits of a supported dtype and vocabulary, with contiguous rows (copied if need be)."""
-    check_tensor(name, logits, shape, LOGIT_DTYPES, device)
-    V = logits.shape[-1]
-    if not 1 <= V <= MAX_VOCABULARY:
-        raise ValueError(f"{name}: expected a vocabulary of 1 to {MAX_VOCABULARY}, got {V}")
-    return logits if logits.stride(-1) == 1 or V == 1 else logits.contiguous()
+ordered: tuple[Any, Any, int] = (lambda: None, None, 0)  # ids last found to increase, state, end
 
 
 def check_increasing(name: str, ids: Tensor, V: int) -> None:
-    """Raise unless the token ids increase strictly within [0, V), where they can be looked at."""
+    """Raise unless the token ids increase strictly within [0, V), where they can be looked at.
+
+    All of them are looked at once, and again when somebody wrote to them.
+    """
+    global ordered
     if not readable(ids) or ids.shape[0] == 0:
         return
-    inside = int(ids[0]) >= 0 and int(ids[-1]) < V
-    if not inside or not bool((ids[1:] > ids[:-1]).all()):
+    state = None if ids.is_inference() else (ids.data_ptr(), ids._version, ids.shape, ids.stride())
+    seen, before, end = ordered
+    if seen() is not ids or state is None or state != before:
+        increase = int(ids[0]) >= 0 and bool((ids[1:] > ids[:-1]).all())
+        end = int(ids[-1]) + 1 if increase else V + 1
+        if increase:
+            ordered = weakref.ref(ids), state, end
+    if end > V:
         raise ValueError(
             f"{name}: expected strictly increasing ids in [0, {V}), got others; "
             "sort the columns of the drafter's head once"
         )
 
 
-def check_distribution(
-    name: str, distribution: RowDistribution, N: int, device: torch.device
-) -> RowDistribution:
-    """The distribution with contiguous fields of N entries each."""
-    for field, tensor, dtype in zip(
-        RowDistribution._fields, distribution, DISTRIBUTION_DTYPES, strict=True
-    ):
-        check_tensor(f"{name}.{field}", tensor, (N,), (dtype,), device)
-    return RowDistribution(*contiguous(*distribution))
-
-
-# name: (dtype, what is allowed, test)
-PARAMETERS = {
-    "temperature": (torch.float32, "0 or a number in [2^-95, 2^95]",
-                    lambda x: x == 0 or 2.0**-95 <= x <= 2.0**95),
-    "top_k": (torch.int64, "an integer in [0, 2^63) (0: off)",
-              lambda x: 0 <= x < 2**63 and x == int(x)),
-    "top_p": (torch.float32, "a number in [2^-149, 1]", lambda x: 2.0**-149 <= x <= 1),
-    "min_p": (torch.float32, "a number in [0, 1]", lambda x: 0 <= x <= 1),
-    "rate": (torch.float64, "a number >= 0", lambda x: x >= 0),
-}  # fmt: skip
-
-
-def per_row(name: str, value: float | Tensor | None, N: int, device: torch.device) -> Tensor | None:
-    """A parameter as a tensor [N]; None stays None. Numbers are checked here, the
-    entries of a tensor by the kernel, through the row's status."""
-    if value is None:
-        return None
-    dtype, allowed, test = PARAMETERS[name]
-    if isinstance(value, Tensor):
-        check_tensor(name, value, (N,), (dtype,), device)
-        return value.contiguous()
-    if not isinstance(value, Real) or not test(value):
-        raise ValueError(f"{name}: expected {allowed}, got {value!r}")
-    value = plain_number(value, int if dtype == torch.int64 else float)
-    return torch.full((N,), value, dtype=dtype, device=device)
-
-
-def plain_number(value: Any, kind: type) -> Any:
-    """NumPy's numbers and the like as Python's, which are left alone: a compiler's are symbols."""
-    return value if type(value) in (int, float) else kind(value)
-
-
-def check_random(
-    N: int,
-    device: torch.device,
-    words_shape: tuple[int, ...],
-    words: Tensor | None,
-    **key: Tensor | None,
-) -> None:
-    """Raise unless the draws come either from `words` or from all tensors [N] of their key."""
-    if words is not None:
-        check_tensor("words", words, words_shape, INT64, device)
+def check_random(N: int, **key: Tensor | None) -> None:
+    """Raise unless draws without words have all tensors [N] of their key."""
     for name, tensor in key.items():
-        if tensor is not None:
-            check_tensor(name, tensor, (N,), INT64, device)
-        elif words is None:
+        if tensor is None:
             raise ValueError(
                 f"{name}: expected a tensor [{N}] int64, got None; pass {' and '.join(key)}, or "
                 "words"
@@ -177,17 +278,10 @@ def check_purpose(purpose: int) -> int:
     return int(purpose)
 
 
-def check_workspace(workspace: Tensor | None, out: Any, device: torch.device) -> None:
+def check_workspace(workspace: Tensor, out: Any, device: torch.device) -> None:
     """Raise unless a workspace is int64 [n] and comes with outputs; its size is the backend's."""
-    if workspace is None:
-        return
     check_tensor("workspace", workspace, (None,), INT64, device)
     if out is None:
         raise ValueError("workspace: expected `out` with it, got None; allocate the outputs too")
     if not workspace.is_contiguous():
         raise ValueError("workspace: expected contiguous memory, got a strided view")
-
-
-def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Each tensor with contiguous memory; None stays None."""
-    return tuple(t if t is None else t.contiguous() for t in tensors)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..fields import Sizes
+from ..inputs import CommitInputs
 from ..pages import Pages
 from ..types import Committed
-from .checks import INT64, check_tensor, concrete, contiguous, device_of, readable
-from .registry import Outputs, define
+from .checks import check_tensor, concrete, device_of, readable
+from .registry import Op
 
 MAX_GEOMETRIES = 4
+OP = Op("commit", CommitInputs, Committed)
 
 
 def commit(
@@ -87,56 +90,31 @@ def commit(
         [2, 3]
     """
     device, caches = device_of("emitted", emitted), list(caches)
-    check_tensor("emitted", emitted, (None, None), INT64, device)
-    B = emitted.shape[0]
-    check_tensor("lengths", lengths, (B,), INT64, device)
-    if stop_tokens is not None:
-        check_tensor("stop_tokens", stop_tokens, (None,), INT64, device)
-    if limit is not None:
-        check_tensor("limit", limit, (B,), INT64, device)
-    if finished is not None:
-        check_tensor("finished", finished, (B,), (torch.bool,), device)
+    sizes: Sizes = {}
+    inputs = OP.check(
+        sizes, device, emitted, lengths, stop_tokens, limit, finished, pages, release, path, caches
+    )
     if pages is not None:
-        check_pages(pages, B, device)
+        check_pages(pages)
     elif release:
         raise ValueError("release: expected pages with it, got None; a dense cache has no blocks")
     if path is not None:
         check_path(path, emitted)
-        check_caches(caches, pages, B, device)
+        check_caches(caches, pages, sizes["B"], device)
     elif caches:
         raise ValueError("path: expected a tensor with caches, got None; without a tree nothing "
                          "moves")  # fmt: skip
-    args = (
-        *contiguous(lengths, emitted, stop_tokens, limit, finished),
-        *(pages or (None, None, None, None, 1)),
-        release,
-        *contiguous(path),
-        each_once(caches),
-        backend,
-    )
-    if out is not None:
-        OP.into(*args, *out)
-        return out
-    return Committed(*OP.functional(*args))
+    return OP(inputs._replace(caches=each_once(caches)), sizes, device, backend, out)
 
 
-def check_pages(pages: Pages, B: int, device: torch.device) -> None:
-    int32 = (torch.int32,)
-    check_tensor("pages.tables", pages.tables, (B, None), int32, device)
-    check_tensor("pages.references", pages.references, (None,), int32, device)
-    check_tensor("pages.free", pages.free, (len(pages.references),), int32, device)
-    check_tensor("pages.available", pages.available, (1,), int32, device)
+def check_pages(pages: Pages) -> None:
     if pages.tables.shape[1] == 0:
         raise ValueError("pages.tables: expected at least one column, got 0")
-    for name, tensor in zip(pages._fields[:4], pages[:4], strict=True):
-        if not tensor.is_contiguous():
-            raise ValueError(f"pages.{name}: expected contiguous memory, got a strided view")
     if pages.block_size < 1:
         raise ValueError(f"pages.block_size: expected at least 1, got {pages.block_size}")
 
 
 def check_path(path: Tensor, emitted: Tensor) -> None:
-    check_tensor("path", path, tuple(emitted.shape), INT64, emitted.device)
     if not readable(path) or not path.numel():
         return
     real = (emitted >= 0).cumprod(-1).bool()
@@ -150,9 +128,7 @@ def check_path(path: Tensor, emitted: Tensor) -> None:
         )
 
 
-def check_caches(
-    caches: Sequence[Tensor], pages: Pages | None, B: int, device: torch.device
-) -> None:
+def check_caches(caches: list[Tensor], pages: Pages | None, B: int, device: torch.device) -> None:
     shape: tuple[int | None, ...] = (B, None, None, None)
     if pages is not None:
         shape = (len(pages.references), pages.block_size, None, None)
@@ -180,29 +156,3 @@ def each_once(caches: list[Tensor]) -> list[Tensor]:
     if not all(map(concrete, caches)):
         return list(dict.fromkeys(caches))
     return list({(x.data_ptr(), x.shape, x.stride()): x for x in caches}.values())
-
-
-def _outputs(lengths: Tensor, *_: Any) -> Outputs:
-    return [([lengths.shape[0]], dtype) for dtype in (torch.int64, torch.int64, torch.bool)]
-
-
-def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
-    lengths, emitted, stop_tokens, limit, finished, tables, references, free, available = args[:9]
-    block_size, release, path, caches = args[9:]
-    pages = None if tables is None else Pages(tables, references, free, available, block_size)
-    function(
-        lengths, emitted, stop_tokens, limit, finished, pages, release, path, caches,
-        out=Committed(*out),
-    )  # fmt: skip
-
-
-OP = define(
-    "commit",
-    "Tensor lengths, Tensor emitted, Tensor? stop_tokens, Tensor? limit, Tensor? finished, "
-    "Tensor(t!)? tables, Tensor(u!)? references, Tensor(v!)? free, Tensor(w!)? available, "
-    "SymInt block_size, bool release, Tensor? path, Tensor(x!)[] caches",
-    ["new_lengths", "kept", "new_finished"],
-    _outputs,
-    _call,
-    shown=[f"out.{field}" for field in Committed._fields],
-)

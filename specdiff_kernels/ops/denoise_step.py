@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..fields import Sizes
+from ..inputs import DenoiseStepInputs
 from ..reveal import Order, Reveal
-from ..types import DISTRIBUTION_DTYPES, Draft, Pending, RowDistribution
-from .checks import (
-    INT64,
-    check_random,
-    check_tensor,
-    check_workspace,
-    contiguous,
-    device_of,
-    overlap,
-    per_row,
-    plain_number,
-    readable,
-)
-from .registry import Outputs, define
+from ..types import Draft, Pending
+from .checks import check_increasing, check_random, columns, device_of, overlap, readable
+from .registry import Op
 from .verify import check_draft
+
+OP = Op("denoise_step", DenoiseStepInputs, Pending, workspace=True)
 
 
 def denoise_step(
@@ -95,119 +86,83 @@ def denoise_step(
         >>> whole.tokens.tolist(), whole.tau.tolist()
         ([[1, 0]], [[0, 1]])
     """
-    if not isinstance(draft, Draft):
-        raise TypeError(f"draft: expected a Draft, got {type(draft).__name__}")
+    check_draft(draft)
     device = device_of("draft.tokens", draft.tokens)
     if draft.tokens.ndim != 2:
         raise ValueError(f"draft.tokens: expected [B, K], got {list(draft.tokens.shape)}")
-    B, K = draft.tokens.shape
-    checked = check_draft(draft, B, K, None, device)
-    if checked.logits is None or checked.distribution is None:
+    if draft.logits is None:
         raise ValueError("draft.logits: expected the pool of the model's logits, got None")
-    R, V = checked.logits.shape
-    pool_rows = check_pool_rows(pool_rows, B, K, R, device)
-    order, step = check_reveal(reveal, step, checked.tau), plain_number(step, int)
-    if position is not None:
-        check_tensor("position", position, (B,), INT64, device)
-    per_position = 2 if position is None else 1 + V
-    check_random(B, device, (B, K, per_position), words, seed=seed, round=round)
-    args = (
-        checked.logits, checked.tokens, checked.tau, checked.rows, *checked.distribution,
-        checked.draft_ids, checked.lengths, pool_rows,
-        int(order), reveal.lo, reveal.hi, reveal.number,
-        per_row("rate", reveal.rate, B, device), step, entropies or order is Order.ENTROPY,
-        per_row("temperature", temperature, B, device),
-        per_row("top_k", top_k, B, device),
-        per_row("top_p", top_p, B, device),
-        per_row("min_p", min_p, B, device),
-        *contiguous(seed, round, position, words),
-        backend,
-    )  # fmt: skip
-    check_workspace(workspace, out, device)
-    if out is None:
-        results = OP.functional(*args)
-    else:
+    order = check_reveal(reveal, step)
+    B, K = draft.tokens.shape
+    rows = torch.arange(B * K, device=device).view(B, K) if pool_rows is None else pool_rows
+    V = columns("draft.draft_ids", draft.draft_ids, draft.logits.shape[-1], device)
+    sizes: Sizes = {"B": B, "K": K, "Vd": V, "words": (B, K, 2 if position is None else 1 + V)}
+    inputs = OP.check(
+        sizes,
+        device,
+        draft,
+        rows,
+        reveal,
+        step,
+        entropies or order is Order.ENTROPY,
+        (temperature, top_k, top_p, min_p),
+        (words, seed, round, position),
+    )
+    check_step(inputs.step, inputs.draft.tau)
+    if draft.draft_ids is not None:
+        check_increasing("draft.draft_ids", draft.draft_ids, 2**31)
+    check_pool_rows(pool_rows, sizes)
+    if words is None:
+        check_random(B, seed=seed, round=round)
+    results = None
+    if out is not None:
         if out.distribution is None or out.entropy is None:
             raise ValueError("out: expected a Draft with distribution and entropy, got None")
         entropy = out.entropy
         if not entropies and (entropy is draft.entropy or overlap(entropy, draft.entropy)):
             entropy = torch.empty_like(entropy)  # written in its place
-        results = (out.tokens, out.tau, out.rows, *out.distribution, entropy)
-        OP.into(*args, workspace, *results)
+        results = Pending(out.tokens, out.tau, out.rows, out.distribution, entropy)
+    results = OP(inputs, sizes, device, backend, results, workspace)
     return draft._replace(
-        tokens=results[0],
-        tau=results[1],
-        rows=results[2],
-        distribution=RowDistribution(*results[3:8]),
-        value_dependent=draft.value_dependent or order is Order.CONFIDENCE,
-        final_step=step if order is Order.ALL else draft.final_step,
-        coupled=draft.coupled or position is not None,
-        entropy=results[8] if entropies else draft.entropy,
+        **results._asdict()
+        | {
+            "value_dependent": draft.value_dependent or order is Order.CONFIDENCE,
+            "final_step": inputs.step if order is Order.ALL else draft.final_step,
+            "coupled": draft.coupled or position is not None,
+            "entropy": results.entropy if entropies else draft.entropy,
+        }
     )
 
 
-def check_reveal(reveal: Reveal, step: int, tau: Tensor) -> Order:
-    """The order of a reveal, which a step later than all of tau [B, K] is to make."""
+def check_reveal(reveal: Reveal, step: int) -> Order:
+    """The order of a reveal."""
     if not isinstance(reveal, Reveal):
         raise TypeError(f"reveal: expected a Reveal such as Reveal.all(), got {reveal!r}")
     if not isinstance(step, Integral) or not 0 <= step < 2**31:
         raise ValueError(f"step: expected an integer in [0, 2^31), got {step!r}")
+    return Order(reveal.order)
+
+
+def check_step(step: int, tau: Tensor) -> None:
+    """Raise unless the step is later than all of tau [B, K], where they can be looked at."""
     if tau.numel() and readable(tau) and step <= (latest := int(tau.max())):
         raise ValueError(
             f"step: expected more than {latest}, the draft's latest reverse step, got {step}; "
             "records are judged by their order"
         )
-    return Order(reveal.order)
 
 
-def check_pool_rows(
-    pool_rows: Tensor | None, B: int, K: int, R: int, device: torch.device
-) -> Tensor:
-    """Rows [B, K] of a pool of R rows; None: row b K + i."""
+def check_pool_rows(pool_rows: Tensor | None, sizes: Sizes) -> None:
+    """Raise unless rows [B, K] lie in a pool of R rows, where they can be looked at."""
+    B, K, R = sizes["B"], sizes["K"], sizes["R"]
     if pool_rows is None:
         if R < B * K:
             raise ValueError(
                 f"draft.logits: expected at least B K = {B * K} rows, got {R}; or pass pool_rows"
             )
-        return torch.arange(B * K, device=device).view(B, K)
-    check_tensor("pool_rows", pool_rows, (B, K), INT64, device)
-    if pool_rows.numel() and readable(pool_rows):
+    elif pool_rows.numel() and readable(pool_rows):
         least, most = int(pool_rows.min()), int(pool_rows.max())
         if least < 0 or most >= R:
             raise ValueError(f"pool_rows: expected rows in [0, {R}), got {least} to {most}")
         if len(pool_rows.unique()) < pool_rows.numel():
             raise ValueError("pool_rows: expected a row for each position, got one twice")
-    return pool_rows.contiguous()
-
-
-def _outputs(logits: Tensor, tokens: Tensor, *_: Any) -> Outputs:
-    shape, rows = list(tokens.shape), [logits.shape[0]]
-    distributions = [(rows, dtype) for dtype in DISTRIBUTION_DTYPES]
-    whole = [(shape, torch.int64), (shape, torch.int32), (shape, torch.int64)]
-    return [*whole, *distributions, (shape, torch.float64)]
-
-
-def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
-    logits, tokens, tau, rows = args[:4]
-    old = Pending(tokens, tau, rows, RowDistribution(*args[4:9]), out[8])
-    new = Pending(out[0], out[1], out[2], RowDistribution(*out[3:8]), out[8])
-    reveal = Reveal(Order(args[12]), *args[13:16])
-    function(logits, old, *args[9:12], reveal, *args[16:], out=new)
-
-
-OP = define(
-    "denoise_step",
-    "Tensor logits, Tensor masked_tokens, Tensor old_tau, Tensor old_rows, Tensor old_max, "
-    "Tensor old_scale, Tensor old_threshold, Tensor old_total, Tensor old_status, "
-    "Tensor? draft_ids, Tensor? lengths, Tensor pool_rows, int order, SymInt lo, SymInt hi, "
-    "SymInt number, Tensor rate, SymInt step, bool entropies, Tensor temperature, Tensor? top_k, "
-    "Tensor? top_p, Tensor? min_p, Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
-    ("tokens", "tau", "rows", *RowDistribution._fields, "entropy"),
-    _outputs,
-    _call,
-    shown=(
-        "out.tokens", "out.tau", "out.rows",
-        *(f"out.distribution.{name}" for name in RowDistribution._fields), "out.entropy",
-    ),
-    workspace=True,
-)  # fmt: skip

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..backends import implementation
-from .checks import PLAIN, check_tensor
+from ..fields import (
+    Record,
+    Sizes,
+    layout_of,
+    schema,
+    sizes_of,
+    unflatten,
+)
+from .checks import PLAIN, check_workspace, checker
 
-Outputs = list[tuple[list[int], torch.dtype]]  # shape and dtype of each
 LIBRARY = torch.library.Library("specdiff", "DEF")
-
-
-class Op(NamedTuple):
-    """The two forms of an op, as the public function calls them."""
-
-    functional: Callable[..., Any]  # inputs, backend -> outputs
-    into: Callable[..., None]  # inputs, backend, outputs
+NO_TENSORS = (type(None), int, bool, str)
+Inputs = TypeVar("Inputs", bound=tuple)
 
 
 def watched(args: Sequence[Any]) -> bool:
@@ -41,95 +44,133 @@ def watched(args: Sequence[Any]) -> bool:
         return True
     learns = torch.is_grad_enabled()
     for x in args:
-        if type(x) in PLAIN:
+        kind = type(x)
+        if kind in PLAIN:
             if x.is_neg() or (learns and x.requires_grad):
                 return True
-        elif isinstance(x, Tensor) or (isinstance(x, list) and watched(x)):
+        elif kind not in NO_TENSORS and (
+            isinstance(x, Tensor) or (isinstance(x, list) and watched(x))
+        ):
             return True
     return False
 
 
-def define(
-    name: str,
-    inputs: str,
-    outputs: Sequence[str],
-    specs: Callable[..., Outputs],
-    call: Callable[..., None],
-    *,
-    shown: Sequence[str] | None = None,
-    workspace: bool = False,
-    differentiable: bool = False,
-) -> Op:
-    """Register `specdiff::name` and `specdiff::name.out`.
+def numbers(args: Sequence[Any]) -> list[Any]:
+    """As PyTorch's dispatcher takes them, which does not know enums."""
+    return [int(x) if isinstance(x, IntEnum) else x for x in args]
 
-    Args:
-        inputs: the schema of the inputs, without the backend's name. Sizes and counts are SymInt,
-            or `torch.compile` makes a graph for each value.
-        outputs: names of the output tensors, different from those of the inputs.
-        specs: inputs -> shape and dtype of each output.
-        call: (backend function, inputs, outputs) -> None, fills the outputs.
-        shown: what the user calls the output tensors; None: out.<name>.
-        workspace: whether the `out` form takes one, behind the backend's name.
-        differentiable: whether autograd is to know of the functional form. Otherwise its outputs
-            require no gradient, as those of the `out` form.
 
-    Returns:
-        Both forms; they go through PyTorch's dispatcher where something watches it.
+class Op(Generic[Inputs, Record]):
+    """An op by the records of its inputs and outputs, registered as `specdiff::name` and
+    `specdiff::name.out`.
+
+    Its implementations are functions (inputs, out=outputs) -> None; outputs that are a single
+    tensor are handed over as it is.
     """
-    inputs = f"{inputs}, str? backend"
-    aliases = string.ascii_lowercase[: len(outputs)]
-    mutable = ", ".join(f"Tensor({a}!) {o}" for a, o in zip(aliases, outputs, strict=True))
-    results = ", ".join(["Tensor"] * len(outputs))
-    shown = [f"out.{field}" for field in outputs] if shown is None else shown
-    LIBRARY.define(f"{name}({inputs}) -> ({results})")
-    scratch = ", Tensor(z!)? workspace" if workspace else ""
-    LIBRARY.define(f"{name}.out({inputs}{scratch}, {mutable}) -> ()")
 
-    def allocate(*args: Any) -> tuple[Tensor, ...]:
-        device = args[0].device
-        return tuple(
-            torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs(*args[:-1])
+    def __init__(
+        self,
+        name: str,
+        inputs: type[Inputs],
+        outputs: type[Record],
+        *,
+        workspace: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        """
+        Args:
+            workspace: whether the `out` form takes one, behind the backend's name.
+            differentiable: whether autograd is to know of the functional form. Otherwise its
+                outputs require no gradient, as those of the `out` form.
+        """
+        self.name = name
+        self.inputs, self.outputs = layout_of(inputs), layout_of(outputs)
+        self.single = len(self.outputs.leaves) == 1
+        self.takes_workspace = workspace
+        self.check = checker(self.inputs)  # (sizes, device, values) -> inputs
+        self.check_out = checker(self.outputs, "" if self.single else "out.", into=True)
+        self.register(differentiable)
+        self.packet = getattr(torch.ops.specdiff, name)
+
+    def register(self, differentiable: bool) -> None:
+        name, count = self.name, len(self.outputs.leaves)
+        inputs = f"{schema(self.inputs, string.ascii_uppercase)}, str? backend"
+        results = ", ".join(["Tensor"] * count)
+        LIBRARY.define(f"{name}({inputs}) -> ({results})")
+        scratch = "Tensor(z!)? workspace, " if self.takes_workspace else ""
+        mutable = schema(self.outputs, string.ascii_lowercase, out=True)
+        LIBRARY.define(f"{name}.out({inputs}, {scratch}{mutable}) -> ()")
+
+        def allocate(*args: Any) -> tuple[Inputs, Record]:
+            flat = args[:-1]
+            inputs = unflatten(self.inputs, iter(flat))
+            sizes = sizes_of(self.inputs, flat)
+            return inputs, self.outputs.empty(sizes, flat[0].device, inputs)
+
+        def result(out: Record) -> Any:
+            return out[0] if self.single else self.outputs.flatten(out)
+
+        def functional(*args: Any) -> Any:
+            inputs, out = allocate(*args)
+            self.run(inputs, args[0].device, args[-1], out)
+            return result(out)
+
+        def into(*args: Any) -> None:
+            *flat, backend = args[: len(self.inputs.leaves) + 1]
+            out = unflatten(self.outputs, iter(args[-count:]))
+            workspace = args[len(flat) + 1] if self.takes_workspace else None
+            self.run(unflatten(self.inputs, iter(flat)), flat[0].device, backend, out, workspace)
+
+        for device in ("CPU", "CUDA"):
+            # or autograd would find a derivative in the reference, which is written in PyTorch
+            LIBRARY.impl(name, torch.no_grad()(functional), device)
+            LIBRARY.impl(f"{name}.out", torch.no_grad()(into), device)
+        # without it torch gives outputs a grad_fn that only warns, and keeps the inputs alive
+        for form in (f"{name}.out",) if differentiable else (name, f"{name}.out"):
+            LIBRARY.impl(form, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(
+            f"specdiff::{name}", lambda *args: result(allocate(*args)[1]), lib=LIBRARY
         )
+        torch.library.register_fake(f"specdiff::{name}.out", lambda *args: None, lib=LIBRARY)
 
-    def run(args: Sequence[Any], out: Sequence[Tensor], given: Tensor | None = None) -> None:
-        device, backend = out[0].device, args[-1]
-        function = implementation(name, device, backend)
-        if given is not None and implementation("workspace_size", device, backend)(1, 1):
-            function = functools.partial(function, workspace=given)
-        call(function, *args[:-1], out=out)
+    def __call__(
+        self,
+        inputs: Inputs,
+        sizes: Sizes,
+        device: torch.device,
+        backend: str | None,
+        out: Record | None = None,
+        workspace: Tensor | None = None,
+    ) -> Record:
+        """Run it on checked inputs, through PyTorch's dispatcher where something watches it."""
+        if workspace is not None:
+            check_workspace(workspace, out, device)
+        flat = self.inputs.flatten(inputs)
+        if out is not None:
+            given = self.check_out(sizes, device, *out)
+            results = self.outputs.flatten(given)
+            if watched((*flat, *results, workspace)):
+                scratch = [workspace] if self.takes_workspace else []
+                self.packet.out(*numbers(flat), backend, *scratch, *results)
+            else:
+                self.run(inputs, device, backend, given, workspace)
+            return out
+        if watched(flat):
+            result = self.packet.default(*numbers(flat), backend)
+            return unflatten(self.outputs, iter([result] if self.single else result))
+        given = self.outputs.empty(sizes, device, inputs)
+        self.run(inputs, device, backend, given)
+        return given
 
-    def functional(*args: Any) -> Any:
-        out = allocate(*args)
-        run(args, out)
-        return out if len(out) > 1 else out[0]
-
-    def into(*args: Any) -> None:
-        inputs, out = args[: -len(outputs)], args[-len(outputs) :]
-        given = None
-        if workspace:
-            inputs, given = inputs[:-1], inputs[-1]
-        for field, tensor, (shape, dtype) in zip(shown, out, specs(*inputs[:-1]), strict=True):
-            check_tensor(field, tensor, tuple(shape), (dtype,), args[0].device)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{field}: expected contiguous memory, got a strided view")
-        run(inputs, out, given)
-
-    def fake(*args: Any) -> Any:
-        out = allocate(*args)
-        return out if len(out) > 1 else out[0]
-
-    for device in ("CPU", "CUDA"):
-        # or autograd would find a derivative in the reference, which is written in PyTorch
-        LIBRARY.impl(name, torch.no_grad()(functional), device)
-        LIBRARY.impl(f"{name}.out", torch.no_grad()(into), device)
-    # without it torch gives outputs a grad_fn that only warns, and keeps the inputs alive
-    for form in (f"{name}.out",) if differentiable else (name, f"{name}.out"):
-        LIBRARY.impl(form, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"specdiff::{name}", fake, lib=LIBRARY)
-    torch.library.register_fake(f"specdiff::{name}.out", lambda *args: None, lib=LIBRARY)
-
-    packet = getattr(torch.ops.specdiff, name)
-    return Op(
-        lambda *args: (packet.default if watched(args) else functional)(*args),
-        lambda *args: (packet.out if watched(args) else into)(*args),
-    )
+    def run(
+        self,
+        inputs: Inputs,
+        device: torch.device,
+        backend: str | None,
+        out: Record,
+        workspace: Tensor | None = None,
+    ) -> None:
+        function = implementation(self.name, device, backend)
+        if workspace is not None and implementation("workspace_size", device, backend)(1, 1):
+            function = functools.partial(function, workspace=workspace)
+        function(inputs, out=out[0] if self.single else out)

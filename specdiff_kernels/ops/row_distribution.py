@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
-from ..types import DISTRIBUTION_DTYPES, RowDistribution
-from .checks import check_logits, check_workspace, device_of, per_row
-from .registry import Outputs, define
+from ..fields import Sizes
+from ..inputs import RowDistributionInputs
+from ..types import RowDistribution
+from .checks import device_of
+from .registry import Op
+
+OP = Op("row_distribution", RowDistributionInputs, RowDistribution, workspace=True)
 
 
 def row_distribution(
@@ -54,37 +55,6 @@ def row_distribution(
         True
     """
     device = device_of("logits", logits)
-    logits = check_logits("logits", logits, (None, None), device)
-    N = logits.shape[0]
-    args = (
-        logits,
-        per_row("temperature", temperature, N, device),
-        per_row("top_k", top_k, N, device),
-        per_row("top_p", top_p, N, device),
-        per_row("min_p", min_p, N, device),
-        backend,
-    )
-    check_workspace(workspace, out, device)
-    if out is not None:
-        OP.into(*args, workspace, *out)
-        return out
-    return RowDistribution(*OP.functional(*args))
-
-
-def _outputs(logits: Tensor, *_: Any) -> Outputs:
-    shape = [logits.shape[0]]
-    return [(shape, dtype) for dtype in DISTRIBUTION_DTYPES]
-
-
-def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
-    function(*args, out=RowDistribution(*out))
-
-
-OP = define(
-    "row_distribution",
-    "Tensor logits, Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p",
-    RowDistribution._fields,
-    _outputs,
-    _call,
-    workspace=True,
-)
+    sizes: Sizes = {}
+    inputs = OP.check(sizes, device, logits, (temperature, top_k, top_p, min_p))
+    return OP(inputs, sizes, device, backend, out, workspace)

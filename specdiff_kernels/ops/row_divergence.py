@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Real
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..types import RowDivergence, RowStatistics
-from .checks import (
-    INT64,
-    check_constant,
-    check_increasing,
-    check_logits,
-    check_tensor,
-    contiguous,
-    device_of,
-    per_row,
+from ..fields import FLOATS, Sizes
+from ..inputs import RowDivergenceBackwardInputs, RowDivergenceInputs
+from ..types import Divergences, RowDivergence
+from .checks import check_constant, check_increasing, columns, device_of
+from .registry import LIBRARY, Op
+
+
+class Gradient(NamedTuple):
+    out: Annotated[Tensor, FLOATS("N D", like="forward.draft_logits")]
+
+
+OP = Op("row_divergence", RowDivergenceInputs, Divergences, differentiable=True)
+BACKWARD = Op(
+    "row_divergence_backward",
+    RowDivergenceBackwardInputs,
+    Gradient,
+    differentiable=True,  # twice is not written: torch warns of that
 )
-from .registry import LIBRARY, Outputs, define
 
 
 def row_divergence(
@@ -83,76 +87,21 @@ def row_divergence(
         tensor([[ 0.2500, -0.2500]])
     """
     device = device_of("target_logits", target_logits)
-    target_logits = check_logits("target_logits", target_logits, (None, None), device)
-    N, V = target_logits.shape
-    if draft_ids is not None:
-        check_tensor("draft_ids", draft_ids, (None,), INT64, device)
-        check_increasing("draft_ids", draft_ids, V)
-    D = V if draft_ids is None else draft_ids.shape[0]
-    draft_logits = check_logits("draft_logits", draft_logits, (N, D), device)
     for name, value in (("target_logits", target_logits), ("temperature", temperature)):
         check_constant(name, value, f"only the draft is trained: pass {name}.detach()")
-    args = (
-        target_logits,
-        draft_logits,
-        *contiguous(draft_ids),
-        check_temperature(temperature, N, device),
-        backend,
-    )
+    sizes: Sizes = {}
+    if target_logits.ndim == 2:
+        V = sizes["V"] = target_logits.shape[1]
+        sizes["D"] = columns("draft_ids", draft_ids, V, device)
+    inputs = OP.check(sizes, device, target_logits, draft_logits, draft_ids, temperature)
+    if draft_ids is not None:
+        check_increasing("draft_ids", draft_ids, V)
     if out is None:
-        return RowDivergence(*OP.functional(*args)[:-1])
+        return OP(inputs, sizes, device, backend).rows
     if torch.is_grad_enabled() and draft_logits.requires_grad:
         raise ValueError("out: expected None where draft_logits requires a gradient, got tensors")
-    statistics = target_logits.new_empty(N, len(RowStatistics._fields), dtype=torch.float64)
-    OP.into(*args, *out, statistics)
-    return out
-
-
-def check_temperature(value: float | Tensor, N: int, device: torch.device) -> Tensor | None:
-    """As a tensor [N]; unlike a sampler's it may not be 0."""
-    number = isinstance(value, Real) and 2.0**-95 <= value <= 2.0**95
-    if not number and not isinstance(value, Tensor):
-        raise ValueError(f"temperature: expected a number in [2^-95, 2^95], got {value!r}")
-    return per_row("temperature", value, N, device)
-
-
-def _outputs(target_logits: Tensor, *_: Any) -> Outputs:
-    N = target_logits.shape[0]
-    rows = [([N], torch.float32) for _ in RowDivergence._fields]
-    return [*rows, ([N, len(RowStatistics._fields)], torch.float64)]
-
-
-def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
-    function(*args, out=out)
-
-
-OP = define(
-    "row_divergence",
-    "Tensor target_logits, Tensor draft_logits, Tensor? draft_ids, Tensor temperature",
-    (*RowDivergence._fields, "statistics"),
-    _outputs,
-    _call,
-    differentiable=True,
-)
-
-
-def _gradient(target_logits: Tensor, draft_logits: Tensor, *_: Any) -> Outputs:
-    return [(list(draft_logits.shape), draft_logits.dtype)]
-
-
-def _call_backward(function: Callable[..., None], *args: Any, out: Any) -> None:
-    function(*args, out=out[0])
-
-
-BACKWARD = define(
-    "row_divergence_backward",
-    "Tensor target_logits, Tensor draft_logits, Tensor? draft_ids, Tensor temperature, "
-    "Tensor statistics, Tensor tv, Tensor kl, Tensor reverse_kl, Tensor draft_entropy",
-    ["out"],
-    _gradient,
-    _call_backward,
-    differentiable=True,  # twice is not written: torch warns of that
-)
+    statistics = target_logits.new_empty(sizes["N"], 8, dtype=torch.float64)
+    return OP(inputs, sizes, device, backend, Divergences(out, statistics)).rows
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -164,8 +113,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     tv, kl, reverse_kl, _, draft_entropy, _ = upstream
-    gradients = contiguous(tv, kl, reverse_kl, draft_entropy)
-    gradient = BACKWARD.functional(*ctx.saved_tensors, *gradients, ctx.backend)
+    *forward, statistics = ctx.saved_tensors
+    gradients = (tv, kl, reverse_kl, draft_entropy)
+    sizes: Sizes = {}
+    inputs = BACKWARD.check(sizes, statistics.device, forward, statistics, *gradients)
+    gradient = BACKWARD(inputs, sizes, statistics.device, ctx.backend).out
     return None, gradient, None, None, None
 
 

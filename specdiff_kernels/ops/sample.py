@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..fields import I64, Sizes
+from ..inputs import SampleInputs
 from ..types import Purpose, RowDistribution
-from .checks import (
-    INT64,
-    check_distribution,
-    check_logits,
-    check_purpose,
-    check_random,
-    check_tensor,
-    check_workspace,
-    contiguous,
-    device_of,
-)
-from .registry import Outputs, define
+from .checks import check_purpose, check_random, device_of
+from .registry import Op
 
-DISTRIBUTION_SCHEMA = "Tensor max, Tensor scale, Tensor threshold, Tensor total, Tensor status"
+
+class Sampled(NamedTuple):
+    out: Annotated[Tensor, I64("N")]
+
+
+OP = Op("sample", SampleInputs, Sampled, workspace=True)
 
 
 def sample(
@@ -73,48 +69,20 @@ def sample(
         1
     """
     device = device_of("logits", logits)
-    logits = check_logits("logits", logits, (None, None), device)
-    N, V = logits.shape
-    distribution = check_distribution("distribution", distribution, N, device)
-    if position is not None:
-        check_tensor("position", position, (N,), INT64, device)
-        check_random(N, device, (N, V), words, seed=seed)
-    else:
-        check_random(N, device, (N,), words, seed=seed, round=round)
-    if draft_ids is not None:
-        check_tensor("draft_ids", draft_ids, (V,), INT64, device)
     if slot is None and words is None:
-        slot = torch.zeros(N, dtype=torch.int64, device=device)
-    if slot is not None:
-        check_tensor("slot", slot, (N,), INT64, device)
-    seed, round, slot = contiguous(seed, round, slot)
-    position, words, draft_ids = contiguous(position, words, draft_ids)
-    args = (
-        logits, *distribution, seed, round, slot, check_purpose(purpose), position, words,
-        draft_ids, backend,
-    )  # fmt: skip
-    check_workspace(workspace, out, device)
-    if out is not None:
-        OP.into(*args, workspace, out)
-        return out
-    return OP.functional(*args)
-
-
-def _outputs(logits: Tensor, *_: Any) -> Outputs:
-    return [([logits.shape[0]], torch.int64)]
-
-
-def _call(function: Callable[..., None], logits: Tensor, *rest: Any, out: Any) -> None:
-    function(logits, RowDistribution(*rest[:5]), *rest[5:], out=out[0])
-
-
-OP = define(
-    "sample",
-    f"Tensor logits, {DISTRIBUTION_SCHEMA}, Tensor? seed, Tensor? round, Tensor? slot, "
-    "int purpose, Tensor? position, Tensor? words, Tensor? draft_ids",
-    ["tokens"],
-    _outputs,
-    _call,
-    shown=["out"],
-    workspace=True,
-)
+        slot = torch.zeros(logits.shape[:1], dtype=torch.int64, device=device)
+    sizes: Sizes = {"words": logits.shape[:1] if position is None else logits.shape}
+    inputs = OP.check(
+        sizes,
+        device,
+        logits,
+        distribution,
+        (words, seed, round, position),
+        slot,
+        check_purpose(purpose),
+        draft_ids,
+    )
+    if words is None:
+        key = {"seed": seed} if position is not None else {"seed": seed, "round": round}
+        check_random(sizes["N"], **key)
+    return OP(inputs, sizes, device, backend, None if out is None else Sampled(out), workspace).out

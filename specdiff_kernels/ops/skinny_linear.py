@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import implementation
+from ..fields import F32, Sizes
+from ..inputs import SkinnyLinearInputs
 from ..types import PackedWeight
-from .checks import check_constant, check_tensor, contiguous, device_of, overlap
-from .registry import Outputs, define, watched
+from .checks import check_constant, check_tensor, device_of, overlap
+from .registry import Op, watched
 
+
+class Product(NamedTuple):
+    out: Annotated[Tensor, F32("M N")]
+
+
+OP = Op("skinny_linear", SkinnyLinearInputs, Product)
 FLOAT = (torch.float32,)
 WEIGHTS = (torch.float32, torch.bfloat16)
 PACK = 16  # rows of the weight side by side
@@ -86,27 +93,21 @@ def skinny_linear(
     """
     device = device_of("x", x)
     check_tensor("x", x, (None, None), FLOAT, device)
-    K = x.shape[1]
     if isinstance(weight, PackedWeight):
         weight, N = weight
-        packs = -(-N // PACK)
-        check_tensor("weight.packs", weight, (packs, K, PACK), WEIGHTS, device)
+        check_tensor("weight.packs", weight, (-(-N // PACK), x.shape[1], PACK), WEIGHTS, device)
         weight = weight.contiguous()
     else:
-        check_tensor("weight", weight, (None, K), WEIGHTS, device)
+        check_tensor("weight", weight, (None, x.shape[1]), WEIGHTS, device)
         N = weight.shape[0]
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    if bias is not None:
-        check_tensor("bias", bias, (N,), FLOAT, device)
     for name, value in (("x", x), ("weight", weight), ("bias", bias)):
         check_constant(name, value, "use torch.nn.functional.linear, or torch.no_grad()")
-    x = x if x.stride(1) == 1 else x.contiguous()
-    args = (x, weight, N, *contiguous(bias), backend)
-    if out is not None:
-        check_apart(out, x=x, weight=weight, bias=bias)
-        OP.into(*args, out)
-        return out
-    return OP.functional(*args)
+    sizes: Sizes = {"weight": weight.shape}
+    inputs = OP.check(sizes, device, x, weight, N, bias)
+    if out is None:
+        return OP(inputs, sizes, device, backend).out
+    check_apart(out, x=x, weight=weight, bias=bias)
+    return OP(inputs, sizes, device, backend, Product(out)).out
 
 
 def unchecked(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
@@ -122,7 +123,7 @@ def unchecked(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> 
         return skinny_linear(x.reshape(-1, K), weight, bias).view(shape)
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
     multiply = implementation("skinny_linear", x.device, None)
-    multiply(x.view(-1, K), tensor, N, bias, out=out.view(-1, N))
+    multiply(SkinnyLinearInputs(x.view(-1, K), tensor, N, bias), out=out.view(-1, N))
     return out
 
 
@@ -131,21 +132,3 @@ def check_apart(out: Tensor, **inputs: Tensor | None) -> None:
     for name, tensor in inputs.items():
         if overlap(out, tensor):
             raise ValueError(f"out: expected memory of its own, got some of {name}'s")
-
-
-def _outputs(x: Tensor, weight: Tensor, N: int, bias: Tensor | None) -> Outputs:
-    return [([x.shape[0], N], torch.float32)]
-
-
-def _call(function: Callable[..., None], *args: Any, out: Any) -> None:
-    function(*args, out=out[0])
-
-
-OP = define(
-    "skinny_linear",
-    "Tensor x, Tensor weight, SymInt rows, Tensor? bias",
-    ["out"],
-    _outputs,
-    _call,
-    shown=["out"],
-)

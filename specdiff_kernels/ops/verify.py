@@ -3,29 +3,17 @@ distribution; or, if that is asked for, with a bias that is returned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ..lenience import KINDS, check_lenience
-from ..records import RULES, Record, choose_record
-from ..types import Draft, Lenience, RowDistribution, Verified
-from .checks import (
-    INT64,
-    check_distribution,
-    check_increasing,
-    check_logits,
-    check_random,
-    check_tensor,
-    check_workspace,
-    contiguous,
-    device_of,
-    per_row,
-    plain_number,
-)
-from .registry import Outputs, define
+from ..fields import Sizes
+from ..inputs import VerifyInputs
+from ..lenience import check_lenience
+from ..records import choose_record
+from ..types import Draft, Lenience, Verified
+from .checks import check_increasing, check_random, columns, device_of
+from .registry import Op
+
+OP = Op("verify", VerifyInputs, Verified, workspace=True)
 
 
 def verify(
@@ -102,129 +90,52 @@ def verify(
         >>> verify(target, draft, 0.0, seed=zero, round=zero).emitted.tolist()
         [[1, 0]]
     """
-    device = device_of("target_logits", target_logits)
-    target_logits = check_logits("target_logits", target_logits, (None, None, None), device)
-    B, positions, V = target_logits.shape
-    if positions == 0:
-        raise ValueError("target_logits: expected [B, K + 1, V] with K >= 0, got no positions")
-    draft = check_draft(draft, B, positions - 1, V, device)
+    check_draft(draft)
     chosen = choose_record(draft, rule, record)
     check_lenience(rule, lenience)
     if position is not None and rule != "coupled":
         raise ValueError(f"position: only the coupled rule takes one, got one under {rule!r}")
-    if rule == "coupled":
-        check_random(B, device, (B, positions, V), words, seed=seed, position=position)
-    else:
-        check_random(B, device, (B, positions), words, seed=seed, round=round)
-    args = (
+    device = device_of("target_logits", target_logits)
+    if target_logits.ndim != 3 or target_logits.shape[1] == 0:
+        raise ValueError(
+            "target_logits: expected shape [*, *, *], [B, K + 1, V] with K >= 0, got "
+            f"{list(target_logits.shape)}" + ", no positions" * (target_logits.ndim == 3)
+        )
+    B, positions, V = target_logits.shape
+    sizes: Sizes = {"B": B, "K": positions - 1, "K1": positions, "V": V}
+    if draft.logits is not None:
+        sizes["R"] = draft.logits.shape[0]
+    sizes["Vd"] = columns("draft.draft_ids", draft.draft_ids, V, device)
+    sizes["words"] = (B, positions, V) if rule == "coupled" else (B, positions)
+    inputs = OP.check(
+        sizes,
+        device,
         target_logits,
-        draft.tokens,
-        draft.tau,
-        draft.rows,
-        draft.logits,
-        *(draft.distribution or (None,) * len(RowDistribution._fields)),
-        draft.draft_ids,
-        draft.lengths,
-        draft.final_step or 0,
-        RULES.index(rule),
-        int(chosen),
-        *((-1, None) if lenience is None else as_inputs(lenience, B, device)),
-        per_row("temperature", 0.0 if rule == "greedy" else temperature, B, device),
-        per_row("top_k", top_k, B, device),
-        per_row("top_p", top_p, B, device),
-        per_row("min_p", min_p, B, device),
-        *contiguous(seed, round, position, words),
-        backend,
+        draft,
+        rule,
+        chosen,
+        lenience,
+        (0.0 if rule == "greedy" else temperature, top_k, top_p, min_p),
+        (words, seed, round, position),
     )
-    check_workspace(workspace, out, device)
-    if out is not None:
-        OP.into(*args, workspace, *out)
-        return out
-    return Verified(*OP.functional(*args))
+    if draft.draft_ids is not None:
+        check_increasing("draft.draft_ids", draft.draft_ids, V)
+    if words is None and rule == "coupled":
+        check_random(B, seed=seed, position=position)
+    elif words is None:
+        check_random(B, seed=seed, round=round)
+    return OP(inputs, sizes, device, backend, out, workspace)
 
 
-def as_inputs(lenience: Lenience, B: int, device: torch.device) -> tuple[int, Tensor]:
-    """The number of its kind, and its amounts f64 [B]."""
-    kind, amount = list(KINDS).index(lenience.kind), lenience.amount
-    if not isinstance(amount, Tensor):
-        amount = plain_number(amount, float)
-        return kind, torch.full((B,), amount, dtype=torch.float64, device=device)
-    check_tensor("lenience.amount", amount, (B,), (torch.float64,), device)
-    return kind, amount.contiguous()
-
-
-def check_draft(draft: Draft, B: int, K: int, V: int | None, device: torch.device) -> Draft:
-    """The draft with contiguous fields, or an error that names the field at fault.
-
-    V: the target's vocabulary; None: not known here.
-    """
+def check_draft(draft: Draft) -> None:
+    """Raise unless it is a draft whose logits [R, Vd] come with their distribution."""
     if not isinstance(draft, Draft):
         raise TypeError(f"draft: expected a Draft, got {type(draft).__name__}")
-    check_tensor("draft.tokens", draft.tokens, (B, K), INT64, device)
-    check_tensor("draft.tau", draft.tau, (B, K), (torch.int32,), device)
-    check_tensor("draft.rows", draft.rows, (B, K), INT64, device)
-    if draft.lengths is not None:
-        check_tensor("draft.lengths", draft.lengths, (B,), INT64, device)
-    logits, distribution, ids = draft.logits, draft.distribution, draft.draft_ids
-    if ids is not None:
-        check_tensor("draft.draft_ids", ids, (None,), INT64, device)
-    if (logits is None) != (distribution is None):
+    logits = draft.logits
+    if (logits is None) != (draft.distribution is None):
         raise ValueError(
             "draft: expected logits and distribution together, or neither; got one of them"
         )
-    if logits is not None and distribution is not None:
-        Vd = V if ids is None else ids.shape[0]
-        logits = check_logits("draft.logits", logits, (None, Vd), device)
-        distribution = check_distribution(
-            "draft.distribution", distribution, logits.shape[0], device
-        )
-    if ids is not None:
-        check_increasing("draft.draft_ids", ids, V or 2**31)
-    tokens, tau, rows, ids, lengths = contiguous(
-        draft.tokens, draft.tau, draft.rows, ids, draft.lengths
-    )
-    return draft._replace(
-        tokens=tokens,
-        tau=tau,
-        rows=rows,
-        logits=logits,
-        distribution=distribution,
-        draft_ids=ids,
-        lengths=lengths,
-    )
-
-
-def _outputs(target_logits: Tensor, *_: Any) -> Outputs:
-    B, positions = target_logits.shape[:2]
-    return [
-        ([B], torch.int64),
-        ([B, positions], torch.int64),
-        ([B], torch.int32),
-        ([B], torch.float64),
-    ]
-
-
-def _call(function: Callable[..., None], target_logits: Tensor, *args: Any, out: Any) -> None:
-    logits, distribution = args[3], args[4:9]
-    distributions = None if logits is None else RowDistribution(*distribution)
-    draft = Draft(
-        args[0], args[1], args[2], logits, distributions, args[9], args[10], final_step=args[11]
-    )
-    rule, record = RULES[args[12]], Record(args[13])
-    lenience = None if args[15] is None else Lenience(list(KINDS)[args[14]], args[15])
-    function(target_logits, draft, rule, record, lenience, *args[16:], out=Verified(*out))
-
-
-OP = define(
-    "verify",
-    "Tensor target_logits, Tensor tokens, Tensor tau, Tensor rows, Tensor? draft_logits, "
-    "Tensor? max, Tensor? scale, Tensor? threshold, Tensor? total, Tensor? distribution_status, "
-    "Tensor? draft_ids, Tensor? lengths, SymInt final_step, int rule, int record, "
-    "int lenience, Tensor? amount, "
-    "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, "
-    "Tensor? seed, Tensor? round, Tensor? position, Tensor? words",
-    Verified._fields,
-    _outputs,
-    _call,
-    workspace=True,
-)
+    if logits is not None and (not isinstance(logits, Tensor) or logits.ndim != 2):
+        device_of("draft.logits", logits)
+        raise ValueError(f"draft.logits: expected shape [*, *], got {list(logits.shape)}")

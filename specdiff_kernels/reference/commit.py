@@ -7,24 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..inputs import CommitInputs
 from ..pages import Pages, blocks_of, extended
 from ..types import Committed
 
 
-def commit(
-    lengths: Tensor,
-    emitted: Tensor,
-    stop_tokens: Tensor | None,
-    limit: Tensor | None,
-    finished: Tensor | None,
-    pages: Pages | None,
-    release: bool,
-    path: Tensor | None,
-    caches: Sequence[Tensor],
-    *,
-    out: Committed,
-) -> None:
+def commit(inputs: CommitInputs, *, out: Committed) -> None:
     """[B] lengths and [B, N] emitted tokens -> Committed."""
+    emitted, lengths, stop_tokens, limit, finished, pages, release, path, caches = inputs
     N = emitted.shape[1]
     column = torch.arange(N, device=emitted.device)
     kept = (emitted >= 0).long().cumprod(-1).sum(-1)  # tokens before the padding

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import DenoiseStepInputs, RowDistributionInputs, Sampling
 from ..reveal import Order, Reveal
 from ..types import Pending, Purpose, RowDistribution, Status
 from .numerics import (
@@ -25,31 +26,13 @@ from .row_distribution import row_distribution
 from .verify import empty_distribution
 
 
-def denoise_step(
-    logits: Tensor,
-    draft: Pending,
-    draft_ids: Tensor | None,
-    lengths: Tensor | None,
-    pool_rows: Tensor,
-    reveal: Reveal,
-    rate: Tensor,
-    step: int,
-    entropies: bool,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor | None,
-    round: Tensor | None,
-    position: Tensor | None,
-    words: Tensor | None,
-    *,
-    out: Pending,
-) -> None:
+def denoise_step(inputs: DenoiseStepInputs, *, out: Pending) -> None:
     """Logits [R, V] and positions [B, K] -> the positions after the step."""
-    R, V = logits.shape
-    K = draft.tokens.shape[1]
-    random = Random(seed, round, position, words, step)
+    draft, pool_rows, reveal, step, entropies, sampling, randomness = inputs
+    logits, draft_ids, lengths, rate = draft.logits, draft.draft_ids, draft.lengths, reveal.rate
+    assert logits is not None and draft.distribution is not None
+    (R, V), K = logits.shape, draft.tokens.shape[1]
+    random = Random(*randomness, step)
     masked = masked_positions(draft.tokens, lengths, pool_rows, R)  # [B, K]
     tokens = torch.full_like(draft.tokens, -1)  # what each position would become
     rows, distribution = (
@@ -63,9 +46,10 @@ def denoise_step(
         row = pool_rows[:, i].clamp(0, R - 1)
         x = logits[row]  # [B, V]
         drawn_from, raw = (empty_distribution(len(row), row.device) for _ in range(2))
-        row_distribution(x, temperature, top_k, top_p, min_p, out=drawn_from)
-        row_distribution(x, torch.ones_like(temperature), None, None, None, out=raw)
-        read = masked[:, i] & considered(reveal, rate, masked, i, random)
+        row_distribution(RowDistributionInputs(x, sampling), out=drawn_from)
+        plain = Sampling(torch.ones_like(sampling.temperature), None, None, None)
+        row_distribution(RowDistributionInputs(x, plain), out=raw)
+        read = masked[:, i] & considered(reveal, masked, i, random)
         for field, new in zip(distribution, drawn_from, strict=True):
             field[row[read]] = new[read]
 
@@ -99,10 +83,10 @@ def denoise_step(
 class Random(NamedTuple):
     """Where a step's words come from."""
 
+    words: Tensor | None
     seed: Tensor | None
     round: Tensor | None
     position: Tensor | None
-    words: Tensor | None
     step: int
 
     def coin(self, i: int) -> Tensor:
@@ -133,14 +117,12 @@ def masked_positions(tokens: Tensor, lengths: Tensor | None, pool_rows: Tensor, 
     return masked & (torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None])
 
 
-def considered(
-    reveal: Reveal, rate: Tensor, masked: Tensor, i: int, random: Random
-) -> Tensor | bool:
+def considered(reveal: Reveal, masked: Tensor, i: int, random: Random) -> Tensor | bool:
     """Whether position i's logits have to be read, by all that is known without them. [B]"""
     if reveal.order == Order.CHUNK:
         return reveal.lo <= i < reveal.hi
     if reveal.order == Order.MDLM:
-        return unit(random.coin(i)) < rate
+        return unit(random.coin(i)) < reveal.rate
     if reveal.order == Order.FIRST_HITTING:
         return masked[:, :i].sum(-1) == mulhi(random.coin(0), masked.sum(-1))
     return True

@@ -5,24 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..inputs import RowDistributionInputs, Sampling
 from ..types import RowDistribution, Status
 from .numerics import LOG2_E, ONE, weights
 
 TEMPERATURE_RANGE = (2.0**-95, 2.0**95)
 
 
-def row_distribution(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    *,
-    out: RowDistribution,
-) -> None:
+def row_distribution(inputs: RowDistributionInputs, *, out: RowDistribution) -> None:
     """[N, V] logits and [N] parameters -> RowDistribution, by definition rather than by speed."""
+    logits, sampling = inputs
+    temperature, top_k, top_p, min_p = sampling
     x = logits.float()
-    status = row_status(x, temperature, top_k, top_p, min_p)
+    status = row_status(x, sampling)
     good = status == Status.OK.value
     greedy = temperature == 0
     maximum = torch.where(good, x.amax(-1), torch.zeros_like(temperature))
@@ -46,14 +41,9 @@ def row_distribution(
     out.status.copy_(status)
 
 
-def row_status(
-    x: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-) -> Tensor:
+def row_status(x: Tensor, sampling: Sampling) -> Tensor:
     """The first reason why a row has no distribution, else OK. -> i32 [N]"""
+    temperature, top_k, top_p, min_p = sampling
     low, high = TEMPERATURE_RANGE
     bad = ~((temperature == 0) | ((temperature >= low) & (temperature <= high)))
     if top_k is not None:

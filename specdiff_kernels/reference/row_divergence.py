@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..types import RowStatistics
+from ..inputs import RowDivergenceBackwardInputs, RowDivergenceInputs
+from ..types import Divergences, RowDivergence, RowStatistics
 from .row_distribution import TEMPERATURE_RANGE
 
 NAN, INF = float("nan"), float("inf")
 
 
-def row_divergence(
-    target_logits: Tensor,
-    draft_logits: Tensor,
-    draft_ids: Tensor | None,
-    temperature: Tensor,
-    *,
-    out: Sequence[Tensor],
-) -> None:
+def row_divergence(inputs: RowDivergenceInputs, *, out: Divergences) -> None:
     """[N, V], [N, D], [D], [N] -> RowDivergence of [N] and statistics [N, 8]"""
+    target_logits, draft_logits, draft_ids, temperature = inputs
     V = target_logits.shape[1]
     low, high = TEMPERATURE_RANGE
     valid = (temperature >= low) & (temperature <= high)
@@ -43,25 +37,16 @@ def row_divergence(
     )
     # a row that has NaN or +inf, or nothing but -inf, sums to NaN
     valid = valid & ~target.sum.isnan() & ~draft.sum.isnan()
-    results = (tv, kl, reverse_kl, target_entropy, draft_entropy, torch.stack(statistics, -1))
-    for tensor, result in zip(out, results, strict=True):
+    rows = RowDivergence(tv, kl, reverse_kl, target_entropy, draft_entropy)
+    results = (*zip(out.rows, rows, strict=True), (out.statistics, torch.stack(statistics, -1)))
+    for tensor, result in results:
         tensor.copy_(torch.where(valid.view(-1, *[1] * (result.ndim - 1)), result, NAN))
 
 
-def row_divergence_backward(
-    target_logits: Tensor,
-    draft_logits: Tensor,
-    draft_ids: Tensor | None,
-    temperature: Tensor,
-    statistics: Tensor,
-    tv: Tensor,
-    kl: Tensor,
-    reverse_kl: Tensor,
-    draft_entropy: Tensor,
-    *,
-    out: Tensor,
-) -> None:
+def row_divergence_backward(inputs: RowDivergenceBackwardInputs, *, out: Tensor) -> None:
     """The gradients of four outputs [N] -> that of the draft's logits [N, D]"""
+    forward, statistics, tv, kl, reverse_kl, draft_entropy = inputs
+    target_logits, draft_logits, draft_ids, temperature = forward
     T = temperature.double()[:, None]
     s = RowStatistics(*statistics[:, None].unbind(-1))  # [N, 1] each
     log_p = drafted((target_logits.double() - s.target_max) / T - s.target_sum.log(), draft_ids)

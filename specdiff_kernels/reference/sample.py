@@ -5,24 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import RowDistribution
+from ..inputs import SampleInputs
 from .numerics import draw, race, race_words, random_word, weights
 
 
-def sample(
-    logits: Tensor,
-    distribution: RowDistribution,
-    seed: Tensor | None,
-    round: Tensor | None,
-    slot: Tensor | None,
-    purpose: int,
-    position: Tensor | None,
-    words: Tensor | None,
-    draft_ids: Tensor | None,
-    *,
-    out: Tensor,
-) -> None:
+def sample(inputs: SampleInputs, *, out: Tensor) -> None:
     """[N, V] logits and their distribution -> i64 [N], -1 where the row has no distribution."""
+    logits, distribution, random, slot, purpose, draft_ids = inputs
+    words, seed, round, position = random
     V = logits.shape[-1]
     e = weights(logits, distribution)
     if position is not None:

@@ -7,31 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import Randomness, RowDistributionInputs, VerifyInputs
 from ..lenience import KINDS
 from ..records import Record
-from ..types import DISTRIBUTION_DTYPES, Draft, Lenience, Purpose, RowDistribution, Status, Verified
+from ..types import DISTRIBUTION, Draft, Lenience, Purpose, RowDistribution, Status, Verified
 from .numerics import ONE, draw, probability, race, race_words, random_word, unit, weights
 from .row_distribution import row_distribution
 
 
-def verify(
-    target_logits: Tensor,
-    draft: Draft,
-    rule: str,
-    record: Record,
-    lenience: Lenience | None,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor | None,
-    round: Tensor | None,
-    position: Tensor | None,
-    words: Tensor | None,
-    *,
-    out: Verified,
-) -> None:
+def verify(inputs: VerifyInputs, *, out: Verified) -> None:
     """[B, K+1, V] target logits and a Draft -> Verified."""
+    target_logits, draft, rule, record, lenience, sampling, random = inputs
     B, positions, _ = target_logits.shape
     K = positions - 1
     lengths = draft_lengths(draft, B, K)
@@ -43,14 +29,13 @@ def verify(
     distributions = []
     for i in range(positions):
         distributions.append(empty_distribution(B, target_logits.device))
-        row_distribution(
-            target_logits[:, i], temperature, top_k, top_p, min_p, out=distributions[i]
-        )
+        row = RowDistributionInputs(target_logits[:, i], sampling)
+        row_distribution(row, out=distributions[i])
     e_p = [weights(target_logits[:, i], distributions[i]) for i in range(positions)]  # each [B, V]
     round_ = Round(draft, lengths, recorded_positions(draft, record), distributions, e_p, status)
-    random, bias = Random(seed, round, words), torch.zeros_like(lengths, dtype=torch.float64)
+    bias = torch.zeros_like(lengths, dtype=torch.float64)
     if rule == "coupled":
-        accepted, token, status = coupled_rule(round_, seed, position, words)
+        accepted, token, status = coupled_rule(round_, random)
     elif rule == "block":
         accepted, token, status = block_rule(round_, random)
     else:
@@ -78,29 +63,23 @@ class Round(NamedTuple):
     status: Tensor  # i32 [B], faults of the arguments
 
 
-class Random(NamedTuple):
-    """Where a round's words come from."""
+def accept_word(random: Randomness, i: int) -> Tensor:
+    """For drafted token i. -> i64 [B]"""
+    if random.words is not None:
+        return random.words[:, i]
+    return random_word(random.seed, i, random.round, Purpose.ACCEPT)
 
-    seed: Tensor | None
-    round: Tensor | None
-    words: Tensor | None
 
-    def accept(self, i: int) -> Tensor:
-        """For drafted token i. -> i64 [B]"""
-        if self.words is not None:
-            return self.words[:, i]
-        return random_word(self.seed, i, self.round, Purpose.ACCEPT)
-
-    def last(self, i: int, drafted: Tensor) -> Tensor:
-        """For the token that ends the round at position i: a residual draw or the bonus."""
-        if self.words is not None:
-            return self.words[:, -1]
-        purpose = torch.where(drafted, int(Purpose.RESIDUAL), int(Purpose.BONUS))
-        return random_word(self.seed, i, self.round, purpose)
+def last_word(random: Randomness, i: int, drafted: Tensor) -> Tensor:
+    """For the token that ends the round at position i: a residual draw or the bonus."""
+    if random.words is not None:
+        return random.words[:, -1]
+    purpose = torch.where(drafted, int(Purpose.RESIDUAL), int(Purpose.BONUS))
+    return random_word(random.seed, i, random.round, purpose)
 
 
 def token_rule(
-    r: Round, random: Random, lenience: Lenience | None
+    r: Round, random: Randomness, lenience: Lenience | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Accept x iff u q(x) < p(x); on rejection emit from (p - q)+ (Leviathan et al. 2211.17192,
     Algorithm 1), after the last drafted token from p. Under a lenience accept x iff u q(x) < p'(x)
@@ -123,14 +102,14 @@ def token_rule(
             if lenience is not None:
                 chance = raised(p, q, lenience)
                 spent = excess(torch.minimum(q, chance), p).sum(-1).double() * 2.0**-60
-            accept = unit(random.accept(i)) * q.gather(1, x)[:, 0] < chance.gather(1, x)[:, 0]
+            accept = unit(accept_word(random, i)) * q.gather(1, x)[:, 0] < chance.gather(1, x)[:, 0]
             without_x = e_p.scatter(1, x, 0)
             residual = torch.where(r.recorded[:, i, None], excess(p, q), without_x)
         running = running & (status == Status.OK.value)
         accept = accept & drafted
         bias = torch.where(running & drafted, bias + spent, bias)
         last = torch.where(drafted[:, None], or_else(residual, e_p), e_p)
-        drawn = draw(last, random.last(i, drafted))
+        drawn = draw(last, last_word(random, i, drafted))
         token = torch.where(running & ~accept, drawn, token)
         accepted = accepted + (running & accept)
         running = running & accept
@@ -149,7 +128,7 @@ def raised(p: Tensor, q: Tensor, lenience: Lenience) -> Tensor:
     return torch.where(p > 0, more, 0.0)
 
 
-def block_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
+def block_rule(r: Round, random: Randomness) -> tuple[Tensor, Tensor, Tensor]:
     """Block verification (Sun et al. 2403.10444, Algorithm 2): P_i = min(1, P_{i-1} p(x_i)/q(x_i)),
     S_i = sum_v (P_i p_{i+1}(v) - q_{i+1}(v))+, accept up to the largest i with u_i < h_i,
     h_i = min(P_i, S_i / (S_i + 1 - P_i)), 1 where P_i is 1, and h_K = P_K; then emit from
@@ -175,19 +154,17 @@ def block_rule(r: Round, random: Random) -> tuple[Tensor, Tensor, Tensor]:
             S = residual.sum(-1).double() * 2.0**-60
             p_x, q_x = p.gather(1, x)[:, 0], q.gather(1, x)[:, 0]
         h = torch.where(drafted & (P < 1), torch.minimum(S / (S + 1.0 - P), P), P)
-        u = unit(random.accept(i - 1)) if i else torch.full_like(P, -1.0)
+        u = unit(accept_word(random, i - 1)) if i else torch.full_like(P, -1.0)
         here = running & (status == Status.OK.value) & (u < h)
         last = torch.where(drafted[:, None], or_else(residual, e_p), e_p)
-        drawn = draw(last, random.last(i, drafted))
+        drawn = draw(last, last_word(random, i, drafted))
         accepted, token = torch.where(here, i, accepted), torch.where(here, drawn, token)
         last_fault = torch.where(here, distribution.status, last_fault)
         P = torch.where(drafted, (P * p_x / q_x).clamp(max=1.0), P)
     return accepted, token, torch.where(status == Status.OK.value, last_fault, status)
 
 
-def coupled_rule(
-    r: Round, seed: Tensor | None, position: Tensor | None, words: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def coupled_rule(r: Round, random: Randomness) -> tuple[Tensor, Tensor, Tensor]:
     """Emit y = argmin_v E_v / e_p(v), the noise keyed by absolute position and token alone; go on
     while the drafted token is y. -> accepted, token behind, status [B]
     """
@@ -198,8 +175,9 @@ def coupled_rule(
         status = torch.where(running, distribution.status, status)
         drafted = running & (i < r.lengths)
         ids = torch.arange(V, device=e_p.device)
-        at = None if position is None else position + i
-        y = race(e_p, race_words(seed, at, ids) if words is None else words[:, i])
+        at = None if random.position is None else random.position + i
+        words = race_words(random.seed, at, ids) if random.words is None else random.words[:, i]
+        y = race(e_p, words)
         x = r.draft.tokens[:, i] if i < r.draft.tokens.shape[1] else y
         bad_id = drafted & (status == Status.OK.value) & ((x < 0) | (x >= V))
         status = torch.where(bad_id, int(Status.TOKEN), status)
@@ -271,6 +249,4 @@ def draft_weights(draft: Draft, i: int, recorded: Tensor, V: int) -> tuple[Tenso
 
 def empty_distribution(N: int, device: torch.device) -> RowDistribution:
     """A RowDistribution of N rows to write into."""
-    return RowDistribution(
-        *(torch.empty(N, dtype=dtype, device=device) for dtype in DISTRIBUTION_DTYPES)
-    )
+    return DISTRIBUTION.empty({"N": N}, device, None)

@@ -62,29 +62,6 @@ class Logits(NamedTuple):
         return cls(logits, batch_stride, logits.stride(-2), logits.shape[-1])
 
 
-class Parameters(NamedTuple):
-    """Sampling parameters [B], None where off."""
-
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-
-    @property
-    def selects(self) -> bool:
-        """Whether a threshold has to be searched for."""
-        return self.top_k is not None or self.top_p is not None
-
-
-class Randomness(NamedTuple):
-    """Random words, or the tensors [B] that make them."""
-
-    words: Any
-    seed: Any
-    round: Any
-    position: Any
-
-
 class DraftArrays(NamedTuple):
     """A Draft as kernels read it."""
 

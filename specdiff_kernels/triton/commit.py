@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import addresses, by_geometry
+from ..arguments import by_geometry
 from ..backends import BackendError, interprets_triton
+from ..inputs import CommitInputs
 from ..pages import Pages
 from ..types import Committed
 from .arguments import launch
@@ -29,19 +30,8 @@ TILE = tl.constexpr(2048)  # entries of tables that are looked at at once
 CLAIM = tl.constexpr(-(2**31))  # below all counts of references
 
 
-def commit(
-    lengths: Tensor,
-    emitted: Tensor,
-    stop_tokens: Tensor | None,
-    limit: Tensor | None,
-    finished: Tensor | None,
-    pages: Pages | None,
-    release: bool,
-    path: Tensor | None,
-    caches: Sequence[Tensor],
-    *,
-    out: Committed,
-) -> None:
+def commit(inputs: CommitInputs, *, out: Committed) -> None:
+    emitted, lengths, stop_tokens, limit, finished, pages, release, path, caches = inputs
     B, N = emitted.shape
     stops = 0 if stop_tokens is None else len(stop_tokens)
     launch(advance, B, emitted.device, lengths, emitted, N, stop_tokens, stops, limit, finished,
@@ -59,7 +49,7 @@ def move_path(path: Tensor, pages: Pages | None, caches: Sequence[Tensor], out: 
             "Triton's interpreter cannot reach a GPU's memory: unset TRITON_INTERPRET"
         )
     for ((*sizes, heads, size), strides), alike in by_geometry(caches, pages).items():
-        at = addresses(alike)
+        at = [cache.data_ptr() for cache in alike]
         width = math.gcd(8, size, *strides, *at)
         words = size // width
         lanes = min(LANES, triton.next_power_of_2(max(heads * words, 1)))

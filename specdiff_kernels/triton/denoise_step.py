@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reveal import Order, Reveal
+from ..inputs import DenoiseStepInputs
+from ..reveal import Order
 from ..types import Pending, Purpose, RowDistribution
 from .arguments import (
     ARRIVED,
@@ -23,8 +24,6 @@ from .arguments import (
     SPREAD,
     TOKEN,
     Logits,
-    Parameters,
-    Randomness,
     Split,
     launch,
     scratch,
@@ -68,33 +67,15 @@ COPIED = tl.constexpr(256)  # distributions that a program copies
 
 
 def denoise_step(
-    logits: Tensor,
-    draft: Pending,
-    draft_ids: Tensor | None,
-    lengths: Tensor | None,
-    pool_rows: Tensor,
-    reveal: Reveal,
-    rate: Tensor,
-    step: int,
-    entropies: bool,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor | None,
-    round: Tensor | None,
-    position: Tensor | None,
-    words: Tensor | None,
-    *,
-    out: Pending,
-    workspace: Tensor | None = None,
+    inputs: DenoiseStepInputs, *, out: Pending, workspace: Tensor | None = None
 ) -> None:
-    (R, V), (B, K) = logits.shape, draft.tokens.shape
-    pool, device = Logits.of(logits), logits.device
-    parameters = Parameters(temperature, top_k, top_p, min_p)
-    random = Randomness(words, seed, round, position)
-    positions = Positions(draft.tokens, pool_rows, lengths, rate)
-    split = Split.of(V, whole=parameters.selects)
+    given, pool_rows, reveal, step, entropies, sampling, random = inputs
+    assert given.logits is not None and given.distribution is not None
+    draft = Pending(given.tokens, given.tau, given.rows, given.distribution, out.entropy)
+    (R, V), (B, K), device = given.logits.shape, draft.tokens.shape, draft.tokens.device
+    pool = Logits.of(given.logits)
+    positions = Positions(draft.tokens, pool_rows, given.lengths, reveal.rate)
+    split = Split.of(V, whole=sampling.selects)
     sizes = Sizes(B, K, R, split.parts, step, reveal.lo, reveal.hi, reveal.number)
     workspace = scratch(workspace, B * K, V, device)
     copies = any(a is not b for a, b in zip(draft.distribution, out.distribution, strict=True))
@@ -102,8 +83,8 @@ def denoise_step(
     constants = {"ORDER": int(reveal.order), "POSITIONS": triton.next_power_of_2(max(K, 1))}
     launch(maxima, programs, device, pool, positions, random, draft.distribution, out.distribution,
            workspace, *sizes, COPIES=copies, TILE=split.tile, **constants)  # fmt: skip
-    launch(reveal_rows, B * K * split.parts, device, pool, positions, draft, parameters, random,
-           draft_ids, out, workspace, *sizes, ENTROPIES=entropies,
+    launch(reveal_rows, B * K * split.parts, device, pool, positions, draft, sampling, random,
+           given.draft_ids, out, workspace, *sizes, ENTROPIES=entropies,
            **split.constants, **constants)  # fmt: skip
 
 

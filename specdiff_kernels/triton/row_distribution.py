@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import RowDistributionInputs
 from ..types import RowDistribution
-from .arguments import ARRIVED, Logits, Parameters, Split, launch, scratch
+from .arguments import ARRIVED, Logits, Split, launch, scratch
 from .row import (
     OK,
     area_of,
@@ -21,22 +22,14 @@ from .row import (
 
 
 def row_distribution(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    *,
-    out: RowDistribution,
-    workspace: Tensor | None = None,
+    inputs: RowDistributionInputs, *, out: RowDistribution, workspace: Tensor | None = None
 ) -> None:
-    N, V = logits.shape
-    rows, device = Logits.of(logits), logits.device
-    parameters = Parameters(temperature, top_k, top_p, min_p)
+    logits, sampling = inputs
+    (N, V), device, rows = logits.shape, logits.device, Logits.of(logits)
     workspace = scratch(workspace, N, V, device)
-    split = Split.of(V, whole=parameters.selects)
+    split = Split.of(V, whole=sampling.selects)
     launch(maxima, N * split.tiles, device, rows, workspace, TILE=split.tile)
-    launch(sums, N * split.parts, device, rows, parameters, out, workspace, split.parts,
+    launch(sums, N * split.parts, device, rows, sampling, out, workspace, split.parts,
            maxnreg=split.maxnreg, **split.constants)  # fmt: skip
 
 

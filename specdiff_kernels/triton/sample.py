@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import RowDistribution
-from .arguments import Logits, Randomness, Split, launch, scratch
+from ..inputs import SampleInputs
+from .arguments import Logits, Split, launch, scratch
 from .numerics import random_word, weight
 from .row import (
     OK,
@@ -24,28 +24,15 @@ from .row import (
 )
 
 
-def sample(
-    logits: Tensor,
-    distribution: RowDistribution,
-    seed: Tensor | None,
-    round: Tensor | None,
-    slot: Tensor | None,
-    purpose: int,
-    position: Tensor | None,
-    words: Tensor | None,
-    draft_ids: Tensor | None,
-    *,
-    out: Tensor,
-    workspace: Tensor | None = None,
-) -> None:
+def sample(inputs: SampleInputs, *, out: Tensor, workspace: Tensor | None = None) -> None:
+    logits, distribution, random, slot, purpose, draft_ids = inputs
     N, V = logits.shape
     rows, device, split = Logits.of(logits), logits.device, Split.of(V)
     workspace = scratch(workspace, N, V, device)
-    random = Randomness(words, seed, round, position)
     launch(search, N * split.tiles, device, rows, distribution, random, draft_ids, workspace,
-           RACE=position is not None, TILE=split.tile)  # fmt: skip
+           RACE=random.position is not None, TILE=split.tile)  # fmt: skip
     launch(tokens, N, device, rows, distribution, random, slot, purpose, draft_ids, workspace, out,
-           RACE=position is not None, **split.constants)  # fmt: skip
+           RACE=random.position is not None, **split.constants)  # fmt: skip
 
 
 @triton.jit

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import VerifyInputs
 from ..lenience import KINDS
-from ..records import Record
-from ..types import Draft, Lenience, Purpose, Verified
+from ..types import Draft, Purpose, Verified
 from .arguments import (
     ARRIVED,
     DRAFT_CHANCE,
@@ -37,8 +37,6 @@ from .arguments import (
     TOKEN,
     DraftArrays,
     Logits,
-    Parameters,
-    Randomness,
     Split,
     launch,
     scratch,
@@ -87,44 +85,26 @@ RESIDUAL = tl.constexpr(int(Purpose.RESIDUAL))
 BONUS = tl.constexpr(int(Purpose.BONUS))
 
 
-def verify(
-    target_logits: Tensor,
-    draft: Draft,
-    rule: str,
-    record: Record,
-    lenience: Lenience | None,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor | None,
-    round: Tensor | None,
-    position: Tensor | None,
-    words: Tensor | None,
-    *,
-    out: Verified,
-    workspace: Tensor | None = None,
-) -> None:
+def verify(inputs: VerifyInputs, *, out: Verified, workspace: Tensor | None = None) -> None:
+    target_logits, draft, rule, record, lenience, sampling, random = inputs
     B, rows, V = target_logits.shape
     device, block = target_logits.device, rule == "block"
     target, arrays = Logits.of(target_logits), DraftArrays.of(draft)
-    parameters = Parameters(temperature, top_k, top_p, min_p)
-    random = Randomness(words, seed, round, position)
-    split = Split.of(V, whole=parameters.selects)
+    split = Split.of(V, whole=sampling.selects)
     workspace = scratch(workspace, B * rows, V, device)
     sizes = Sizes.of(B, rows - 1, split.parts, draft)
     constants = split.constants | {"POSITIONS": triton.next_power_of_2(rows)}
     launch(maxima, B * rows * split.tiles, device, target, arrays.lengths, workspace, B, rows - 1,
            TILE=split.tile)  # fmt: skip
     if rule == "coupled":
-        launch(race_rows, B * rows * split.parts, device, target, arrays, parameters, random,
+        launch(race_rows, B * rows * split.parts, device, target, arrays, sampling, random,
                workspace, B, rows - 1, split.parts, out, maxnreg=128, **constants)  # fmt: skip
         return
     amounts, constants["KIND"] = None, -1
     if lenience is not None:
         amounts, constants["KIND"] = lenience.amount, list(KINDS).index(lenience.kind)
     every_row = block or amounts is not None
-    launch(judge, B * rows * split.parts, device, target, arrays, parameters, random, amounts,
+    launch(judge, B * rows * split.parts, device, target, arrays, sampling, random, amounts,
            workspace, *sizes, RECORD=int(record), BLOCK_RULE=block, maxnreg=split.maxnreg,
            **constants)  # fmt: skip
     launch(end_round, B * (rows if every_row else 1) * split.tiles, device, target, arrays, random,

@@ -23,7 +23,8 @@ from specdiff_kernels import (
     workspace_size,
 )
 from specdiff_kernels.__main__ import report
-from specdiff_kernels.arguments import row_distribution_arguments
+from specdiff_kernels.arguments import pack
+from specdiff_kernels.inputs import RowDistributionInputs, Sampling
 
 LOGITS = torch.zeros(1, 4)
 
@@ -200,7 +201,8 @@ def test_native_code_releases_the_gil():
     logits = torch.randn(4, 400_000)
     distribution, temperature, top_k = row_distribution(logits), torch.ones(4), torch.full((4,), 9)
     scratch = torch.empty(1, 400_000, dtype=torch.int64)
-    arguments = row_distribution_arguments(logits, temperature, top_k, None, None, out=distribution)
+    inputs = RowDistributionInputs(logits, Sampling(temperature, top_k, None, None))
+    arguments = pack(inputs, distribution)
     assert runs_beside(lambda: _C.row_distribution(arguments, scratch.data_ptr(), 1))
     assert not runs_beside(lambda: sum(range(10**6)))
 

@@ -352,7 +352,7 @@ def test_wrong_ids_that_nobody_could_look_at(ids):
     """Compiled code and GPUs do not check them beforehand; nothing outside the row is read."""
     target, _, _ = inputs(20)
     args = target, torch.zeros(6, 3), torch.tensor(ids), torch.ones(6), None
-    assert all(x.isnan().all() for x in OP.functional(*args))
+    assert all(x.isnan().all() for x in OP.packet(*args))
 
 
 # --- company ---
@@ -429,7 +429,7 @@ def test_backends_may_take_turns():
     args = target, draft, ids, torch.full((6,), 0.9)
     up = [torch.ones(6)] * 4
     slopes = [
-        BACKWARD.functional(*args, OP.functional(*args, forward)[-1], *up, backward)
+        BACKWARD.packet(*args, OP.packet(*args, forward)[-1], *up, backward)
         for forward in ("reference", None)
         for backward in ("reference", None)
     ]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from specdiff_kernels import pack_weight
-from specdiff_kernels.arguments import DTYPES
+from specdiff_kernels.fields import DTYPES
 
 from .test_skinny_linear import NAN, SHAPES, inputs, rms
 

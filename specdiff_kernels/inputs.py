@@ -1,0 +1,121 @@
+"""What each op hands to its kernels, in the order in which native code reads it."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+from torch import Tensor
+
+from .fields import BOOL, F32, F64, FLAG, I64, SIZE, WEIGHTS, Group, Logits, Range, Scalar
+from .pages import Pages
+from .records import RULES, Record
+from .reveal import Reveal
+from .types import Draft, Lenience, RowDistribution
+
+# numbers that may stand for all rows
+TEMPERATURES = Range("0 or a number in [2^-95, 2^95]", 2.0**-95, 2.0**95, zero=True)
+TOP_KS = Range("an integer in [0, 2^63) (0: off)", 0, 2**63 - 1)
+TOP_PS = Range("a number in [2^-149, 1]", 2.0**-149, 1)
+SHARES = Range("a number in [0, 1]", 0, 1)
+
+
+class Sampling(NamedTuple):
+    """What the distribution of each row is made with, beside its logits; None: off."""
+
+    temperature: Annotated[Tensor, F32("N", TEMPERATURES)]
+    top_k: Annotated[Tensor | None, I64("N", TOP_KS)]
+    top_p: Annotated[Tensor | None, F32("N", TOP_PS)]
+    min_p: Annotated[Tensor | None, F32("N", SHARES)]
+
+    @property
+    def selects(self) -> bool:
+        """Whether a threshold has to be searched for."""
+        return self.top_k is not None or self.top_p is not None
+
+    @property
+    def truncates(self) -> bool:
+        return not (self.top_k is None and self.top_p is None and self.min_p is None)
+
+
+class Randomness(NamedTuple):
+    """Random words, or what makes them: seeds with rounds, for coupled draws with positions."""
+
+    words: Annotated[Tensor | None, I64("words")]  # each op has its own shape
+    seed: Annotated[Tensor | None, I64("N")]
+    round: Annotated[Tensor | None, I64("N")]
+    position: Annotated[Tensor | None, I64("N")]
+
+
+class RowDistributionInputs(NamedTuple):
+    logits: Annotated[Tensor, Logits("N V")]
+    sampling: Annotated[Sampling, Group(named=False)]
+
+
+class SampleInputs(NamedTuple):
+    logits: Annotated[Tensor, Logits("N V")]
+    distribution: RowDistribution
+    random: Annotated[Randomness, Group(named=False)]
+    slot: Annotated[Tensor | None, I64("N")]
+    purpose: Annotated[int, Scalar(schema="int")]
+    draft_ids: Annotated[Tensor | None, I64("V")]
+
+
+class VerifyInputs(NamedTuple):
+    target_logits: Annotated[Tensor, Logits("B K1 V")]
+    draft: Draft
+    rule: Annotated[str, Scalar(str, "str", RULES)]
+    record: Annotated[Record, Scalar(Record, "int")]
+    lenience: Annotated[Lenience | None, Group("B")]
+    sampling: Annotated[Sampling, Group("B", named=False)]
+    random: Annotated[Randomness, Group("B", named=False)]
+
+
+class DenoiseStepInputs(NamedTuple):
+    draft: Annotated[Draft, Group(given=("logits", "distribution"))]
+    pool_rows: Annotated[Tensor, I64("B K")]
+    reveal: Annotated[Reveal, Group("B", named=False)]
+    step: Annotated[int, SIZE]
+    entropies: Annotated[bool, FLAG]
+    sampling: Annotated[Sampling, Group("B", named=False)]
+    random: Annotated[Randomness, Group("B", named=False)]
+
+    @property
+    def logits(self) -> Tensor:
+        """The pool, which this draft has to have."""
+        assert self.draft.logits is not None
+        return self.draft.logits
+
+
+class CommitInputs(NamedTuple):
+    emitted: Annotated[Tensor, I64("B N", sized=True)]
+    lengths: Annotated[Tensor, I64("B")]
+    stop_tokens: Annotated[Tensor | None, I64("S", sized=True)]
+    limit: Annotated[Tensor | None, I64("B")]
+    finished: Annotated[Tensor | None, BOOL("B")]
+    pages: Annotated[Pages | None, Group("P")]
+    release: Annotated[bool, FLAG]
+    path: Annotated[Tensor | None, I64("B N")]
+    caches: Annotated[list[Tensor], I64("", many=True, written=True)]
+
+
+class RowDivergenceInputs(NamedTuple):
+    target_logits: Annotated[Tensor, Logits("N V")]
+    draft_logits: Annotated[Tensor, Logits("N D")]
+    draft_ids: Annotated[Tensor | None, I64("D")]
+    temperature: Annotated[Tensor, F32("N", Range("a number in [2^-95, 2^95]", 2.0**-95, 2.0**95))]
+
+
+class RowDivergenceBackwardInputs(NamedTuple):
+    forward: Annotated[RowDivergenceInputs, Group(named=False)]
+    statistics: Annotated[Tensor, F64("N 8")]
+    tv: Annotated[Tensor, F32("N")]  # upstream gradients, as what follows
+    kl: Annotated[Tensor, F32("N")]
+    reverse_kl: Annotated[Tensor, F32("N")]
+    draft_entropy: Annotated[Tensor, F32("N")]
+
+
+class SkinnyLinearInputs(NamedTuple):
+    x: Annotated[Tensor, F32("M K", rows=True)]
+    weight: Annotated[Tensor, WEIGHTS("weight")]  # [N, K], or packed [ceil(N / 16), K, 16]
+    N: Annotated[int, Scalar(size="N")]
+    bias: Annotated[Tensor | None, F32("N")]
