@@ -162,16 +162,19 @@ class Recorded(TorchDispatchMode):
 
 
 class RecordedCapture(Captured):
-    def __init__(self, function, device):
-        self.function, self.graphs, self.replayed = function, {}, 0
+    def __init__(self, device):
+        self.graphs, self.replayed, self.pool = {}, 0, None
 
-    def __call__(self, key):
+    def __call__(self, key, function):
         if key in self.graphs:
             self.replayed += 1
             return self.graphs[key].replay()
         with Recorded() as graph:  # unlike a capture, this runs as well: it is the first run
-            self.function()
+            function()
         self.graphs[key] = graph
+
+    def forget(self):
+        self.graphs.clear()
 
 
 @pytest.fixture
@@ -193,6 +196,59 @@ def test_a_round_can_be_replayed(target, name, kind, recorded):
     session = make().open(3, 51, sampling=SAMPLED, look_every=2, capture=True, **kind)
     assert serve(session, jobs) == alone(make(), jobs, SAMPLED)
     assert session._captured.replayed > 10 and 1 <= len(session._captured.graphs) <= 2
+
+
+def test_rows_with_other_parameters_are_captured_anew(target, recorded):
+    """A row that is the first to use top_k changes the tensors that a graph reads."""
+    decoder = Decoder(target, Autoregressive(target.model), 3)
+    session = decoder.open(2, 51, sampling=SAMPLED, stop_tokens=[], look_every=2, capture=True)
+    session.admit([[1, 2, 3]], max_new_tokens=30, seed=5)
+    for _ in range(3):
+        session.step()
+    assert session._captured.graphs
+    own = Sampling(0.8, top_k=3)
+    session.admit([[4, 5]], first=1, max_new_tokens=20, seed=6, sampling=own)
+    assert not session._captured.graphs
+    while not all(session.done):
+        session.step()
+    for b, (prompt, new, way) in enumerate((([1, 2, 3], 30, SAMPLED), ([4, 5], 20, own))):
+        alone = decoder.generate(
+            prompt, max_new_tokens=new, sampling=way, seed=[5 + b], stop_tokens=[]
+        )
+        assert session.texts[b] == alone.sequences[0]
+
+
+def test_a_prompt_that_failed_can_be_admitted_again(target):
+    """The drafter forgets what it had read of it."""
+    network = parallel(target).network
+    drafter = type(parallel(target))(network, target)
+    decoder = Decoder(target, drafter, 2)
+    prompt = [t % target.vocab_size for t in range(1, 31)]
+    want = decoder.generate(prompt, max_new_tokens=8, stop_tokens=[]).stats
+    session, read = decoder.open(1, 50, stop_tokens=[]), drafter.read
+
+    def failing(rows, news):
+        read(rows, news)
+        raise MemoryError("for once")
+
+    drafter.read = failing
+    with pytest.raises(MemoryError):
+        session.admit([prompt], max_new_tokens=8)
+    del drafter.read
+    session.admit([prompt], max_new_tokens=8)
+    while not session.done[0]:
+        session.step()
+    assert session.stats.accepted_at == want.accepted_at
+
+
+def test_a_place_is_used_again_by_a_prompt_of_one_token(target):
+    """The target drafts for itself: every token is accepted, also in a batch of one."""
+    session = Decoder(target, Autoregressive(target.model), 3).open(1, 50, stop_tokens=[])
+    for prompt in ([1, 2, 3], [7]):
+        session.admit([prompt], max_new_tokens=12)
+        while not session.done[0]:
+            session.step()
+    assert session.stats.accepted == session.stats.drafted > 0
 
 
 def test_looking_at_the_device_is_caught(target, recorded):

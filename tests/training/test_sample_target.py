@@ -120,8 +120,8 @@ def replayed(monkeypatch) -> list[RecordedCapture]:
     """As on a GPU: the host looks every third round, and rounds are replayed."""
     replays = []
 
-    def replay(function, device):
-        replays.append(RecordedCapture(function, device))
+    def replay(device):
+        replays.append(RecordedCapture(device))
         return replays[-1]
 
     def begin(sampler, *args):

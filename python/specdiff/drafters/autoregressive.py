@@ -49,7 +49,9 @@ class Autoregressive(Drafter):
         self.cache = self.model.new_cache(batch, capacity)
 
     def forget(self, rows: list[int]) -> None:
-        self.cache.lengths[rows] = 0
+        cache = self.cache
+        cache.lengths[rows] = 0
+        cache.set_lengths(cache.lengths, cache.longest, exact=False)
 
     @torch.no_grad()
     def read(self, rows: slice, news: News) -> None:

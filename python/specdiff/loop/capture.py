@@ -9,13 +9,12 @@ import torch
 
 
 class Captured:
-    """Runs a function that reads and writes the same memory in every call.
+    """CUDA graphs of a function that reads and writes the same memory in every call.
 
-    The first call for a key runs it, as whatever is compiled or allocated on first use must not be
-    captured; then it is captured, and later calls replay that.
+    The first call for a key runs the function, because anything that is compiled or allocated on
+    first use must not be captured. Then it is captured. Later calls replay the graph.
 
     Args:
-        function: without arguments and results. It must not wait for the device.
         device: a CUDA device.
 
     Raises:
@@ -23,30 +22,33 @@ class Captured:
 
     Example:
         >>> x = torch.zeros(1, device="cuda")
-        >>> captured = Captured(lambda: x.add_(1), x.device)
+        >>> captured = Captured(x.device)
+        >>> captured("add", lambda: x.add_(1))
     """
 
-    def __init__(self, function: Callable[[], Any], device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise ValueError(f"capture needs a CUDA device, got a target on {device.type}")
-        self.function = function
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle()  # nothing in it outlives a replay
 
     def forget(self) -> None:
         """Capture anew: the function reads other memory from now on."""
         self.graphs.clear()
+        self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, key: Hashable) -> None:
+    def __call__(self, key: Hashable, function: Callable[[], Any]) -> None:
+        """Run or replay the function of a key. It has no arguments and does not wait for the
+        device."""
         if key in self.graphs:
             self.graphs[key].replay()
             return
         beside, current = torch.cuda.Stream(), torch.cuda.current_stream()
         beside.wait_stream(current)
         with torch.cuda.stream(beside):
-            self.function()
+            function()
         current.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            self.function()
+            function()
         self.graphs[key] = graph

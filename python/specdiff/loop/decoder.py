@@ -119,7 +119,7 @@ class Decoder:
         chooser = k if drafter is not None and isinstance(k, Chooser) else None
         self.settings = Settings(target, drafter, most, chooser, rule, lenience, record, backend)
         self.tokenizer: Tokenizer | None = tokenizer or target.tokenizer
-        self._k = k
+        self._k, self._tokenizer = k, tokenizer
 
     @property
     def target(self) -> Target:
@@ -146,7 +146,7 @@ class Decoder:
             "lenience": settings.lenience,
             "record": settings.record,
             "backend": settings.backend,
-            "tokenizer": self.tokenizer,
+            "tokenizer": self._tokenizer,
         }
         return Decoder(**{**arguments, **changes})
 
@@ -274,6 +274,8 @@ def check_drafter(target: Target, drafter: Drafter, k: int) -> None:
         raise ValueError(
             f"k must be below the target's context of {target.context_limit} tokens, got {k}"
         )
+    if drafter.most is not None and k > drafter.most:
+        raise ValueError(f"k must be in [1, {drafter.most}] for this drafter, got {k}")
     if drafter.vocab_size not in (None, target.vocab_size):
         raise ValueError(
             f"the drafter's vocabulary has {drafter.vocab_size} tokens and the target's "

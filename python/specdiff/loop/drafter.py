@@ -87,8 +87,8 @@ class Drafter(ABC):
         ...         return Draft(tokens, tokens.int(), tokens - 1, lengths=lengths)
     """
 
-    vocab_size: int | None
-    block: int
+    vocab_size: int | None = None
+    block: int = 4
     most: int | None = None
     steps: int | None = None
     needs_hidden: bool = False
@@ -118,7 +118,8 @@ class Drafter(ABC):
 
         Args:
             rows: of the batch.
-            news: of these rows alone; `longest` is at least the tokens that they have now.
+            news: of these rows alone. For prompts, `longest` is at least the tokens that they have
+                now. A drafter that `reads` is told each row once, before the row has tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} reads prompts, but has no `read`")
 
@@ -131,7 +132,7 @@ class Drafter(ABC):
 
         Args:
             news: tokens committed since the last call.
-            k: width of the draft, at least 1 and the same in every round.
+            k: width of the draft, at least 1. It changes between rounds only if a chooser does.
             lengths: i64 [B], most tokens wanted per row; 0 for rows that have finished.
             draws: keys of its random numbers, as the ops take them.
 

@@ -46,9 +46,10 @@ class Sampling:
         t = self.temperature
         if not (t == 0 or (math.isfinite(t) and 2.0**-95 <= t <= 2.0**95)):
             raise ValueError(f"temperature must be 0 (greedy) or in [2^-95, 2^95], got {t}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}; None keeps all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        k = self.top_k
+        if k is not None and not (isinstance(k, Integral) and 1 <= k < WORD // 2):
+            raise ValueError(f"top_k must be an integer of at least 1, got {k}; None: all tokens")
+        if self.top_p is not None and not 2.0**-149 <= self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; None keeps all tokens")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}; None drops no token")
@@ -72,7 +73,7 @@ class Sampling:
 class RowSampling:
     """The parameters of each row of a session, in memory that every round reads.
 
-    A parameter that no row uses stays None, which is cheaper for the ops.
+    A parameter that no row has used so far stays None, which is cheaper for the ops.
 
     Args:
         common: of all rows, until `admit` gives them their own.
@@ -95,7 +96,7 @@ class RowSampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether all rows are."""
+        """Whether all rows are, those of free places too."""
         return all(sampling.greedy for sampling in self.each)
 
     def without_greedy(self) -> tuple[Tensor | None, ...]:
@@ -109,8 +110,8 @@ class RowSampling:
     def admit(self, rows: slice, each: Sequence[Sampling]) -> bool:
         """Change some rows' parameters. Returns whether `parameters` are other tensors now."""
         before = len(self.tensors)
-        self.each[rows] = each
         self._write(rows, each)
+        self.each[rows] = each
         return len(self.tensors) > before
 
     def _write(self, rows: slice, each: Sequence[Sampling]) -> None:

@@ -71,6 +71,7 @@ class Session:
         self.settings, self.target, self.capacity = settings, settings.target, capacity
         self.process, self.ends, self.logprobs = process, ends, logprobs
         self.look_every = self._look_every(look_every)
+        self._captured = Captured(self.target.device) if capture else None
         if capture:
             self._check_capture()
         device = self.target.device
@@ -91,7 +92,6 @@ class Session:
         )
         self.longest = 0  # at least the largest of the lengths
         self._stop_tokens = frozenset(stop_tokens)
-        self._captured = Captured(self._round, device) if capture else None
 
     @property
     def texts(self) -> list[list[int]]:
@@ -152,15 +152,20 @@ class Session:
             first: place of the first of them.
             max_new_tokens: at least 1; one number, or one for each prompt.
             seed: one int, from which each prompt gets its own (see `row_seeds`), or one for each.
-            sampling: of all these rows, or one for each; None: that of the session.
+            sampling: of all these rows, or one for each; None: the session's.
 
         Raises:
-            ValueError: a place that is taken, a prompt that cannot be used, or no room for it.
+            ValueError: a place is taken, a prompt cannot be used, there is no room for it, or there
+                are not as many values as prompts.
+            TypeError: a value of another type.
         """
         n = len(prompts)
-        new = per_prompt("max_new_tokens", max_new_tokens, int, n)
+        new = per_prompt("max_new_tokens", max_new_tokens, (Integral,), n)
         check_prompts(self.target, prompts, min(new, default=1))
-        each = per_prompt("sampling", sampling or self.sampling.common, Sampling, n)
+        each = [
+            self.sampling.common if one is None else one
+            for one in per_prompt("sampling", sampling, (Sampling, type(None)), n)
+        ]
         places = range(first, first + n)
         seeds = row_seeds(seed, n)
         rows = slice(places.start, places.stop)
@@ -173,6 +178,8 @@ class Session:
         # the cache holds all tokens of a row but its last, so that every round is alike
         part = self.cache.part(rows)
         self.drafting.forget(places, self.host.used)
+        for b in places:  # before anything is read, which may fail
+            self.host.used[b] = True
         if self.sampling.admit(rows, each) and self._captured is not None:
             self._captured.forget()  # its graphs read other tensors
         with self.stats.time("prefill", self.target.device):
@@ -212,8 +219,9 @@ class Session:
 
         Raises:
             DistributionError: the target's or drafter's logits define no distribution; names the
-                row and reason. What other rows gained is in `texts`; they go on once `abort` has
-                freed this one's place.
+                row and reason. The tokens of other rows are in `texts`; they go on once `abort` has
+                freed this row's place.
+            ValueError: the drafter or the chooser broke its contract.
         """
         longest = max(self.host.lengths)
         self.drafting.choose()
@@ -231,7 +239,7 @@ class Session:
             self._round()
         else:
             self.longest = -(-longest // SPAN) * SPAN
-            captured(self.longest)
+            captured(self.longest, self._round)
 
     def _round(self) -> None:
         """Draft, one target forward over K + 1 tokens, verify, commit."""
@@ -364,13 +372,17 @@ class Session:
             )
 
 
-def per_prompt(name: str, given: Any, kind: type, n: int) -> list[Any]:
+def per_prompt(name: str, given: Any, kinds: tuple[type, ...], n: int) -> list[Any]:
     """A value for each of n prompts: the same one, or a sequence of n."""
-    each = [given] * n if isinstance(given, (kind, Integral)) else list(given)
+    each = [given] * n if isinstance(given, kinds) else list(given)
     if len(each) != n:
         raise ValueError(
             f"{name} must be one value or one for each of {n} prompts, got {len(each)}"
         )
+    for one in each:
+        if not isinstance(one, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} must be of type {expected}, or a sequence, got {one!r}")
     return each
 
 

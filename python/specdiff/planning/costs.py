@@ -27,7 +27,7 @@ from ..files import stamped, write_atomically
 from ..loop.chooser import Wanted
 from ..loop.decoder import Decoder
 from ..loop.drafter import Drafter, Draws, News
-from ..loop.sampling import RowSampling, Sampling
+from ..loop.sampling import Sampling
 from ..loop.session import Session
 
 KS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # lengths of drafts that are tried
@@ -64,7 +64,8 @@ class Costs:
             positions before it were accepted.
         accepted: for each T, how often its token was accepted. A missing token was not accepted.
         share: for each T, the share of wanted tokens that were drafted.
-        first: extra seconds of a text's first draft, in which the drafter reads the prompt.
+        first: extra seconds of a text's first draft, in which the drafter reads the prompt. About 0
+            if it reads prompts as they are admitted.
     """
 
     batch: int
@@ -174,14 +175,7 @@ class Probe:
 class Guesses(Drafter):
     """Drafts as many tokens as it may, whatever they are."""
 
-    vocab_size: int | None = None
     block = 1
-
-    def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:
-        pass
-
-    def forget(self, rows: list[int]) -> None:
-        pass
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         tokens = lengths.new_zeros(len(lengths), k)
@@ -245,7 +239,8 @@ def measure(
     try:
         costs = probed(own, probe, [PLAIN, *plans], prompts, batch, sampling)
     finally:
-        drafter.steps = before
+        if before is not None:
+            drafter.steps = before
     if not all(map(math.isfinite, costs.verify)):
         # it hardly ever drafts as much as it may: what rounds cost then is seen with guesses
         guesses = Decoder(decoder.target, Guesses(), probe, backend=decoder.settings.backend)
@@ -354,7 +349,8 @@ def kept_costs(
         names: of the models, folders or known ones, and whatever else sets the costs apart.
         again: measure even so.
     """
-    key = {
+    key: dict[str, Any] = {
+        "format": 2,
         **{name: stamped(value) for name, value in names.items()},
         "rule": [decoder.settings.rule, str(decoder.settings.lenience)],
         "record": decoder.settings.record,

@@ -8,7 +8,6 @@ bits of a part therefore do not depend on where a run was interrupted.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import random
@@ -238,8 +237,6 @@ def sample_missing(
             write_atomically(file, npz(arrays))
             sampled += len(part)
             tokens += int((arrays["length"] - arrays["prompt_length"]).sum())
-            if sampler.captures:
-                gc.collect()  # frees the session's cache, which is in a reference cycle
     return Totals(sampled, tokens, time.monotonic() - began)
 
 
