@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton's kernels are loaded
+
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from specdiff import Target
 from tests.ops import interpreter
 from tests.tiny import FAMILIES, tiny_model
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton's kernels are loaded
 
 
 def pytest_addoption(parser):

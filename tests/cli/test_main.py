@@ -345,7 +345,7 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "a", "--target", "magic"], "unknown target 'magic'; expected"),
         (["--prompt", "a", "--steps", "2"], "prompt-lookup has none"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be 0"),
-        (["--prompt", "a", "--top-k", "0"], "top_k must be at least 1"),
+        (["--prompt", "a", "--top-k", "0"], "top_k must be an integer of at least 1"),
         (["--prompt", "a", "--top-p", "2"], r"top_p must be in \(0, 1\]"),
         (["--prompt", "a", "--min-p", "-1"], r"min_p must be in \[0, 1\]"),
         (["--prompt", "a", "--threads", "0"], "--threads must be at least 1"),

@@ -569,7 +569,7 @@ def test_bad_options(target):
         Decoder(target, PromptLookup(), k=64)
     with pytest.raises(ValueError, match="share the target's tokenizer"):
         Decoder(target, Autoregressive(tiny_model("llama", vocab=51)))
-    with pytest.raises(ValueError, match="drafter's context holds 16"):
+    with pytest.raises(ValueError, match="drafter's context holds only 16"):
         Decoder(target, Autoregressive(tiny_model("llama", context=16))).generate([1])
 
 
