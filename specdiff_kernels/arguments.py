@@ -1,4 +1,4 @@
-"""What kernels are given: a workspace; and native code addresses and sizes, one after another."""
+"""Arguments of kernels: a workspace, and for native code addresses and sizes in one list."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def pack(inputs: Any, out: Any) -> list[int]:
-    """What `Arguments` of csrc/bindings/arguments.h reads: the fields of both in order."""
+    """The list that `Arguments` of csrc/bindings/arguments.h reads: the fields of both in order."""
     packed = layout_of(type(inputs)).pack(inputs)
     packed += [out.data_ptr()] if isinstance(out, Tensor) else layout_of(type(out)).pack(out)
     return packed

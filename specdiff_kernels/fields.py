@@ -122,7 +122,7 @@ class Layout(Generic[Record]):
         self.empty: Callable[..., Record] = eval(f"lambda sizes, device, inputs: {outputs}", scope)
 
     def _items(self, record: str = "record") -> str:
-        """What kernels are given of a record, one after another; as Python's expressions."""
+        """Python expressions of a record's values, in the order in which kernels take them."""
         items = ""
         for index, (_, spec, inner, optional) in enumerate(self.fields):
             item = f"{record}[{index}]"
@@ -229,7 +229,7 @@ def any_given(layout: Layout, record: Any) -> bool:
 
 
 def sizes_of(layout: Layout, flat: Sequence[Any]) -> Sizes:
-    """What checked inputs say of the words in shapes."""
+    """Sizes of the words in shapes, from checked inputs."""
     sizes: Sizes = {}
     for (_, _, spec), value in zip(layout.leaves, flat, strict=True):
         if isinstance(value, Tensor):
@@ -251,3 +251,9 @@ def schema(layout: Layout, aliases: str, *, out: bool = False) -> str:
             kind += "[]" if spec.many else ""
         parts.append(f"{kind}{'?' * optional} {'out_' * out}{name}")
     return ", ".join(parts)
+
+
+def describe(record: type, **fields: str) -> None:
+    """Give the fields of a NamedTuple docstrings, which `help` shows."""
+    for name, text in fields.items():
+        getattr(record, name).__doc__ = text

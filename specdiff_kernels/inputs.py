@@ -1,4 +1,4 @@
-"""What each op hands to its kernels, in the order in which native code reads it."""
+"""Inputs of each op, one record an op, in the order in which native code reads them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARES = Range("a number in [0, 1]", 0, 1)
 
 
 class Sampling(NamedTuple):
-    """What the distribution of each row is made with, beside its logits; None: off."""
+    """Sampling parameters of each row; None: off."""
 
     temperature: Annotated[Tensor, F32("N", TEMPERATURES)]
     top_k: Annotated[Tensor | None, I64("N", TOP_KS)]

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from .fields import I32, SIZE
+from .fields import I32, SIZE, describe
 
 
 class Pages(NamedTuple):
@@ -130,3 +130,13 @@ def blocks_of(lengths: Tensor, block_size: int) -> Tensor:
 def extended(x: Tensor) -> Tensor:
     """With one entry more, for what belongs to no block."""
     return torch.nn.functional.pad(x, (0, 1))
+
+
+describe(
+    Pages,
+    tables="i32 [B, M], the blocks of each sequence; -1: no block",
+    references="i32 [N], how many table entries hold each block",
+    free="i32 [N], a stack: the first `available` entries are blocks that nobody holds",
+    available="i32 [1], free blocks",
+    block_size="int, positions in a block",
+)

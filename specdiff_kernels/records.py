@@ -32,7 +32,7 @@ RECORDS = {
 
 
 def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
-    """What `verify` does with a draft's records under a rule.
+    """How `verify` uses a draft's records under a rule.
 
     Args:
         draft: its `value_dependent`, `final_step`, `entangled` and `coupled` say how it came about.

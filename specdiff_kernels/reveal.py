@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
-from .fields import F64, NOT_NEGATIVE, SIZE, Scalar
+from .fields import F64, NOT_NEGATIVE, SIZE, Scalar, describe
 
 
 class Order(IntEnum):
@@ -97,3 +97,13 @@ def checked_number(number: int) -> int:
     if not isinstance(number, Integral) or number < 0:
         raise ValueError(f"number: expected how many positions, an integer >= 0, got {number!r}")
     return number
+
+
+describe(
+    Reveal,
+    order="an Order",
+    lo="int, first position of a chunk",
+    hi="int, position after the last of a chunk",
+    number="int, positions to reveal, under the orders that count them",
+    rate="a number or f64 [B], under the orders that draw positions",
+)

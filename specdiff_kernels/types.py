@@ -20,13 +20,14 @@ from .fields import (
     Group,
     Logits,
     Scalar,
+    describe,
     layout_of,
 )
 
 
 class Status(IntEnum):
-    """Why a row has no distribution, or a sequence no verdict. Anything but OK comes with token
-    -1."""
+    """Reason why a row has no distribution, or a sequence no verdict. Its token is -1, unless the
+    status is OK."""
 
     OK = 0
     NAN = 1
@@ -74,7 +75,7 @@ def check_status(status: Tensor, what: str = "row") -> None:
 
 
 class Purpose(IntEnum):
-    """What a random word is used for. Two uses never share a Philox counter."""
+    """Use of a random word. Two uses never share a Philox counter."""
 
     REVEAL = 0
     DRAFT = 1
@@ -103,7 +104,7 @@ DISTRIBUTION = layout_of(RowDistribution)
 
 
 class Draft(NamedTuple):
-    """K proposed tokens a sequence, and what is known of the distribution each was drawn from.
+    """K proposed tokens per sequence, and a record of the distribution that each was drawn from.
 
     A position is *recorded* when `rows` points at the logits that its token was sampled from;
     -1 makes it *one-hot*: the token is a bare guess. Which records `verify` may use is decided in
@@ -159,7 +160,7 @@ class Draft(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What a reverse step changes of a draft."""
+    """The fields of a draft that a reverse step changes."""
 
     tokens: Annotated[Tensor, I64("B K")]
     tau: Annotated[Tensor, I32("B K")]
@@ -192,7 +193,7 @@ class Lenience(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What a target forward settled: `accepted` drafts, then one token more, then -1."""
+    """Result of a verification: the accepted draft tokens of each sequence, and one token more."""
 
     accepted: Annotated[Tensor, I64("B")]
     emitted: Annotated[Tensor, I64("B K1")]
@@ -203,8 +204,8 @@ class Verified(NamedTuple):
 
 
 class RowDivergence(NamedTuple):
-    """How far the draft's distribution q of each row is from the target's distribution p; NaN: a
-    row has none."""
+    """Divergences of each row's draft distribution q from the target distribution p. NaN: a row has
+    no distribution."""
 
     # total variation: 1 - the probability that verification accepts
     tv: Annotated[Tensor, F32("N")]
@@ -215,8 +216,8 @@ class RowDivergence(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What the backward pass of `row_divergence` needs of each row beside its logits: the columns
-    of an f64 [N, 8]. All NaN: a row has no distribution."""
+    """Statistics of each row for the backward pass of `row_divergence`: the columns of an f64
+    [N, 8]. All NaN: a row has no distribution."""
 
     target_max: Tensor  # the largest logit
     target_sum: Tensor  # sum over v of exp((l_v - max) / temperature)
@@ -229,7 +230,7 @@ class RowStatistics(NamedTuple):
 
 
 class Divergences(NamedTuple):
-    """What the forward pass of `row_divergence` puts out."""
+    """Outputs of the forward pass of `row_divergence`."""
 
     rows: Annotated[RowDivergence, Group(named=False)]
     statistics: Annotated[Tensor, F64("N 8")]  # RowStatistics
@@ -248,3 +249,61 @@ class PackedWeight(NamedTuple):
 
     packs: Tensor  # f32 or bf16 [ceil(N / 16), K, 16], zeros behind row N
     rows: int  # N
+
+
+describe(
+    RowDistribution,
+    max="f32 [N], the largest logit of the row",
+    scale="f32 [N], log2(e) / temperature; 0: the row is greedy",
+    threshold="i64 [N], weights below it count as 0; of a greedy row: its token",
+    total="i64 [N], the sum of the row's weights",
+    status="i32 [N], a Status",
+)
+describe(
+    Draft,
+    tokens="i64 [B, K], drafted tokens; -1: still masked",
+    tau="i32 [B, K], the reverse step that sampled the position",
+    rows="i64 [B, K], the row of `logits` that the token was sampled from; -1: a bare guess",
+    logits="f32, bf16 or f16 [R, Vd], the drafter's logits; None: all tokens are bare guesses",
+    distribution="RowDistribution of the R rows of `logits`",
+    draft_ids="i64 [Vd], strictly increasing: the target's token id of each column; None: Vd = V",
+    lengths="i64 [B], drafted tokens of each sequence; None: K",
+    value_dependent="bool, whether sampled values decided which positions were revealed or masked",
+    final_step="int, the tau of the last scheduled step, which sampled all masked positions; None: "
+    "unknown",
+    entangled="bool, whether the drafter keeps tokens after a rejection, see docs/losslessness.md",
+    coupled="bool, whether tokens were drawn with the noise of their absolute positions",
+    entropy="f64 [B, K] nats, as `denoise_step` last measured it; NaN: not measured",
+)
+describe(
+    Verified,
+    accepted="i64 [B], leading draft tokens of each sequence that were accepted",
+    emitted="i64 [B, K + 1], the accepted tokens, then one more token (a replacement or the bonus "
+    "token), then -1",
+    status="i32 [B], a Status; unless it is OK, accepted and bias are 0 and emitted is -1",
+    bias="f64 [B], total variation spent by the lenient rule; 0 under the exact rules",
+)
+describe(
+    Committed,
+    lengths="i64 [B], cached positions of each sequence after the round",
+    kept="i64 [B], emitted tokens that stand",
+    finished="bool [B], whether the sequence has ended",
+)
+describe(
+    RowDivergence,
+    tv="f32 [N], total variation: 1 - the probability that verification accepts",
+    kl="f32 [N] nats, KL(p || q) over the drafted tokens",
+    reverse_kl="f32 [N] nats, KL(q || p)",
+    target_entropy="f32 [N] nats",
+    draft_entropy="f32 [N] nats",
+)
+describe(
+    Lenience,
+    kind='"lenience", "additive" or "ensemble"',
+    amount="a number, or f64 [B]; see above",
+)
+describe(
+    PackedWeight,
+    packs="f32 or bf16 [ceil(N / 16), K, 16], zeros in rows from N on",
+    rows="int, N",
+)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import specdiff
 import specdiff_kernels
 from tests.tiny import tiny_model
 
@@ -95,3 +96,17 @@ def test_links_to_headings(page):
 @pytest.mark.parametrize("command", re.findall(r"^make (\w+)", README, re.M))
 def test_make_targets(command):
     assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("module", [specdiff_kernels, specdiff])
+def test_fields_of_public_records_say_what_they_are(module):
+    """Not "Alias for field number 0": a dtype, a shape and a meaning."""
+    records = [getattr(module, name) for name in module.__all__]
+    records = [r for r in records if isinstance(r, type) and hasattr(r, "_fields")]
+    bare = [
+        f"{record.__name__}.{field}"
+        for record in records
+        for field in record._fields
+        if getattr(record, field).__doc__.startswith("Alias for field")
+    ]
+    assert records and bare == []

@@ -51,9 +51,7 @@ class Arguments {
     field = static_cast<T>(*take());
   }
 
-  void read(Logits& x) {
-    (*this)(x.data, x.dtype, x.columns, x.batch_stride, x.row_stride);
-  }
+  void read(Logits& x) { (*this)(x.data, x.dtype, x.columns, x.batch_stride, x.row_stride); }
 
   void read(Parameters& p) { (*this)(p.temperature, p.top_k, p.top_p, p.min_p); }
 

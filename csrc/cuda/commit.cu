@@ -1,4 +1,4 @@
-// What stands of a round: a launch for each geometry of caches whose entries move, then one.
+// commit: a launch for each geometry of caches whose entries move, then one.
 //
 // 1. move: along the accepted path, in all caches of a geometry. It finds by itself what a row
 //    keeps, since 2 may write over the lengths.

@@ -90,7 +90,7 @@ __device__ void add_raw_sums(const Position& q, const Slice& slice,
   }
 }
 
-// What the position would become: its token, if its own coin allows it, and its rank.
+// Candidate of a position: its token, if its own coin allows it, and its rank.
 __device__ void draw_token(const Position& q, const Row& row, const RowDistribution& distribution,
                            const Area& area) {
   const DenoiseStepParams& p = q.p;

@@ -9,7 +9,7 @@
 
 namespace specdiff::cuda {
 
-// What blocks tell each other of one row. All zero when a launch begins.
+// Words that the blocks of one row share. All zero when a launch begins.
 struct RowWords {
   uint64_t met;   // arrivals at meetings of the row's blocks
   uint64_t done;  // blocks that are done with the row

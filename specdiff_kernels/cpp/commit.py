@@ -1,4 +1,4 @@
-"""What stands of a round: lengths, blocks given back, a tree's path made contiguous."""
+"""`commit`: new lengths, blocks given back, a tree's path made contiguous."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def verify(inputs: VerifyInputs, *, out: Verified) -> None:
 
 
 class Round(NamedTuple):
-    """What the rules look at."""
+    """Inputs of the acceptance rules."""
 
     draft: Draft
     lengths: Tensor  # i64 [B]

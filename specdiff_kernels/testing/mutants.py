@@ -12,7 +12,7 @@ from .worlds import Drafted, K, V
 
 
 class Outcome(NamedTuple):
-    """What a verifier made of N drafts."""
+    """Results of a verifier on N drafts."""
 
     accepted: Tensor  # integers [N], how many drafted tokens stand
     token: Tensor  # integers [N], the one behind them

@@ -81,7 +81,7 @@ class Case(NamedTuple):
                 yield text, chance, q, p
 
     def text_distribution(self) -> Distribution:
-        """What K + 1 tokens of the target are: product of its rows."""
+        """Distribution of K + 1 tokens of the target: the product of its rows."""
         distribution: Distribution = {}
         for text in itertools.product(range(V), repeat=K + 1):
             p = self.rows(torch.tensor([text[:K]]))[1][0].double().softmax(-1)

@@ -1,4 +1,4 @@
-"""What kernels are given: tensors grouped as the ops speak of them, and where scratch lies.
+"""Arguments of Triton kernels: tensors in groups, as in the ops, and the places in scratch memory.
 
 A row of logits has an area of int64 words in the workspace: a header, then for each tile its
 largest logit, its sum of weights and two words more, then the bins of `select`. A sequence keeps

@@ -1,4 +1,4 @@
-"""What stands of a round, in a launch for each part of it that is asked for.
+"""`commit`, with one launch for each part that is asked for.
 
 1. `advance`: lengths, and which sequences are finished.
 2. `move`: a tree's path in all caches of one geometry, through the tables as they still are.

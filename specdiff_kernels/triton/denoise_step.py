@@ -105,7 +105,7 @@ SIZES = list(Sizes._fields)
 
 
 class Positions(NamedTuple):
-    """What decides which positions a step reads."""
+    """Fields that decide which positions a step reads."""
 
     tokens: Any  # [B, K]
     pool_rows: Any  # [B, K]
@@ -283,7 +283,7 @@ def draw_token(
     area, row, V, distribution, positions, random, draft_ids, out, sizes, at, tiles,
     ORDER: tl.constexpr, ENTROPIES: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """What the position would become: its token, if its own coin allows it, and its rank."""
+    """Candidate of a position: its token, if its own coin allows it, and its rank."""
     b, i = at // sizes.K, at % sizes.K
     raw = raw_distribution(distribution, tl.load(area + RAW_TOTAL, cache_modifier=".cg"))
     measured = tl.full([], float("nan"), tl.float64)

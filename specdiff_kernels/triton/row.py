@@ -274,7 +274,7 @@ def write_distribution(arrays, row, distribution):
 
 @triton.jit
 def load_sums(sums, tiles, TILES: tl.constexpr):
-    """What the programs of a row found in each tile, 0 behind them. -> i64 [TILES]"""
+    """Results of a row's programs by tile, 0 after the last tile. -> i64 [TILES]"""
     tile = tl.arange(0, TILES)
     return tl.load(sums + tile, mask=tile < tiles, other=0, cache_modifier=".cg")
 

@@ -1,4 +1,4 @@
-// What stands of a round, and where a position lies in a cache: what CPU and CUDA share of commit.
+// The parts of commit that CPU and CUDA share: which tokens stand, where a position is cached.
 #pragma once
 
 #include "specdiff/params.h"

@@ -77,7 +77,7 @@ struct RowDistributionParams {
   int32_t threads;
 };
 
-// What the backward pass needs of a row; all NaN: the row has no distribution.
+// Statistics of a row for the backward pass; all NaN: the row has no distribution.
 struct RowStatistics {
   double target_max, target_sum;  // the sum of exp((l - max) / temperature)
   double draft_max, draft_sum;
@@ -122,7 +122,7 @@ struct SampleParams {
 enum Rule : int32_t { kTokenRule, kBlockRule, kGreedyRule, kCoupledRule, kLenientRule };
 enum Record : int32_t { kOneHot, kFinal, kRunningMax, kEntangled };
 
-// What the block rule keeps of a prefix of i drafted tokens.
+// State of the block rule after a prefix of i drafted tokens.
 struct Prefix {
   RowDistribution distribution;  // of the target behind it
   double chance;                 // P_i

@@ -1,4 +1,4 @@
-// What decides whether a masked position is revealed.
+// The decision whether a masked position is revealed.
 #pragma once
 
 #include "specdiff/elementary.h"

@@ -19,12 +19,23 @@ class Step(NamedTuple):
     That is one round, unless the host looks less often. Entries of finished rows are [] and 0.
     """
 
-    tokens: list[list[int]]  # kept tokens; of a round: drafted ones, then at most one more
-    accepted: list[int]  # how many of them were drafted
-    drafted: list[int]  # tokens proposed to the target
-    finished: list[bool]  # by now
-    stats: Stats  # totals so far, the same object in every step
-    logprobs: list[list[float]] | None = None  # of the tokens, if they were asked for
+    tokens: list[list[int]]
+    accepted: list[int]
+    drafted: list[int]
+    finished: list[bool]
+    stats: Stats
+    logprobs: list[list[float]] | None = None
+
+
+for _name, _text in {
+    "tokens": "kept tokens of each row; of one round: drafted ones, then at most one more",
+    "accepted": "how many of them were drafted",
+    "drafted": "tokens proposed to the target",
+    "finished": "whether the row has ended by now",
+    "stats": "totals so far, the same object in every step",
+    "logprobs": "log-probabilities of the tokens; None: they were not asked for",
+}.items():
+    getattr(Step, _name).__doc__ = _text
 
 
 @dataclass
