@@ -52,6 +52,7 @@ from specdiff_kernels import (
     sample,
     verify,
 )
+from specdiff_kernels.inputs import Randomness, Sampling, VerifyInputs
 
 SHAPES = "1x8x50257,1x40x50257,32x8x128256,64x16x151936"
 RULES = ("token", "block")
@@ -245,10 +246,12 @@ class CompiledReference(Ours):
 
     def __call__(self) -> Verified:
         case = self.case
-        self.function(
-            case.target, case.draft, "token", Record.RUNNING_MAX, None, case.temperature, None,
-            None, None, case.seed, case.round, None, None, out=self.out,
+        inputs = VerifyInputs(
+            case.target, case.draft, "token", Record.RUNNING_MAX, None,
+            Sampling(case.temperature, None, None, None),
+            Randomness(None, case.seed, case.round, None),
         )  # fmt: skip
+        self.function(inputs, out=self.out)
         return self.out
 
 

@@ -80,7 +80,7 @@ def report(reports):
     for kind, shape in op_cases.CASES:
         made.unusable |= {(name, kind.op): "no GPU" for name in ("triton", "cuda")}
         for name, seconds in (("cpp", 0.002), ("reference", 0.1)):
-            record = reports.Record(str(shape), kind.op, name, seconds, {"least_mb": 5.0})
+            record = reports.OpRecord(str(shape), kind.op, name, seconds, {"least_mb": 5.0})
             made.records.append(record)
     return made
 
@@ -105,7 +105,7 @@ def test_verification_is_complete_with_both_its_groups(reports):
         if kind is absent:
             made.unusable[kind.name, shape] = "not installed"
             continue
-        made.records += [reports.Record(shape, group, kind.name, 0.1) for group in reports.GROUPS]
+        made.records += [reports.OpRecord(shape, group, kind.name, 0.1) for group in reports.GROUPS]
     assert made.complete()
     made.records = [record for record in made.records if record.group == "verify"]
     assert not made.complete()

@@ -50,6 +50,17 @@ class Job(NamedTuple):
     compare: Any = None  # (network, folder of another) -> Gain; None: not defined
 
 
+@contextmanager
+def own_matmul_precision() -> Iterator[None]:
+    """Leave torch's precision of fp32 products, a setting of the process, as it was found."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@own_matmul_precision()
 def train(
     run: TrainingRun,
     out: Path,
