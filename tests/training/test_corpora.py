@@ -233,7 +233,9 @@ def test_rows_are_documents_joined_and_cut(tiny_tokenizer, tmp_path, small_shard
     assert torch.equal(rows[-2], want[-2]) and rows[3].dtype == torch.int64
     assert torch.equal(rows[2:9:3, :5], want[2:9:3, :5])
     assert rows[:0].shape == (0, LENGTH)
-    with pytest.raises(IndexError, match=f"row {len(want)} of {len(want)}"):
+    with pytest.raises(
+        IndexError, match=f"row {len(want)} is out of range: there are {len(want)} rows"
+    ):
         rows[len(want)]
 
 
