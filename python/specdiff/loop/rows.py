@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class HostRows:
         for b, prompt, limit in zip(places, prompts, limits, strict=True):
             self.texts[b], self.prompts[b] = list(prompt), len(prompt)
             self.lengths[b], self.limits[b] = len(prompt) - 1, limit
-            self.done[b], self.used[b] = False, True
+            self.done[b] = False
 
     def new(self, row: int) -> list[int]:
         """The tokens of a row behind its prompt."""
@@ -127,27 +128,29 @@ class Log:
         self.emitted = torch.empty(rounds, rows, width, dtype=torch.int64, device=device)
         # kept, accepted, drafted, wanted, status
         self.counts = torch.empty(rounds, 5, rows, dtype=torch.int64, device=device)
-        shape = torch.Size((rounds, rows))
-        self.logprobs = torch.empty(*shape, width, dtype=torch.float64, device=device)
-        self.biases = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.has_logprobs, self.has_bias = logprobs, bias
+        numbers = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.logprobs = numbers(rounds, rows, width) if logprobs else None
+        self.biases = numbers(rounds, rows) if bias else None
 
     def write(
         self, emitted: Tensor, counts: Tensor, logprobs: Tensor | None, bias: Tensor | None
     ) -> None:
         """Add a round: emitted [B, Q], counts [5, B], log-probabilities [B, Q], bias [B]."""
-        entries = [(self.emitted, emitted), (self.counts, counts)]
-        entries += [] if logprobs is None else [(self.logprobs, logprobs)]
-        entries += [] if bias is None else [(self.biases, bias)]
-        for log, entry in entries:  # right-padded to the log's width
-            padding = log.shape[-1] - entry.shape[-1]
-            log.index_copy_(0, self.slot, F.pad(entry, (0, padding))[None])
+        for log, entry in (
+            (self.emitted, emitted),
+            (self.counts, counts),
+            (self.logprobs, logprobs),
+            (self.biases, bias),
+        ):
+            if log is not None and entry is not None:  # right-padded to the log's width
+                padding = log.shape[-1] - entry.shape[-1]
+                log.index_copy_(0, self.slot, F.pad(entry, (0, padding))[None])
         self.slot.add_(1).remainder_(len(self.emitted))
 
     def read(self) -> list[Round]:
         """The rounds since the last look."""
         emitted, counts = self.emitted.tolist(), self.counts.tolist()
-        logprobs = self.logprobs.tolist() if self.has_logprobs else [None] * len(emitted)
+        logprobs = [None] * len(emitted) if self.logprobs is None else self.logprobs.tolist()
         return [
             Round(tokens, chances, *count)
             for tokens, chances, count in zip(emitted, logprobs, counts, strict=True)
@@ -155,4 +158,4 @@ class Log:
 
     def bias(self) -> float:
         """The bias of all rows in these rounds."""
-        return float(self.biases.sum()) if self.has_bias else 0.0
+        return 0.0 if self.biases is None else float(self.biases.sum())
