@@ -59,6 +59,7 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/bench_draft.py
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_conformance.py
+	-$(BIN)/python benchmarks/count_instructions.py
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plot_pair.py
 	$(BENCH) report benchmarks/results --figures docs/figures/bench --out build/report.html

@@ -114,6 +114,21 @@ def ops() -> list[str]:
     return [*grid(head, rows), "", f"{read} {source(data)}"]
 
 
+def instructions() -> list[str]:
+    """Instructions a logit of the GPU kernels' loops, by architecture."""
+    data = result("instructions")
+    counts = {(c["language"], c["loop"], c["dtype"], c["arch"]): c["instructions"]
+              for c in data["cases"]}  # fmt: skip
+    architectures = sorted({arch for *_, arch in counts})
+    rows = []
+    for language, loop, dtype in dict.fromkeys(key[:3] for key in counts):
+        found = [counts[language, loop, dtype, arch] for arch in architectures]
+        rows.append([f"{language}, {loop}", dtype, *(f"{n:.1f}" for n in found)])
+    compilers = ", ".join(f"{name} {version}" for name, version in data["compilers"].items())
+    line = f"`{data['command']}`; {compilers}; {data['date']}."
+    return [*grid(["loop", "logits", *(f"sm_{a}" for a in architectures)], rows), "", line]
+
+
 def forward() -> list[str]:
     """Linear layers by rows and the whole model by tokens, relative to the best for one."""
     layers, whole = result("skinny_linear_1"), result("forward_1")
@@ -353,6 +368,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         verify,
         denoise_step,
         ops,
+        instructions,
         forward,
         methods,
         lengths,

@@ -52,6 +52,8 @@ def reason_against(name: str, device: str, op: str = "verify") -> str | None:
     if name == "triton" and device == "cpu":
         if not interprets_triton():
             return "it runs on cpu tensors under Triton's interpreter alone: set TRITON_INTERPRET=1"
+        if reason := reason_against_interpreter():
+            return reason
     elif name not in ORDER.get(device, ("reference",)):
         return f"it does not run on {device} tensors"
     module = load(name)
@@ -68,6 +70,19 @@ def reason_against(name: str, device: str, op: str = "verify") -> str | None:
 def interprets_triton() -> bool:
     """Whether Triton's kernels are interpreted, which is decided when they are loaded."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def reason_against_interpreter() -> str | None:
+    """Why this Triton's interpreter would draw other tokens; None if it would not, or is absent."""
+    try:
+        from triton import __version__ as installed
+    except ImportError:
+        return None
+    if tuple(map(int, installed.split(".")[:2])) >= (3, 9):
+        return None
+    return (
+        f"Triton {installed}'s interpreter rounds a fused multiply-add twice: install triton>=3.9"
+    )
 
 
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Annotated, Any, NamedTuple
@@ -88,9 +89,10 @@ class Purpose(IntEnum):
 class RowDistribution(NamedTuple):
     """The distribution of N rows of logits, without any probability tensor.
 
-    Token v has integer weight e(v) = (M << 21) >> -n, 0 if below `threshold`, with
-    2^t ~ M 2^(n-23) and t = (logit - max) * scale; its probability is e(v) / total.
-    A row with scale 0 is greedy: its one token is held in `threshold`.
+    A token with logit l has integer weight e = floor(2^(44 + (l - offset) scale - shift)), up to
+    the rounding in docs/numerics.md, and 0 if that is below `threshold`; `origin` gives offset and
+    shift. Its probability is e / total. A row with scale 0 is greedy: its one token is held in
+    `threshold`.
     """
 
     max: Annotated[Tensor, F32("N")]
@@ -98,6 +100,31 @@ class RowDistribution(NamedTuple):
     threshold: Annotated[Tensor, I64("N")]
     total: Annotated[Tensor, I64("N")]
     status: Annotated[Tensor, I32("N")]  # Status
+
+    def origin(self) -> tuple[Tensor, Tensor]:
+        """What each row's exponents count from, so that the largest weight is in [2^42, 2^44].
+
+        Returns:
+            offset f32 [N], shift f64 [N]: (0, 2 ceil(max scale / 2 - 2^-31)) where |max scale| <=
+            2^20, else (max, 0).
+        """
+        highest = self.max.double() * self.scale.double()  # exact
+        near = highest.abs() <= 2.0**20
+        offset = torch.where(near, 0.0, self.max)
+        return offset, torch.where(near, 2.0 * torch.ceil(highest / 2.0 - 2.0**-31), 0.0)
+
+    def log_probability(self, logits: Tensor) -> Tensor:
+        """Natural logarithm of the probability of one token a row, as if it were not cut off.
+
+        Args:
+            logits: f32 [N], the token's own.
+
+        Returns:
+            f64 [N].
+        """
+        offset, shift = self.origin()
+        t = (logits - offset).double() * self.scale.double() - shift
+        return math.log(2) * (t + 44 - self.total.double().log2())
 
 
 DISTRIBUTION = layout_of(RowDistribution)

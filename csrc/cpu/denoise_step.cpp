@@ -73,21 +73,23 @@ class Position {
   RowDistribution raw_distribution(const Row& row, const RowDistribution& distribution) const {
     RowDistribution raw{distribution.max, kLog2E, 0, distribution.total, kOk};
     if (distribution.scale == raw.scale && distribution.threshold == 0) return raw;
+    const Weigher weigher = weigher_of(raw);
     alignas(64) float buffer[kTile];
     raw.total = 0;
     for (int64_t tile = 0; tile < row.tiles(); ++tile) {
       const int n = row.tile_size(tile);
-      raw.total += kernels().sum(row.tile(tile * kTile, n, buffer), n, raw);
+      raw.total += kernels().sum(row.tile(tile * kTile, n, buffer), n, weigher, true);
     }
     return raw;
   }
 
   static int64_t spread_of(const Row& row, const RowDistribution& raw) {
+    const Weigher weigher = weigher_of(raw);
     alignas(64) float buffer[kTile];
     int64_t total = 0;
     for (int64_t tile = 0; tile < row.tiles(); ++tile) {
       const int n = row.tile_size(tile);
-      total += kernels().spread(row.tile(tile * kTile, n, buffer), n, raw);
+      total += kernels().spread(row.tile(tile * kTile, n, buffer), n, weigher);
     }
     return total;
   }

@@ -14,12 +14,16 @@ void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e) {
     return;
   }
   std::fill(e, e + n, 0);
+  const Weigher weigher = weigher_of(draft.distribution);
+  const bool greedy = draft.distribution.scale == 0;
   const int64_t first = tile * kTile;
   const int64_t* end = draft.ids + draft.row.columns;
   for (const int64_t* id = std::lower_bound(draft.ids, end, first); id < end && *id < first + n;
        ++id) {
     const int64_t column = id - draft.ids;
-    if (*id >= first) e[*id - first] = weight(draft.row.at(column), column, draft.distribution);
+    if (*id < first) continue;
+    e[*id - first] = greedy ? weight(0, column, draft.distribution)
+                            : sampled_weight(draft.row.at(column), weigher);
   }
 }
 
@@ -80,12 +84,13 @@ int64_t Residual::tile_weights_into(int64_t tile, int64_t* w) const {
 
 // From the two rows' logits at once; both dense, neither greedy.
 void Residual::dense_sums() {
+  const Weigher weigher_p = weigher_of(distribution_), weigher_q = weigher_of(draft_.distribution);
   alignas(64) float p[kTile], q[kTile];
   for (int64_t tile = 0; tile < target_.tiles(); ++tile) {
     const int n = target_.tile_size(tile);
     const float* l_p = target_.tile(tile * kTile, n, p);
     const float* l_q = draft_.row.tile(tile * kTile, n, q);
-    sums_[tile] = kernels().excess(l_p, l_q, n, distribution_, draft_.distribution, scales_);
+    sums_[tile] = kernels().excess(l_p, l_q, n, weigher_p, weigher_q, scales_);
   }
 }
 
@@ -93,6 +98,7 @@ void Residual::dense_sums() {
 int64_t bias(const Row& target, const RowDistribution& distribution, const DraftRow& draft,
              const Raise& raise) {
   const Scales scales{inverse(distribution.total), inverse(draft.distribution.total), 1};
+  const Weigher weigher_p = weigher_of(distribution), weigher_q = weigher_of(draft.distribution);
   alignas(64) float p[kTile], q[kTile];
   int64_t total = 0;
   for (int64_t tile = 0; tile < draft.row.tiles(); ++tile) {
@@ -103,7 +109,7 @@ int64_t bias(const Row& target, const RowDistribution& distribution, const Draft
     } else {
       l_p = target.tile(tile * kTile, n, p);
     }
-    total += kernels().bias(l_p, l_q, n, distribution, draft.distribution, scales, raise);
+    total += kernels().bias(l_p, l_q, n, weigher_p, weigher_q, scales, raise);
   }
   return total;
 }

@@ -5,29 +5,6 @@
 namespace specdiff::cpu {
 namespace {
 
-struct Extremes {
-  int32_t low = std::numeric_limits<int32_t>::max();
-  int32_t high = std::numeric_limits<int32_t>::min();
-};
-
-Extremes extremes(const Row& row) {
-  Extremes keys;
-  alignas(64) float buffer[kTile];
-  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
-    const int n = row.tile_size(tile);
-    kernels().extremes(row.tile(tile * kTile, n, buffer), n, &keys.low, &keys.high);
-  }
-  return keys;
-}
-
-Status status_of(const Extremes& keys) {
-  const int32_t infinity = order_key(std::numeric_limits<float>::infinity());
-  const int32_t negative = order_key(-std::numeric_limits<float>::infinity());
-  if (keys.high > infinity || keys.low < negative) return kNan;
-  if (keys.high == infinity) return kPosInf;
-  return keys.high == negative ? kEmpty : kOk;
-}
-
 int64_t first_equal(const Row& row, float value) {
   int64_t v = 0;
   while (row.at(v) != value) ++v;
@@ -66,8 +43,10 @@ int64_t sum_from(const int64_t* e, int64_t n, int64_t threshold) {
   return total;
 }
 
-// Smallest weight that survives top-k, then top-p, then min-p.
-int64_t truncate(const int64_t* e, int64_t n, const Parameters& parameters, int64_t i) {
+// Smallest weight that survives top-k, then top-p, then min-p. The largest logit, of weight
+// `highest`, always does.
+int64_t truncate(const int64_t* e, int64_t n, int64_t highest, const Parameters& parameters,
+                 int64_t i) {
   int64_t threshold = 0;
   if (parameters.top_k && parameters.top_k[i] > 0 && parameters.top_k[i] < n) {
     threshold = select(e, n, parameters.top_k[i], false);
@@ -78,10 +57,10 @@ int64_t truncate(const int64_t* e, int64_t n, const Parameters& parameters, int6
     threshold = nucleus > threshold ? nucleus : threshold;
   }
   if (parameters.min_p) {
-    const int64_t floor = int64_t(double(parameters.min_p[i]) * double(kOne));
+    const int64_t floor = min_p_threshold(parameters.min_p[i], highest);
     threshold = floor > threshold ? floor : threshold;
   }
-  return threshold;
+  return threshold < highest ? threshold : highest;
 }
 
 int64_t greedy_sums(const Row& row, const RowDistribution& distribution, int64_t* sums) {
@@ -108,11 +87,12 @@ const int64_t* tile_noise(const Noise& noise, const int64_t* ids, int64_t tile, 
 }
 
 int64_t tile_sums(const Row& row, const RowDistribution& distribution, int64_t* sums) {
+  const Weigher weigher = weigher_of(distribution);
   alignas(64) float buffer[kTile];
   int64_t total = 0;
   for (int64_t tile = 0; tile < row.tiles(); ++tile) {
     const int n = row.tile_size(tile);
-    sums[tile] = kernels().sum(row.tile(tile * kTile, n, buffer), n, distribution);
+    sums[tile] = kernels().sum(row.tile(tile * kTile, n, buffer), n, weigher, true);
     total += sums[tile];
   }
   return total;
@@ -127,14 +107,23 @@ void tile_weights(const Row& row, const RowDistribution& distribution, int64_t t
     return;
   }
   alignas(64) float buffer[kTile];
-  kernels().weights(row.tile(tile * kTile, n, buffer), n, distribution, e);
+  kernels().weights(row.tile(tile * kTile, n, buffer), n, weigher_of(distribution), e);
 }
 
 Status find_max(const Row& row, float* max) {
-  const Extremes keys = extremes(row);
-  const Status status = status_of(keys);
-  if (status == kOk) *max = from_order_key(keys.high) + 0.0f;
-  return status;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  alignas(64) float buffer[kTile];
+  float largest = -kInfinity;
+  for (int64_t tile = 0; tile < row.tiles(); ++tile) {
+    const int n = row.tile_size(tile);
+    const float x = kernels().largest(row.tile(tile * kTile, n, buffer), n);
+    if (x != x) return kNan;
+    largest = x > largest ? x : largest;
+  }
+  if (largest == kInfinity) return kPosInf;
+  if (largest == -kInfinity) return kEmpty;
+  *max = largest + 0.0f;
+  return kOk;
 }
 
 RowDistribution make_distribution(const Row& row, const Parameters& parameters, int64_t index,
@@ -155,7 +144,8 @@ RowDistribution make_distribution(const Row& row, const Parameters& parameters, 
     for (int64_t tile = 0; tile < row.tiles(); ++tile) {
       tile_weights(row, distribution, tile, scratch + tile * kTile);
     }
-    distribution.threshold = truncate(scratch, row.columns, parameters, index);
+    const int64_t highest = weight(distribution.max, 0, distribution);
+    distribution.threshold = truncate(scratch, row.columns, highest, parameters, index);
   }
   distribution.total = tile_sums(row, distribution, sums);
   return distribution;

@@ -9,14 +9,15 @@ namespace {
 int64_t draw_reading(const Row& row, const RowDistribution& distribution, uint64_t word) {
   if (distribution.scale == 0) return distribution.threshold;
   int64_t r = mulhi(word, distribution.total);
+  const Weigher weigher = weigher_of(distribution);
   alignas(64) float buffer[kTile];
   alignas(64) int64_t e[kTile];
   for (int64_t tile = 0; tile < row.tiles(); ++tile) {
     const int n = row.tile_size(tile);
     const float* l = row.tile(tile * kTile, n, buffer);
-    const int64_t sum = kernels().sum(l, n, distribution);
+    const int64_t sum = kernels().sum(l, n, weigher, false);
     if (sum > r) {
-      kernels().weights(l, n, distribution, e);
+      kernels().weights(l, n, weigher, e);
       return tile * kTile + scan(e, n, r);
     }
     r -= sum;

@@ -3,6 +3,8 @@
 // distribution bit by bit, because the compiler contracts and reorders nothing.
 #include "tile.h"
 
+#include <limits>
+
 #include "lanes.h"
 #include "specdiff/accept.h"
 #include "specdiff/race.h"
@@ -24,35 +26,62 @@ void widen(const uint16_t* x, int dtype, int n, float* out) {
   }
 }
 
-void extremes(const float* l, int n, int32_t* low, int32_t* high) {
-  int32_t lowest = *low, highest = *high;
-  for (int i = 0; i < n; ++i) {
-    const int32_t key = order_key(l[i]);
-    lowest = key < lowest ? key : lowest;
-    highest = key > highest ? key : highest;
-  }
-  *low = lowest;
-  *high = highest;
-}
-
-int64_t sum(const float* l, int n, RowDistribution distribution) {
-  int64_t total = 0;
+float largest(const float* l, int n) {
+  float found = -std::numeric_limits<float>::infinity();
   int i = 0;
 #ifdef SPECDIFF_LANES
-  total = plain(distribution) ? sum_groups<true>(l, n, distribution, i)
-                              : sum_groups<false>(l, n, distribution, i);
+  if (n >= kGroup) found = largest_of_groups(l, n, i);
 #endif
-  for (; i < n; ++i) total += sampled_weight(l[i], distribution);
+  // integers, whose maximum and minimum compilers vectorise
+  int32_t high = order_key(found), low = high;
+  for (; i < n; ++i) {
+    const int32_t key = order_key(l[i]);
+    high = key > high ? key : high;
+    low = key < low ? key : low;
+  }
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const bool nan = high > order_key(kInfinity) || low < order_key(-kInfinity);
+  return nan ? std::numeric_limits<float>::quiet_NaN() : from_order_key(high);
+}
+
+constexpr int kChunk = 64;
+
+// The weights of n <= kChunk logits. The powers come first, in a loop that compilers vectorise.
+void chunk_weights(const float* l, int n, const Weigher& weigher, int64_t* e) {
+  float p[kChunk];
+  for (int i = 0; i < n; ++i) p[i] = power(cut(l[i], weigher), weigher);
+  for (int i = 0; i < n; ++i) {
+    const int64_t whole = integer_of(p[i]);
+    e[i] = whole < weigher.threshold ? 0 : whole;
+  }
+}
+
+int least(int a, int b) { return a < b ? a : b; }
+
+int64_t sum(const float* l, int n, Weigher weigher, [[maybe_unused]] bool own) {
+  int64_t total = 0, e[kChunk];
+  int i = 0;
+#ifdef SPECDIFF_LANES
+  const Needs needs = needs_of(weigher, own);
+  const auto groups = needs == kNothing ? sum_groups<kNothing>
+                      : needs == kLimit ? sum_groups<kLimit>
+                                        : sum_groups<kAll>;
+  total = groups(l, n, weigher, i);
+#endif
+  for (; i < n; i += kChunk) {
+    const int m = least(n - i, kChunk);
+    chunk_weights(l + i, m, weigher, e);
+    for (int j = 0; j < m; ++j) total += e[j];
+  }
   return total;
 }
 
-void weights(const float* l, int n, RowDistribution distribution, int64_t* e) {
+void weights(const float* l, int n, Weigher weigher, int64_t* e) {
   int i = 0;
 #ifdef SPECDIFF_LANES
-  for (; i + kGroup <= n; i += kGroup)
-    store(distribution_weights<false>(l + i, distribution), e + i);
+  for (; i + kGroup <= n; i += kGroup) store(group_weights<kAll>(l + i, weigher), e + i);
 #endif
-  for (; i < n; ++i) e[i] = sampled_weight(l[i], distribution);
+  for (; i < n; i += kChunk) chunk_weights(l + i, least(n - i, kChunk), weigher, e + i);
 }
 
 int64_t residual(const int64_t* e_p, const int64_t* e_q, int n, Scales by, int64_t* w) {
@@ -65,39 +94,49 @@ int64_t residual(const int64_t* e_p, const int64_t* e_q, int n, Scales by, int64
   return total;
 }
 
-int64_t excess(const float* l_p, const float* l_q, int n, RowDistribution p, RowDistribution q,
-               Scales by) {
+int64_t excess(const float* l_p, const float* l_q, int n, Weigher p, Weigher q, Scales by) {
   int64_t total = 0;
   int i = 0;
 #ifdef SPECDIFF_LANES
-  const auto groups = plain(p) && plain(q) ? excess_groups<true> : excess_groups<false>;
+  const bool plain = needs_of(p, true) == kNothing && needs_of(q, false) == kLimit;
+  const auto groups = plain ? excess_groups<kNothing, kLimit> : excess_groups<kAll, kAll>;
   total = groups(l_p, l_q, n, p, q, by, i);
 #endif
-  for (; i < n; ++i) {
-    total += residual_weight(by.a * probability(sampled_weight(l_p[i], p), by.inverse_p),
-                             probability(sampled_weight(l_q[i], q), by.inverse_q));
+  int64_t e_p[kChunk], e_q[kChunk], w[kChunk];
+  for (; i < n; i += kChunk) {
+    const int m = least(n - i, kChunk);
+    chunk_weights(l_p + i, m, p, e_p);
+    chunk_weights(l_q + i, m, q, e_q);
+    total += residual(e_p, e_q, m, by, w);
   }
   return total;
 }
 
-int64_t bias(const float* l_p, const float* l_q, int n, RowDistribution p, RowDistribution q,
-             Scales by, Raise raise) {
+int64_t bias(const float* l_p, const float* l_q, int n, Weigher p, Weigher q, Scales by,
+             Raise raise) {
   int64_t total = 0;
   int i = 0;
 #ifdef SPECDIFF_LANES
-  const auto groups = plain(p) && plain(q) ? bias_groups<true> : bias_groups<false>;
+  const bool plain = needs_of(p, true) == kNothing && needs_of(q, false) == kLimit;
+  const auto groups = plain ? bias_groups<kNothing, kLimit> : bias_groups<kAll, kAll>;
   total = groups(l_p, l_q, n, p, q, by, raise, i);
 #endif
-  for (; i < n; ++i) {
-    total += bias_weight(probability(sampled_weight(l_p[i], p), by.inverse_p),
-                         probability(sampled_weight(l_q[i], q), by.inverse_q), raise);
+  int64_t e_p[kChunk], e_q[kChunk];
+  for (; i < n; i += kChunk) {
+    const int m = least(n - i, kChunk);
+    chunk_weights(l_p + i, m, p, e_p);
+    chunk_weights(l_q + i, m, q, e_q);
+    for (int j = 0; j < m; ++j) {
+      total +=
+          bias_weight(probability(e_p[j], by.inverse_p), probability(e_q[j], by.inverse_q), raise);
+    }
   }
   return total;
 }
 
-int64_t spreads(const float* l, int n, RowDistribution distribution) {
+int64_t spreads(const float* l, int n, Weigher weigher) {
   int64_t total = 0;
-  for (int i = 0; i < n; ++i) total += spread(l[i], distribution);
+  for (int i = 0; i < n; ++i) total += spread(l[i], weigher);
   return total;
 }
 
@@ -144,7 +183,7 @@ int race(const int64_t* e, const int64_t* words, int n, double* best) {
 extern const TileKernels SPECDIFF_CONCAT(kernels_, SPECDIFF_ISA);
 const TileKernels SPECDIFF_CONCAT(kernels_, SPECDIFF_ISA) = {SPECDIFF_STRING(SPECDIFF_ISA),
                                                              widen,
-                                                             extremes,
+                                                             largest,
                                                              sum,
                                                              weights,
                                                              residual,

@@ -12,7 +12,6 @@ struct Shared {
   int64_t beside[kWarps];
   int64_t found, left, column;
   int64_t bins[kBins];
-  uint4 held[kHeld * kThreads];
 };
 
 __device__ inline int lane() { return threadIdx.x % 32; }

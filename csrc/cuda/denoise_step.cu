@@ -72,17 +72,17 @@ __device__ RowDistribution raw_distribution(const RowDistribution& distribution,
 }
 
 // A block's share of the model's own total and of its entropy.
-__device__ void add_raw_sums(const Position& q, const Slice& slice,
+template <Dtype dtype>
+__device__ void add_raw_sums(const Position& q, const Slice<dtype>& slice,
                              const RowDistribution& distribution, RowWords& words) {
-  const RowDistribution raw = raw_distribution(distribution, 0);
-  int64_t total = 0, spreads = 0;
-  slice.visit([&](int64_t, const float (&l)[8]) {
-    for (int j = 0; j < 8; ++j) {
-      total += whole_weight(l[j], raw);
-      if (q.p.entropies) spreads += spread(l[j], raw);
-    }
-  });
-  total = block_sum(total, q.shared);
+  const Weigher by = weigher_of(raw_distribution(distribution, 0));
+  int64_t spreads = 0;
+  if (q.p.entropies) {
+    slice.revisit([&](int64_t, const float (&l)[8]) {
+      for (int j = 0; j < 8; ++j) spreads += spread(l[j], by);
+    });
+  }
+  const int64_t total = block_sum(slice.any_sum(by), q.shared);
   spreads = block_sum(spreads, q.shared);
   if (threadIdx.x == 0) {
     add(&words.raw_total, total);
@@ -112,17 +112,19 @@ __device__ void draw_token(const Position& q, const Row& row, const RowDistribut
 }
 
 // A block's part in a row that is read, and what follows from its distribution if it is the last.
+template <Dtype dtype>
 __device__ void read_part(const Position& q, int64_t part) {
   const DenoiseStepParams& p = q.p;
   const int64_t index = p.pool_rows[q.at];
   const Row row(p.logits, 0, index);
   Team team(q.area(), q.split, part, q.shared);
-  Slice slice(row, q.split, part, q.shared);
+  Slice<dtype> slice(row, q.split, part);
   RowDistribution distribution;
-  begin_distribution(slice, p.parameters, q.b(), row.columns, team, q.shared, &distribution);
+  int64_t share = 0;
+  begin_distribution(slice, p.parameters, q.b(), row.columns, team, q.shared, &distribution,
+                     &share);
+  if (threadIdx.x == 0) team.area.sums[part] = share;
   if (distribution.status == kOk) {
-    const int64_t sum = slice_sum(slice, distribution, q.shared);
-    if (threadIdx.x == 0) team.area.sums[part] = sum;
     if (q.measures()) add_raw_sums(q, slice, distribution, *team.area.words);
     if (p.random.position) {
       store_race(team.area, part,
@@ -165,6 +167,7 @@ __device__ void end_step(const Position& first) {
   }
 }
 
+template <Dtype dtype>
 __global__ void __launch_bounds__(kThreads, 2)
     reveal_rows(DenoiseStepParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
@@ -172,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Position q{p, split, workspace, ticket / split.parts, shared};
   const int64_t part = ticket % split.parts;
   if (q.is_read()) {
-    read_part(q, part);
+    read_part<dtype>(q, part);
   } else if (part == 0 && threadIdx.x == 0) {
     p.entropy[q.at] = bit_cast<double>(kNoEntropy);
   }
@@ -188,9 +191,11 @@ void denoise_step(const DenoiseStepParams& p, const Queue& queue) {
   if (!same_memory(p.distribution, p.new_distribution)) {
     launch(copy_distributions, (p.pool + kThreads - 1) / kThreads, queue, p);
   }
-  const int64_t room = capacity<reveal_rows>(queue.device);
-  const Split split = begin_rows(p.logits, rows, room, queue);
-  launch(reveal_rows, rows * split.parts, queue, p, split, queue.workspace);
+  by_dtype(p.logits.dtype, [&](auto dtype) {
+    constexpr auto kernel = reveal_rows<dtype()>;
+    const Split split = begin_rows(p.logits, rows, capacity<kernel>(queue.device), queue);
+    launch(kernel, rows * split.parts, queue, p, split, queue.workspace);
+  });
 }
 
 }  // namespace specdiff::cuda

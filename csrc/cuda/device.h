@@ -22,7 +22,7 @@ namespace specdiff::cuda {
 constexpr int kThreads = 64, kHeld = 2;
 #else
 constexpr int kThreads = 256;  // of a block
-constexpr int kHeld = 8;       // vectors of 16 bytes that a thread holds on chip
+constexpr int kHeld = 8;       // vectors of 16 bytes that a thread holds in registers
 #endif
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAll = 0xffffffffu;
@@ -133,30 +133,6 @@ __device__ inline void add_shared(int64_t* word, int64_t x) {
   const unsigned low = unsigned(x), before = atomicAdd(halves, low);
   const unsigned high = unsigned(x >> 32) + (before + low < before ? 1 : 0);
   if (high) atomicAdd(halves + 1, high);
-#endif
-}
-
-// --- copies to shared memory that need no registers ---
-
-// keep: in the first-level cache, as the thread beside needs the other half of a sector.
-__device__ inline void begin_copy(uint4* shared, const uint4* global, bool keep) {
-#ifdef SPECDIFF_EMULATED
-  *shared = *global;
-#else
-  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
-  const size_t from = __cvta_generic_to_global(global);
-  if (keep) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  }
-#endif
-}
-
-// Ends those that this thread began; it alone sees them.
-__device__ inline void end_copies() {
-#ifndef SPECDIFF_EMULATED
-  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 

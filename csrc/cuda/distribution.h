@@ -1,6 +1,8 @@
 // The distribution of a row whose parts several blocks have, and draws from it.
 #pragma once
 
+#include <type_traits>
+
 #include "row.h"
 #include "specdiff/accept.h"
 #include "specdiff/philox.h"
@@ -138,17 +140,18 @@ __device__ inline int32_t status_of(uint32_t key, const Parameters& parameters, 
 
 // The largest threshold t such that the weights e >= t sum to at least `need` (by_weight), or
 // number that. Radix selection, 9 of the 45 bits at a time; false if a block has left.
-__device__ inline bool select(const Slice& slice, const RowDistribution& distribution, int64_t need,
-                              bool by_weight, Team& team, Shared& shared, int64_t* threshold) {
+template <Dtype dtype>
+__device__ bool select(const Slice<dtype>& slice, const Weigher& by, int64_t need, bool by_weight,
+                       Team& team, Shared& shared, int64_t* threshold) {
   int64_t prefix = 0;
   int64_t left = need - 1;  // less what lies above the bin
   for (int step = 0; step < 5; ++step) {
     const int shift = 36 - 9 * step;
     for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.bins[bin] = 0;
     __syncthreads();
-    slice.visit([&](int64_t, const float (&l)[8]) {
+    slice.revisit([&](int64_t, const float (&l)[8]) {
       for (int j = 0; j < 8; ++j) {
-        const int64_t e = whole_weight(l[j], distribution);
+        const int64_t e = whole_weight(l[j], by);
         const int digit = int(e >> shift) & (kBins - 1);
         if (digit && e >> (shift + 9) == prefix) add_shared(&shared.bins[digit], by_weight ? e : 1);
       }
@@ -169,16 +172,11 @@ __device__ inline bool select(const Slice& slice, const RowDistribution& distrib
 }
 
 // The sum of weights, of all blocks, that reach the threshold. False if a block has left.
-__device__ inline bool sum_from(const Slice& slice, const RowDistribution& distribution,
-                                int64_t threshold, Team& team, Shared& shared, int64_t* total) {
-  int64_t sum = 0;
-  slice.visit([&](int64_t, const float (&l)[8]) {
-    for (int j = 0; j < 8; ++j) {
-      const int64_t e = whole_weight(l[j], distribution);
-      sum += e >= threshold ? e : 0;
-    }
-  });
-  sum = block_sum(sum, shared);
+template <Dtype dtype>
+__device__ bool sum_from(const Slice<dtype>& slice, Weigher by, int64_t threshold, Team& team,
+                         Shared& shared, int64_t* total) {
+  by.threshold = threshold;
+  const int64_t sum = block_sum(slice.any_sum(by), shared);
   int64_t* bin = team.next_bins();
   if (threadIdx.x == 0) add(bin, sum);
   if (!team.meet()) return false;
@@ -187,10 +185,14 @@ __device__ inline bool sum_from(const Slice& slice, const RowDistribution& distr
   return true;
 }
 
-// The smallest weight that survives top-k, then top-p, then min-p. False if a block has left.
-__device__ inline bool truncate(const Slice& slice, const RowDistribution& distribution,
-                                const Parameters& parameters, int64_t index, int64_t columns,
-                                Team& team, Shared& shared, int64_t* threshold) {
+// The smallest weight that survives top-k, then top-p, then min-p; the largest logit always does.
+// False if a block has left.
+template <Dtype dtype>
+__device__ bool truncate(const Slice<dtype>& slice, const RowDistribution& distribution,
+                         const Parameters& parameters, int64_t index, int64_t columns, Team& team,
+                         Shared& shared, int64_t* threshold) {
+  const Weigher by = weigher_of(distribution);
+  const int64_t highest = whole_weight(distribution.max, by);
   const int64_t top_k = parameters.top_k ? parameters.top_k[index] : 0;
   const float top_p = parameters.top_p ? parameters.top_p[index] : 1;
   *threshold = 0;
@@ -199,24 +201,28 @@ __device__ inline bool truncate(const Slice& slice, const RowDistribution& distr
     int64_t need = top_k, found;
     if (by_weight ? top_p == 1 : top_k == 0 || top_k >= columns) continue;
     if (by_weight) {
-      if (!sum_from(slice, distribution, *threshold, team, shared, &need)) return false;
+      if (!sum_from(slice, by, *threshold, team, shared, &need)) return false;
       need = ceil_share(top_p, need);
     }
-    if (!select(slice, distribution, need, by_weight, team, shared, &found)) return false;
+    if (!select(slice, by, need, by_weight, team, shared, &found)) return false;
     *threshold = found > *threshold ? found : *threshold;
   }
   if (parameters.min_p) {
-    const int64_t floor = int64_t(double(parameters.min_p[index]) * double(kOne));
+    const int64_t floor = min_p_threshold(parameters.min_p[index], highest);
     *threshold = floor > *threshold ? floor : *threshold;
   }
+  *threshold = *threshold < highest ? *threshold : highest;
   return true;
 }
 
 // A row's distribution but for what takes sums over all its blocks: the total, and a greedy row's
-// threshold. Holds the slice. False if a block has left.
-__device__ inline bool begin_distribution(Slice& slice, const Parameters& parameters, int64_t index,
-                                          int64_t columns, Team& team, Shared& shared,
-                                          RowDistribution* distribution) {
+// threshold. Of these the block's share: its sum of weights, or its first column that holds the
+// largest logit. Each kind of row goes its own way, as only one of them needs the logits that are
+// held. False if a block has left.
+template <Dtype dtype>
+__device__ bool begin_distribution(Slice<dtype>& slice, const Parameters& parameters, int64_t index,
+                                   int64_t columns, Team& team, Shared& shared,
+                                   RowDistribution* distribution, int64_t* share) {
   if (parameters.top_k || parameters.top_p) team.empty_first_bins();
   const uint32_t key = block_max(slice.hold(), shared);
   if (threadIdx.x == 0) raise(&team.area.words->key, key);
@@ -227,38 +233,21 @@ __device__ inline bool begin_distribution(Slice& slice, const Parameters& parame
   if (distribution->status != kOk) return true;
   distribution->max = from_key(largest) + 0.0f;  // never -0
   const float temperature = parameters.temperature[index];
-  if (temperature == 0) return true;
+  if (temperature == 0) {
+    *share = block_min(slice.first(distribution->max), shared);
+    return true;
+  }
   distribution->scale = kLog2E / temperature;
+  if (!parameters.top_k && !parameters.top_p && !parameters.min_p) {
+    *share = block_sum(slice.sum(weigher_of(*distribution)), shared);
+    return true;
+  }
   int64_t threshold;
   if (!truncate(slice, *distribution, parameters, index, columns, team, shared, &threshold))
     return false;
   distribution->threshold = threshold;
+  *share = block_sum(slice.any_sum(weigher_of(*distribution)), shared);
   return true;
-}
-
-// The block's sum of weights; of a greedy row the first column that holds the largest logit.
-__device__ inline int64_t slice_sum(const Slice& slice, const RowDistribution& distribution,
-                                    Shared& shared) {
-  int64_t sum = 0;
-  uint32_t first = 0xffffffffu;
-  if (distribution.scale == 0) {
-    slice.visit([&](int64_t v, const float (&l)[8]) {
-      for (int j = 7; j >= 0; --j) {
-        if (l[j] == distribution.max && v + j < first) first = uint32_t(v + j);
-      }
-    });
-    return block_min(first, shared);
-  }
-  if (distribution.threshold == 0) {
-    slice.visit([&](int64_t, const float (&l)[8]) {
-      for (int j = 0; j < 8; ++j) sum += whole_weight(l[j], distribution);
-    });
-  } else {
-    slice.visit([&](int64_t v, const float (&l)[8]) {
-      for (int j = 0; j < 8; ++j) sum += weight(l[j], v + j, distribution);
-    });
-  }
-  return block_sum(sum, shared);
 }
 
 // The distribution of a row, all of whose blocks have left their sums. Only for the last block.
@@ -322,9 +311,14 @@ __device__ int64_t draw_within(const Row& row, const Split& split, int64_t part,
 // Weights of columns v to v + 7.
 __device__ inline void row_weights(const Row& row, const RowDistribution& distribution, int64_t v,
                                    int64_t (&e)[8]) {
+  if (distribution.scale == 0) {
+    for (int j = 0; j < 8; ++j) e[j] = v + j == distribution.threshold ? kOne : 0;
+    return;
+  }
+  const Weigher by = weigher_of(distribution);
   float l[8];
   row.widen(row.load(v), l);
-  for (int j = 0; j < 8; ++j) e[j] = weight(l[j], v + j, distribution);
+  for (int j = 0; j < 8; ++j) e[j] = sampled_weight(l[j], by);
 }
 
 // The column of mulhi(word, total), by the sums of the row's parts.
@@ -368,16 +362,18 @@ class NoiseReader {
 };
 
 // The least E_v / e_v among a block's columns; of a greedy row the first with the largest logit.
-__device__ inline Finish slice_race(const Slice& slice, const RowDistribution& distribution,
-                                    const Noise& noise, int64_t columns, Shared& shared) {
+template <Dtype dtype>
+__device__ Finish slice_race(const Slice<dtype>& slice, const RowDistribution& distribution,
+                             const Noise& noise, int64_t columns, Shared& shared) {
   double least = bit_cast<double>(int64_t(0x7ff0000000000000));  // +inf
   int64_t winner = columns;
   NoiseReader reader(noise);
-  slice.visit([&](int64_t v, const float (&l)[8]) {
+  const Weigher by = weigher_of(distribution);
+  slice.revisit([&](int64_t v, const float (&l)[8]) {
     for (int j = 0; j < 8; ++j) {
       double time = 0;
       if (distribution.scale != 0) {
-        const int64_t e = weight(l[j], v + j, distribution);
+        const int64_t e = sampled_weight(l[j], by);
         if (e == 0) continue;
         const uint64_t word = reader.word(v + j);
         if (!may_win(word, double(e), least)) continue;
@@ -420,6 +416,14 @@ constexpr int64_t kShare = 32;
 inline void clear_words(int64_t rows, const Queue& queue) {
   if (rows == 0) return;
   check(cudaMemsetAsync(queue.workspace, 0, rows * sizeof(RowWords), cudaStream_t(queue.stream)));
+}
+
+// call(a constant of this dtype)
+template <class Call>
+void by_dtype(int32_t dtype, Call call) {
+  if (dtype == kFloat32) return call(std::integral_constant<Dtype, kFloat32>());
+  if (dtype == kBFloat16) return call(std::integral_constant<Dtype, kBFloat16>());
+  call(std::integral_constant<Dtype, kFloat16>());
 }
 
 // How rows are divided whose blocks wait for each other, with their words cleared.

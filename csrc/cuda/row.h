@@ -2,6 +2,7 @@
 #pragma once
 
 #include "block.h"
+#include "specdiff/accept.h"
 
 namespace specdiff::cuda {
 
@@ -33,6 +34,26 @@ __device__ inline Eight gather(const char* data, int64_t columns, int32_t dtype,
   return {{words[0], words[1], words[2], words[3]}, {words[4], words[5], words[6], words[7]}};
 }
 
+template <Dtype dtype>
+__device__ inline void widen(const Eight& x, float (&l)[8]) {
+  const uint32_t words[8] = {x.low.x,  x.low.y,  x.low.z,  x.low.w,
+                             x.high.x, x.high.y, x.high.z, x.high.w};
+  for (int j = 0; j < 8; ++j) {
+    if constexpr (dtype == kFloat32) {
+      l[j] = bit_cast<float>(words[j]);
+    } else if constexpr (dtype == kBFloat16) {
+      l[j] = bit_cast<float>(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+    } else {
+      const uint16_t half = uint16_t(words[j / 2] >> (j % 2 * 16));
+#ifdef __CUDA_ARCH__
+      asm("cvt.f32.f16 %0, %1;" : "=f"(l[j]) : "h"(half));
+#else
+      l[j] = widen_f16(half);
+#endif
+    }
+  }
+}
+
 class Row {
  public:
   __device__ Row(const Logits& logits, int64_t batch, int64_t row)
@@ -43,37 +64,36 @@ class Row {
 
   __device__ float at(int64_t v) const {
     if (dtype == kFloat32) return reinterpret_cast<const float*>(data_)[v];
-    return widen(reinterpret_cast<const uint16_t*>(data_)[v]);
+    const uint16_t x = reinterpret_cast<const uint16_t*>(data_)[v];
+    return dtype == kBFloat16 ? widen_bf16(x) : widen_f16(x);
   }
 
   // Columns between the row's first one and the last address before it that is aligned.
   __device__ int shift() const { return int(reinterpret_cast<uintptr_t>(data_) % 16) / size(); }
 
-  // Where logits v to v + 7 lie as one or two vectors, or null: not aligned, or not all in the row.
+  // Where logits v to v + 7 lie as one or two vectors, if they do and the address is aligned.
   __device__ const uint4* vectors(int64_t v) const {
-    const char* at = data_ + v * size();
-    const bool fit = v >= 0 && v + 8 <= columns && reinterpret_cast<uintptr_t>(at) % 16 == 0;
-    return fit ? reinterpret_cast<const uint4*>(at) : nullptr;
+    return reinterpret_cast<const uint4*>(data_ + v * size());
   }
 
   // Logits v to v + 7, -inf outside of the row.
   __device__ Eight load(int64_t v) const {
     const uint4* at = vectors(v);
-    if (!at) return gather(data_, columns, dtype, v);
+    if (v < 0 || v + 8 > columns || reinterpret_cast<uintptr_t>(at) % 16 != 0) return piecewise(v);
     return {at[0], dtype == kFloat32 ? at[1] : uint4{0, 0, 0, 0}};
   }
 
+  __device__ Eight piecewise(int64_t v) const { return gather(data_, columns, dtype, v); }
+
   __device__ void widen(const Eight& x, float (&l)[8]) const {
-    const uint32_t words[8] = {x.low.x,  x.low.y,  x.low.z,  x.low.w,
-                               x.high.x, x.high.y, x.high.z, x.high.w};
     if (dtype == kFloat32) {
-      for (int j = 0; j < 8; ++j) l[j] = bit_cast<float>(words[j]);
+      cuda::widen<kFloat32>(x, l);
+    } else if (dtype == kBFloat16) {
+      cuda::widen<kBFloat16>(x, l);
     } else {
-      for (int j = 0; j < 8; ++j) l[j] = widen(uint16_t(words[j / 2] >> (j % 2 * 16)));
+      cuda::widen<kFloat16>(x, l);
     }
   }
-
-  __device__ bool is_wide() const { return dtype == kFloat32; }
 
   int64_t columns;
   int32_t dtype;
@@ -81,25 +101,8 @@ class Row {
  private:
   __device__ int size() const { return dtype == kFloat32 ? 4 : 2; }
 
-  __device__ float widen(uint16_t x) const {
-#ifdef __CUDA_ARCH__
-    if (dtype == kFloat16) {
-      float l;
-      asm("cvt.f32.f16 %0, %1;" : "=f"(l) : "h"(x));
-      return l;
-    }
-#endif
-    return dtype == kBFloat16 ? widen_bf16(x) : widen_f16(x);
-  }
-
   const char* data_;
 };
-
-// As sampled_weight, of a distribution that cuts nothing off.
-__device__ inline int64_t whole_weight(float l, const RowDistribution& distribution) {
-  const float shifted = l - distribution.max;
-  return exp2_weight(shifted * distribution.scale);
-}
 
 // Rows of `columns` are divided among `parts` blocks, and what a block has into groups of eight
 // columns, `groups` for each thread.
@@ -147,62 +150,210 @@ __device__ inline float max_or_nan(float a, float b) {
 #endif
 }
 
-// The part of a row that one block has. It is read once and then held on chip, but for what does
-// not fit there.
+// The larger of two logits, or of each half of two words that hold two; NaN if one is that.
+template <Dtype dtype>
+__device__ inline uint32_t larger(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (dtype == kFloat32) {
+    return bit_cast<uint32_t>(max_or_nan(bit_cast<float>(a), bit_cast<float>(b)));
+  } else if constexpr (dtype == kBFloat16) {
+    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  }
+  return a;
+#else
+  if constexpr (dtype == kFloat32) {
+    return bit_cast<uint32_t>(max_or_nan(bit_cast<float>(a), bit_cast<float>(b)));
+  } else {
+    const auto half = [](uint32_t x, uint32_t y) {
+      const auto wide = dtype == kBFloat16 ? widen_bf16 : widen_f16;
+      const float l = wide(uint16_t(x));
+      return l != l || l > wide(uint16_t(y)) ? x & 0xffffu : y & 0xffffu;
+    };
+    return half(a, b) | half(a >> 16, b >> 16) << 16;
+  }
+#endif
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ % 100 == 0 && __CUDA_ARCH__ < 1200
+#define SPECDIFF_FAST_DOUBLES
+// A float's bits become a double's by moving them and raising the exponent: one multiply-add of
+// integers. x is positive and normal.
+__device__ inline double widen_power(float x) {
+  return bit_cast<double>(uint64_t(bit_cast<uint32_t>(x)) * 0x20000000u + (uint64_t(896) << 52));
+}
+#endif
+
+// floor of a power. Adding 2^52 and rounding to zero drops the fraction.
+__device__ inline double floor_of(float power) {
+#ifdef SPECDIFF_FAST_DOUBLES
+  return __dadd_rz(widen_power(power), 0x1p52) - 0x1p52;
+#else
+  return exact_double(integer_of(power));
+#endif
+}
+
+// Adds up weights, before they are integers: at most 2^8 of them.
+class WeightSum {
+ public:
+#ifdef SPECDIFF_FAST_DOUBLES
+  __device__ void add(float power) { sum_ = __dadd_rz(sum_, widen_power(power)); }
+  __device__ int64_t total() const { return bit_cast<int64_t>(sum_) - 0x4330000000000000; }
+
+ private:
+  double sum_ = 0x1p52;
+#else
+  __device__ void add(float power) { sum_ += integer_of(power); }
+  __device__ int64_t total() const { return sum_; }
+
+ private:
+  int64_t sum_ = 0;
+#endif
+};
+
+// The part of a row that one block has. What fits into `held` vectors of registers is read once.
+template <Dtype dtype, int held = kHeld>
 class Slice {
  public:
-  __device__ Slice(const Row& row, const Split& split, int64_t part, Shared& shared)
-      : row_(row), split_(split), part_(part), shared_(shared) {}
-
-  // Holds what fits, and finds the key of the largest logit that this thread has.
-  __device__ uint32_t hold() {
-#pragma unroll 1
-    for (int k = 0; k < split_.groups && k < held(); ++k) {
-      uint4* to = place(k);
-      if (const uint4* from = row_.vectors(column(k))) {
-        begin_copy(to, from, row_.is_wide());
-        if (row_.is_wide()) begin_copy(to + kThreads, from + 1, true);
-      } else {
-        const Eight x = row_.load(column(k));
-        to[0] = x.low;
-        if (row_.is_wide()) to[kThreads] = x.high;
-      }
-    }
-    end_copies();
-    float largest = from_order_key(0x807fffff);  // -inf
-    visit([&](int64_t, const float (&l)[8]) {
-      for (int j = 0; j < 8; ++j) largest = max_or_nan(largest, l[j]);
-    });
-    return largest == largest ? uint32_t(order_key(largest)) ^ 0x80000000u : kNanKey;
+  __device__ Slice(const Row& row, const Split& split, int64_t part)
+      : row_(row), first_(int(column_of(row, split, part, 0))) {
+    const int64_t behind = (part + 1) * split.part_columns() - row.shift();
+    end_ = int(behind < row.columns ? behind : row.columns);
+    groups_ = first_ < end_ ? (end_ - 1 - first_) / kStride + 1 : 0;
   }
 
-  // visit(column of the first, logits) for each group of eight of this thread
-  template <class Visit>
-  __device__ void visit(Visit visit) const {
-#pragma unroll 1
-    for (int k = 0; k < split_.groups; ++k) {
+  // Reads what fits, and finds the key of the largest logit that this thread has.
+  __device__ uint32_t hold() {
+    load();
+    complete();
+    return largest();
+  }
+
+  __device__ uint32_t largest() const {
+    uint32_t most = kLowest;
+    const auto compare = [&](const Eight& x) {
+      const uint32_t words[8] = {x.low.x,  x.low.y,  x.low.z,  x.low.w,
+                                 x.high.x, x.high.y, x.high.z, x.high.w};
+      for (int j = 0; j < 4 * kVectors; ++j) most = cuda::larger<dtype>(most, words[j]);
+    };
+    visit_held(compare);
+    visit_rest(compare);
+    float l[8];
+    cuda::widen<dtype>({{most, 0, 0, 0}, {0, 0, 0, 0}}, l);
+    const float x = dtype == kFloat32 ? l[0] : max_or_nan(l[0], l[1]);
+    return x == x ? uint32_t(order_key(x)) ^ 0x80000000u : kNanKey;
+  }
+
+  // The sum of this thread's weights under the row's own distribution, with nothing cut off.
+  __device__ int64_t sum(const Weigher& by) const {
+    if (by.offset != 0) return any_sum(by);
+    const auto add = [&](const Eight& x, WeightSum& sum) {
       float l[8];
-      row_.widen(get(k), l);
+      cuda::widen<dtype>(x, l);
+      for (int j = 0; j < 8; ++j) sum.add(power(at_least(l[j], by.least), by));
+    };
+    WeightSum sums;
+    visit_held([&](const Eight& x) { add(x, sums); });
+    int64_t total = sums.total();
+    visit_rest([&](const Eight& x) {
+      WeightSum sum;
+      add(x, sum);
+      total += sum.total();
+    });
+    return total;
+  }
+
+  // The same under any distribution. The row is read again.
+  __device__ int64_t any_sum(const Weigher& by) const {
+    int64_t total = 0;
+    revisit([&](int64_t, const float (&l)[8]) {
+      for (int j = 0; j < 8; ++j) total += sampled_weight(l[j], by);
+    });
+    return total;
+  }
+
+  // This thread's first column with a logit of this size, or 0xffffffff.
+  __device__ uint32_t first(float size) const {
+    uint32_t found = 0xffffffffu;
+    revisit([&](int64_t v, const float (&l)[8]) {
+      for (int j = 7; j >= 0; --j) {
+        if (l[j] == size && v + j < found) found = uint32_t(v + j);
+      }
+    });
+    return found;
+  }
+
+  // visit(column of the first, logits) for each group of eight of this thread, read again: for long
+  // bodies, which stand in the code but once.
+  template <class Visit>
+  __device__ void revisit(Visit visit) const {
+#pragma unroll 1
+    for (int k = 0; k < groups_; ++k) {
+      float l[8];
+      cuda::widen<dtype>(row_.load(column(k)), l);
       visit(column(k), l);
     }
   }
 
  private:
-  __device__ int64_t column(int k) const { return column_of(row_, split_, part_, k); }
-  __device__ int held() const { return row_.is_wide() ? kHeld / 2 : kHeld; }
-  __device__ uint4* place(int k) const {
-    return shared_.held + (row_.is_wide() ? 2 * k : k) * kThreads + threadIdx.x;
+  static constexpr int kStride = kThreads * 8;                // columns between two groups
+  static constexpr int kVectors = dtype == kFloat32 ? 2 : 1;  // of a group
+  static constexpr int kGroups = held / kVectors;
+  static constexpr uint32_t kLowest = dtype == kFloat32    ? 0xff800000u
+                                      : dtype == kBFloat16 ? 0xff80ff80u
+                                                           : 0xfc00fc00u;
+
+  __device__ int column(int k) const { return first_ + k * kStride; }
+
+  template <class Visit>
+  __device__ void visit_held(Visit visit) const {
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      if (k < groups_) visit(held_[k]);
+    }
   }
 
-  __device__ Eight get(int k) const {
-    if (k >= held()) return row_.load(column(k));
-    return {place(k)[0], row_.is_wide() ? place(k)[kThreads] : uint4{0, 0, 0, 0}};
+  template <class Visit>
+  __device__ void visit_rest(Visit visit) const {
+#pragma unroll 1
+    for (int k = kGroups; k < groups_; ++k) visit(row_.load(column(k)));
+  }
+
+  // Reads the groups that lie in the row as a whole.
+  __device__ void load() {
+    const uint4* from = row_.vectors(first_);
+    const int whole = end_ - 8 >= first_ ? (end_ - 8 - first_) / kStride + 1 : 0;
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      if (k >= whole || (k == 0 && first_ < 0)) continue;
+      held_[k].low = from[k * kThreads * kVectors];
+      if (kVectors == 2) held_[k].high = from[k * kThreads * kVectors + 1];
+    }
+  }
+
+  // Reads those at the row's ends that lie in it in part.
+  __device__ void complete() {
+    const int shift = row_.shift(), columns = int(row_.columns);
+#pragma unroll 1
+    for (int end = 0; end < 2; ++end) {
+      const int v = end ? columns - (columns + shift) % 8 : -shift;
+      const int distance = v - first_, k = distance / kStride;
+      const bool whole = v >= 0 && v + 8 <= columns;
+      if (whole || distance < 0 || distance % kStride != 0 || k >= groups_) continue;
+      const Eight x = row_.piecewise(v);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        if (i == k) held_[i] = x;
+      }
+    }
   }
 
   const Row& row_;
-  const Split& split_;
-  const int64_t part_;
-  Shared& shared_;
+  const int first_;  // column of this thread's first group
+  int end_;          // behind the last column of the part
+  int groups_;       // that this thread has
+  Eight held_[kGroups];
 };
 
 }  // namespace specdiff::cuda

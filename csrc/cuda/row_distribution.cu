@@ -3,6 +3,7 @@
 namespace specdiff::cuda {
 namespace {
 
+template <Dtype dtype>
 __global__ void __launch_bounds__(kThreads, 2)
     make_distributions(RowDistributionParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
@@ -11,13 +12,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Area area(workspace, p.rows, index, split.parts);
   const Row row(p.logits, 0, index);
   Team team(area, split, part, shared);
-  Slice slice(row, split, part, shared);
+  Slice<dtype> slice(row, split, part);
   RowDistribution distribution;
-  begin_distribution(slice, p.parameters, index, row.columns, team, shared, &distribution);
-  if (distribution.status == kOk) {
-    const int64_t sum = slice_sum(slice, distribution, shared);
-    if (threadIdx.x == 0) area.sums[part] = sum;
-  }
+  int64_t share = 0;
+  begin_distribution(slice, p.parameters, index, row.columns, team, shared, &distribution, &share);
+  if (threadIdx.x == 0) area.sums[part] = share;
   if (!team.done_last()) return;
   distribution = end_distribution(distribution, row, split, area, shared);
   if (threadIdx.x == 0) store(distribution, p.distribution, index);
@@ -33,16 +32,18 @@ int64_t workspace_size(int64_t rows, int64_t columns) {
 std::string fault(int device) {
   const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, make_distributions);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, make_distributions<kFloat32>);
   if (error != cudaSuccess) cudaGetLastError();
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
 void row_distribution(const RowDistributionParams& p, const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  const int64_t room = capacity<make_distributions>(queue.device);
-  const Split split = begin_rows(p.logits, p.rows, room, queue);
-  launch(make_distributions, p.rows * split.parts, queue, p, split, queue.workspace);
+  by_dtype(p.logits.dtype, [&](auto dtype) {
+    constexpr auto kernel = make_distributions<dtype()>;
+    const Split split = begin_rows(p.logits, p.rows, capacity<kernel>(queue.device), queue);
+    launch(kernel, p.rows * split.parts, queue, p, split, queue.workspace);
+  });
 }
 
 }  // namespace specdiff::cuda

@@ -13,6 +13,7 @@ __device__ Noise noise_of(const SampleParams& p, int64_t i) {
   return {nullptr, uint64_t(p.random.seed[i]), p.random.position[i], p.draft_ids};
 }
 
+template <Dtype dtype>
 __global__ void __launch_bounds__(kThreads, 2)
     draw_tokens(SampleParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
@@ -21,15 +22,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Row row(p.logits, 0, index);
   const RowDistribution distribution = load(p.distribution, index);
   Team team(area, split, part, shared);
-  Slice slice(row, split, part, shared);
+  const Slice<dtype> slice(row, split, part);
   const bool races = p.random.position;
   if (distribution.status == kOk && (races || distribution.scale != 0)) {
-    slice.hold();
     if (races) {
       store_race(area, part,
                  slice_race(slice, distribution, noise_of(p, index), row.columns, shared));
     } else {
-      const int64_t sum = slice_sum(slice, distribution, shared);
+      const int64_t sum = block_sum(slice.any_sum(weigher_of(distribution)), shared);
       if (threadIdx.x == 0) area.sums[part] = sum;
     }
   }
@@ -49,10 +49,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 void sample(const SampleParams& p, const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  const int64_t room = capacity<draw_tokens>(queue.device);
-  const Split split = split_of(p.logits, p.rows, room, room);
   clear_words(p.rows, queue);
-  launch(draw_tokens, p.rows * split.parts, queue, p, split, queue.workspace);
+  by_dtype(p.logits.dtype, [&](auto dtype) {
+    constexpr auto kernel = draw_tokens<dtype()>;
+    const int64_t room = capacity<kernel>(queue.device);
+    const Split split = split_of(p.logits, p.rows, room, room);
+    launch(kernel, p.rows * split.parts, queue, p, split, queue.workspace);
+  });
 }
 
 }  // namespace specdiff::cuda

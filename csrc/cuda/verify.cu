@@ -102,18 +102,18 @@ __device__ bool ends_round(const Sequence& s, int64_t i, const Row& row,
 }
 
 // A block's part in the distribution of row i, and the judgement if it is the last.
+template <Dtype dtype>
 __device__ void judge_part(const Sequence& s, int64_t i, int64_t part) {
   Team team(s.area(i), s.split, part, s.shared);
   if (i > s.length() || i > s.stop()) return team.leave();
   const Row row = s.row(i);
-  Slice slice(row, s.split, part, s.shared);
+  Slice<dtype> slice(row, s.split, part);
   RowDistribution distribution;
-  if (!begin_distribution(slice, s.p.parameters, s.b, row.columns, team, s.shared, &distribution))
+  int64_t share = 0;
+  if (!begin_distribution(slice, s.p.parameters, s.b, row.columns, team, s.shared, &distribution,
+                          &share))
     return;
-  if (distribution.status == kOk) {
-    const int64_t sum = slice_sum(slice, distribution, s.shared);
-    if (threadIdx.x == 0) team.area.sums[part] = sum;
-  }
+  if (threadIdx.x == 0) team.area.sums[part] = share;
   if (!team.done_last()) return;
   distribution = end_distribution(distribution, row, s.split, team.area, s.shared);
   if (i == s.length()) return;
@@ -237,7 +237,7 @@ __device__ void emit(const Sequence& s, int64_t accepted, int64_t token, int32_t
 
 // A block's part in the sums of row i, and the sequence's end if it is the last. lenient: the rule
 // is, of which the exact ones' kernels then know nothing.
-template <bool lenient>
+template <Dtype dtype, bool lenient>
 __device__ void end_part(const Sequence& s, int64_t i, int64_t part) {
   const int64_t length = s.length(), end = lenient ? s.end() : i;
   RowWords& head = s.words(0);
@@ -255,10 +255,10 @@ __device__ void end_part(const Sequence& s, int64_t i, int64_t part) {
     if (threadIdx.x == 0) add(&area.words->excess, found);
   }
   if (sums && (s.block_rule() ? may_end_at(s, i) : recorded && i == end)) {
-    const ResidualWeight weigh{s.block_rule() ? area.words->prefix_chance : 1};
+    const double a = s.block_rule() ? area.words->prefix_chance : 1;
     const DraftDistribution draft(s.p, s.b * s.p.k + i, recorded);
-    const int64_t found =
-        sum_both(s.row(i), area.words->distribution(), draft, s.split, part, weigh, s.shared);
+    const int64_t found = residual_sum<dtype>(s.row(i), area.words->distribution(), draft, s.split,
+                                              part, a, s.shared);
     if (threadIdx.x == 0) {
       area.excess[part] = found;
       if (s.block_rule()) add(&area.words->excess, found);
@@ -276,15 +276,15 @@ __device__ void end_part(const Sequence& s, int64_t i, int64_t part) {
 }
 
 // together: all blocks run at once, so that they may wait for a sequence's other rows.
-template <bool together, bool lenient>
-__global__ void __launch_bounds__(kThreads, together ? 2 : 3)
+template <Dtype dtype, bool together, bool lenient>
+__global__ void __launch_bounds__(kThreads, together&& lenient ? 1 : 2)
     judge(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t place = together ? blockIdx.x : take_ticket(workspace, shared);
   const int64_t part = place % split.parts, index = place / split.parts;
   const int64_t i = index / p.batch, blocks = (p.k + 1) * split.parts;
   const Sequence s{p, split, workspace, index % p.batch, shared};
-  judge_part(s, i, part);
+  judge_part<dtype>(s, i, part);
   if (!together && !s.block_rule()) return;
   RowWords& head = s.words(0);
   if (is_last(&head.sequence_done, blocks, shared)) {
@@ -294,30 +294,33 @@ __global__ void __launch_bounds__(kThreads, together ? 2 : 3)
   if constexpr (together) {
     if (threadIdx.x == 0) wait_for(&head.sequence_settled, 1);
     __syncthreads();
-    if (s.every_row() || i == s.end()) end_part<lenient>(s, i, part);
+    if (s.every_row() || i == s.end()) end_part<dtype, lenient>(s, i, part);
   }
 }
 
-template <bool lenient>
-__global__ void __launch_bounds__(kThreads, lenient ? 2 : 3)
+template <Dtype dtype, bool lenient>
+__global__ void __launch_bounds__(kThreads, 2)
     end_rounds(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t index = blockIdx.x / split.parts, part = blockIdx.x % split.parts;
   const bool every_row = lenient || p.rule == kBlockRule;
   const int64_t b = every_row ? index / (p.k + 1) : index;
   const Sequence s{p, split, workspace, b, shared};
-  end_part<lenient>(s, every_row ? index % (p.k + 1) : s.end(), part);
+  end_part<dtype, lenient>(s, every_row ? index % (p.k + 1) : s.end(), part);
 }
 
 // A block's part in the race of row i, and what follows from its winner if it is the last.
+template <Dtype dtype>
 __device__ void race_part(const Sequence& s, int64_t i, int64_t part) {
   const VerifyParams& p = s.p;
   Team team(s.area(i), s.split, part, s.shared);
   if (i > s.length() || i > s.stop()) return team.leave();
   const Row row = s.row(i);
-  Slice slice(row, s.split, part, s.shared);
+  Slice<dtype> slice(row, s.split, part);
   RowDistribution distribution;
-  if (!begin_distribution(slice, p.parameters, s.b, row.columns, team, s.shared, &distribution))
+  int64_t share = 0;  // nobody asks for it
+  if (!begin_distribution(slice, p.parameters, s.b, row.columns, team, s.shared, &distribution,
+                          &share))
     return;
   if (distribution.status == kOk) {
     const int64_t* words = p.random.words;
@@ -338,33 +341,35 @@ __device__ void race_part(const Sequence& s, int64_t i, int64_t part) {
 }
 
 // The coupled rule: the token of each target row, and where the drafted ones depart from it.
-__global__ void __launch_bounds__(kThreads, 3)
+template <Dtype dtype>
+__global__ void __launch_bounds__(kThreads, 2)
     race_rows(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t place = take_ticket(workspace, shared);
   const int64_t part = place % split.parts, index = place / split.parts;
   const Sequence s{p, split, workspace, index % p.batch, shared};
-  race_part(s, index / p.batch, part);
+  race_part<dtype>(s, index / p.batch, part);
   if (!is_last(&s.words(0).sequence_done, (p.k + 1) * split.parts, shared)) return;
   const int64_t i = s.end();
   emit(s, i, s.words(i).token, s.length() < 0 ? kToken : s.words(i).status, 0);
 }
 
-template <bool lenient>
+template <Dtype dtype, bool lenient>
 void verify_by(const VerifyParams& p, const Queue& queue) {
   const int64_t rows = p.batch * (p.k + 1);
   // Half of the device, as blocks of other streams may hold the rest and wait.
-  const int64_t room = capacity<judge<true, lenient>>(queue.device) / 2;
+  const int64_t room = capacity<judge<dtype, true, lenient>>(queue.device) / 2;
   Split split = split_of(p.target, rows, room, room);
   if (0 < rows && rows * split.parts <= room) {
     clear_words(rows, queue);
     const int64_t blocks = rows * split.parts;
-    if (launch_together(judge<true, lenient>, blocks, queue, p, split, queue.workspace)) return;
+    if (launch_together(judge<dtype, true, lenient>, blocks, queue, p, split, queue.workspace))
+      return;
   }
-  split = begin_rows(p.target, rows, capacity<judge<false, lenient>>(queue.device), queue);
-  launch(judge<false, lenient>, rows * split.parts, queue, p, split, queue.workspace);
+  split = begin_rows(p.target, rows, capacity<judge<dtype, false, lenient>>(queue.device), queue);
+  launch(judge<dtype, false, lenient>, rows * split.parts, queue, p, split, queue.workspace);
   const int64_t ended = lenient || p.rule == kBlockRule ? rows : p.batch;
-  launch(end_rounds<lenient>, ended * split.parts, queue, p, split, queue.workspace);
+  launch(end_rounds<dtype, lenient>, ended * split.parts, queue, p, split, queue.workspace);
 }
 
 }  // namespace
@@ -372,12 +377,15 @@ void verify_by(const VerifyParams& p, const Queue& queue) {
 void verify(const VerifyParams& p, const Queue& queue) {
   const DeviceGuard guard(queue.device);
   const int64_t rows = p.batch * (p.k + 1);
-  if (p.rule == kCoupledRule) {
-    const Split split = begin_rows(p.target, rows, capacity<race_rows>(queue.device), queue);
-    return launch(race_rows, rows * split.parts, queue, p, split, queue.workspace);
-  }
-  if (p.rule == kLenientRule) return verify_by<true>(p, queue);
-  verify_by<false>(p, queue);
+  by_dtype(p.target.dtype, [&](auto dtype) {
+    if (p.rule == kCoupledRule) {
+      constexpr auto kernel = race_rows<dtype()>;
+      const Split split = begin_rows(p.target, rows, capacity<kernel>(queue.device), queue);
+      return launch(kernel, rows * split.parts, queue, p, split, queue.workspace);
+    }
+    if (p.rule == kLenientRule) return verify_by<dtype(), true>(p, queue);
+    verify_by<dtype(), false>(p, queue);
+  });
 }
 
 }  // namespace specdiff::cuda

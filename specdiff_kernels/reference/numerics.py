@@ -1,7 +1,8 @@
 """The exact sampling distribution in plain PyTorch: weights, random words, integer draws.
 
-This is the specification. Every float operation below is one IEEE operation of its own, every sum
-is a sum of integers, so that any backend can reproduce it bit for bit.
+This is the specification. Every float operation below is one IEEE operation of its own, or a fused
+multiply-add written as one in fp64; every sum is a sum of integers. So any backend can reproduce it
+bit for bit.
 """
 
 from __future__ import annotations
@@ -19,26 +20,45 @@ LN_2 = 0.6931471805599453
 SQRT_HALF = 0x3FE6A09E667F3BCD  # the bits of sqrt(1/2)
 ARTANH_TERMS = (17, 15, 13, 11, 9, 7, 5, 3, 1)  # artanh s = s + s^3/3 + s^5/5 + ...
 EXP_DEGREE = 13  # of the exponential's Taylor polynomial on [0, ln 2)
-ONE = 1 << 44  # the weight of a row's largest logit
+ONE = 1 << 44  # the weight of a greedy row's token, and the most that any token has
+NOTHING = -100  # an exponent whose weight is 0
 MASK32 = 0xFFFFFFFF
-# 2^f on [0, 1), relative error at most 1.7e-7, value 1 at 0, monotone
-EXP2 = (0.0018671302, 0.00901703, 0.055799913, 0.24016444, 0.6931513, 1.0)
+# 2^f on [-1/2, 1/2], relative error at most 1.7e-7, value 1 at 0; highest power first
+EXP2 = (
+    0.001326472731307149,
+    0.009671512991189957,
+    0.05550733581185341,
+    0.24022242426872253,
+    0.6931470036506653,
+    1.0,
+)
 
 
-def exp2_weight(t: Tensor) -> Tensor:
-    """Integer weight floor(2^(t + 44)) of t <= 0 (f32), up to the polynomial's error. -> i64"""
-    t = torch.where(t > -(2.0**-30), torch.zeros_like(t), t)
-    inside = t >= -63
-    t = torch.where(inside, t, torch.zeros_like(t))
-    n = t.floor()
-    f = t - n
+def exponents(logits: Tensor, distribution: RowDistribution) -> tuple[Tensor, Tensor]:
+    """log2 of weights over 2^44 in two parts: an integer and the rest, in [-1/2, 1/2].
+
+    [N, V] logits -> n i64, f f32 [N, V]. n is NOTHING and f is 0 where no weight is left. Logits
+    above the distribution's own maximum count as that.
+    """
+    offset, shift = (part[:, None] for part in distribution.origin())
+    x = torch.minimum(logits.float(), distribution.max[:, None])
+    t = (x - offset).double() * distribution.scale.double()[:, None]  # exact
+    k = t.round()  # to even
+    inside = k - shift >= -46  # false for NaN too
+    n = torch.where(inside, k - shift, NOTHING).long()
+    return n, torch.where(inside, t - k, 0.0).float()  # t - k: a multiply-add, rounded once
+
+
+def exp2_fraction(f: Tensor) -> Tensor:
+    """2^f for f in [-1/2, 1/2], by Horner's rule with fused multiply-adds. f32 -> f32
+
+    A product of two f32 is exact in fp64. The sum there, rounded once more to f32, may differ from
+    a fused multiply-add in a step, but for no f in the last one (docs/numerics.md).
+    """
     p = torch.full_like(f, EXP2[0])
-    for coefficient in EXP2[1:]:
-        p = p * f
-        p = p + coefficient
-    mantissa = (p * 2.0**23).to(torch.int64)
-    weight = (mantissa << 21) >> (-n).to(torch.int64)
-    return torch.where(inside, weight, torch.zeros_like(weight))
+    for coefficient in torch.tensor(EXP2[1:], dtype=torch.float32).tolist():
+        p = (p.double() * f.double() + coefficient).float()
+    return p
 
 
 def weights(logits: Tensor, distribution: RowDistribution) -> Tensor:
@@ -46,13 +66,16 @@ def weights(logits: Tensor, distribution: RowDistribution) -> Tensor:
     0."""
     columns = torch.arange(logits.shape[-1], device=logits.device)
     greedy = (columns == distribution.threshold[:, None]).long() * ONE
-    shifted = logits.float() - distribution.max[:, None]
-    e = exp2_weight(
-        torch.nan_to_num(shifted * distribution.scale[:, None], nan=-100.0, neginf=-100.0)
-    )
+    n, f = exponents(logits, distribution)
+    e = (exp2_fraction(f).double() * power(n + 44)).to(torch.int64)
     e = torch.where(e < distribution.threshold[:, None], torch.zeros_like(e), e)
     e = torch.where(distribution.scale[:, None] == 0, greedy, e)
     return torch.where(distribution.status[:, None] == 0, e, torch.zeros_like(e))
+
+
+def power(n: Tensor) -> Tensor:
+    """2^n. i64 -> f64"""
+    return ((n + 1023) << 52).view(torch.float64)
 
 
 def probability(weight: Tensor, total: Tensor) -> Tensor:
@@ -152,13 +175,17 @@ def exp2(t: Tensor) -> Tensor:
     for k in range(EXP_DEGREE - 1, -1, -1):
         p = p * y
         p = p + 1.0 / math.factorial(k)
-    return p * ((n.long() + 1023) << 52).view(torch.float64)
+    return p * power(n.long())
 
 
 def mean_exp(distribution: RowDistribution, V: int) -> Tensor:
     """m = (1/V) sum_v exp(l_v) from the untruncated distribution at temperature 1. -> f64 [N]"""
-    share = distribution.total.double() * 2.0**-44 / float(V)
-    return exp2(distribution.max.double() * LOG2_E) * share
+    offset, shift = distribution.origin()
+    total = distribution.total.double()
+    share = total * 2.0**-44 / torch.full_like(total, V)  # CUDA multiplies by 1 / a Python number
+    highest = distribution.max.double()
+    above = (distribution.max - offset).double() * distribution.scale.double() - shift
+    return exp2(highest * LOG2_E - above) * share
 
 
 def entropy(logits: Tensor, distribution: RowDistribution) -> Tensor:
@@ -167,10 +194,8 @@ def entropy(logits: Tensor, distribution: RowDistribution) -> Tensor:
 
     ln Z + ln 2 sum_v e(v) (-t(v)) / Z, with the sum over integers: e in units of 2^16, t of 2^-10.
     """
-    t = ((logits.float() - distribution.max[:, None]) * distribution.scale[:, None]).nan_to_num(
-        neginf=-46.0
-    )
-    spread = (-t.clamp(min=-46.0) * 1024.0).to(torch.int64)
+    n, f = exponents(logits, distribution)
+    spread = (-(n.float() + f) * 1024.0).to(torch.int64)
     S = ((weights(logits, distribution) >> 16) * spread).sum(-1)
     Z = distribution.total.double()
     return log(Z * 2.0**-44) + S.double() / Z * (64.0 * LN_2)

@@ -31,7 +31,8 @@ def row_distribution(inputs: RowDistributionInputs, *, out: RowDistribution) -> 
         maximum, scale, torch.where(good & greedy, first_maximum, zero), zero, status
     )
     e = weights(x, plain)
-    threshold = truncate(e, top_k, top_p, min_p)
+    highest = weights(maximum[:, None], plain)[:, 0]
+    threshold = truncate(e, highest, top_k, top_p, min_p)
     total = torch.where(e >= threshold[:, None], e, torch.zeros_like(e)).sum(-1)
     sampled = good & ~greedy
     out.max.copy_(maximum)
@@ -59,8 +60,13 @@ def row_status(x: Tensor, sampling: Sampling) -> Tensor:
     return torch.where(bad, int(Status.PARAMETER), status)
 
 
-def truncate(e: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
-    """Smallest weight that survives top-k, then top-p, then min-p (0 = off). [N, V] -> i64 [N]"""
+def truncate(
+    e: Tensor, highest: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """Smallest weight that survives top-k, then top-p, then min-p (0 = off). [N, V] -> i64 [N]
+
+    highest: the weight of each row's largest logit, which always survives.
+    """
     descending = e.sort(-1, descending=True).values
     threshold = torch.zeros_like(e[:, 0])
     if top_k is not None:
@@ -75,8 +81,9 @@ def truncate(e: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tenso
         nucleus = torch.maximum(threshold, kept.gather(-1, index).squeeze(-1))
         threshold = torch.where(top_p < 1, nucleus, threshold)
     if min_p is not None:
-        threshold = torch.maximum(threshold, (min_p.double() * ONE).to(torch.int64))
-    return threshold
+        floor = (min_p.double() * highest.double()).to(torch.int64)
+        threshold = torch.maximum(threshold, floor)
+    return torch.minimum(threshold, highest)
 
 
 def ceil_share(share: Tensor, total: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Split(NamedTuple):
         """whole: one program a row, as selecting a threshold goes over it again and again."""
         tile = min(TILE, max(16, triton.next_power_of_2(V)))
         tiles = triton.cdiv(V, tile)
-        return cls(tile, tiles, 1 if whole else tiles, 128 if whole else None)
+        return cls(tile, tiles, 1 if whole else tiles, 128 if whole else 80)
 
     @property
     def constants(self) -> dict[str, int]:

@@ -34,10 +34,12 @@ from .numerics import (
     inverse,
     mean_exp,
     mulhi,
+    own_weight,
     probability,
     random_word,
     spread,
     unit,
+    weigher_of,
     weight,
 )
 from .row import (
@@ -84,7 +86,7 @@ def denoise_step(
     launch(maxima, programs, device, pool, positions, random, draft.distribution, out.distribution,
            workspace, *sizes, COPIES=copies, TILE=split.tile, **constants)  # fmt: skip
     launch(reveal_rows, B * K * split.parts, device, pool, positions, draft, sampling, random,
-           given.draft_ids, out, workspace, *sizes, ENTROPIES=entropies,
+           given.draft_ids, out, workspace, *sizes, ENTROPIES=entropies, maxnreg=128,
            **split.constants, **constants)  # fmt: skip
 
 
@@ -253,12 +255,12 @@ def add_raw_sums(
     area, row, V, distribution, first, last, ENTROPIES: tl.constexpr, TILE: tl.constexpr
 ):
     """Add what tiles contribute to the model's own total and to its entropy."""
-    raw = raw_distribution(distribution, distribution.total)
+    by = weigher_of(raw_distribution(distribution, distribution.total))
     for tile in range(first, last):
-        columns, l = load_tile(row, V, tile, TILE)
-        tl.atomic_add(area + RAW_TOTAL, tl.sum(weight(l, columns, raw)), sem="relaxed")
+        _, l = load_tile(row, V, tile, TILE)
+        tl.atomic_add(area + RAW_TOTAL, tl.sum(own_weight(l, by)), sem="relaxed")
         if ENTROPIES:
-            tl.atomic_add(area + SPREAD, tl.sum(spread(l, raw)), sem="relaxed")
+            tl.atomic_add(area + SPREAD, tl.sum(spread(l, by)), sem="relaxed")
 
 
 @triton.jit

@@ -1,21 +1,25 @@
 """The exact sampling distribution on a GPU: weights, random words, accept rule, logarithm.
 
-Every float operation is one IEEE operation: kernels are launched with `enable_fp_fusion=False`,
-divide fp32 by `tl.div_rn`, and call no other function of a maths library than `floor`.
+Every float operation is one IEEE operation, fused where `tl.fma` says so: kernels are launched with
+`enable_fp_fusion=False`, divide fp32 by `tl.div_rn`, and call no other function of a maths library
+than `floor`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..lenience import KINDS
-from ..reference.numerics import ARTANH_TERMS, EXP_DEGREE, SQRT_HALF
+from ..reference.numerics import ARTANH_TERMS, EXP2, EXP_DEGREE, SQRT_HALF
 from ..types import Purpose
 
-ONE = tl.constexpr(1 << 44)  # the weight of a row's largest logit
+ONE = tl.constexpr(1 << 44)  # the weight of a greedy row's token, and the most that any token has
+INTEGERS = tl.constexpr(1.5 * 2**23)  # from half of it on floats are integers
+POWER = tl.constexpr(EXP2)  # 2^f on [-1/2, 1/2], highest power first
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 SQRT_HALF_BITS = tl.constexpr(SQRT_HALF)
@@ -28,28 +32,75 @@ LENIENCE = tl.constexpr(list(KINDS).index("lenience"))
 ADDITIVE = tl.constexpr(list(KINDS).index("additive"))
 
 
+class Weigher(NamedTuple):
+    """What weighs the logits of one row that is not greedy: the weight is
+    floor(2^(44 + (l - offset) scale - shift)), up to rounding."""
+
+    scale: Any
+    offset: Any
+    shift: Any
+    least: Any  # a logit less the offset is cut to the range from here, where a weight is 0,
+    most: Any  # to here
+    threshold: Any
+
+
 @triton.jit
-def exp2_weight(t):
-    """floor(2^(t + 44)) of t <= 0 (f32), up to the polynomial's error. -> i64"""
-    t = tl.where(t > -9.313225746154785e-10, 0.0, t)  # -2^-30
-    t = tl.maximum(t, -46.0)  # all weights there are 0
-    n = tl.floor(t)
-    f = t - n
-    p = f * 0.0018671302
-    p = (p + 0.00901703) * f
-    p = (p + 0.055799913) * f
-    p = (p + 0.24016444) * f
-    p = (p + 0.6931513) * f
-    p = p + 1.0
-    mantissa = p.to(tl.int32, bitcast=True) - 0x3F000000  # p 2^23, as 1 <= p < 2
-    return (mantissa.to(tl.int64) << 21) >> (-n).to(tl.int32).to(tl.int64)
+def weigher_of(distribution):
+    highest = distribution.max.to(tl.float64) * distribution.scale.to(tl.float64)
+    near = (highest >= -1048576.0) & (highest <= 1048576.0)  # 2^20
+    half = tl.where(near, highest * 0.5, 0.0)
+    up = -tl.floor(4.656612873077393e-10 - half)  # ceil(half - 2^-31)
+    shift = (up * 2.0).to(tl.float32)
+    offset = tl.where(near, 0.0, distribution.max)
+    scale, most = distribution.scale, distribution.max - offset
+    # 1 / the largest power of two that is at most the scale
+    coarse = (0x7F000000 - (scale.to(tl.int32, bitcast=True) & 0x7F800000)).to(
+        tl.float32, bitcast=True
+    )
+    return Weigher(scale, offset, shift, most - 64.0 * coarse, most, distribution.threshold)
+
+
+@triton.jit
+def moved(l, by):
+    """Logits less the offset, which hardly any row has."""
+    if by.offset != 0.0:
+        l = l - by.offset
+    return l
+
+
+@triton.jit
+def own_weight(l, by):
+    """Integer weight of a logit of the weigher's own row, before the threshold. -> i64"""
+    return power(tl.maximum(moved(l, by), by.least), by).to(tl.int64)  # NaN counts as the lowest
+
+
+@triton.jit
+def power(x, by):
+    """2^(44 + exponent) of a cut logit, not yet an integer. -> f32"""
+    magic = INTEGERS + 44.0 - by.shift
+    z = tl.fma(x, by.scale, magic)  # an integer
+    f = tl.fma(x, by.scale, magic - z)
+    p = tl.fma(f, POWER[0], POWER[1])
+    p = tl.fma(p, f, POWER[2])
+    p = tl.fma(p, f, POWER[3])
+    p = tl.fma(p, f, POWER[4])
+    p = tl.fma(p, f, POWER[5])
+    bits = p.to(tl.int32, bitcast=True) + (z.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sampled_weight(l, by):
+    """Integer weight of a logit under a distribution that is not greedy. -> i64"""
+    x = tl.minimum(tl.maximum(moved(l, by), by.least), by.most)
+    e = power(x, by).to(tl.int64)
+    return tl.where(e < by.threshold, 0, e)
 
 
 @triton.jit
 def weight(l, column, distribution):
     """Integer weight of a column with logit l under a distribution without fault. -> i64"""
-    e = exp2_weight((l - distribution.max) * distribution.scale)
-    e = tl.where(e < distribution.threshold, 0, e)
+    e = sampled_weight(l, weigher_of(distribution))
     return tl.where(distribution.scale == 0, tl.where(column == distribution.threshold, ONE, 0), e)
 
 
@@ -176,14 +227,19 @@ def mean_exp(distribution, V):
     """m = (1/V) sum_v exp(l_v) from the untruncated distribution at temperature 1. -> f64"""
     share = distribution.total.to(tl.float64) * 5.684341886080802e-14  # 2^-44
     share = share / tl.full([], V, tl.float64)
-    return exp2(distribution.max.to(tl.float64) * LOG2_E) * share
+    by = weigher_of(distribution)
+    above = by.most.to(tl.float64) * by.scale.to(tl.float64) - by.shift.to(tl.float64)
+    return exp2(distribution.max.to(tl.float64) * LOG2_E - above) * share
 
 
 @triton.jit
-def spread(l, distribution):
+def spread(l, by):
     """e in units of 2^16 times -log2 of e / 2^44 in units of 2^-10. -> i64"""
-    t = tl.maximum((l - distribution.max) * distribution.scale, -46.0)
-    return (exp2_weight(t) >> 16) * (-t * 1024.0).to(tl.int32).to(tl.int64)
+    x = tl.maximum(moved(l, by), by.least)
+    magic = INTEGERS + 44.0 - by.shift
+    z = tl.fma(x, by.scale, magic)
+    t = (z - (INTEGERS + 44.0)) + tl.fma(x, by.scale, magic - z)
+    return (power(x, by).to(tl.int64) >> 16) * (-t * 1024.0).to(tl.int32).to(tl.int64)
 
 
 @triton.jit

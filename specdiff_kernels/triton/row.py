@@ -7,7 +7,17 @@ import triton.language as tl
 
 from ..types import RowDistribution, Status
 from .arguments import BINS, HEADER, MAX, SCALE, STATUS, THRESHOLD, TILE_ARRAYS, TOTAL
-from .numerics import LOG2_E, ONE, exp2_weight, exponential, mulhi, race_words, weight
+from .numerics import (
+    LOG2_E,
+    ONE,
+    exponential,
+    mulhi,
+    own_weight,
+    race_words,
+    sampled_weight,
+    weigher_of,
+    weight,
+)
 
 OK = tl.constexpr(int(Status.OK))
 NAN = tl.constexpr(int(Status.NAN))
@@ -59,11 +69,14 @@ def load_tile(row, V, tile, TILE: tl.constexpr):
 
 
 @triton.jit
+def larger_or_nan(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def highest(x):
     """The largest entry, NaN if there is one."""
-    nan = tl.max((x != x).to(tl.int32))
-    largest = tl.max(tl.where(x == x, x, float("-inf")))
-    return tl.where(nan > 0, float("nan"), largest)
+    return tl.reduce(x, 0, larger_or_nan)
 
 
 @triton.jit
@@ -110,7 +123,7 @@ def ceil_share(share, total):
 
 
 @triton.jit
-def select(row, V, distribution, need, bins, BY_WEIGHT: tl.constexpr, TILE: tl.constexpr):
+def select(row, V, by, need, bins, BY_WEIGHT: tl.constexpr, TILE: tl.constexpr):
     """The largest threshold t such that the weights e >= t sum to at least `need`, or number that.
 
     Radix selection, 9 of the 45 bits at a time. bins: BINS words of scratch. Bin 0 is what is left.
@@ -125,7 +138,7 @@ def select(row, V, distribution, need, bins, BY_WEIGHT: tl.constexpr, TILE: tl.c
         tl.debug_barrier()
         for tile in range(tl.cdiv(V, WIDTH)):
             columns, l = load_tile(row, V, tile, WIDTH)
-            e = exp2_weight((l - distribution.max) * distribution.scale)
+            e = own_weight(l, by)
             digit = (e >> shift).to(tl.int32) & (BINS - 1)
             counted = (columns < V) & ((e >> (shift + 9)) == prefix) & (digit > 0)
             amount = e if BY_WEIGHT else tl.full([WIDTH], 1, tl.int64)
@@ -141,34 +154,37 @@ def select(row, V, distribution, need, bins, BY_WEIGHT: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def sum_from(row, V, distribution, threshold, TILE: tl.constexpr):
+def sum_from(row, V, by, threshold, TILE: tl.constexpr):
     """The sum of a row's weights that reach the threshold."""
     total = tl.full([], 0, tl.int64)
     for tile in range(tl.cdiv(V, TILE)):
         _, l = load_tile(row, V, tile, TILE)
-        e = exp2_weight((l - distribution.max) * distribution.scale)
+        e = own_weight(l, by)
         total += tl.sum(tl.where(e >= threshold, e, 0))
     return total
 
 
 @triton.jit
 def threshold_of(row, V, distribution, parameters, b, bins, TILE: tl.constexpr):
-    """Smallest weight that survives top-k, then top-p, then min-p (0: off). -> i64"""
+    """Smallest weight that survives top-k, then top-p, then min-p (0: off); the largest logit's
+    always does. -> i64"""
+    by = weigher_of(distribution)
     threshold = tl.full([], 0, tl.int64)
     if parameters.top_k is not None:
         top_k = tl.load(parameters.top_k + b)
         if (top_k > 0) & (top_k < V):
-            threshold = select(row, V, distribution, top_k, bins, False, TILE)
+            threshold = select(row, V, by, top_k, bins, False, TILE)
     if parameters.top_p is not None:
         top_p = tl.load(parameters.top_p + b)
         if top_p < 1:
-            need = ceil_share(top_p, sum_from(row, V, distribution, threshold, TILE))
-            nucleus = select(row, V, distribution, need, bins, True, TILE)
+            need = ceil_share(top_p, sum_from(row, V, by, threshold, TILE))
+            nucleus = select(row, V, by, need, bins, True, TILE)
             threshold = tl.maximum(threshold, nucleus)
+    highest = own_weight(distribution.max, by)
     if parameters.min_p is not None:
-        floor = (tl.load(parameters.min_p + b).to(tl.float64) * ONE).to(tl.int64)
-        threshold = tl.maximum(threshold, floor)
-    return threshold
+        floor = tl.load(parameters.min_p + b).to(tl.float64) * highest.to(tl.float64)
+        threshold = tl.maximum(threshold, floor.to(tl.int64))
+    return tl.minimum(threshold, highest)
 
 
 @triton.jit
@@ -200,12 +216,13 @@ def begin_distribution(area, row, V, parameters, b, tiles, TILE: tl.constexpr, T
 def store_tile_sums(area, row, V, distribution, parameters, first, last, tiles, TILE: tl.constexpr):
     """Sums of weights of the tiles first <= tile < last; of a greedy row the first column that
     holds its largest logit."""
+    by = weigher_of(distribution)
     for tile in range(first, last):
         columns, l = load_tile(row, V, tile, TILE)
         if distribution.scale == 0:
             found = tl.min(tl.where(l == distribution.max, columns, NO_COLUMN)).to(tl.int64)
         else:
-            e = exp2_weight((l - distribution.max) * distribution.scale)
+            e = own_weight(l, by)
             truncates = (parameters.top_k is not None) or (parameters.top_p is not None)
             if truncates or (parameters.min_p is not None):
                 e = tl.where(e < distribution.threshold, 0, e)
@@ -307,6 +324,7 @@ def store_tile_races(area, row, V, distribution, ids, words, seed, position, fir
     """In each tile the least E_v / e_v, and the first column that reaches it; of a greedy row the
     first column that holds its largest logit. words, ids: of the columns, or None."""
     WIDTH: tl.constexpr = min(TILE, RACE_WIDTH)
+    by = weigher_of(distribution)
     for tile in range(first, last):
         least = tl.full([], float("inf"), tl.float64)
         winner = tl.full([], NO_COLUMN, tl.int32)
@@ -315,7 +333,7 @@ def store_tile_races(area, row, V, distribution, ids, words, seed, position, fir
             if distribution.scale == 0:
                 times = tl.where(l == distribution.max, 0.0, float("inf")).to(tl.float64)
             else:
-                times = race_times(columns, l, V, distribution, ids, words, seed, position)
+                times = race_times(columns, l, V, by, ids, words, seed, position)
             best = tl.min(times)
             column = tl.min(tl.where(times == best, columns, NO_COLUMN))
             winner = tl.where(best < least, column, winner)
@@ -325,7 +343,7 @@ def store_tile_races(area, row, V, distribution, ids, words, seed, position, fir
 
 
 @triton.jit
-def race_times(columns, l, V, distribution, ids, words, seed, position):
+def race_times(columns, l, V, by, ids, words, seed, position):
     """E_v / e_v, infinite where e_v = 0. -> f64"""
     if words is not None:
         word = tl.load(words + columns, mask=columns < V, other=0)
@@ -334,7 +352,7 @@ def race_times(columns, l, V, distribution, ids, words, seed, position):
         if ids is not None:
             id = tl.load(ids + columns, mask=columns < V, other=0)
         word = race_words(seed, position, id)
-    e = weight(l, columns, distribution)
+    e = sampled_weight(l, by)
     times = exponential(word) / tl.where(e > 0, e, 1).to(tl.float64)
     return tl.where(e > 0, times, float("inf"))
 

@@ -3,7 +3,7 @@
     python -m tests.ops.compile_triton 90 [--fuse]     (without TRITON_INTERPRET)
 
 The ops are called as anyone calls them; in place of each launch the kernel is compiled, so what
-is looked at is what would run. --fuse allows fused multiply-adds, to show that they would be seen.
+is looked at is what would run. --fuse lets the compiler fuse, to show that it would be seen.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from specdiff_kernels import (
     verify,
 )
 from specdiff_kernels.lenience import KINDS
+
+from .fusion import fusion_fault
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 B, K, V = 2, 8, 50257
@@ -69,7 +71,7 @@ def look_at(compiled: Any) -> dict[str, Any]:
         "kernel": compiled.metadata.name,
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spilled": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
-        "fused": len(re.findall(r"\bfma\.", ptx)),
+        "fusion_fault": fusion_fault(ptx, weighs=None),
         "approximate": sorted(set(re.findall(r"\b\S*(?:\.approx|div\.full)\S*", ptx))),
         "flushing": sorted(set(re.findall(r"\b\S+\.ftz\S*", ptx))),
     }

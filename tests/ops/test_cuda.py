@@ -30,6 +30,7 @@ from tests import emulator
 from tests.emulator import races
 
 from .conftest import forced
+from .fusion import fusion_fault
 from .helpers import assert_same
 from .rounds import B, K, a_round, empty_result
 
@@ -55,9 +56,9 @@ def compiled(source: Path, folder: Path, *options: str) -> tuple[str, str]:
     return done.stderr, "".join(path.read_text() for path in folder.glob("*.ptx"))
 
 
-def contracted(ptx: str) -> list[str]:
-    """Fused or approximate operations, and those that flush subnormal numbers to 0."""
-    return re.findall(r"\b(?:fma|mad)\.(?:r[nzmp]\.)?f\d+|\b\S+\.approx\S*|\b\S+\.ftz\S*", ptx)
+def inexact(ptx: str) -> list[str]:
+    """Approximate operations, and those that flush subnormal numbers to 0."""
+    return re.findall(r"\b\S+\.approx\S*|\b\S+\.ftz\S*", ptx)
 
 
 @needs_nvcc
@@ -67,19 +68,47 @@ def test_compiled_kernels_are_exact_and_spill_nothing(tmp_path):
         jobs = [pool.submit(compiled, source, tmp_path / source.stem) for source in SOURCES]
     for source, job in zip(SOURCES, jobs, strict=True):
         said, ptx = job.result()
-        assert contracted(ptx) == [], source
+        assert fusion_fault(ptx, weighs=source.stem != "commit") is None, source
+        assert inexact(ptx) == [], source
         spilled = set(re.findall(r"(\d+) bytes spill", said))
         assert spilled == {"0"}, f"{source}: {said}"
         if source.stem not in ("commit",):  # counters that order what blocks write
             assert "atom.add.acq_rel.gpu.global.u64" in ptx
-            assert "cp.async.cg.shared.global" in ptx  # 16 bytes at a time
+            assert re.search(r"ld\.global(\.nc)?(\.L\S+)?\.v4", ptx)  # 16 bytes at a time
 
 
 @needs_nvcc
-def test_fused_multiply_adds_would_be_seen(tmp_path):
+@pytest.mark.parametrize("change", ["none", "contract", "one fewer", "another factor"])
+def test_other_fused_multiply_adds_would_be_seen(change, tmp_path):
+    """Those of the formula are there, each once for a weight, and no other."""
     source = next(path for path in SOURCES if path.stem == "sample")
-    _, ptx = compiled(source, tmp_path / "fused", "--fmad=true", "-arch=sm_90")
-    assert any(found.startswith("fma") for found in contracted(ptx))
+    options = ["-arch=sm_90"]
+    if change == "contract":
+        options.append("--fmad=true")
+    elif change != "none":
+        include = tmp_path / "include"
+        shutil.copytree(ROOT / "csrc" / "include", include)
+        header = include / "specdiff" / "weights.h"
+        old = "p = fused(p, f, kCube);"
+        new = {"one fewer": "p = p * f + kCube;", "another factor": "p = fused(p, p, kCube);"}
+        text = header.read_text()
+        assert old in text
+        header.write_text(text.replace(old, new[change]))
+        options.append(f"-I{include}")
+    _, ptx = compiled(source, tmp_path / "compiled", *options)
+    fault = fusion_fault(ptx)
+    assert (fault is None) == (change == "none"), fault
+
+
+def test_a_logit_costs_few_instructions():
+    """The bounds are in benchmarks/count_instructions.py."""
+    script = ROOT / "benchmarks" / "count_instructions.py"
+    command = [sys.executable, script, "--check", "90"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 4  # two loops of either language
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")

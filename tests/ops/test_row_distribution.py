@@ -11,11 +11,14 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from specdiff_kernels import (
     DistributionError,
+    Draft,
     RowDistribution,
     Status,
     check_status,
     row_distribution,
+    verify,
 )
+from specdiff_kernels.backends import interprets_triton
 from specdiff_kernels.reference.numerics import weights
 
 from .helpers import assert_same
@@ -31,13 +34,13 @@ def probabilities(logits, distribution):
 @pytest.mark.parametrize("V", [1, 31, 1024, 1025, 50257, 50258, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_softmax(V, dtype):
-    """Total variation to fp64 softmax: the polynomial's 1.7e-7, and the rounding of t in fp32,
-    at most 2 ulp of 32, each times ln 2 or less."""
+    """Total variation to fp64 softmax: 1.8e-7 for a weight, and the roundings of log2(e) /
+    temperature, 2^-23.5 of exponents below 32."""
     torch.manual_seed(V)
     logits = (torch.randn(3, V) * 4).to(dtype)
     distribution = row_distribution(logits, 0.7)
     distance = probabilities(logits, distribution) - (logits.double() / 0.7).softmax(-1)
-    assert distance.abs().sum(-1).max() / 2 < 1.7e-7 + 2 * 32 * 2.0**-24
+    assert distance.abs().sum(-1).max() / 2 < 1.8e-7 + 32 * 2.0**-23.5
     assert (weights(logits, distribution).sum(-1) == distribution.total).all()
 
 
@@ -72,6 +75,85 @@ def test_ties_at_the_threshold_are_kept():
     assert (weights(logits, row_distribution(logits, top_k=2)) > 0).tolist() == [
         [False, True, True, True, False]
     ]
+
+
+def test_min_p_is_relative_to_the_largest_weight():
+    """Of its own row: what lies between half and a quarter of it is cut off by a min_p of 1/2."""
+    for top in (0.0, 0.1, 1.0, 1.5, -3.3, 1e5, -1e6):
+        chances = torch.tensor([1.0, 0.51, 0.49, 0.26, 0.24])
+        logits = (top + chances.log())[None]
+        for min_p, kept in ((0.25, 4), (0.5, 2), (1.0, 1)):
+            e = weights(logits, row_distribution(logits, min_p=min_p))[0]
+            near = abs(top) < 1e4 or min_p == 1.0  # else logits are too coarse for this
+            assert not near or (e > 0).sum() == kept
+            assert e[0] > 0
+
+
+def test_the_largest_logit_is_never_cut_off():
+    """Not even where a smaller one has a weight that is larger by a unit in the last place."""
+    torch.manual_seed(3)
+    top = -0.34 * torch.rand(20_000)
+    pairs = torch.stack((top.nextafter(torch.tensor(-1.0)), top), 1)
+    whole = weights(pairs, row_distribution(pairs, backend="reference"))
+    pairs = pairs[whole[:, 0] > whole[:, 1]][:5]
+    assert len(pairs) == 5
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        distribution = row_distribution(pairs, **options)
+        assert (weights(pairs, distribution)[:, 1] > 0).all()
+        assert_same(distribution, row_distribution(pairs, **options, backend="reference"))
+
+
+FAR = 2.0**20  # |max / temperature log2(e)| beyond which exponents count from the maximum
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [2.0**-95, 1e-6, 0.07, 1.0, 2.0**20, 2.0**95])
+def test_weights_at_the_edges(dtype, temperature, implementation):
+    """All ops agree with the reference: -inf, zeros of both signs, subnormal numbers, maxima where
+    the exponents begin to count from them, one token and ties."""
+    top = torch.finfo(dtype).max
+    edge = FAR * 0.6931472 * temperature  # of the maximum, in the units of logits
+    rows = [[0.0, -0.0, -INF, -1.0], [-top, -INF, -top, -top / 2], [top, top, top / 2, -top],
+            [5.9e-8, 1e-40, -1e-40, 0.0], [-1e-40, -2e-40, -INF, -1.0]]  # fmt: skip
+    for scale in (1 - 1e-6, 1.0, 1 + 1e-6, -1 + 1e-6, -1.0, -1 - 1e-6):
+        if abs(at := edge * scale) < top:
+            rows.append([at, at * (1 - 2e-7), at - 10 * temperature, at - 20 * temperature])
+            rows[-1] = [min(x, at) for x in rows[-1]]
+    logits = torch.tensor(rows).to(dtype)
+    if implementation == "triton" and interprets_triton() and dtype == torch.bfloat16:
+        # its interpreter reads subnormal numbers of this type as 0, unlike a GPU
+        smallest = torch.finfo(dtype).tiny
+        logits = torch.where(logits.abs() < smallest, 0.0, logits)
+    for options in ({}, {"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.3}):
+        have = row_distribution(logits, temperature, **options)
+        want = row_distribution(logits, temperature, **options, backend="reference")
+        assert_same(have, want)
+        assert (have.status == Status.OK).all()
+    for row in logits:
+        alone = row_distribution(row[:1][None], temperature)
+        e = weights(row[:1][None], alone)
+        assert alone.total == e.sum() and 2**42 <= e <= 2**44
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_record_of_other_logits_is_read_alike(rule):
+    """Logits above the record's maximum count as that, NaN and -inf as nothing."""
+    torch.manual_seed(5)
+    B, V = 6, 40
+    logits = torch.randn(B, V)
+    zero = torch.zeros(B, 1, dtype=torch.int64)
+    distribution = row_distribution(logits, 0.8, min_p=0.01)
+    draft = Draft(zero + 3, zero.int(), torch.arange(B)[:, None], logits, distribution)
+    target = torch.randn(B, 2, V)
+    logits *= 3
+    logits[:, 0], logits[:, 1], logits[:, 2] = INF, -INF, NAN
+    e = weights(logits, distribution)
+    assert (e[:, 0] == weights(distribution.max[:, None], distribution)[:, 0]).all()
+    assert (e[:, 1:3] == 0).all()
+    for _ in range(4):
+        words = torch.randint(-(2**63), 2**63 - 1, (B, 2))
+        want = verify(target, draft, rule=rule, words=words, backend="reference")
+        assert_same(verify(target, draft, rule=rule, words=words), want)
 
 
 def test_greedy_is_the_lowest_index_argmax():

@@ -66,15 +66,15 @@ def test_compiled_kernels_are_exact_and_spill_nothing(all_compiled: dict[int, Fu
         "search", "sums", "tokens",
     }  # fmt: skip
     for kernel in kernels:
-        assert kernel["fused"] == 0, kernel
+        assert kernel["fusion_fault"] is None, kernel
         assert kernel["approximate"] == [], kernel
-        # floor: of -2^-30 at most, or of 0
-        assert set(kernel["flushing"]) <= {"cvt.rmi.ftz.f32.f32"}, kernel
-        assert kernel["spilled"] == 0, kernel
+        assert kernel["flushing"] == [], kernel
+        # sm_120 has no registers for some values that hardly anything reads
+        assert kernel["spilled"] <= (48 if arch == 120 else 0), kernel
 
 
-def test_fused_multiply_adds_would_be_seen():
-    assert any(kernel["fused"] for kernel in compiled("90", "--fuse"))
+def test_other_fused_multiply_adds_would_be_seen():
+    assert any(kernel["fusion_fault"] for kernel in compiled("90", "--fuse"))
 
 
 # --- what a call does beside its kernels ---
@@ -330,6 +330,30 @@ def test_a_workspace_grows_with_rows_and_tiles():
 
 
 # --- without triton ---
+
+
+def output_of(program: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("old", ["3.6.0", "3.8.1"])
+def test_an_interpreter_that_rounds_twice_is_refused(old):
+    """Before 3.9 it multiplies and adds where `tl.fma` fuses. On a GPU these versions serve."""
+    program = f"""
+import triton
+triton.__version__ = "{old}"
+import torch
+from specdiff_kernels import available_backends, backends
+print(available_backends("cpu")["triton"])
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = output_of(program, environment)
+    assert f"Triton {old}'s interpreter" in done.stdout and "3.9" in done.stdout, done.stderr
+    environment["TRITON_INTERPRET"] = "0"
+    program += 'print(backends.load("triton").__name__)'
+    done = output_of(program, environment)
+    assert "specdiff_kernels.triton" in done.stdout, done.stderr
 
 
 def test_the_package_works_without_triton_and_says_so():

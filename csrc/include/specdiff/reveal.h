@@ -11,15 +11,18 @@ enum Order : int32_t { kAll, kChunk, kMdlm, kSedd, kFirstHitting, kLowestEntropy
 // m = (1/V) sum_v exp(l_v), from the untruncated distribution at temperature 1.
 SPECDIFF_HD double mean_exp(const RowDistribution& distribution, int64_t columns) {
   const double share = double(distribution.total) * 0x1p-44 / double(columns);
-  return exp2(double(distribution.max) * 1.4426950408889634) * share;
+  const Weigher by = weigher_of(distribution);
+  const double highest = double(distribution.max) * 1.4426950408889634;
+  const double product = double(by.most) * double(distribution.scale);
+  const double above = product - double(by.shift);
+  return exp2(highest - above) * share;
 }
 
 // e(v) in units of 2^16 times -log2 of e(v) / 2^44 in units of 2^-10.
-SPECDIFF_HD int64_t spread(float l, const RowDistribution& distribution) {
-  const float shifted = l - distribution.max;
-  float t = shifted * distribution.scale;
-  t = t < -46.0f ? -46.0f : t;
-  return (exp2_weight(t) >> 16) * int64_t(int32_t(-t * 1024.0f));
+SPECDIFF_HD int64_t spread(float l, const Weigher& by) {
+  const Exponent t = exponent(cut(l, by), by);
+  const float sum = t.integer + t.fraction;
+  return (whole_weight(l, by) >> 16) * int64_t(int32_t(-sum * 1024.0f));
 }
 
 // Entropy in nats from sum_v spread(v).

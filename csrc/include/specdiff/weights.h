@@ -1,12 +1,13 @@
-// Logits -> integer weights. Every float operation is one IEEE operation: compile without
-// contraction into fused multiply-adds.
+// Logits -> integer weights. Every float operation is one IEEE operation, and what is fused is
+// written as that: compile without contraction.
 #pragma once
 
 #include "specdiff/platform.h"
 
 namespace specdiff {
 
-constexpr int64_t kOne = int64_t(1) << 44;  // the weight of a row's largest logit
+// The weight of a greedy row's token, and the most that any token has.
+constexpr int64_t kOne = int64_t(1) << 44;
 constexpr float kLog2E = 1.4426950408889634f;
 
 enum Status : int32_t { kOk, kNan, kPosInf, kEmpty, kParameter, kToken, kDraft };
@@ -43,51 +44,151 @@ SPECDIFF_HD float from_order_key(int32_t key) {
   return bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff));
 }
 
-// floor(2^(t + 44)) for t <= 0, by a polynomial of relative error 1.7e-7; 0 below t = -45.
-SPECDIFF_HD int64_t exp2_weight(float t) {
-  t = t > -0x1p-30f ? 0.0f : t;  // flush-to-zero modes cannot matter
-  t = t < -46.0f ? -46.0f : t;   // all weights there are 0
-#ifdef SPECDIFF_CUDA
-  // An addition that rounds down, to where floats are integers; conversions take four times as
-  // long.
-  const float integer = __fadd_rd(t, 0x1.8p23f);
-  const float f = t - (integer - 0x1.8p23f);
-  const int32_t n = bit_cast<int32_t>(integer) - 0x4b400000;
+// 2^f on [-1/2, 1/2] = 1 + f (kLinear + f (...)), relative error at most 1.7e-7.
+constexpr float kLinear = 0.6931470036506653f;
+constexpr float kSquare = 0.24022242426872253f;
+constexpr float kCube = 0.05550733581185341f;
+constexpr float kFourth = 0.009671512991189957f;
+constexpr float kFifth = 0.001326472731307149f;
+
+// From here to 2^24 floats are integers. A multiple of 2^9, so that adding an integer leaves its
+// lowest nine bits in the sum's.
+constexpr float kIntegers = 0x1.8p23f;
+
+#if defined(SPECDIFF_CUDA) || defined(__FMA__) || defined(__FP_FAST_FMAF)
+#define SPECDIFF_FUSED
+// a b + c, rounded once
+SPECDIFF_HD float fused(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, c);
 #else
-  int32_t n = int32_t(t);     // towards zero,
-  n -= float(n) > t ? 1 : 0;  // so floor
-  const float f = t - float(n);
+  return __builtin_fmaf(a, b, c);
 #endif
-  float p = 0.0018671302f;
-  p = p * f;
-  p = p + 0.00901703f;
-  p = p * f;
-  p = p + 0.055799913f;
-  p = p * f;
-  p = p + 0.24016444f;
-  p = p * f;
-  p = p + 0.6931513f;
-  p = p * f;
-  p = p + 1.0f;
-#ifdef SPECDIFF_CUDA
-  const uint32_t mantissa = bit_cast<uint32_t>(p) - 0x3f000000u;  // p 2^23, as 1 <= p < 2
-#else
-  const uint32_t mantissa = uint32_t(int32_t(p * 0x1p23f));
+}
 #endif
-  return int64_t((uint64_t(mantissa) << 21) >> uint32_t(-n));
+
+// log2 of a weight over 2^44: the nearest integer, and the rest in [-1/2, 1/2].
+struct Exponent {
+  float integer, fraction;
+};
+
+// What weighs the logits of one row that is not greedy: the weight is
+// floor(2^(44 + (l - offset) scale - shift)), up to a relative error of 2e-7.
+struct Weigher {
+  float scale, offset, shift;
+  float magic;        // added to an exponent: integer + 44 - shift are the sum's lowest bits
+  float least, most;  // a logit less the offset is cut to that; the weight at `least` is 0
+  int64_t threshold;
+};
+
+SPECDIFF_HD Weigher weigher_of(const RowDistribution& distribution) {
+  const float scale = distribution.scale;
+  const double highest = double(distribution.max) * double(scale);
+  const bool near = highest <= 0x1p20 && highest >= -0x1p20;
+  const double half = near ? highest / 2 - 0x1p-31 : 0;
+  const int32_t down = int32_t(half);  // towards zero
+  const float shift = float(2 * (down + (double(down) < half ? 1 : 0)));
+  const float offset = near ? 0.0f : distribution.max;
+  const float magic = kIntegers + 44.0f - shift, most = distribution.max - offset;
+  // 1 / the largest power of two that is at most the scale
+  const float coarse = bit_cast<float>(0x7f000000u - (bit_cast<uint32_t>(scale) & 0x7f800000u));
+  return {scale, offset, shift, magic, most - 64.0f * coarse, most, distribution.threshold};
 }
 
-// Weight of a token with logit l under a distribution that is not greedy.
-SPECDIFF_HD int64_t sampled_weight(float l, const RowDistribution& distribution) {
-  const float shifted = l - distribution.max;
-  const int64_t e = exp2_weight(shifted * distribution.scale);
-  return e < distribution.threshold ? 0 : e;
+// x, or the bound if x lies beyond it or is NaN.
+SPECDIFF_HD float at_least(float x, float bound) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(x, bound);
+#else
+  return x > bound ? x : bound;
+#endif
+}
+SPECDIFF_HD float at_most(float x, float bound) {
+#ifdef __CUDA_ARCH__
+  return fminf(x, bound);
+#else
+  return x < bound ? x : bound;
+#endif
+}
+
+// The logit as it is weighed; NaN counts as the lowest.
+SPECDIFF_HD float cut(float l, const Weigher& by) {
+  return at_most(at_least(l - by.offset, by.least), by.most);
+}
+
+#ifdef SPECDIFF_FUSED
+// 2^(44 + exponent) of a cut logit, not yet an integer.
+SPECDIFF_HD float power(float x, const Weigher& by) {
+  const float z = fused(x, by.scale, by.magic);
+  const float k = z - by.magic;
+  const float f = fused(x, by.scale, -k);
+  float p = fused(f, kFifth, kFourth);
+  p = fused(p, f, kCube);
+  p = fused(p, f, kSquare);
+  p = fused(p, f, kLinear);
+  p = fused(p, f, 1.0f);
+  return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(z) << 23));
+}
+
+SPECDIFF_HD Exponent exponent(float x, const Weigher& by) {
+  const float z = fused(x, by.scale, by.magic);
+  const float k = z - by.magic;
+  return {k - by.shift, fused(x, by.scale, -k)};
+}
+#else
+// The same in fp64, where a product is exact. Rounding a sum once more to fp32 can change a step,
+// but never the last one (docs/numerics.md).
+SPECDIFF_HD float power(float x, const Weigher& by) {
+  const double t = double(x) * double(by.scale);
+  const double k = (t + 0x1.8p52) - 0x1.8p52;
+  const double f = float(t - k);
+  float p = float(f * double(kFifth) + double(kFourth));
+  p = float(double(p) * f + double(kCube));
+  p = float(double(p) * f + double(kSquare));
+  p = float(double(p) * f + double(kLinear));
+  p = float(double(p) * f + 1.0);
+  const int32_t n = int32_t(k - double(by.shift)) + 44;
+  return bit_cast<float>(bit_cast<uint32_t>(p) + (uint32_t(n) << 23));
+}
+
+SPECDIFF_HD Exponent exponent(float x, const Weigher& by) {
+  const double t = double(x) * double(by.scale);
+  const double k = (t + 0x1.8p52) - 0x1.8p52;
+  return {float(k - double(by.shift)), float(t - k)};
+}
+#endif
+
+// floor of a power
+SPECDIFF_HD int64_t integer_of(float power) {
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
+  // Conversions to 64 bits are slow there.
+  const uint32_t bits = bit_cast<uint32_t>(power);
+  const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
+  return int64_t(mantissa << 21 >> (171 - (bits >> 23)));
+#else
+  return int64_t(power);
+#endif
+}
+
+// Weight of a logit before the threshold cuts it off.
+SPECDIFF_HD int64_t whole_weight(float l, const Weigher& by) {
+  return integer_of(power(cut(l, by), by));
+}
+
+SPECDIFF_HD int64_t sampled_weight(float l, const Weigher& by) {
+  const int64_t e = whole_weight(l, by);
+  return e < by.threshold ? 0 : e;
 }
 
 // Weight of token v with logit l under a distribution that has no fault.
 SPECDIFF_HD int64_t weight(float l, int64_t v, const RowDistribution& distribution) {
   if (distribution.scale == 0) return v == distribution.threshold ? kOne : 0;
-  return sampled_weight(l, distribution);
+  return sampled_weight(l, weigher_of(distribution));
+}
+
+// The smallest weight that survives min-p; the largest logit weighs `highest`.
+SPECDIFF_HD int64_t min_p_threshold(float min_p, int64_t highest) {
+  return int64_t(double(min_p) * double(highest));
 }
 
 SPECDIFF_HD bool valid_temperature(float x) { return x == 0 || (x >= 0x1p-95f && x <= 0x1p95f); }

@@ -6,7 +6,6 @@ counts stay on the device; the host looks at them every so many rounds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
@@ -426,6 +425,4 @@ def log_probabilities(
     each: Any = [x if x is None else x.repeat_interleave(Q) for x in parameters]
     distribution = row_distribution(rows, *each, backend=backend)
     logit = rows.gather(1, tokens.flatten()[:, None])[:, 0].float()
-    # weights are 2^44 2^t; total is their sum over what is not truncated
-    t = ((logit - distribution.max) * distribution.scale).double()
-    return (math.log(2) * (t + 44 - distribution.total.double().log2())).view(tokens.shape)
+    return distribution.log_probability(logit).view(tokens.shape)
