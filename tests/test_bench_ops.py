@@ -35,8 +35,9 @@ SMALL = {
 }
 EXPORTED = {
     name
-    for name in specdiff_kernels.ops.__all__
-    if "backend" in inspect.signature(getattr(specdiff_kernels, name)).parameters
+    for name, function in inspect.getmembers(specdiff_kernels, inspect.isfunction)
+    if function.__module__.startswith("specdiff_kernels.ops.")
+    and "backend" in inspect.signature(function).parameters
 }
 
 
