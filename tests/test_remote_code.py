@@ -33,7 +33,7 @@ from specdiff.drafters.sedd import SEDD
 from specdiff.loop.sampling import Sampling
 from specdiff.models import LOCAL
 from specdiff.training.corpora import read_prompts, read_texts
-from tests.test_download import write_gguf
+from tests.gguf_files import write_gguf
 from tests.tiny import tiny_model, tiny_network
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,7 @@ from specdiff.planning.costs import ALIKE, NEAR, PLAIN, PRIOR, Costs, Plan, meas
 from specdiff.planning.planner import CURIOSITY, MEMORY, Planner
 from specdiff.theory import tokens_per_round
 from specdiff_kernels import Lenience
-from tests.planning.test_adaptive import DRAFTERS, PROMPTS
-from tests.tiny import tiny_model
+from tests.tiny import DRAFTERS, PROMPTS, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -216,9 +216,10 @@ class Decoder:
             capacity: most tokens of a row, prompt included; at most the target's context.
             sampling, stop_tokens: as in `stream`.
             options: of `Session`: `look_every`, rounds between two looks of the host (1 on a CPU,
-                8 on a GPU); `capture`, whether rounds are captured in CUDA graphs; `block_size`
-                and `blocks`, for a paged cache; `logprobs`, whether steps bring
-                log-probabilities; `process` and `ends`, functions that see each round.
+                8 on a GPU); `capture`, whether rounds are captured in CUDA graphs, or the
+                `Captured` that does it; `block_size` and `blocks`, for a paged cache; `logprobs`,
+                whether steps bring log-probabilities; `process` and `ends`, functions that see
+                each round.
 
         Raises:
             ValueError: an option out of its range, or that does not go with another.
