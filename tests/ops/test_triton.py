@@ -1,4 +1,4 @@
-"""What is Triton's alone: compiled code, launches, workspaces, the order of programs, streams."""
+"""Only of Triton: compiled code, launches, workspaces, the order of programs, streams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdiff_kernels import (
     RULES,
@@ -28,6 +27,7 @@ from specdiff_kernels import (
     workspace_size,
 )
 from specdiff_kernels.backends import interprets_triton
+from tests.operators import Operators
 
 from .conftest import forced
 from .helpers import assert_same, i64
@@ -83,18 +83,6 @@ def test_fused_multiply_adds_would_be_seen():
 # --- what a call does beside its kernels ---
 
 
-class Recorded(TorchDispatchMode):
-    """Names of PyTorch's operators that were called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Five to a row."""
@@ -138,10 +126,10 @@ def test_a_verification_is_three_launches_at_most(rule, truncated, launches):
 def test_a_workspace_is_all_that_is_allocated(rule, given, monkeypatch):
     """Beside the launches, which are left out here, a call runs no operator of PyTorch."""
     monkeypatch.setattr(KERNEL, "run", lambda *args, **kwargs: None)
-    recorded, functions = Recorded(), backends.load("triton").FUNCTIONS
+    called, functions = Operators(), backends.load("triton").FUNCTIONS
 
     def run(*args, original=functions["verify"], **kwargs):
-        with recorded:
+        with called:
             original(*args, **kwargs)
 
     target, draft, options = a_round(rule, V)
@@ -152,7 +140,7 @@ def test_a_workspace_is_all_that_is_allocated(rule, given, monkeypatch):
         backends.find.cache_clear()
         verify(target, draft, **options, out=empty_result(), workspace=workspace)
     backends.find.cache_clear()
-    assert recorded.names == ([] if given else ["aten.empty.memory_format"])
+    assert called.names == ([] if given else ["aten.empty.memory_format"])
 
 
 def test_launches_of_the_other_ops(launches):
