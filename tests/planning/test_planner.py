@@ -141,7 +141,7 @@ def test_more_steps_where_they_pay_and_only_there():
 
 @pytest.mark.parametrize("examined", [20, 0])
 def test_a_useless_drafter_costs_at_most_three_percent(examined):
-    """What was seen when costs were measured says so from the first round on; or nothing was."""
+    """The measurement of costs has seen it, or has not looked."""
     never = lambda i, steps: 0.0
     planner = Planner(costs(examined={1: [examined]}, accepted={1: [0]}))
     plans = simulate(planner, never, 300)
