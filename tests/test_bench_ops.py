@@ -51,7 +51,7 @@ def case(request, monkeypatch):
 
 
 def test_every_op_meets_every_backend():
-    """What pytest collects, so that no list of ours has to be believed."""
+    """As collected by pytest, so that no list of ours has to be believed."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "benchmarks/bench_ops.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     found = re.findall(r"::test_speed\[(\w+), (.*)-(\w+)\]$", done.stdout, re.M)
@@ -125,11 +125,10 @@ def test_floor_share(report):
 
 def test_results_are_kept_by_machine(report, monkeypatch, tmp_path):
     """A CPU's under its name; a GPU's under the GPU's, which is described in them."""
-    monkeypatch.setattr(machine, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert report.save() == tmp_path / machine.slug() / "ops.json"
+    assert report.save(tmp_path) == tmp_path / machine.slug() / "ops.json"
     report.device = torch.device("cuda", 0)
-    path = report.save()
+    path = report.save(tmp_path)
     assert path == tmp_path / "nvidia-h200" / "ops.json"
     kept = json.loads(path.read_text())
     assert kept["machine"]["cores"]
