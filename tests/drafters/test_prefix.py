@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import (
@@ -19,11 +20,13 @@ from specdiff.drafters import (
     ParallelDrafter,
     load_drafter,
 )
+from specdiff.drafters.head import SequentialHead
 from specdiff.drafters.network import DraftNetwork
 from specdiff.drafters.schedule import chunk
 from specdiff.training.groups import Groups, forward_groups
 from specdiff_kernels import Purpose, row_distribution, sample
 from specdiff_kernels.reference.numerics import random_word
+from tests.operators import Operators
 from tests.tiny import tiny_model, tiny_network
 
 VOCAB, SIZE, K = 50, 32, 4
@@ -77,6 +80,21 @@ def recomputed(network, target, tokens, before, revealed, k) -> torch.Tensor:
                 inner += head.state(out / out.square().mean(-1, keepdim=True).sqrt())
             logits += F.silu(inner) @ head.mix.weight.T @ head.out.weight.T
         return logits
+
+
+def test_codes_of_tokens_are_made_in_slices():
+    """Of entries +-1, whose root mean square is 1, and small integers, whose sums are exact: the
+    bits are those of one product, in which order however it adds."""
+    draw = torch.Generator().manual_seed(0)
+    head = SequentialHead(target_size=6, state_size=0, rank=5, vocab_size=9)
+    head.token.weight.data = torch.randint(-9, 9, (5, 6), generator=draw).float()
+    embedding = torch.randint(2, (50, 6), generator=draw).float() * 2 - 1
+    for rows in (1, 7, 25, 50, 4096):
+        with Operators() as called:
+            codes = head.codes(embedding, rows)
+        assert torch.equal(codes, embedding @ head.token.weight.T)
+        inputs = [x for x in tree_leaves(called.results) if x.shape[-1:] == (6,)]
+        assert inputs and max(map(len, inputs)) <= min(rows, 50)
 
 
 @STEPS

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from specdiff_kernels import Lenience, check_lenience, check_names
 
 from .chooser import Chooser
-from .drafter import Drafter
+from .drafter import Drafter, check_length
 from .sampling import Sampling, row_seeds
 from .session import Session, check_prompts
 from .settings import Settings
@@ -275,8 +275,7 @@ def check_drafter(target: Target, drafter: Drafter, k: int) -> None:
         raise ValueError(
             f"k must be below the target's context of {target.context_limit} tokens, got {k}"
         )
-    if drafter.most is not None and k > drafter.most:
-        raise ValueError(f"k must be in [1, {drafter.most}] for this drafter, got {k}")
+    check_length(drafter, k)
     if drafter.vocab_size not in (None, target.vocab_size):
         raise ValueError(
             f"the drafter's vocabulary has {drafter.vocab_size} tokens and the target's "
