@@ -1,4 +1,4 @@
-"""What is captured in a CUDA graph, recorded and replayed on a CPU."""
+"""Recordings in place of CUDA graphs, which are replayed on a CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAITS = {
 
 
 class Recorded(TorchDispatchMode):
-    """What a CUDA graph is: the operations of a function and their memory, without its Python."""
+    """Records what a CUDA graph holds of a function: operations and their memory, no Python."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the documentation shows runs, and where it points something is."""
+"""The documentation's examples run, and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_links_and_paths(page):
 
 
 def anchors(page):
-    """What a link may name behind #: each heading, in small letters, with - for a space."""
+    """Names that a link may have behind #: each heading, in small letters, with - for a space."""
     heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 

@@ -121,7 +121,7 @@ def test_what_was_kept_once_has_to_stay():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_sequential_head_s_record_is_the_corrected_distribution(rule):
-    """What its correction was added to is not what the token was drawn from."""
+    """The token was not drawn from the distribution before the correction."""
     corrected, uncorrected = Way(rule=rule), Way(rule=rule, uncorrected=True)
     assert max(world("sequential head", seed).distance(corrected) for seed in SEEDS) < EXACT
     assert max(world("sequential head", seed).distance(uncorrected) for seed in SEEDS) > BIASED
@@ -139,7 +139,7 @@ def test_adaptive_lengths(schedule, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("schedule", ["right first", "confidence"])
 def test_entangled_drafts_under_other_records(schedule, rule):
-    """What `verify` takes by itself is exact; the running max is refused, and biased if forced."""
+    """The record that `verify` chooses is exact. The running max is refused, as it would bias."""
     way = Way(rule=rule, hot_start="entangled")
     assert world(schedule, 0).distance(way) < EXACT
     with pytest.raises(ValueError, match="would bias the output"):

@@ -130,8 +130,8 @@ class World:
         return {state: self.drafted[state] for state in states}
 
     def step(self, states: list[State], reveal: Reveal, step: int) -> dict[State, Distribution]:
-        """What one `denoise_step` makes of each state, one call for every box of words in which
-        it does the same."""
+        """The states that one `denoise_step` may make of each state. It is called once for every
+        box of words in which it does the same."""
         open_ = [s for s in states if -1 in s.tokens]
         ends = {"final_step": step} if reveal.order.name == "ALL" else {}
         after: dict[State, Distribution] = {
@@ -269,7 +269,7 @@ class World:
         return K
 
     def shown(self, states: list[State], way: Way) -> Draft:
-        """What `verify` is told of finished drafts."""
+        """Finished drafts as `verify` is told of them."""
         final = {s.final_step for s in states} - {None}
         fields = {
             "lengths": torch.tensor([self.lengths(s, way) for s in states]),

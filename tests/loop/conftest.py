@@ -21,7 +21,7 @@ def one_thread():
 def flash_by_hand(
     q, k, v, *, cache_seqlens, block_table, softmax_scale, causal, window_size
 ) -> torch.Tensor:
-    """What flash-attn documents of flash_attn_with_kvcache, row by row, query by query.
+    """flash_attn_with_kvcache as flash-attn documents it, row by row and query by query.
 
     q [B, Q, Hq, D]; k, v [B, S, H, D], or with a table [blocks, size, H, D].
     """

@@ -372,7 +372,7 @@ def test_rounds_leave_no_tensors_behind():
 
 
 def predicted(model, text: list[int], new: int) -> list[int]:
-    """What the model would say at each of the last `new` positions, read at once and alone."""
+    """The model's greedy tokens at the last `new` positions of a text, read at once and alone."""
     with torch.inference_mode():
         return model(torch.tensor([text])).logits[0, -new - 1 : -1].argmax(-1).tolist()
 

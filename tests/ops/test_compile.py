@@ -1,4 +1,4 @@
-"""What PyTorch asks of the ops: opcheck, `torch.compile` without graph breaks, fake tensors."""
+"""PyTorch's demands on the ops: opcheck, `torch.compile` without graph breaks, fake tensors."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def slope(*args, out: Tensor | None = None) -> Tensor:
 
 
 class Recorder(TorchDispatchMode):
-    """What the dispatcher is given, as it was before the call."""
+    """Records the arguments that the dispatcher is given, as they were before the call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is CUDA's alone: compiled code, launches, workspaces, barriers, the order of blocks."""
+"""Only of CUDA: compiled code, launches, workspaces, barriers, the order of blocks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ needs_compiler = pytest.mark.skipif(emulator.COMPILER is None, reason="needs a C
 
 
 def compiled(source: Path, folder: Path, *options: str) -> tuple[str, str]:
-    """What ptxas says of a source, and its PTX."""
+    """The output of ptxas for a source, and the PTX."""
     folder.mkdir(parents=True)
     command = [TOOLKIT.nvcc, *TOOLKIT.flags({}), *options, f"-I{ROOT / 'csrc' / 'include'}",
                "-Xptxas=-v", "--keep", f"--keep-dir={folder}", "-c", source, "-o",
