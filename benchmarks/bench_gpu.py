@@ -355,9 +355,10 @@ OTHERS: dict[str, Callable[[Case], Row]] = {
 class Clock:
     """Times one run with a cold and clean L2 cache: nothing must be written back during the run."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, least: int = MIN_FLUSH) -> None:
+        """least: bytes that are overwritten before a run."""
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        size = max(2 * cache, MIN_FLUSH)
+        size = max(2 * cache, least)
         self.buffer = torch.empty(size // 4, dtype=torch.float32, device=device)
 
     def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -373,12 +374,12 @@ class Clock:
         return 1e3 * start.elapsed_time(end), result
 
 
-def copy_bandwidth(clock: Clock, device: torch.device) -> float:
+def copy_bandwidth(clock: Clock, device: torch.device, size: int = COPIED) -> float:
     """GB/s of a large copy on the device, bytes read plus bytes written: an upper bound."""
-    source = torch.randint(256, (COPIED,), dtype=torch.uint8, device=device)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [clock(lambda: target.copy_(source))[0] for _ in range(WARM_UP + COPIES)]
-    return 2 * COPIED / (1e3 * statistics.median(times[WARM_UP:]))
+    return 2 * size / (1e3 * statistics.median(times[WARM_UP:]))
 
 
 @dataclass

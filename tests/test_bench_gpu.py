@@ -583,8 +583,7 @@ class NotingCuda:
 @pytest.mark.parametrize("cache, size", [(5000, 10000), (100, 8192)])
 def test_clock_starts_behind_a_whole_flush(monkeypatch, cache, size):
     cuda = NotingCuda(monkeypatch, cache)
-    monkeypatch.setattr(bench_gpu, "MIN_FLUSH", 8192)
-    clock = bench_gpu.Clock(CPU)
+    clock = bench_gpu.Clock(CPU, least=8192)
     assert clock.buffer.nbytes == size
 
     def run():
@@ -599,10 +598,10 @@ def test_clock_starts_behind_a_whole_flush(monkeypatch, cache, size):
         assert cuda.notes == ["synchronize", "event", "run", "event", "event done"]
 
 
-def test_copy_bandwidth_counts_both_ways(monkeypatch):
-    monkeypatch.setattr(bench_gpu, "COPIED", 1000)
+def test_copy_bandwidth_counts_both_ways():
     slow_start = iter([100.0] * bench_gpu.WARM_UP + [2.0] * bench_gpu.COPIES)
-    found = bench_gpu.copy_bandwidth(lambda run: (next(slow_start), run()), CPU)
+    clock = lambda run: (next(slow_start), run())
+    found = bench_gpu.copy_bandwidth(clock, CPU, size=1000)
     assert found == 1.0  # 2000 bytes in 2 us are 1 GB/s
     assert next(slow_start, None) is None
 

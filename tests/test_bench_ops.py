@@ -174,11 +174,10 @@ def test_calls_take_turns_over_copies_and_draws(case):
         assert all(torch.equal(x, y) for x, y in zip(have, wanted, strict=True))
 
 
-def test_copies_fill_what_they_should(monkeypatch):
-    monkeypatch.setattr(op_cases, "COLD", 1000)
-    made = op_cases.copies(torch.zeros(20), torch.zeros(5))
+def test_copies_fill_what_they_should():
+    made = op_cases.copies(torch.zeros(20), torch.zeros(5), room=1000)
     assert len(made) == 10 and len({pair[0].data_ptr() for pair in made}) == 10
-    assert len(op_cases.copies(torch.zeros(2000))) == 1
+    assert len(op_cases.copies(torch.zeros(2000), room=1000)) == 1
 
 
 def test_a_backend_that_cannot_says_so(case):
