@@ -258,7 +258,7 @@ def test_an_exception_leaves_the_old_page(tmp_path, monkeypatch):
     page.report([contents.lengths()], path)
     before = path.read_bytes()
 
-    def fails(*_):
+    def fails(*_, **options):
         raise OSError("no space left")
 
     for place in ("matplotlib.figure.Figure.savefig", "os.replace", "pathlib.Path.write_bytes"):
