@@ -9,13 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operators(TorchDispatchMode):
-    """Names of the operators called while it lasts, such as "specdiff.verify.default", and what
-    they returned."""
+    """Names of the operators called while it lasts, such as "specdiff.verify.default".
+
+    results: what ours returned. Others' are not kept, as PyTorch detaches what somebody holds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
-        self.results: list[Any] = []
+        self.results: list[tuple[str, Any]] = []
 
     def __torch_dispatch__(
         self,
@@ -26,5 +28,6 @@ class Operators(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         self.names.append(str(function))
-        self.results.append(result)
+        if self.names[-1].startswith("specdiff."):
+            self.results.append((self.names[-1], result))
         return result

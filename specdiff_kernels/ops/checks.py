@@ -213,8 +213,8 @@ def concrete(tensor: Tensor) -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether its entries can be looked at without waiting for a device or breaking a graph, which
     a dispatch mode may record."""
-    recorded = torch._C._len_torch_dispatch_stack() > 0
-    return tensor.device.type == "cpu" and not recorded and concrete(tensor)
+    plain = tensor.device.type == "cpu" and concrete(tensor)
+    return plain and torch._C._len_torch_dispatch_stack() == 0
 
 
 def memory(tensor: Tensor | None) -> tuple[int, int]:

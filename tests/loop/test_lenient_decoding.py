@@ -25,8 +25,7 @@ def spent(decoder: Decoder, **options) -> tuple[float, list[float]]:
     """The bias that the stats of a run count, and the biases that `verify` returned."""
     with Operators() as called:
         counted = decoder.generate(PROMPTS, **options).stats.bias
-    calls = zip(called.names, called.results, strict=True)
-    results = [result for name, result in calls if name == "specdiff.verify.default"]
+    results = [result for name, result in called.results if name == "specdiff.verify.default"]
     return counted, [Verified(*result).bias.sum().item() for result in results]
 
 
