@@ -98,7 +98,7 @@ class Place:
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """A command with the fields of Size and Place as options, in place of a parameter for all."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters = []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name not in groups:
