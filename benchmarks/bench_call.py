@@ -1,4 +1,4 @@
-"""What a call of `verify` costs beside its kernel: Python functions, and the time without them.
+"""Measures what a call of `verify` costs beside its kernel: Python functions, and their time.
 
     python benchmarks/bench_call.py
 

@@ -63,19 +63,22 @@ def main(
             cases += measure(shared, folders, task, ids, temperature, new, many)
     console.print(table(cases))
     if not quick:
-        own = {"--target": (target, "smollm2-135m"),
-               **{f"--{name}": (folder, name) for name, folder in folders.items()}}  # fmt: skip
-        other = [f"{name} {value}" for name, (value, usual) in own.items() if value != usual]
-        given = " ".join(
-            [f"--tokens {tokens}", f"--seeds {seeds}", f"--held-out {held_out}", *other]
-        )
         content = {
-            "command": f"python benchmarks/bench_drafters.py {given}",
+            "command": command({"target": target, **folders}, tokens, seeds, held_out),
             "target": target,
             "new_tokens": tokens,
             "cases": cases,
         }
         console.print(f"saved {save('drafters', content, shared.device)}", soft_wrap=True)
+
+
+def command(models: dict[str, str], tokens: int, seeds: int, held_out: int) -> str:
+    """The command line that was invoked: the numbers, and the models that are not the default."""
+    numbers = {"--tokens": tokens, "--seeds": seeds, "--held-out": held_out}
+    usual = {"target": "smollm2-135m", "parallel": "parallel", "eagle": "eagle"}
+    other = {f"--{name}": model for name, model in models.items() if model != usual[name]}
+    given = " ".join(f"{option} {value}" for option, value in {**numbers, **other}.items())
+    return f"python benchmarks/bench_drafters.py {given}"
 
 
 def measure(

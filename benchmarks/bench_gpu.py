@@ -23,7 +23,7 @@ import math
 import re
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -47,12 +47,12 @@ from specdiff_kernels import (
     RowDistribution,
     Verified,
     available_backends,
-    reference,
     row_distribution,
     sample,
     verify,
 )
 from specdiff_kernels.inputs import Randomness, Sampling, VerifyInputs
+from specdiff_kernels.reference.verify import verify as reference_verify
 
 SHAPES = "1x8x50257,1x40x50257,32x8x128256,64x16x151936"
 RULES = ("token", "block")
@@ -85,13 +85,24 @@ def main(
 ) -> None:
     """Print medians of interleaved runs in microseconds, and relative to the memory-bound floor."""
     wanted = parse_shapes(shapes)
-    device = cuda_device()
-    command = f"python benchmarks/bench_gpu.py --shapes {shapes} --repetitions {repetitions}"
-    hardware = gpu(device)
-    path = output or result_path(hardware["name"], datetime.date.today())
+    setup = Setup.of(cuda_device())
+    path = output or result_path(setup.hardware["name"], datetime.date.today())
+    run(setup, wanted, repetitions, path, compile_reference)
+
+
+def run(
+    setup: Setup,
+    shapes: Sequence[Shape],
+    repetitions: int,
+    path: Path,
+    compile_reference: bool = False,
+) -> None:
+    """Measure and save."""
     with torch.no_grad():
-        content = benchmark(device, wanted, repetitions, compile_reference)
-    write(path, {"gpu": hardware, "command": command, **content})
+        content = benchmark(setup, shapes, repetitions, compile_reference)
+    given = ",".join(f"{shape.batch}x{shape.k}x{shape.vocab}" for shape in shapes)
+    command = f"python benchmarks/bench_gpu.py --shapes {given} --repetitions {repetitions}"
+    write(path, {"gpu": setup.hardware, "command": command, **content})
     console.print(f"saved {path}", soft_wrap=True)
 
 
@@ -113,17 +124,15 @@ def result_path(device_name: str, day: datetime.date) -> Path:
 
 
 def benchmark(
-    device: torch.device, shapes: Sequence[Shape], repetitions: int, compile_reference: bool
+    setup: Setup, shapes: Sequence[Shape], repetitions: int, compile_reference: bool
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    clock = Clock(device)
-    bandwidth = copy_bandwidth(clock, device)
     cases = []
     for shape in shapes:
-        cases.append(measure(shape, device, clock, bandwidth, repetitions, compile_reference))
+        cases.append(measure(shape, setup, repetitions, compile_reference))
         show(cases[-1])
-    console.print(f"a copy of {COPIED / 1e9:.2f} GB reads and writes {bandwidth:.0f} GB/s")
-    return {"copy_gb_per_s": bandwidth, "repetitions": repetitions, "cases": cases}
+    console.print(f"a copy of {COPIED / 1e9:.2f} GB reads and writes {setup.bandwidth:.0f} GB/s")
+    return {"copy_gb_per_s": setup.bandwidth, "repetitions": repetitions, "cases": cases}
 
 
 # --- inputs ----------------------------------------------------------------------------------
@@ -242,7 +251,7 @@ class CompiledReference(Ours):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case, "reference", "token")
-        self.function = torch.compile(reference.verify, fullgraph=True, dynamic=False)
+        self.function = torch.compile(reference_verify, fullgraph=True, dynamic=False)
 
     def __call__(self) -> Verified:
         case = self.case
@@ -346,9 +355,10 @@ OTHERS: dict[str, Callable[[Case], Row]] = {
 class Clock:
     """Times one run with a cold and clean L2 cache: nothing must be written back during the run."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, least: int = MIN_FLUSH) -> None:
+        """least: bytes that are overwritten before a run."""
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        size = max(2 * cache, MIN_FLUSH)
+        size = max(2 * cache, least)
         self.buffer = torch.empty(size // 4, dtype=torch.float32, device=device)
 
     def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
@@ -364,12 +374,12 @@ class Clock:
         return 1e3 * start.elapsed_time(end), result
 
 
-def copy_bandwidth(clock: Clock, device: torch.device) -> float:
+def copy_bandwidth(clock: Clock, device: torch.device, size: int = COPIED) -> float:
     """GB/s of a large copy on the device, bytes read plus bytes written: an upper bound."""
-    source = torch.randint(256, (COPIED,), dtype=torch.uint8, device=device)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = [clock(lambda: target.copy_(source))[0] for _ in range(WARM_UP + COPIES)]
-    return 2 * COPIED / (1e3 * statistics.median(times[WARM_UP:]))
+    return 2 * size / (1e3 * statistics.median(times[WARM_UP:]))
 
 
 @dataclass
@@ -422,20 +432,42 @@ def reason_against_capture(row: Row) -> str:
     return ""
 
 
-def prepare(case: Case, compile_reference: bool) -> tuple[list[Timed], dict[str, str]]:
+@dataclass(frozen=True)
+class Setup:
+    """A device and the tools to time rows on it."""
+
+    device: torch.device
+    hardware: dict[str, Any]  # its description
+    clock: Callable[[Callable[[], Any]], tuple[float, Any]]
+    bandwidth: float  # of a copy, GB/s
+    backends: dict[str, str | None]  # why each backend cannot run there, or None
+    make_ready: Callable[[str, Row], Timed] = make_ready
+    others: Mapping[str, Callable[[Case], Row]] = field(default_factory=lambda: OTHERS)
+
+    @classmethod
+    def of(cls, device: torch.device) -> Setup:
+        """A GPU's."""
+        clock = Clock(device)
+        bandwidth = copy_bandwidth(clock, device)
+        return cls(device, gpu(device), clock, bandwidth, available_backends(device.type))
+
+
+def prepare(
+    case: Case, setup: Setup, compile_reference: bool
+) -> tuple[list[Timed], dict[str, str]]:
     """All available rows, and the reasons why the others are missing."""
-    timed, missing = [], {}
+    timed, missing, make_ready = [], {}, setup.make_ready
     if compile_reference:
         timed.append(make_ready(REFERENCE, CompiledReference(case)))
     else:
         missing[REFERENCE] = REFERENCE_REASON
-    for backend, reason in available_backends(case.target.device.type).items():
+    for backend, reason in setup.backends.items():
         if reason is not None:
             missing[backend] = reason
         elif backend != "reference":
             for rule in RULES:
                 timed.append(make_ready(f"{backend}, {rule}", Ours(case, backend, rule)))
-    for name, make in OTHERS.items():
+    for name, make in setup.others.items():
         try:
             timed.append(make_ready(name, make(case)))
         except Unusable as reason:
@@ -450,29 +482,24 @@ def first_line(error: Exception) -> str:
 
 
 def measure(
-    shape: Shape,
-    device: torch.device,
-    clock: Clock,
-    bandwidth: float,
-    repetitions: int,
-    compile_reference: bool,
+    shape: Shape, setup: Setup, repetitions: int, compile_reference: bool
 ) -> dict[str, Any]:
     """One entry of the results."""
     torch.compiler.reset()  # else later shapes hit the recompilation limit
-    case = make_case(shape, device)
-    timed, missing = prepare(case, compile_reference)
+    case = make_case(shape, setup.device)
+    timed, missing = prepare(case, setup, compile_reference)
     timed = passing(case, timed, 0, missing)
     end = DRAWS + repetitions
     for number in track(range(DRAWS, end), str(shape), console=console, transient=True):
         for one in timed:
             case.load(number)
-            us, result = clock(one.run)
+            us, result = setup.clock(one.run)
             one.us.append(us)
             one.outcomes.append(one.row.outcome(result))
     timed = passing(case, timed, end, missing)
     return {
         "shape": shape._asdict(),
-        "rows": summaries(timed, shape, bandwidth),
+        "rows": summaries(timed, shape, setup.bandwidth),
         "not_measured": [{"name": name, "reason": reason} for name, reason in missing.items()],
     }
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the modules in this folder
 import pytest
 import torch
 from inputs import ACCEPTANCE, SHAPES
-from machine import save
+from machine import RESULTS, save
 from op_cases import BACKENDS, CASES
 from peers import CONTENDERS
 from rich.console import Console
@@ -70,8 +70,8 @@ class Report(ABC):
     @abstractmethod
     def as_json(self) -> dict[str, Any]: ...
 
-    def save(self) -> Path:
-        return save(self.file, self.as_json())
+    def save(self, folder: Path = RESULTS) -> Path:
+        return save(self.file, self.as_json(), folder=folder)
 
 
 class VerifyReport(Report):
@@ -185,8 +185,8 @@ class OpsReport(Report):
             ],
         }
 
-    def save(self) -> Path:
-        return save(self.file, self.as_json(), self.device)
+    def save(self, folder: Path = RESULTS) -> Path:
+        return save(self.file, self.as_json(), self.device, folder)
 
 
 REPORTS = pytest.StashKey[dict[type[Report], Report]]()

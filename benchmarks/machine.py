@@ -12,6 +12,11 @@ from specdiff.bench.machine import slug, write
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, content: dict[str, Any], device: torch.device | None = None) -> Path:
-    """Save figures as results/<machine>/<name>.json, where a GPU counts as the machine."""
-    return write(RESULTS / slug(device) / f"{name}.json", content)
+def save(
+    name: str,
+    content: dict[str, Any],
+    device: torch.device | None = None,
+    folder: Path = RESULTS,
+) -> Path:
+    """Save figures as <folder>/<machine>/<name>.json, where a GPU counts as the machine."""
+    return write(folder / slug(device) / f"{name}.json", content)

@@ -436,9 +436,12 @@ def round_logits(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     return target, drafted.flatten(0, 1)
 
 
-def copies(*tensors: Tensor) -> list[Any]:
-    """Copies of a tuple of tensors, as many as fit into COLD bytes, but at least one."""
-    count = max(1, COLD // sum(tensor.nbytes for tensor in tensors))
+def copies(*tensors: Tensor, room: int | None = None) -> list[Any]:
+    """Copies of a tuple of tensors, as many as fit into `room` bytes, but at least one.
+
+    room: None is COLD.
+    """
+    count = max(1, (COLD if room is None else room) // sum(tensor.nbytes for tensor in tensors))
     return [tuple(tensor.clone() for tensor in tensors) for _ in range(count)]
 
 

@@ -87,21 +87,27 @@ def root_of(nvcc: str) -> Path | None:
     return None
 
 
-def _candidate_roots(environ: Mapping[str, str]) -> Iterator[Path]:
+def _candidate_roots(environ: Mapping[str, str], usual: Sequence[str]) -> Iterator[Path]:
     if home := environ.get("CUDA_HOME"):
         yield Path(home)
     if (nvcc := shutil.which("nvcc", path=environ.get("PATH", ""))) and (root := root_of(nvcc)):
         yield root
-    yield from map(Path, CONVENTIONAL_ROOTS)
+    yield from map(Path, usual)
 
 
-def find_toolkit(environ: Mapping[str, str]) -> Toolkit | None:
+def find_toolkit(
+    environ: Mapping[str, str], usual: Sequence[str] = CONVENTIONAL_ROOTS
+) -> Toolkit | None:
     """The first toolkit of: CUDA_HOME, the one behind the `nvcc` on PATH, the usual folders."""
-    toolkits = map(Toolkit, _candidate_roots(environ))
+    toolkits = map(Toolkit, _candidate_roots(environ, usual))
     return next((found for found in toolkits if os.access(found.nvcc, os.X_OK)), None)
 
 
-def choose_toolkit(sources: Sequence[str], environ: Mapping[str, str]) -> Toolkit | None:
+def choose_toolkit(
+    sources: Sequence[str],
+    environ: Mapping[str, str],
+    usual: Sequence[str] = CONVENTIONAL_ROOTS,
+) -> Toolkit | None:
     """The toolkit to build the CUDA `sources` with, or None to leave them out.
 
     The variable SPECDIFF_CUDA decides: "0" leaves them out, "1" requires them, unset builds them
@@ -124,12 +130,12 @@ def choose_toolkit(sources: Sequence[str], environ: Mapping[str, str]) -> Toolki
                 "(csrc/cuda/*.cu): unset SPECDIFF_CUDA, or set it to 0"
             )
         return None
-    toolkit = find_toolkit(environ)
+    toolkit = find_toolkit(environ, usual)
     if toolkit is None and mode == "1":
         raise CudaError(
             "SPECDIFF_CUDA=1 requires nvcc, and it was found neither through CUDA_HOME "
             f"({environ.get('CUDA_HOME', 'unset')}), nor on PATH, nor in "
-            f"{' or '.join(CONVENTIONAL_ROOTS)}: install the CUDA toolkit, or set CUDA_HOME to the "
+            f"{' or '.join(usual)}: install the CUDA toolkit, or set CUDA_HOME to the "
             "folder that holds bin/nvcc, or set SPECDIFF_CUDA=0"
         )
     return toolkit

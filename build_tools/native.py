@@ -72,7 +72,7 @@ def isa_flags(source: str, isa: str) -> list[str]:
 
 
 def extensions() -> list[Extension]:
-    """What there is to build here, with the folder `csrc` in the current directory."""
+    """Native modules that can be built here. The folder `csrc` is in the current directory."""
     headers = sorted(
         header
         for folder in ("include/specdiff", "cpu", "bindings")

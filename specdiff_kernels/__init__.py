@@ -9,16 +9,13 @@
 from .backends import BackendError, available_backends, use_backend, workspace_size
 from .fields import MAX_VOCABULARY
 from .lenience import check_lenience
-from .ops import (
-    commit,
-    denoise_step,
-    pack_weight,
-    row_distribution,
-    row_divergence,
-    sample,
-    skinny_linear,
-    verify,
-)
+from .ops.commit import commit
+from .ops.denoise_step import denoise_step
+from .ops.row_distribution import row_distribution
+from .ops.row_divergence import row_divergence
+from .ops.sample import sample
+from .ops.skinny_linear import pack_weight, skinny_linear
+from .ops.verify import verify
 from .pages import Pages
 from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal

@@ -34,11 +34,23 @@ class BackendError(RuntimeError):
 
 @cache
 def load(name: str) -> ModuleType | Exception:
-    """The backend's module, or the error that keeps it from loading."""
+    """The backend's package, or the error that keeps it from loading.
+
+    Its `FUNCTIONS` are those that it has, by name; `fault`, if there, says what is wrong with the
+    device.
+    """
     try:
         return importlib.import_module(f"specdiff_kernels.{name}")
     except (ImportError, BackendError) as error:
         return error
+
+
+def function_of(name: str, op: str) -> Callable[..., Any]:
+    module = load(name)
+    if isinstance(module, Exception):
+        raise module
+    function: Callable[..., Any] = module.FUNCTIONS[op]
+    return function
 
 
 def check_name(name: str, source: str) -> str:
@@ -61,7 +73,7 @@ def reason_against(name: str, device: str, op: str = "verify") -> str | None:
         return str(module)
     if isinstance(module, Exception):
         return f"it did not load ({module}); {REMEDIES[name]}"
-    if not hasattr(module, op):
+    if op not in module.FUNCTIONS:
         return f"it has no {op}"
     # what a module knows of the device alone: its driver may be too old
     return module.fault() if device == "cuda" and hasattr(module, "fault") else None
@@ -134,7 +146,7 @@ def find(op: str, device: str, forced: str | None) -> Callable[..., Any]:
     if forced is not None:
         if reason := reason_against(forced, device, op):
             raise BackendError(f"backend {forced!r} was asked for, but {reason}")
-        return getattr(load(forced), op)
+        return function_of(forced, op)
     skipped: dict[str, str] = {}
     for candidate in ORDER.get(device, ("reference",)):
         if isinstance(fault := load(candidate), BackendError):
@@ -143,7 +155,7 @@ def find(op: str, device: str, forced: str | None) -> Callable[..., Any]:
         if reason is None:
             for failed, why in skipped.items():
                 logger.warning("backend %s is not used for %s: %s", failed, op, why)
-            return getattr(load(candidate), op)
+            return function_of(candidate, op)
         skipped[candidate] = reason
     raise BackendError(f"no backend runs on {device} tensors: {skipped}")
 

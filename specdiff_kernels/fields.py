@@ -134,8 +134,8 @@ class Layout(Generic[Record]):
         return items
 
     def _numbers(self, record: str = "record") -> str:
-        """What native code is given of it: addresses, 0 for none; numbers; what logits and sized
-        tensors consist of."""
+        """Source of the numbers that native code is given of a record. An address is 0 for none;
+        logits and sized tensors are several numbers."""
         numbers = ""
         for index, (_, spec, inner, optional) in enumerate(self.fields):
             item = f"{record}[{index}]"

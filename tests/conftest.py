@@ -1,4 +1,4 @@
-"""What tests in several folders share."""
+"""Options and fixtures that tests in several folders share."""
 
 from __future__ import annotations
 

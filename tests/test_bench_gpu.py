@@ -55,14 +55,10 @@ def batch_case():
     return bench_gpu.make_case(BATCH, CPU)
 
 
-class WallClock:
-    def __init__(self, device):
-        pass
-
-    def __call__(self, run):
-        start = time.perf_counter()
-        result = run()
-        return 1e6 * (time.perf_counter() - start), result
+def wall_clock(run):
+    start = time.perf_counter()
+    result = run()
+    return 1e6 * (time.perf_counter() - start), result
 
 
 def on_stream(name, row):
@@ -70,19 +66,11 @@ def on_stream(name, row):
     return bench_gpu.Timed(name, row, row, "stream", "there is no GPU")
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    """All that needs a GPU replaced; what remains runs on the CPU with its backends."""
-    monkeypatch.setattr(bench_gpu, "cuda_device", lambda: CPU)
-    monkeypatch.setattr(bench_gpu, "gpu", lambda device: {"name": "NVIDIA H200"})
-    monkeypatch.setattr(bench_gpu, "Clock", WallClock)
-    monkeypatch.setattr(bench_gpu, "copy_bandwidth", lambda clock, device: 10.0)
-    monkeypatch.setattr(bench_gpu, "make_ready", on_stream)
-    backends = {"cpp": None, "reference": None}
-    monkeypatch.setattr(bench_gpu, "available_backends", lambda device: backends)
-    kept = {name: bench_gpu.OTHERS[name] for name in RUNNABLE}
-    monkeypatch.setattr(bench_gpu, "OTHERS", kept)
-    return monkeypatch
+# all that needs a GPU replaced; what remains runs on the CPU with its backends
+NO_GPU = bench_gpu.Setup(
+    CPU, {"name": "NVIDIA H200"}, wall_clock, 10.0, {"cpp": None, "reference": None}, on_stream,
+    {name: bench_gpu.OTHERS[name] for name in RUNNABLE},
+)  # fmt: skip
 
 
 # --- the whole program -----------------------------------------------------------------------
@@ -99,9 +87,9 @@ def test_without_a_device_it_says_so_and_fails():
     assert re.fullmatch(r"torch found no CUDA device: .*\n", done.stderr)
 
 
-def test_program_on_cpu_tensors(no_gpu, tmp_path, capsys):
+def test_program_on_cpu_tensors(tmp_path, capsys):
     path = tmp_path / "new" / "result.json"
-    bench_gpu.main("1x4x200,3x4x200", 20, path)
+    bench_gpu.run(NO_GPU, [SMALL, BATCH], 20, path)
     kept = json.loads(path.read_text())
     assert kept["gpu"] == {"name": "NVIDIA H200"}
     assert kept["machine"]["packages"]["torch"] == torch.__version__
@@ -126,7 +114,7 @@ def test_program_on_cpu_tensors(no_gpu, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("good_calls", [0, DRAWS + 20], ids=["before", "after"])
-def test_wrong_results_leave_no_file(no_gpu, tmp_path, good_calls):
+def test_wrong_results_leave_no_file(tmp_path, good_calls):
     """A backend that starts to be wrong before or after the timed runs."""
     calls = iter(range(10**6))
 
@@ -139,16 +127,15 @@ def test_wrong_results_leave_no_file(no_gpu, tmp_path, good_calls):
 
         return bench_gpu.Timed(name, row, run if isinstance(row, bench_gpu.Ours) else row, "stream")
 
-    no_gpu.setattr(bench_gpu, "make_ready", broken)
-    path = tmp_path / "result.json"
+    setup = dataclasses.replace(NO_GPU, make_ready=broken)
     with pytest.raises(SystemExit) as stopped:
-        bench_gpu.main("1x4x200", 20, path)
+        bench_gpu.run(setup, [SMALL], 20, tmp_path / "result.json")
     assert "cpp, block: `emitted` differs from the reference" in stopped.value.code
     assert not any(tmp_path.iterdir())
     assert next(calls) > good_calls
 
 
-def test_a_peer_that_fails_is_reported(no_gpu, capsys):
+def test_a_peer_that_fails_is_reported(capsys):
     def explode(case):
         raise OSError("no such compiler\nsecond line")
 
@@ -157,8 +144,8 @@ def test_a_peer_that_fails_is_reported(no_gpu, capsys):
         row.q = torch.zeros_like(row.q)  # a uniform q: many more are accepted
         return row
 
-    no_gpu.setattr(bench_gpu, "OTHERS", {"broken": explode, "inexact": inexact})
-    content = bench_gpu.benchmark(CPU, [SMALL], 100, False)
+    setup = dataclasses.replace(NO_GPU, others={"broken": explode, "inexact": inexact})
+    content = bench_gpu.benchmark(setup, [SMALL], 100, False)
     (measured,) = content["cases"]
     reasons = {one["name"]: one["reason"] for one in measured["not_measured"]}
     assert reasons["broken"] == "OSError: no such compiler"
@@ -166,11 +153,10 @@ def test_a_peer_that_fails_is_reported(no_gpu, capsys):
     assert [row["name"] for row in measured["rows"]] == ["cpp, token", "cpp, block"]
 
 
-def test_a_backend_that_is_not_there_is_reported(no_gpu, batch_case):
+def test_a_backend_that_is_not_there_is_reported(batch_case):
     found = {"triton": "it did not load", "cpp": None, "reference": None}
-    no_gpu.setattr(bench_gpu, "available_backends", lambda device: found)
-    no_gpu.setattr(bench_gpu, "OTHERS", {})
-    timed, missing = bench_gpu.prepare(batch_case, False)
+    setup = dataclasses.replace(NO_GPU, backends=found, others={})
+    timed, missing = bench_gpu.prepare(batch_case, setup, False)
     reason = bench_gpu.REFERENCE_REASON
     assert missing == {"triton": "it did not load", bench_gpu.REFERENCE: reason}
     assert [one.name for one in timed] == ["cpp, token", "cpp, block"]
@@ -298,7 +284,7 @@ def test_ours_is_every_backend_under_both_rules(case):
 
 def test_compiled_composition_is_one_graph(batch_case, monkeypatch):
     quick = partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(bench_gpu.torch, "compile", quick)
+    monkeypatch.setattr(torch, "compile", quick)
     torch.compiler.reset()
     row = bench_gpu.PlainTorch(batch_case, compiled=True)
     with torch.no_grad():
@@ -597,8 +583,7 @@ class NotingCuda:
 @pytest.mark.parametrize("cache, size", [(5000, 10000), (100, 8192)])
 def test_clock_starts_behind_a_whole_flush(monkeypatch, cache, size):
     cuda = NotingCuda(monkeypatch, cache)
-    monkeypatch.setattr(bench_gpu, "MIN_FLUSH", 8192)
-    clock = bench_gpu.Clock(CPU)
+    clock = bench_gpu.Clock(CPU, least=8192)
     assert clock.buffer.nbytes == size
 
     def run():
@@ -613,10 +598,10 @@ def test_clock_starts_behind_a_whole_flush(monkeypatch, cache, size):
         assert cuda.notes == ["synchronize", "event", "run", "event", "event done"]
 
 
-def test_copy_bandwidth_counts_both_ways(monkeypatch):
-    monkeypatch.setattr(bench_gpu, "COPIED", 1000)
+def test_copy_bandwidth_counts_both_ways():
     slow_start = iter([100.0] * bench_gpu.WARM_UP + [2.0] * bench_gpu.COPIES)
-    found = bench_gpu.copy_bandwidth(lambda run: (next(slow_start), run()), CPU)
+    clock = lambda run: (next(slow_start), run())
+    found = bench_gpu.copy_bandwidth(clock, CPU, size=1000)
     assert found == 1.0  # 2000 bytes in 2 us are 1 GB/s
     assert next(slow_start, None) is None
 
@@ -671,11 +656,9 @@ def test_a_failed_capture_ends_the_program(monkeypatch):
 def test_the_reference_can_be_compiled(batch_case, monkeypatch):
     """As one graph, with the same bits; not by inductor, which takes minutes."""
     compile = partial(torch.compile, backend="eager")
-    monkeypatch.setattr(bench_gpu.torch, "compile", compile)
-    monkeypatch.setattr(bench_gpu, "make_ready", on_stream)
-    monkeypatch.setattr(bench_gpu, "OTHERS", {})
-    monkeypatch.setattr(bench_gpu, "available_backends", lambda device: {})
-    ([only], missing) = bench_gpu.prepare(batch_case, True)
+    monkeypatch.setattr(torch, "compile", compile)
+    setup = dataclasses.replace(NO_GPU, backends={}, others={})
+    ([only], missing) = bench_gpu.prepare(batch_case, setup, True)
     assert only.name == bench_gpu.REFERENCE and not missing
     row = only.row
     bench_gpu.check_bits(batch_case, bench_gpu.REFERENCE, row, row, range(3))

@@ -45,11 +45,6 @@ def fake_toolkit(root: Path) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def no_conventional_roots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "CONVENTIONAL_ROOTS", ())
-
-
 def test_toolkit_root_is_found_behind_a_wrapper_script(tmp_path: Path) -> None:
     root = fake_toolkit(tmp_path / "cuda-13.0")
     wrapper = script(tmp_path / "bin" / "nvcc", f'exec {root}/bin/nvcc "$@"\n')
@@ -63,26 +58,26 @@ def test_cuda_home_comes_before_path(tmp_path: Path) -> None:
     assert cuda.find_toolkit(environ) == cuda.Toolkit(home)
 
 
-def test_conventional_roots_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "CONVENTIONAL_ROOTS", (str(fake_toolkit(tmp_path / "usual")),))
-    on_path = fake_toolkit(tmp_path / "on-path")
-    assert cuda.find_toolkit({"PATH": ""}) == cuda.Toolkit(tmp_path / "usual")
-    assert cuda.find_toolkit({"PATH": str(on_path / "bin")}) == cuda.Toolkit(on_path)
+def test_conventional_roots_come_last(tmp_path: Path) -> None:
+    usual, on_path = fake_toolkit(tmp_path / "usual"), fake_toolkit(tmp_path / "on-path")
+    assert cuda.find_toolkit({"PATH": ""}, [str(usual)]) == cuda.Toolkit(usual)
+    found = cuda.find_toolkit({"PATH": str(on_path / "bin")}, [str(usual)])
+    assert found == cuda.Toolkit(on_path)
 
 
 def test_an_nvcc_that_reports_no_root_is_not_taken(tmp_path: Path) -> None:
     script(tmp_path / "nvcc", "exit 1\n")
-    assert cuda.find_toolkit({"PATH": str(tmp_path)}) is None
+    assert cuda.find_toolkit({"PATH": str(tmp_path)}, usual=()) is None
 
 
 @pytest.mark.parametrize("mode", [{}, {"SPECDIFF_CUDA": ""}, {"SPECDIFF_CUDA": "0"}])
 def test_without_nvcc_the_cuda_kernels_are_left_out(mode: dict[str, str]) -> None:
-    assert cuda.choose_toolkit(SOURCES, {"PATH": "", **mode}) is None
+    assert cuda.choose_toolkit(SOURCES, {"PATH": "", **mode}, usual=()) is None
 
 
 def test_without_nvcc_required_cuda_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(cuda.CudaError, match=r"requires nvcc.*CUDA_HOME.*SPECDIFF_CUDA=0"):
-        cuda.choose_toolkit(SOURCES, {"PATH": "", "SPECDIFF_CUDA": "1"})
+        cuda.choose_toolkit(SOURCES, {"PATH": "", "SPECDIFF_CUDA": "1"}, usual=["/nowhere"])
 
 
 def test_with_nvcc_the_variable_decides(tmp_path: Path) -> None:

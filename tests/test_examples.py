@@ -64,7 +64,7 @@ def models(gpt_fast, folders):
 
 
 def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """What transformers makes of each prompt alone."""
+    """Texts that transformers makes of each prompt alone."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     options = {"max_new_tokens": new_tokens, "do_sample": False}
     return [model.generate(torch.tensor([row]), **options)[0].tolist() for row in prompts]
@@ -218,21 +218,26 @@ def check_blocks(pages) -> int:
 
 
 @pytest.fixture
-def own_blocks_only(paged, monkeypatch):
-    """Fails a write to a block that another row holds as well."""
-    update = paged.PagedCache.update
+def checked_engine(paged):
+    """Makes engines that fail a write to a block that another row holds as well."""
 
-    def checked(self, layer, positions, k, v):
-        block = self.pages.tables.gather(1, positions // self.pages.block_size)
-        assert (self.pages.references[block[block >= 0].long()] == 1).all()
-        return update(self, layer, positions, k, v)
+    class OwnBlocksOnly(paged.PagedCache):
+        def update(self, layer, positions, k, v):
+            block = self.pages.tables.gather(1, positions // self.pages.block_size)
+            assert (self.pages.references[block[block >= 0].long()] == 1).all()
+            return super().update(layer, positions, k, v)
 
-    monkeypatch.setattr(paged.PagedCache, "update", checked)
+    def make(model, **options):
+        engine = paged.Engine(model, **options)
+        engine.cache = OwnBlocksOnly(model, engine.pages)
+        return engine
+
+    return make
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_engine_decodes_each_request_as_if_alone(
-    paged, folders, models, own_blocks_only, temperature
+    paged, folders, models, checked_engine, temperature
 ):
     options = {"block_size": 4, "longest": 26, "temperature": temperature}
     prompts = [*ALIKE, ALIKE[0][:8], [4, 5, 6, 7, 8, 9, 3, 3], *PROMPTS]
@@ -241,10 +246,10 @@ def test_engine_decodes_each_request_as_if_alone(
         return [paged.Request(prompt, 8 + b, seed=b) for b, prompt in enumerate(prompts)]
 
     alone = [
-        paged.Engine(models[0], rows=1, blocks=8, **options).run([request])[0]
+        checked_engine(models[0], rows=1, blocks=8, **options).run([request])[0]
         for request in requests()
     ]
-    engine = paged.Engine(models[0], rows=3, blocks=12, **options)
+    engine = checked_engine(models[0], rows=3, blocks=12, **options)
     step, most = engine.step, []
     engine.step = lambda: (step(), most.append(check_blocks(engine.pages)))
     assert engine.run(requests()) == alone

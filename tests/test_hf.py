@@ -35,7 +35,7 @@ def drafters():
 
 
 def both(model, ids=PROMPT, drafter="model", **options):
-    """What transformers makes, and what we make."""
+    """Our result, and that of transformers."""
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, **options}
     # transformers' own static cache is no measure: with GPT-Neo its text is another
     want = model.generate(ids, **{**options, "cache_implementation": None})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from fractions import Fraction
 
 import pytest
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from specdiff.theory import LENIENT_RULES, outcome
 from specdiff_kernels import Draft, Lenience, Reveal, row_distribution, use_backend, verify
+from specdiff_kernels.reference import verify as reference
 from specdiff_kernels.reference.numerics import weights
-from tests import worlds
 from tests.enumeration import WORDS, first_word, probabilities
-from tests.worlds import SCHEDULES, Way, World
+from tests.worlds import Way, World
 
-reference = importlib.import_module("specdiff_kernels.reference.verify")
 KINDS = [
     Lenience("lenience", 0.6), Lenience("lenience", 1e-3), Lenience("additive", 0.03),
     Lenience("additive", 2.0), Lenience("ensemble", 0.7), Lenience("ensemble", 0.0),
@@ -174,11 +172,9 @@ def test_a_runs_bias_is_within_what_was_returned(schedule, lenience):
         assert 1e-3 < world.distance(way) <= spent + CLOSE
 
 
-def test_entangled_records_are_refused_as_their_bias_is_not_the_one_returned(monkeypatch):
+def test_entangled_records_are_refused_as_their_bias_is_not_the_one_returned():
     """A later token follows its record only if what is emitted before it follows p."""
-    monkeypatch.setattr(worlds, "LENGTH", 2)
-    monkeypatch.setitem(SCHEDULES, "order", [Reveal.chunk(1, 2), Reveal.all()])
-    world = World(2, "order", seed=48)
+    world = World(2, [Reveal.chunk(1, 2), Reveal.all()], seed=48, length=2)
     way = Way(rule="lenient", lenience=Lenience("ensemble", 0.0), hot_start="entangled")
     assert world.distance(way) <= world.expected_bias(way) + CLOSE
     with pytest.raises(ValueError, match="would bias the output: the lenient rule ties"):
@@ -187,12 +183,11 @@ def test_entangled_records_are_refused_as_their_bias_is_not_the_one_returned(mon
     assert world.distance(forced) > world.expected_bias(forced) + 0.01
 
 
-def test_a_runs_bias_is_all_that_was_returned(monkeypatch):
+def test_a_runs_bias_is_all_that_was_returned():
     """One token of text: nothing can cancel."""
-    monkeypatch.setattr(worlds, "LENGTH", 1)
     for lenience in KINDS:
         way = Way(rule="lenient", lenience=lenience)
-        world = World(3, "one step", seed=2)
+        world = World(3, "one step", seed=2, length=1)
         assert world.distance(way) == pytest.approx(world.expected_bias(way), abs=CLOSE)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from specdiff_kernels import Reveal, use_backend
-from tests import worlds
 from tests.worlds import SCHEDULES, Way, World
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "losslessness.md"
@@ -107,23 +106,22 @@ def test_three_tokens(schedule, rule):
 
 @pytest.mark.parametrize("way", [Way(), Way(rule="block"), Way(hot_start="entangled")], ids=str)
 @pytest.mark.parametrize("order", [(1, 2, 0, 3), (3, 1, 0, 2), (2, 3, 1, 0)], ids=str)
-def test_four_positions(monkeypatch, order, way):
-    monkeypatch.setattr(worlds, "LENGTH", 4)
-    monkeypatch.setitem(SCHEDULES, "order", [Reveal.chunk(i, i + 1) for i in order])
-    assert World(2, "order", seed=0).distance(way) < EXACT
+def test_four_positions(order, way):
+    one_by_one = [Reveal.chunk(i, i + 1) for i in order]
+    assert World(2, one_by_one, seed=0, length=4).distance(way) < EXACT
 
 
-def test_what_was_kept_once_has_to_stay(monkeypatch):
+def test_what_was_kept_once_has_to_stay():
     """Kept for an examined token's sake, then dropped because a later round has no such token."""
-    monkeypatch.setitem(SCHEDULES, "order", [Reveal.chunk(i, i + 1) for i in (1, 2, 0)])
+    order = [Reveal.chunk(i, i + 1) for i in (1, 2, 0)]
     kept, anew = (Way(hot_start=hot) for hot in ("entangled", "entangled anew"))
-    assert max(World(2, "order", seed).distance(kept) for seed in SEEDS) < EXACT
-    assert max(World(2, "order", seed).distance(anew) for seed in SEEDS) > BIASED
+    assert max(World(2, order, seed).distance(kept) for seed in SEEDS) < EXACT
+    assert max(World(2, order, seed).distance(anew) for seed in SEEDS) > BIASED
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_sequential_head_s_record_is_the_corrected_distribution(rule):
-    """What its correction was added to is not what the token was drawn from."""
+    """The token was not drawn from the distribution before the correction."""
     corrected, uncorrected = Way(rule=rule), Way(rule=rule, uncorrected=True)
     assert max(world("sequential head", seed).distance(corrected) for seed in SEEDS) < EXACT
     assert max(world("sequential head", seed).distance(uncorrected) for seed in SEEDS) > BIASED
@@ -141,7 +139,7 @@ def test_adaptive_lengths(schedule, rule):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("schedule", ["right first", "confidence"])
 def test_entangled_drafts_under_other_records(schedule, rule):
-    """What `verify` takes by itself is exact; the running max is refused, and biased if forced."""
+    """The record that `verify` chooses is exact. The running max is refused, as it would bias."""
     way = Way(rule=rule, hot_start="entangled")
     assert world(schedule, 0).distance(way) < EXACT
     with pytest.raises(ValueError, match="would bias the output"):

@@ -33,7 +33,7 @@ from specdiff.drafters.sedd import SEDD
 from specdiff.loop.sampling import Sampling
 from specdiff.models import LOCAL
 from specdiff.training.corpora import read_prompts, read_texts
-from tests.test_download import write_gguf
+from tests.gguf_files import write_gguf
 from tests.tiny import tiny_model, tiny_network
 
 ROOT = Path(__file__).parents[1]
@@ -265,7 +265,7 @@ def test_the_conversion_reads_no_code_beside_the_gguf(plant, marker, tmp_path, t
 
 
 def test_nothing_else_loads():
-    """What transformers loads by itself is asked for in two files, and without code."""
+    """Only two files ask transformers to load something, and without code."""
     found = set()
     for file in [*(ROOT / "python").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -1,8 +1,12 @@
-"""Rooms of python/specdiff: imports go downwards, also those inside functions, without a circle."""
+"""Rooms of python/specdiff: imports go downwards, also those inside functions, without a circle.
+
+No package of either library hides a submodule behind something else of its name.
+"""
 
 from __future__ import annotations
 
 import ast
+import symtable
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -10,6 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "python" / "specdiff"
+KERNELS = Path(__file__).parents[1] / "specdiff_kernels"
+PACKAGES = [path.parent for top in (ROOT, KERNELS) for path in top.rglob("__init__.py")]
 LEVELS = [
     {"files", "models", "theory"},
     {"download"},
@@ -96,3 +102,58 @@ def test_there_is_no_circle():
 )
 def test_the_walk_sees_what_it_has_to(line, found):
     assert list(imports("loop.session", line, set(modules()))) == found
+
+
+# --- names of submodules -------------------------------------------------------------------------
+
+
+def submodules(package: Path) -> set[str]:
+    files = {path.stem for pattern in ("*.py", "*.pyi") for path in package.glob(pattern)}
+    return (files | {path.parent.name for path in package.glob("*/__init__.py")}) - {"__init__"}
+
+
+def exported(source: str) -> set[str]:
+    """Attributes of a package that are no submodules, by its __init__: those that it binds or lists
+    in __all__."""
+    table = symtable.symtable(source, "__init__", "exec")
+    own = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_local()}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and (node.level, node.module) == (1, None):
+            own -= {alias.name for alias in node.names if alias.asname in (None, alias.name)}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            own |= set(ast.literal_eval(node.value))
+    return own
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_no_attribute_hides_a_submodule(package):
+    assert exported((package / "__init__.py").read_text()) & submodules(package) == set()
+
+
+def test_the_packages_are_found():
+    assert {"specdiff", "theory", "specdiff_kernels", "ops", "cuda"} <= {p.name for p in PACKAGES}
+    assert {"ops", "types", "_C"} <= submodules(KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from .verify import verify", {"verify"}),
+        ("from . import verify", set()),
+        ("from . import checks as verify", {"verify"}),
+        ("from .. import verify", {"verify"}),
+        ("import verify", {"verify"}),
+        ("def verify(): ...", {"verify"}),
+        ("class verify: ...", {"verify"}),
+        ("verify: int = 3", {"verify"}),
+        ("if TYPE_CHECKING:\n    from .verify import verify", {"verify"}),
+        ("def f():\n    verify = 3", {"f"}),
+        ("verify.verify", set()),
+    ],
+)
+def test_a_hidden_submodule_is_seen(source, found):
+    assert exported(source) == found
+
+
+def test_what_is_made_on_first_use_counts():
+    assert exported("__all__ = ['verify']\ndef __getattr__(name): ...") >= {"verify"}

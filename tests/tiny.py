@@ -1,4 +1,5 @@
-"""Tiny random models of every supported family, built from configs: no download.
+"""Tiny random models of every supported family, and drafters for them, built from configs: no
+download.
 
 Weights are large enough for the models to have opinions, so that greedy texts do not collapse.
 """
@@ -20,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from specdiff import Target
+from specdiff.drafters import Autoregressive, BlockDiffusion, Eagle, ParallelDrafter, PromptLookup
 from specdiff.drafters.network import DraftConfig, DraftNetwork
 
 FAMILIES = ("gpt2", "gpt_neo", "llama")  # that differ in what the loop has to do
@@ -33,6 +36,7 @@ LLAMAS = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
 }
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
@@ -98,3 +102,26 @@ def tiny_network(
         for parameter in network.parameters():
             parameter.normal_(std=0.4, generator=generator)
     return network
+
+
+def block_diffusion(target: Target) -> BlockDiffusion:
+    """Random weights: it drafts from all even tokens, 4 at most, in one step."""
+    return BlockDiffusion(tiny_network("block-diffusion", torch.arange(0, 50, 2)), target)
+
+
+def parallel(target: Target) -> ParallelDrafter:
+    return ParallelDrafter(tiny_network("parallel", torch.arange(0, 50, 2)), target)
+
+
+def eagle(target: Target) -> Eagle:
+    return Eagle(tiny_network("eagle", torch.arange(0, 50, 2)), target)
+
+
+DRAFTERS = {
+    "prompt-lookup": lambda target: PromptLookup(),
+    "autoregressive": lambda target: Autoregressive(tiny_model("gpt2", seed=5)),
+    "itself": lambda target: Autoregressive(target.model),
+    "block-diffusion": block_diffusion,
+    "parallel": parallel,
+    "eagle": eagle,
+}

@@ -33,7 +33,6 @@ from specdiff_kernels.reference.numerics import weights
 from .enumeration import WORDS, first_word, patterns, probabilities
 
 Text = tuple[int, ...]
-LENGTH = 3
 REMASK = "remask"  # in place of a Reveal: mask the least likely of the drawn tokens again
 
 SCHEDULES: dict[str, list] = {
@@ -71,21 +70,25 @@ class State(NamedTuple):
     final_step: int | None = None
     value_dependent: bool = False
 
-    @classmethod
-    def fresh(cls, prefix: Text) -> State:
-        K = LENGTH - len(prefix)
-        return cls(prefix, (-1,) * K, (-1,) * K, (None,) * K)
-
 
 Distribution = dict[State, Fraction]
 
 
 class World:
-    """A random target and a random drafter over V tokens."""
+    """A random target and a random drafter over V tokens, and texts of `length` of them.
 
-    def __init__(self, V: int, schedule: str, seed: int) -> None:
-        self.V, self.schedule, self.seed = V, schedule, seed
+    schedule: a name in SCHEDULES, or reverse steps.
+    """
+
+    def __init__(self, V: int, schedule: str | list, seed: int, *, length: int = 3) -> None:
+        self.V, self.schedule, self.seed, self.length = V, schedule, seed, length
+        self.reveals = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
         self.drafted: dict[State, Distribution] = {}
+
+    def fresh(self, prefix: Text) -> State:
+        """The state at the begin of a round behind `prefix`, all masked."""
+        K = self.length - len(prefix)
+        return State(prefix, (-1,) * K, (-1,) * K, (None,) * K)
 
     @cache  # noqa: B019 the world lives as long as its test
     def logits(self, *key) -> Tensor:
@@ -95,7 +98,7 @@ class World:
     def target_distribution(self) -> dict[Text, float]:
         """Product of the target's row distributions."""
         distribution = {(): 1.0}
-        for _ in range(LENGTH):
+        for _ in range(self.length):
             longer = {}
             for text, chance in distribution.items():
                 row = self.logits("target", text)[None]
@@ -111,7 +114,7 @@ class World:
         """The distribution of the draft that follows from each state; all of one prefix length."""
         new = [state for state in states if state not in self.drafted]
         distributions: dict[State, Distribution] = {state: {state: Fraction(1)} for state in new}
-        for number, reveal in enumerate(SCHEDULES[self.schedule]):
+        for number, reveal in enumerate(self.reveals):
             reached = list(
                 dict.fromkeys(s for distribution in distributions.values() for s in distribution)
             )
@@ -127,8 +130,8 @@ class World:
         return {state: self.drafted[state] for state in states}
 
     def step(self, states: list[State], reveal: Reveal, step: int) -> dict[State, Distribution]:
-        """What one `denoise_step` makes of each state, one call for every box of words in which
-        it does the same."""
+        """The states that one `denoise_step` may make of each state. It is called once for every
+        box of words in which it does the same."""
         open_ = [s for s in states if -1 in s.tokens]
         ends = {"final_step": step} if reveal.order.name == "ALL" else {}
         after: dict[State, Distribution] = {
@@ -258,7 +261,7 @@ class World:
         """How much of a draft is shown to the target."""
         K = len(s.tokens)
         if way.withhold == "entropy":  # of the first position, before anything was drawn
-            start = State.fresh(s.prefix)
+            start = self.fresh(s.prefix)
             distribution = self.drafters_row(start, 0, (start.prefix, start.tokens)).softmax(0)
             return K if -(distribution * distribution.log()).sum() < 0.5 else min(K, 1)
         if way.withhold == "value":
@@ -266,7 +269,7 @@ class World:
         return K
 
     def shown(self, states: list[State], way: Way) -> Draft:
-        """What `verify` is told of finished drafts."""
+        """Finished drafts as `verify` is told of them."""
         final = {s.final_step for s in states} - {None}
         fields = {
             "lengths": torch.tensor([self.lengths(s, way) for s in states]),
@@ -356,9 +359,9 @@ class World:
     def carried(self, s: State, accepted: int, token: int, way: Way) -> State:
         """The state behind a round: what the drafter keeps is decided by `carry_over`."""
         prefix = (*s.prefix, *s.tokens[:accepted], token)
-        if way.hot_start is None or len(prefix) >= LENGTH:
-            return State.fresh(prefix[:LENGTH])
-        K, count = LENGTH - len(prefix), accepted + 1
+        if way.hot_start is None or len(prefix) >= self.length:
+            return self.fresh(prefix[: self.length])
+        K, count = self.length - len(prefix), accepted + 1
         old = self.draft_of([s], unfinished=False, lengths=torch.tensor([self.lengths(s, way)]))
         pool = torch.zeros(K, self.V)
         new = Draft.masked(1, K, pool, entangled=way.hot_start != "recycled")
@@ -375,13 +378,13 @@ class World:
     # --- whole runs -----------------------------------------------------------------------------
 
     def output_distribution(self, way: Way) -> dict[Text, Fraction]:
-        """Distribution of the text of whole runs, cut at LENGTH."""
+        """Distribution of the text of whole runs, cut at `length`."""
         return self.runs(way)[0]
 
     def expected_bias(self, way: Way) -> float:
         """Mean over whole runs of the sum of the biases that `verify` returns."""
         waiting, total = self.runs(way)[1], 0.0
-        for length in range(LENGTH):
+        for length in range(self.length):
             distributions = self.drafts([s for s in waiting if len(s.prefix) == length])
             drafts: Distribution = defaultdict(Fraction)
             for state, distribution in distributions.items():
@@ -392,21 +395,21 @@ class World:
             accept, _, bias = self.outcomes(list(drafts), way)
             for n, chance in enumerate(drafts.values()):
                 for i, share in enumerate(stops(accept[n], way.rule)):
-                    total += float(chance * share) * bias[n * (LENGTH - length + 1) + i]
+                    total += float(chance * share) * bias[n * (self.length - length + 1) + i]
         return total
 
     def runs(self, way: Way) -> tuple[dict[Text, Fraction], Distribution]:
-        """Distribution of the text of whole runs, cut at LENGTH; of each state the chance that a
+        """Distribution of the text of whole runs, cut at `length`; of each state the chance that a
         round begins there."""
-        waiting: Distribution = defaultdict(Fraction, {State.fresh(()): Fraction(1)})
+        waiting: Distribution = defaultdict(Fraction, {self.fresh(()): Fraction(1)})
         distribution: dict[Text, Fraction] = defaultdict(Fraction)
-        for length in range(LENGTH):
+        for length in range(self.length):
             states = [s for s in waiting if len(s.prefix) == length]
             if not states:
                 continue
             for state, ends in self.rounds(states, way).items():
                 for end, chance in ends.items():
-                    if len(end.prefix) >= LENGTH:
+                    if len(end.prefix) >= self.length:
                         distribution[end.prefix] += waiting[state] * chance
                     else:
                         waiting[end] += waiting[state] * chance

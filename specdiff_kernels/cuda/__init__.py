@@ -1,19 +1,21 @@
 """CUDA backend: hands addresses and sizes to the native module `_C_cuda`."""
 
-from .commit import commit
-from .denoise_step import denoise_step
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from . import commit, denoise_step, row_distribution, sample, verify
 from .launch import fault
 from .native import workspace_size
-from .row_distribution import row_distribution
-from .sample import sample
-from .verify import verify
 
-__all__ = [
-    "commit",
-    "denoise_step",
-    "fault",
-    "row_distribution",
-    "sample",
-    "verify",
-    "workspace_size",
-]
+__all__ = ["FUNCTIONS", "fault"]
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "commit": commit.commit,
+    "denoise_step": denoise_step.denoise_step,
+    "row_distribution": row_distribution.row_distribution,
+    "sample": sample.sample,
+    "verify": verify.verify,
+    "workspace_size": workspace_size,
+}

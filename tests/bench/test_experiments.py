@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from transformers import GPT2Config
 
-from specdiff.bench import experiments, paper
-from specdiff.bench import kept as kept_module
+from specdiff.bench import shapes
 from specdiff.bench.experiments import Grid, run
 from specdiff.bench.kept import CONDITION, Kept
 from specdiff.bench.methods import parse
-from specdiff.bench.paper import PUBLISHED, Shape, controlled, figure2, stand_in, table2
+from specdiff.bench.paper import PUBLISHED, Shape, called, controlled, figure2, stand_in, table2
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 
 
@@ -55,24 +55,21 @@ def test_all_combinations(models, corpus):
     assert all(case["refused"] is None and case["check"]["passed"] for case in cases)
 
 
-def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
-    """What was measured is not measured again, unless by another command."""
+def test_an_interrupted_run_goes_on(models, tmp_path):
+    """Measured cases are not measured again, unless by another command."""
     grid = Grid([parse("prompt-lookup,k=2")], temperatures=[0.0, 1.0], tokens=4, count=2,
                 repetitions=1)  # fmt: skip
-    own, calls = experiments.compare, []
 
-    def stopping(models, condition, *arguments, **options):
-        calls.append(condition.temperature)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return own(models, condition, *arguments, **options)
+    def stop(cases):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiments, "compare", stopping)
     with pytest.raises(KeyboardInterrupt):
-        run(grid, models, kept=Kept(tmp_path, "methods", "command"))
-    kept = Kept(tmp_path, "methods", "command")
-    content = run(grid, models, kept=kept)
-    assert calls == [0.0, 1.0, 1.0]
+        run(grid, models, kept=Kept(tmp_path, "methods", "command"), show=stop)
+    kept, shown = Kept(tmp_path, "methods", "command"), []
+    measured = list(kept.cases)
+    assert {case["temperature"] for case in measured} == {0.0}
+    content = run(grid, models, kept=kept, show=shown.extend)
+    assert shown == content["cases"] and content["cases"][: len(measured)] == measured
     path = kept.finish(content)
     assert json.loads(path.read_text())["cases"] == content["cases"] and not kept.part.exists()
     assert {case["temperature"] for case in content["cases"]} == {0.0, 1.0}
@@ -81,7 +78,8 @@ def test_an_interrupted_run_goes_on(models, tmp_path, monkeypatch):
     Kept(tmp_path, "methods", "command").add(content["cases"][:2])
     assert Kept(tmp_path, "methods", "another command").cases == []
     assert len(Kept(tmp_path, "methods", "command").cases) == 2
-    monkeypatch.setattr(kept_module, "description", lambda: {"cores": 999})
+    begun = json.loads(kept.part.read_text())
+    kept.part.write_text(json.dumps(begun | {"machine": begun["machine"] | {"cores": 999}}))
     assert Kept(tmp_path, "methods", "command").cases == []
 
 
@@ -113,8 +111,8 @@ def test_the_papers_own_models_are_no_stand_in():
 def test_a_target_is_called_as_its_folder_is():
     row = PUBLISHED[2]
     assert row.target == "gpt-neo-2.7b"
-    assert paper.called(row, "gpt-neo-2.7B")["target"] == "gpt-neo-2.7B"
-    assert paper.called(row, "gpt2-xl")["target"] == "gpt-neo-2.7b"
+    assert called(row, "gpt-neo-2.7B")["target"] == "gpt-neo-2.7B"
+    assert called(row, "gpt2-xl")["target"] == "gpt-neo-2.7b"
 
 
 def test_published():
@@ -135,18 +133,11 @@ def test_figure2(models, corpus, sedd):
 
 def test_controlled(monkeypatch):
     """Two layers of width 64 in place of GPT-2 XL's: alpha comes out as it was set."""
-    small = {"gpt2-xl": {"n_embd": 64, "n_head": 2}}
-    for shapes in (paper.random_target.__globals__["TARGETS"],):
-        config = shapes["gpt2-xl"].__class__(
-            vocab_size=300, n_positions=256, n_layer=2, eos_token_id=None, **small["gpt2-xl"]
-        )
-        monkeypatch.setitem(shapes, "gpt2-xl", config)
-    drafters = paper.random_drafter.__globals__["DRAFTERS"]
-    monkeypatch.setitem(
-        drafters, "gpt2", config.__class__(vocab_size=300, n_positions=256, n_embd=32, n_layer=1,
-                                           n_head=2, eos_token_id=None)
-    )  # fmt: skip
-    monkeypatch.setitem(drafters, "sedd-small", DDiTConfig(300, 16, 1, 2, 8, length=128))
+    small = {"vocab_size": 300, "n_positions": 256, "n_head": 2, "eos_token_id": None}
+    target, gpt2 = (GPT2Config(n_embd=n, n_layer=m, **small) for n, m in ((64, 2), (32, 1)))
+    monkeypatch.setitem(shapes.TARGETS, "gpt2-xl", target)
+    monkeypatch.setitem(shapes.DRAFTERS, "gpt2", gpt2)
+    monkeypatch.setitem(shapes.DRAFTERS, "sedd-small", DDiTConfig(300, 16, 1, 2, 8, length=128))
     shape = Shape("gpt2-xl", torch.float32, torch.device("cpu"))
     content = controlled(
         shape, ["summarise"], [1, 2], context=12, tokens=120, count=3, repetitions=1
@@ -170,13 +161,15 @@ def test_controlled(monkeypatch):
 
 def test_copies_of_a_target_that_would_not_fit_are_not_made(monkeypatch):
     """And the results say so."""
-    monkeypatch.setitem(
-        paper.random_target.__globals__["TARGETS"], "gpt2-xl",
-        GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_head=2, n_layer=2),
-    )  # fmt: skip
+    tiny = GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_head=2, n_layer=2)
+    monkeypatch.setitem(shapes.TARGETS, "gpt2-xl", tiny)
+    sysconf = os.sysconf
     size = Shape("gpt2-xl", torch.float32, torch.device("cpu")).target.model.get_memory_footprint()
     for memory, packed in ((3 * size, True), (2 * size, False)):
-        monkeypatch.setattr(paper, "physical_memory", lambda memory=memory: memory)
+        found = {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}
+        monkeypatch.setattr(
+            os, "sysconf", lambda name, found=found: found.get(name) or sysconf(name)
+        )
         shape = Shape("gpt2-xl", torch.float32, torch.device("cpu"))
         assert shape.packed is packed
         assert ("gpt2-xl without packed copies" in shape.stand_in) is not packed

@@ -1,16 +1,17 @@
-"""What the figures of `specdiff bench` show, that nothing covers anything, and their files."""
+"""Figures of `specdiff bench`: they show every number, nothing covers anything; their files."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from specdiff.bench import figures
-from specdiff.files import write_atomically
 from tests.bench import contents
 
 CONTENTS = {
@@ -300,15 +301,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     changed = contents.lengths()
     changed["cases"][1]["speedup"]["median"] += 0.05
 
-    def half(path, data):
-        if path.suffix == ".svg":
-            monkeypatch.setattr("os.replace", full)
-        write_atomically(path, data)
+    replace = os.replace
 
-    def full(*_):
-        raise OSError("no space left")
+    def full(source, target):
+        if Path(target).suffix == ".svg":
+            raise OSError("no space left")
+        replace(source, target)
 
-    monkeypatch.setattr(figures, "write_atomically", half)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
         figures.draw(changed, tmp_path)
     assert paths[0].read_bytes() != before[0] and paths[1].read_bytes() == before[1]

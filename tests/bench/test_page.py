@@ -230,7 +230,7 @@ def test_everything_is_escaped(one):
 
 
 def test_names_of_figures_stay_inside(one):
-    """What a name could bring into an inlined figure: an id, a reference, a comment's end."""
+    """A name could bring an id, a reference or a comment's end into an inlined figure."""
     name = 'a --> <b id="x" href="#y"> url(#z)'
     read = one(contents.content("methods", [contents.case(name)]))
     assert "b" not in read.tags and not {"#y", "#z"} & set(read.links)
@@ -258,10 +258,10 @@ def test_an_exception_leaves_the_old_page(tmp_path, monkeypatch):
     page.report([contents.lengths()], path)
     before = path.read_bytes()
 
-    def fails(*_):
+    def fails(*_, **options):
         raise OSError("no space left")
 
-    for place in ("specdiff.bench.page.image", "os.replace", "pathlib.Path.write_bytes"):
+    for place in ("matplotlib.figure.Figure.savefig", "os.replace", "pathlib.Path.write_bytes"):
         with monkeypatch.context() as patch:
             patch.setattr(place, fails)
             with pytest.raises(OSError, match="no space left"):

@@ -54,7 +54,7 @@ def test_every_other_layer_of_gpt_neo_is_local():
 
 
 def gap(model) -> torch.Tensor:
-    """What the best logit is above the second, as a share of it, at the positions of a text."""
+    """The lead of the best logit over the second, as a share of it, at the positions of a text."""
     text = Decoder(Target(model)).generate(PROMPTS[0], max_new_tokens=12).sequences
     with torch.inference_mode():
         best = model(torch.tensor(text)).logits.float().topk(2).values[0]

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from specdiff import Sampling, Stats, Step
 from specdiff.cli.main import app
 from specdiff.cli.report import DecodedRun, LiveText, TextStream, figures, median_run
-from specdiff.loop import fast_layers as cpu
 from specdiff.models import encode
 from specdiff.planning.costs import PLAIN, Costs, Plan, measure
+from tests.operators import Operators
 from tests.tiny import tiny_model
 
 KEYS = [
@@ -112,14 +112,13 @@ def test_no_draft_is_plain_decoding(result):
     assert got["target_forwards"] == got["tokens"] == 24
 
 
-def test_models_are_accelerated_unless_told_otherwise(result, monkeypatch):
-    calls = []
-    real = cpu.unchecked
-    monkeypatch.setattr(cpu, "unchecked", lambda *args: calls.append(1) or real(*args))
-    text = result("--no-accelerate")["text"]
-    assert not calls
-    assert result()["text"] == text
-    assert calls
+def test_models_are_accelerated_unless_told_otherwise(result):
+    with Operators() as called:
+        text = result("--no-accelerate")["text"]
+    assert called.names and "specdiff.skinny_linear.default" not in called.names
+    with Operators() as called:
+        assert result()["text"] == text
+    assert "specdiff.skinny_linear.default" in called.names
 
 
 def test_k_and_steps_are_chosen_unless_given(result, target, monkeypatch):

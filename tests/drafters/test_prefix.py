@@ -19,6 +19,7 @@ from specdiff.drafters import (
     ParallelDrafter,
     load_drafter,
 )
+from specdiff.drafters.head import SequentialHead
 from specdiff.drafters.network import DraftNetwork
 from specdiff.drafters.schedule import chunk
 from specdiff.training.groups import Groups, forward_groups
@@ -77,6 +78,21 @@ def recomputed(network, target, tokens, before, revealed, k) -> torch.Tensor:
                 inner += head.state(out / out.square().mean(-1, keepdim=True).sqrt())
             logits += F.silu(inner) @ head.mix.weight.T @ head.out.weight.T
         return logits
+
+
+def test_codes_of_tokens_are_made_in_slices():
+    """Of entries +-1, whose root mean square is 1, and small integers, whose sums are exact: the
+    bits are those of one product, in which order however it adds."""
+    draw = torch.Generator().manual_seed(0)
+    head = SequentialHead(target_size=6, state_size=0, rank=5, vocab_size=9)
+    head.token.weight.data = torch.randint(-9, 9, (5, 6), generator=draw).float()
+    embedding = torch.randint(2, (50, 6), generator=draw).float() * 2 - 1
+    sizes = []
+    head.token.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    for rows in (1, 7, 25, 50, 4096):
+        sizes.clear()
+        assert torch.equal(head.codes(embedding, rows), embedding @ head.token.weight.T)
+        assert sum(sizes) == 50 and max(sizes) == min(rows, 50)
 
 
 @STEPS

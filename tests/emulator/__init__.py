@@ -101,7 +101,7 @@ def load_extension(name: str, path: Path) -> ModuleType:
 
 @cache
 def emulator(*, races: bool = False) -> ModuleType:
-    """What steers the emulator: seeds, barriers to leave out, counts of launches."""
+    """The module that steers the emulator: seeds, barriers to leave out, counts of launches."""
     return load_extension("emulator", build(races=races))
 
 

@@ -38,7 +38,7 @@ def library() -> Path | None:
 
 
 def check() -> dict:
-    """What `main` finds, in a process of its own."""
+    """Returns the findings of `main`, which runs in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         options = f"log_path={log} suppress_equal_stacks=0 suppress_equal_addresses=0 symbolize=0"

@@ -6,6 +6,7 @@ Tolerance: twice the difference between two exact ways to compute the same state
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from transformers import (
 
 from specdiff import Target
 from specdiff.loop import attention
-from specdiff.loop import target as target_module
 from specdiff.loop.target import cache_argument
 from specdiff_kernels import commit
 from tests.tiny import ALIKE, FAMILIES, tiny_model
@@ -115,40 +115,9 @@ def test_cache_after_rounds_equals_fresh_prefill(model, target, batch, seed):
         assert distance(got, want) <= 2 * noise
 
 
-@torch.inference_mode()
-def flash_by_hand(
-    q, k, v, *, cache_seqlens, block_table, softmax_scale, causal, window_size
-) -> torch.Tensor:
-    """What flash-attn documents of flash_attn_with_kvcache, row by row, query by query.
-
-    q [B, Q, Hq, D]; k, v [B, S, H, D], or with a table [blocks, size, H, D].
-    """
-    assert causal and cache_seqlens.dtype == torch.int32
-    assert block_table is None or block_table.dtype == torch.int32
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-    out = torch.empty_like(q)
-    for b, length in enumerate(cache_seqlens.tolist()):
-        keys, values = (
-            x[b] if block_table is None else x[block_table[b].long()].flatten(0, 1) for x in (k, v)
-        )
-        assert length <= len(keys)
-        for i in range(q.shape[1]):
-            end = length - q.shape[1] + i + 1
-            start = 0 if window_size[0] < 0 else max(0, end - 1 - window_size[0])
-            for head in range(q.shape[2]):
-                own = head * k.shape[2] // q.shape[2]
-                scores = keys[start:end, own] @ q[b, i, head]
-                scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-                out[b, i, head] = (scale * scores).softmax(0) @ values[start:end, own]
-    return out
-
-
 @pytest.fixture(params=["sdpa", "eager", "flex", "flash"])
-def attending(request, monkeypatch):
+def attending(request, flash_attn):
     """Makes targets with an attention; flash-attn, which needs a GPU, is replaced by its words."""
-    if request.param == "flash":
-        monkeypatch.setattr(attention, "load_flash", lambda: flash_by_hand)
-        monkeypatch.setattr(target_module.importlib.util, "find_spec", lambda name: name)
     return lambda family: Target(tiny_model(family), attention=request.param)
 
 
@@ -181,17 +150,15 @@ def test_gpt_neo_reads_a_paged_cache(model):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_is_chosen_by_device_dtype_and_what_is_installed(monkeypatch):
+def test_attention_is_chosen_by_device_dtype_and_what_is_installed(flash_attn, monkeypatch):
     model = tiny_model("llama", head_dim=16)
     assert attention.choose(model) == "sdpa"
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    installed = True
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: installed or None)
     assert attention.choose(model) == "flex"  # fp32
     assert attention.choose(tiny_model("llama")) == "sdpa"  # heads of 8
     monkeypatch.setattr(type(model), "dtype", torch.bfloat16)
     assert attention.choose(model) == "flash"
-    installed = False
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
     assert attention.choose(model) == "flex"
     model.config._attn_implementation = "eager"
     assert attention.choose(model) == "eager"
@@ -254,8 +221,9 @@ def test_update_is_in_place_and_returns_views(target):
     assert values.data_ptr() == layer.values.data_ptr()
 
 
-def test_chunked_prefill_equals_one_forward(model, target, monkeypatch):
-    monkeypatch.setattr(Target, "prefill_chunk", 7)
+def test_chunked_prefill_equals_one_forward(model):
+    target = Target(model)
+    target.prefill_chunk = 7
     tokens = torch.arange(40).view(2, 20)
     counts = torch.tensor([20, 11])
     cache = target.new_cache(2, 30)

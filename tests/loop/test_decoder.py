@@ -661,7 +661,7 @@ def test_rows_may_have_limits_and_sampling_of_their_own(target):
         session.admit([prompts[0]], max_new_tokens=[3, 4])
 
 
-def test_a_drafter_with_a_model_reads_a_prompt_in_its_own_row(target, monkeypatch):
+def test_a_drafter_with_a_model_reads_a_prompt_in_its_own_row(target):
     """And not over all rows of the batch."""
     drafter = Autoregressive(target.model)
     session = Decoder(target, drafter, 2).open(6, 60, stop_tokens=[])
@@ -672,7 +672,7 @@ def test_a_drafter_with_a_model_reads_a_prompt_in_its_own_row(target, monkeypatc
         seen.append(tuple(tokens.shape))
         return hidden(tokens, *arguments, **options)
 
-    monkeypatch.setattr(drafter.model, "hidden", counted)
+    drafter.model.hidden = counted
     prompt = [t % target.vocab_size for t in range(1, 41)]
     session.admit([prompt], first=3, max_new_tokens=8)
     while not session.done[3]:

@@ -8,8 +8,8 @@ import torch
 import specdiff.hf
 from specdiff import Decoder, Sampling, Target, generate
 from specdiff.drafters import Autoregressive
-from specdiff.loop import session as session_module
-from specdiff_kernels import Lenience, verify
+from specdiff_kernels import Lenience, Verified
+from tests.operators import Operators
 from tests.tiny import tiny_model
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
@@ -21,18 +21,12 @@ def drafter():
     return Autoregressive(tiny_model("llama", seed=2))
 
 
-@pytest.fixture
-def spent(monkeypatch):
-    """Biases that `verify` returned."""
-    biases = []
-
-    def spied(*args, **options):
-        verified = verify(*args, **options)
-        biases.append(verified.bias.sum().item())
-        return verified
-
-    monkeypatch.setattr(session_module, "verify", spied)
-    return biases
+def spent(decoder: Decoder, **options) -> tuple[float, list[float]]:
+    """The bias that the stats of a run count, and the biases that `verify` returned."""
+    with Operators() as called:
+        counted = decoder.generate(PROMPTS, **options).stats.bias
+    results = [result for name, result in called.results if name == "specdiff.verify.default"]
+    return counted, [Verified(*result).bias.sum().item() for result in results]
 
 
 @pytest.mark.parametrize("lenience", LENIENCES, ids=str)
@@ -45,16 +39,16 @@ def test_greedy_text_is_plain_decodings(target, drafter, lenience):
 
 
 @pytest.mark.parametrize("lenience", LENIENCES, ids=str)
-def test_stats_count_what_was_spent(target, drafter, lenience, spent):
+def test_stats_count_what_was_spent(target, drafter, lenience):
     exact = Decoder(target, drafter, 3)
     lenient = Decoder(target, drafter, 3, "lenient", lenience=lenience)
     options = {"max_new_tokens": 20, "sampling": Sampling(0.8), "seed": 1}
-    assert exact.generate(PROMPTS, **options).stats.bias == 0 == sum(spent)
-    got = lenient.generate(PROMPTS, **options)
-    assert got.stats.bias == pytest.approx(sum(spent), rel=1e-12) and got.stats.bias > 0.01
-    spent.clear()
-    seldom = lenient.generate(PROMPTS, **options, look_every=4)
-    assert seldom.stats.bias == pytest.approx(sum(spent), rel=1e-12) and len(spent) % 4 == 0
+    counted, biases = spent(exact, **options)
+    assert counted == 0 == sum(biases) and biases
+    counted, biases = spent(lenient, **options)
+    assert counted == pytest.approx(sum(biases), rel=1e-12) and counted > 0.01
+    counted, biases = spent(lenient, **options, look_every=4)
+    assert counted == pytest.approx(sum(biases), rel=1e-12) and len(biases) % 4 == 0 < len(biases)
 
 
 def test_rows_may_differ_in_lenience(target, drafter):

@@ -129,15 +129,21 @@ WAYS = {  # K, options; a chooser of K looks at every round
 }
 
 
+def by_chunks(model, size: int) -> Target:
+    """A target that reads prompts by so many tokens."""
+    target = Target(model)
+    target.prefill_chunk = size
+    return target
+
+
 @pytest.mark.parametrize(("k", "options"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("family", FAMILIES + ALIKE)
-def test_a_drafter_is_told_every_token_and_the_states_before_it(family, k, options, monkeypatch):
+def test_a_drafter_is_told_every_token_and_the_states_before_it(family, k, options):
     """In chunks: of prompts, and of rounds without a draft."""
-    monkeypatch.setattr(Target, "prefill_chunk", 5)
     model = tiny_model(family)
     plain = Decoder(Target(model)).generate(PROMPTS, max_new_tokens=24, stop_tokens=[])
     drafter = Listener({row[0]: row for row in plain.sequences})
-    decoder = Decoder(Target(model), drafter, k())
+    decoder = Decoder(by_chunks(model, 5), drafter, k())
     got = decoder.generate(PROMPTS, max_new_tokens=24, stop_tokens=[], **options)
     assert got.sequences == plain.sequences
     assert drafter.widest <= 9  # less than a chunk that was missed, and a round
@@ -148,11 +154,10 @@ def test_a_drafter_is_told_every_token_and_the_states_before_it(family, k, optio
         torch.testing.assert_close(torch.stack(heard)[1:], want[:-1], atol=1e-4, rtol=1e-4)
 
 
-def test_a_place_is_told_its_new_prompt_alone(monkeypatch):
-    monkeypatch.setattr(Target, "prefill_chunk", 5)
+def test_a_place_is_told_its_new_prompt_alone():
     model = tiny_model("llama")
     drafter = Listener({})
-    session = Decoder(Target(model), drafter, 2).open(2, 60, stop_tokens=[])
+    session = Decoder(by_chunks(model, 5), drafter, 2).open(2, 60, stop_tokens=[])
     session.admit([PROMPTS[0]], max_new_tokens=40)
     session.step()
     session.admit([PROMPTS[1]], first=1, max_new_tokens=2)
@@ -217,10 +222,9 @@ def test_layers_that_do_not_exist_are_named():
         target.forward(torch.arange(3)[None], target.new_cache(1, 8), layers=[3])
 
 
-def test_prefill_tells_chunks_of_ragged_prompts(monkeypatch):
-    monkeypatch.setattr(Target, "prefill_chunk", 7)
+def test_prefill_tells_chunks_of_ragged_prompts():
     model = tiny_model("gpt2")
-    target, told = Target(model), {}
+    target, told = by_chunks(model, 7), {}
     tokens, counts = pad([[*range(20)], [*range(20, 31)]], target.device)
 
     def heard(start, before):
@@ -235,7 +239,7 @@ def test_prefill_tells_chunks_of_ragged_prompts(monkeypatch):
         torch.testing.assert_close(have, want, atol=1e-4, rtol=1e-4)
 
 
-def test_sampled_text_with_states_is_that_without(monkeypatch):
+def test_sampled_text_with_states_is_that_without():
     """Recording changes nothing of what is decoded."""
     model = tiny_model("qwen2")
     texts = []

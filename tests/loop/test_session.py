@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import gc
 import random
-import sys
 from functools import cache
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from specdiff import AdaptiveK, Decoder, PagedRowCache, Sampling, Target
+from specdiff import AdaptiveK, Decoder, PagedRowCache, Sampling, Session, Target
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import SEDD
-from specdiff.loop import attention
-from specdiff.loop import session as session_module
-from specdiff.loop import target as target_module
-from specdiff.loop.capture import Captured
 from specdiff_kernels import DistributionError
-from tests.planning.test_adaptive import block_diffusion, eagle, parallel
-from tests.tiny import tiny_model
-
-from .test_cache import flash_by_hand
+from tests.replay import RecordedCapture
+from tests.tiny import block_diffusion, eagle, parallel, tiny_model
 
 SAMPLED = Sampling(temperature=0.9, top_p=0.95)
 
@@ -130,78 +121,29 @@ def test_looking_rarely_changes_nothing(target, name, sampling, look_every):
 # --- what would be a CUDA graph ---
 
 
-aten = torch.ops.aten
-WAITS = {
-    aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default,
-    aten.nonzero.default, aten.masked_select.default, aten.lift_fresh.default,
-}  # fmt: skip
-
-
-class Recorded(TorchDispatchMode):
-    """What a CUDA graph is: the operations of a function and their memory, without its Python."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        masks = operation is aten.index.Tensor and any(
-            x is not None and x.dtype == torch.bool for x in args[1]
-        )
-        assert operation not in WAITS and not masks, f"{operation} waits for the device"
-        out = operation(*args, **(kwargs or {}))
-        self.calls.append((operation, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        for operation, args, kwargs, out in self.calls:
-            again = operation(*args, **kwargs)
-            for have, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(have, torch.Tensor) and have.data_ptr() != new.data_ptr():
-                    have.copy_(new)
-
-
-class RecordedCapture(Captured):
-    def __init__(self, device):
-        self.graphs, self.replayed, self.pool = {}, 0, None
-
-    def __call__(self, key, function):
-        if key in self.graphs:
-            self.replayed += 1
-            return self.graphs[key].replay()
-        with Recorded() as graph:  # unlike a capture, this runs as well: it is the first run
-            function()
-        self.graphs[key] = graph
-
-    def forget(self):
-        self.graphs.clear()
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """Rounds are replayed, without the checks that are made on a CPU alone."""
-    monkeypatch.setattr(session_module, "Captured", RecordedCapture)
-    monkeypatch.setattr(session_module, "SPAN", 32)
-    for module in ("checks", "denoise_step"):
-        monkeypatch.setattr(sys.modules[f"specdiff_kernels.ops.{module}"], "readable", lambda x: 0)
-    monkeypatch.setattr(PagedRowCache, "check", lambda cache: None)
+def replaying(decoder: Decoder, *args, **options) -> Session:
+    """A session whose rounds are recorded and replayed."""
+    session = decoder.open(*args, look_every=2, capture=RecordedCapture(), **options)
+    if isinstance(session.cache, PagedRowCache):
+        session.cache.check = lambda: None  # on a CPU it looks in every round
+    return session
 
 
 @pytest.mark.parametrize("kind", [{}, {"block_size": 4}])
 @pytest.mark.parametrize("name", RESIDENT)
-def test_a_round_can_be_replayed(target, name, kind, recorded):
+def test_a_round_can_be_replayed(target, name, kind):
     """Rows come and go between replays; keys beyond 32 are another graph."""
     jobs = requests(9, longest=20, new=30, seed=3)
     make = lambda: Decoder(target, DRAFTERS[name](target), None if name == "none" else 4)
-    session = make().open(3, 51, sampling=SAMPLED, look_every=2, capture=True, **kind)
+    session = replaying(make(), 3, 51, sampling=SAMPLED, **kind)
     assert serve(session, jobs) == alone(make(), jobs, SAMPLED)
     assert session._captured.replayed > 10 and 1 <= len(session._captured.graphs) <= 2
 
 
-def test_rows_with_other_parameters_are_captured_anew(target, recorded):
+def test_rows_with_other_parameters_are_captured_anew(target):
     """A row that is the first to use top_k changes the tensors that a graph reads."""
     decoder = Decoder(target, Autoregressive(target.model), 3)
-    session = decoder.open(2, 51, sampling=SAMPLED, stop_tokens=[], look_every=2, capture=True)
+    session = replaying(decoder, 2, 51, sampling=SAMPLED, stop_tokens=[])
     session.admit([[1, 2, 3]], max_new_tokens=30, seed=5)
     for _ in range(3):
         session.step()
@@ -251,19 +193,19 @@ def test_a_place_is_used_again_by_a_prompt_of_one_token(target):
     assert session.stats.accepted == session.stats.drafted > 0
 
 
-def test_looking_at_the_device_is_caught(target, recorded):
+def test_looking_at_the_device_is_caught(target):
     class Looks(Autoregressive):
         def draft(self, news, k, lengths, draws):
             assert lengths.max() >= 0
             return super().draft(news, k, lengths, draws)
 
-    session = Decoder(target, Looks(target.model), 4).open(1, 51, look_every=2, capture=True)
+    session = replaying(Decoder(target, Looks(target.model), 4), 1, 51)
     session.admit([[1, 2, 3]], max_new_tokens=30)
     with pytest.raises(AssertionError, match="waits for the device"):
         session.step()
 
 
-def test_replaying_what_keeps_new_memory_is_caught(target, recorded):
+def test_replaying_what_keeps_new_memory_is_caught(target):
     """A drafter that counts in a new tensor: the text of the replay is another, or it fails."""
 
     class Rebinds(Autoregressive):
@@ -273,7 +215,7 @@ def test_replaying_what_keeps_new_memory_is_caught(target, recorded):
 
     make = lambda: Decoder(target, Rebinds(target.model), 4)
     jobs = requests(3, new=30, seed=3)
-    session = make().open(3, 51, look_every=2, capture=True)
+    session = replaying(make(), 3, 51)
     serve(session, jobs)
     assert (
         session.stats.acceptance[0]
@@ -287,11 +229,11 @@ def test_capture_needs_a_gpu(target):
         Decoder(target).open(1, 10, capture=True, look_every=2)
 
 
-def test_what_cannot_be_captured_is_refused(target, recorded):
+def test_what_cannot_be_captured_is_refused(target):
     with pytest.raises(ValueError, match="capture needs a look_every above 1"):
-        Decoder(target).open(1, 10, capture=True)
+        Decoder(target).open(1, 10, capture=RecordedCapture())
     with pytest.raises(ValueError, match="PromptLookup waits for the device"):
-        Decoder(target, PromptLookup()).open(1, 10, capture=True, look_every=2)
+        replaying(Decoder(target, PromptLookup()), 1, 10)
 
 
 # --- limits ---
@@ -385,10 +327,9 @@ def test_what_ends_a_row_is_not_asked_about_what_was_cut_off(target):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("block_size", [None, 4, 256])
 @pytest.mark.parametrize("name", ["flash", "flex"])
-def test_every_attention_serves_a_session(name, block_size, monkeypatch):
+@pytest.mark.usefixtures("flash_attn")
+def test_every_attention_serves_a_session(name, block_size):
     """flash-attn, which needs a GPU, by what it documents; it reads blocks of 256 in place."""
-    monkeypatch.setattr(attention, "load_flash", lambda: flash_by_hand)
-    monkeypatch.setattr(target_module.importlib.util, "find_spec", lambda name: name)
     other, plain = Target(tiny_model("llama"), attention=name), Target(tiny_model("llama"))
     jobs = requests(6, seed=4)
     session = Decoder(other, PromptLookup(), 4).open(2, 33, block_size=block_size)
@@ -431,7 +372,7 @@ def test_rounds_leave_no_tensors_behind():
 
 
 def predicted(model, text: list[int], new: int) -> list[int]:
-    """What the model would say at each of the last `new` positions, read at once and alone."""
+    """The model's greedy tokens at the last `new` positions of a text, read at once and alone."""
     with torch.inference_mode():
         return model(torch.tensor([text])).logits[0, -new - 1 : -1].argmax(-1).tolist()
 

@@ -60,7 +60,7 @@ class NoDriver:
 
 
 def look_at(compiled: Any) -> dict[str, Any]:
-    """What must not be in a kernel, as found in its PTX and its cubin."""
+    """Finds instructions that must not be in a kernel, in its PTX and its cubin."""
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import pytest
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Draft, RowDistribution
+from specdiff_kernels import Draft, RowDistribution, backends
 
 LAST_WORD = -1  # the largest 64-bit word, as an int64 pattern
 
@@ -28,6 +34,22 @@ def recorded_draft(
     return Draft(
         tokens, torch.zeros_like(tokens, dtype=torch.int32), rows, logits, distribution, **fields
     )
+
+
+@contextmanager
+def installed(**packages: ModuleType | None) -> Iterator[None]:
+    """Backends by name as if these were their packages; None: it cannot be imported."""
+
+    def forget() -> None:
+        backends.load.cache_clear()
+        backends.find.cache_clear()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, package in packages.items():
+            monkeypatch.setitem(sys.modules, f"specdiff_kernels.{name}", package)
+        forget()
+        yield
+    forget()
 
 
 def assert_same(a: tuple, b: tuple) -> None:

@@ -16,7 +16,7 @@ from specdiff_kernels.ops import registry
 
 @contextmanager
 def on_gpu(name: str) -> Iterator[None]:
-    """What ops forced to backend `name` take goes to the GPU, and what they fill comes back."""
+    """Ops forced to backend `name` run on the GPU: tensors go there, and results come back."""
     original = registry.implementation
 
     def implementation(op: str, device: torch.device, asked: str | None) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What threads of a GPU may see of each other's writes, checked while Triton's interpreter runs.
+"""Checks, while Triton's interpreter runs, which writes a GPU's threads may see of each other.
 
 The interpreter runs a program as one thread, and programs one after another, so that a missing
 barrier changes nothing there. Here each access to global memory is held against the rules:

@@ -1,4 +1,4 @@
-"""What stands of a round: lengths, blocks given back, a tree's path moved.
+"""The end of a round: lengths, blocks given back, a tree's path moved.
 
 Pages are held against lists of Python; caches against indexing of a copy.
 """
@@ -100,7 +100,7 @@ class Book:
         self.tables[row] = self.tables[row][:blocks]
 
     def end(self) -> None:
-        """What nobody holds any more is free, each block once, where it was dropped last."""
+        """Blocks that nobody holds any more are free, each once, where it was dropped last."""
         latest = {block: i for i, block in enumerate(self.dropped)}
         self.free += [
             block

@@ -1,4 +1,4 @@
-"""What PyTorch asks of the ops: opcheck, `torch.compile` without graph breaks, fake tensors."""
+"""PyTorch's demands on the ops: opcheck, `torch.compile` without graph breaks, fake tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from specdiff_kernels import (
     Lenience,
     Pages,
     Reveal,
-    backends,
     commit,
     denoise_step,
     row_distribution,
@@ -30,6 +29,8 @@ from specdiff_kernels import (
     verify,
 )
 from specdiff_kernels.ops.row_divergence import BACKWARD
+
+from .helpers import installed
 
 B, K, V = 2, 3, 9
 NO_WORKSPACE = (commit, row_divergence, skinny_linear)
@@ -117,7 +118,7 @@ def slope(*args, out: Tensor | None = None) -> Tensor:
 
 
 class Recorder(TorchDispatchMode):
-    """What the dispatcher is given, as it was before the call."""
+    """Records the arguments that the dispatcher is given, as they were before the call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,8 +336,9 @@ def no_memory(monkeypatch):
     def refuse(*args):
         raise AssertionError("memory was asked for")
 
-    monkeypatch.setattr(backends, "find", refuse)
     monkeypatch.setattr(Tensor, "data_ptr", refuse)
+    with installed(cpp=None, reference=None, triton=None, cuda=None):
+        yield
 
 
 def described(result) -> list[tuple]:

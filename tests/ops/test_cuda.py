@@ -1,4 +1,4 @@
-"""What is CUDA's alone: compiled code, launches, workspaces, barriers, the order of blocks."""
+"""Only of CUDA: compiled code, launches, workspaces, barriers, the order of blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from specdiff_kernels import (
     Draft,
     Pages,
     Reveal,
+    available_backends,
     backends,
     commit,
     denoise_step,
@@ -31,7 +33,7 @@ from tests.emulator import races
 
 from .conftest import forced
 from .fusion import fusion_fault
-from .helpers import assert_same
+from .helpers import assert_same, installed
 from .rounds import B, K, a_round, empty_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +48,7 @@ needs_compiler = pytest.mark.skipif(emulator.COMPILER is None, reason="needs a C
 
 
 def compiled(source: Path, folder: Path, *options: str) -> tuple[str, str]:
-    """What ptxas says of a source, and its PTX."""
+    """The output of ptxas for a source, and the PTX."""
     folder.mkdir(parents=True)
     command = [TOOLKIT.nvcc, *TOOLKIT.flags({}), *options, f"-I{ROOT / 'csrc' / 'include'}",
                "-Xptxas=-v", "--keep", f"--keep-dir={folder}", "-c", source, "-o",
@@ -378,17 +380,14 @@ def test_no_rows_are_no_launch(launches):
 
 def test_a_device_without_a_driver_is_no_reason_to_fail(monkeypatch):
     """Another backend is taken, and why is said."""
-    pytest.importorskip("specdiff_kernels._C_cuda", reason="built without nvcc")
-    from specdiff_kernels import cuda
-
-    monkeypatch.setattr(cuda, "fault", lambda: "CUDA driver version is insufficient")
+    cuda = ModuleType("cuda")
+    cuda.FUNCTIONS = {"verify": lambda *args, **kwargs: pytest.fail("it was called")}
+    cuda.fault = lambda: "CUDA driver version is insufficient"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "driver version is insufficient" in backends.available_backends("cuda")["cuda"]
-    absent = ModuleNotFoundError("No module named 'triton'")
-    load = backends.load
-    monkeypatch.setattr(backends, "load", lambda name: absent if name == "triton" else load(name))
-    find = backends.find.__wrapped__
-    assert find("verify", "cuda", None).__module__ == "specdiff_kernels.reference.verify"
+    with installed(triton=None, cuda=cuda):
+        assert "driver version is insufficient" in available_backends("cuda")["cuda"]
+        function = backends.find("verify", "cuda", None)
+    assert function.__module__ == "specdiff_kernels.reference.verify"
 
 
 def test_a_wrong_workspace_is_named(steering):

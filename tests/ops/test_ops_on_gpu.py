@@ -1,4 +1,4 @@
-"""What only a GPU shows of its backends: graphs, streams, what waits, what a sanitizer finds."""
+"""Seen on a GPU alone: graphs, streams, calls that wait, the findings of a sanitizer."""
 
 from __future__ import annotations
 

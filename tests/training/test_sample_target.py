@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,6 @@ from typer.testing import CliRunner
 from specdiff import Decoder, Sampling, Target
 from specdiff.cli.main import app
 from specdiff.drafters import PromptLookup
-from specdiff.loop import session as session_module
 from specdiff.loop.session import Session
 from specdiff.training import sample_target
 from specdiff.training.conversations import load_conversations
@@ -34,7 +35,7 @@ from specdiff.training.sample_target import (
     part_size,
     sample_conversations,
 )
-from tests.loop.test_session import RecordedCapture
+from tests.replay import RecordedCapture
 from tests.tiny import tiny_model
 
 TEMPLATE = (
@@ -115,35 +116,41 @@ def test_seeds_are_each_conversations_own():
     assert draw(0, 7, "answer") == 0xA0A21F78FA7059A6
 
 
-@pytest.fixture
-def replayed(monkeypatch) -> list[RecordedCapture]:
+class Replaying(Decoder):
     """As on a GPU: the host looks every third round, and rounds are replayed."""
-    replays = []
 
-    def replay(device):
-        replays.append(RecordedCapture(device))
-        return replays[-1]
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self.replays: list[RecordedCapture] = []
 
-    def begin(sampler, *args):
-        init(sampler, *args)
-        sampler.captures = True
+    def open(self, *args: Any, **options: Any) -> Session:
+        self.replays.append(RecordedCapture())
+        own = {"look_every": 3, "capture": self.replays[-1]}
+        return super().open(*args, **(options | own))
 
-    init = Sampler.__init__
-    monkeypatch.setattr(Sampler, "__init__", begin)
-    monkeypatch.setattr(Session, "_look_every", lambda session, wanted: 3)
-    monkeypatch.setattr(session_module, "Captured", replay)
-    checks = sys.modules["specdiff_kernels.ops.checks"]
-    monkeypatch.setattr(checks, "readable", lambda tensor: False)
-    return replays
+
+class Watched(Decoder):
+    """Shows the sessions that it opens to `watch`."""
+
+    def __init__(self, target: Target, watch: Callable[[Session], None]) -> None:
+        super().__init__(target)
+        self.watch = watch
+
+    def open(self, *args: Any, **options: Any) -> Session:
+        session = super().open(*args, **options)
+        self.watch(session)
+        return session
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_answers_are_those_of_generate(decoder, tiny_tokenizer, lines, tmp_path, request, gpu):
+def test_answers_are_those_of_generate(decoder, tiny_tokenizer, lines, tmp_path, gpu):
     """Whatever the batch; prompts, temperatures and seeds belong to the conversation."""
-    replays = request.getfixturevalue("replayed") if gpu else []
-    plan = SamplePlan(lines, 12, (1.0, 0.7, 0.0), seed=5)
-    totals = sample_conversations(decoder, tiny_tokenizer, tmp_path / "out", 14, plan, batch=3)
-    assert [replay.replayed > 0 for replay in replays] == [True] * 3 * gpu
+    plan, used = SamplePlan(lines, 12, (1.0, 0.7, 0.0), seed=5), decoder
+    if gpu:
+        used = Replaying(decoder.target)
+    totals = sample_conversations(used, tiny_tokenizer, tmp_path / "out", 14, plan, batch=3)
+    if gpu:
+        assert [replay.replayed > 0 for replay in used.replays] == [True] * 3
     got = answers(tmp_path / "out")
     assert [file[5:13] for file in parts(tmp_path / "out")] == ["00000000", "00000006", "00000012"]
     assert totals[:2] == (14, sum(len(answer) for _, answer in got))
@@ -161,20 +168,24 @@ def test_answers_are_those_of_generate(decoder, tiny_tokenizer, lines, tmp_path,
         assert answer[-1] == END or len(prompt) + len(answer) == 12
 
 
-def test_rows_are_admitted_together(decoder, chat, any_word, tmp_path, monkeypatch):
+def test_rows_are_admitted_together(model, chat, any_word, tmp_path):
     """A part begins with one prefill, and no place is free while a row waits."""
-    admit, step, admitted, free = Session.admit, Session.step, [], []
+    admitted, free = [], []
 
-    def admitting(session, prompts, *, first, **options):
-        admitted.append((first, len(prompts)))
-        admit(session, prompts, first=first, **options)
+    def watch(session):
+        admit, step = session.admit, session.step
 
-    def stepping(session):
-        free.append(sum(session.done))
-        return step(session)
+        def admitting(prompts, *, first, **options):
+            admitted.append((first, len(prompts)))
+            admit(prompts, first=first, **options)
 
-    monkeypatch.setattr(Session, "admit", admitting)
-    monkeypatch.setattr(Session, "step", stepping)
+        def stepping():
+            free.append(sum(session.done))
+            return step()
+
+        session.admit, session.step = admitting, stepping
+
+    decoder = Watched(Target(model), watch)
     sample_conversations(decoder, chat, tmp_path, 8, SamplePlan("self", 100), batch=4)
     assert admitted[0] == (0, 4) and sum(n for _, n in admitted) >= 16
     assert free == sorted(free)  # the batch runs empty at the part's end alone
@@ -224,26 +235,29 @@ def test_ranges_of_two_runs_are_one_run(decoder, tiny_tokenizer, lines, tmp_path
 
 
 @pytest.mark.parametrize("source", ["self", "lines"])
-def test_resumed_run_gives_the_same_files(
-    decoder, chat, any_word, lines, tmp_path, monkeypatch, source
-):
+def test_resumed_run_gives_the_same_files(model, chat, any_word, lines, tmp_path, source):
     plan = SamplePlan("self" if source == "self" else lines, 100, (1.0, 0.7), seed=2)
+    steps, fatal = [], []
+
+    def watch(session):
+        step = session.step
+
+        def failing():
+            steps.append(1)
+            if len(steps) in fatal:
+                raise KeyboardInterrupt
+            return step()
+
+        session.step = failing
+
+    decoder = Watched(Target(model), watch)
 
     def run(folder: Path):
         return sample_conversations(decoder, chat, folder, 10, plan, batch=2)
 
-    step, steps = Session.step, []
-    monkeypatch.setattr(Session, "step", lambda session: steps.append(1) or step(session))
     run(tmp_path / "a")
     most = len(steps)
-
-    def failing(session):
-        steps.append(1)
-        if len(steps) in (most + most * 3 // 4, most + most * 3 // 4 + 3):
-            raise KeyboardInterrupt
-        return step(session)
-
-    monkeypatch.setattr(Session, "step", failing)
+    fatal += [most + most * 3 // 4, most + most * 3 // 4 + 3]
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "b")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import shutil
+import time
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from specdiff.drafters.network import DraftConfig, DraftNetwork
-from specdiff.training import teacher as teacher_module
 from specdiff.training.conversations import Conversations
 from specdiff.training.distillation import Distillation, evaluate, fit_linear
 from specdiff.training.objective import Objective
@@ -47,7 +50,7 @@ def own_states(model, tokens: Tensor, layers) -> Tensor:
 
 
 def each(model, conversations, layers) -> list[Tensor]:
-    """What should be stored of each conversation."""
+    """States that should be stored of each conversation."""
     return [
         own_states(model, tokens[: length - 1], layers)
         for tokens, length in zip(conversations.tokens, conversations.length, strict=True)
@@ -115,56 +118,50 @@ class Stop(Exception):
     """An interruption."""
 
 
-def stop_after(monkeypatch, forwards: int) -> None:
-    left = iter(range(forwards))
-    whole = Body.__call__
-
-    def call(self, tokens):
-        if next(left, None) is None:
-            raise Stop
-        return whole(self, tokens)
-
-    monkeypatch.setattr(Body, "__call__", call)
-
-
-def forwards(monkeypatch) -> list[int]:
-    """How many texts each forward has, from now on."""
+@contextmanager
+def watched(model, most: int | None = None) -> Iterator[list[int]]:
+    """How many texts each forward of a model has; the one behind `most` of them is interrupted."""
     seen: list[int] = []
-    whole = Body.__call__
-    monkeypatch.setattr(
-        Body, "__call__", lambda self, tokens: seen.append(len(tokens)) or whole(self, tokens)
-    )
-    return seen
+
+    def before(module, args):
+        if len(seen) == most:
+            raise Stop
+        seen.append(len(args[0]))
+
+    handle = model.base_model.register_forward_pre_hook(before)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
-@pytest.mark.parametrize("save_every", [0.0, 1e9])
+@pytest.mark.parametrize("hours_pass", [True, False])
 def test_an_interrupted_computation_goes_on(
-    model, conversations, tmp_path, monkeypatch, save_every
+    model, conversations, tmp_path, monkeypatch, hours_pass
 ):
-    """To the same bytes, from where it was last saved."""
-    monkeypatch.setattr(teacher_module, "SAVE_EVERY", save_every)
+    """To the same bytes, from where it was last saved: after each forward, or never."""
+    monkeypatch.setattr(time, "monotonic", count(step=3600 * hours_pass).__next__)
     straight, path = tmp_path / "straight.npy", tmp_path / "states.npy"
     store(model, conversations, straight, layers=(1,))
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, 4)
+    with watched(model, most=4), pytest.raises(Stop):
         store(model, conversations, path, layers=(1,))
     assert not path.exists()
-    seen = forwards(monkeypatch)
-    store(model, conversations, path, layers=(1,))
-    assert sum(seen) == TEXTS - (4 * BATCH if save_every == 0 else 0)
+    with watched(model) as seen:
+        store(model, conversations, path, layers=(1,))
+    assert sum(seen) == TEXTS - 4 * BATCH * hours_pass
     assert path.read_bytes() == straight.read_bytes()
-    seen.clear()
-    store(model, conversations, path, layers=(1,))
+    with watched(model) as seen:
+        store(model, conversations, path, layers=(1,))
     assert not seen and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_begun_file_of_another_shape_is_begun_again(model, conversations, tmp_path, monkeypatch):
+def test_a_begun_file_of_another_shape_is_begun_again(model, conversations, tmp_path):
     """Such as that of a version that stored padding, too."""
     path = tmp_path / "states.npy"
     np.lib.format.open_memmap(tmp_path / "states.npy.partial", "w+", np.float16, (TEXTS, 30, SIZE))
     (tmp_path / "states.npy.progress").write_text("2")
-    seen = forwards(monkeypatch)
-    store(model, conversations, path)
+    with watched(model) as seen:
+        store(model, conversations, path)
     assert sum(seen) == TEXTS
 
 
@@ -195,10 +192,9 @@ def test_too_little_room_is_refused(model, conversations, tmp_path, monkeypatch)
 
 
 def test_what_is_written_already_needs_no_room(model, conversations, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(time, "monotonic", count(step=3600).__next__)
     usage = namedtuple("usage", "total used free")
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, TEXTS // BATCH - 1)
+    with watched(model, most=TEXTS // BATCH - 1), pytest.raises(Stop):
         store(model, conversations, tmp_path / "states.npy")
     size = 2 * int((conversations.length - 1).sum()) * SIZE
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9, size // 2))

@@ -88,7 +88,7 @@ def test_a_batch_follows_from_the_step(conversations):
 
 
 def test_no_text_is_left_out_for_its_length():
-    """What fills no batch is left out by chance, also where one pool holds all."""
+    """Texts that fill no batch are left out by chance, also where one pool holds all."""
     rows, recipe = torch.arange(20), Recipe(batch=16, seed=1)
     chosen = torch.cat([choose(rows, torch.arange(20), recipe, epoch) for epoch in range(30)])
     assert len(chosen.unique()) == 20

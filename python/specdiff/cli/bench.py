@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -60,12 +62,68 @@ Count = Annotated[int, typer.Option("--prompts", min=1, help="Prompts of each ta
 Repetitions = Annotated[int, typer.Option(min=1, help="How often to measure each case.")]
 Results = Annotated[Path, typer.Option(help="Results go to a subfolder named after the machine.")]
 Name = Annotated[str | None, typer.Option(help="File name; default: the varied options.")]
+Context = Annotated[int | None, typer.Option(help="Prompt length in tokens.")]
 Where = Annotated[Device | None, typer.Option("--device", help="Default: cuda if available.")]
 Type = Annotated[Dtype, typer.Option("--dtype", help="Data type of the target's weights.")]
 
 
+@dataclass(frozen=True)
+class Size:
+    """Options of what is decoded in each case."""
+
+    tokens: Tokens = None
+    prompts: Count = 16
+    repetitions: Repetitions = 3
+    corpus: Corpus = None
+    corpus_path: CorpusPath = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Options of where decoding runs, and where its results go."""
+
+    results: Results = Path("results")
+    name: Name = None
+    device: Where = None
+    dtype: Type = Dtype.float32
+    threads: Threads = None
+
+    def kept(self, name: str, invoked: typer.Context, device: torch.device) -> Kept:
+        """The file of results: under the name that was given, or else under this one."""
+        from ..bench.kept import Kept
+
+        return Kept(self.results, self.name or name, typed(invoked), device)
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the fields of Size and Place as options, in place of a parameter for all."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in groups:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        own = get_type_hints(groups[parameter.name], include_extras=True)
+        parameters += [
+            parameter.replace(name=field.name, default=field.default, annotation=own[field.name])
+            for field in fields(groups[parameter.name])
+        ]
+
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    vars(run)["__signature__"] = inspect.Signature(parameters)
+    return run
+
+
 @app.command("run")
 @user_errors()
+@with_groups
 def run_grid(
     invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
@@ -82,22 +140,14 @@ def run_grid(
     steps: Steps = None,
     batch: Batch = "1",
     context: Contexts = None,
-    tokens: Tokens = None,
-    prompts: Count = 16,
-    repetitions: Repetitions = 3,
-    corpus: Corpus = None,
-    corpus_path: CorpusPath = None,
-    results: Results = Path("results"),
-    name: Name = None,
-    device: Where = None,
-    dtype: Type = Dtype.float32,
+    *,
+    size: Size,
+    place: Place,
     no_accelerate: NoAccelerate = False,
-    threads: Threads = None,
 ) -> None:
     """Compare methods with plain decoding. Options take comma-separated values; all combinations
     are measured."""
     from ..bench.experiments import Grid, run
-    from ..bench.kept import Kept
     from ..bench.methods import parse
 
     grid = Grid(
@@ -108,16 +158,17 @@ def run_grid(
         [] if steps is None else counts("--steps", steps),
         numbers("--batch", batch, int),
         [None] if context is None else numbers("--context", context, int),
-        tokens, prompts, repetitions, corpus, corpus_path,
+        size.tokens, size.prompts, size.repetitions, size.corpus, size.corpus_path,
     )  # fmt: skip
-    where, kind = placed(device, dtype, threads)
-    kept = Kept(results, name or grid.kind, typed(invoked), where)
+    where, kind = placed(place.device, place.dtype, place.threads)
+    kept = place.kept(grid.kind, invoked, where)
     found = each(target, where, kind, not no_accelerate)
     finish(kept, [run(grid, models, kept=kept, show=show) for models in found])
 
 
 @app.command()
 @user_errors()
+@with_groups
 def table2(
     invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
@@ -133,32 +184,23 @@ def table2(
     steps: Annotated[
         int | None, typer.Option(help="Reverse steps; default: the drafter's own.")
     ] = None,
-    tokens: Tokens = None,
-    context: Annotated[int | None, typer.Option(help="Prompt length in tokens.")] = None,
-    prompts: Count = 16,
-    repetitions: Repetitions = 3,
-    corpus: Corpus = None,
-    corpus_path: CorpusPath = None,
-    results: Results = Path("results"),
-    name: Name = None,
-    device: Where = None,
-    dtype: Type = Dtype.float32,
+    context: Context = None,
+    *,
+    size: Size,
+    place: Place,
     no_accelerate: NoAccelerate = False,
-    threads: Threads = None,
 ) -> None:
     """Reproduce Table 2 of SpecDiff; with --task short, the rows of its appendix."""
     from ..bench.experiments import Grid
-    from ..bench.kept import Kept
     from ..bench.paper import table2 as measure
 
     grid = Grid(
         [], names(task), numbers("--temperature", temperature, float),
-        contexts=[context], tokens=tokens, count=prompts, repetitions=repetitions, corpus=corpus,
-        path=corpus_path,
+        contexts=[context], tokens=size.tokens, count=size.prompts, repetitions=size.repetitions,
+        corpus=size.corpus, path=size.corpus_path,
     )  # fmt: skip
-    where, kind = placed(device, dtype, threads)
-    own = "appendix" if grid.tasks == ["short"] else "table2"
-    kept = Kept(results, name or own, typed(invoked), where)
+    where, kind = placed(place.device, place.dtype, place.threads)
+    kept = place.kept("appendix" if grid.tasks == ["short"] else "table2", invoked, where)
     found = each(target, where, kind, not no_accelerate)
     finish(
         kept, [measure(m, drafter, standard, grid, k, steps, kept=kept, show=show) for m in found]
@@ -167,6 +209,7 @@ def table2(
 
 @app.command()
 @user_errors()
+@with_groups
 def figure2(
     invoked: typer.Context,
     target: Targets = ["smollm2-135m"],  # noqa: B006
@@ -177,37 +220,30 @@ def figure2(
     ] = "1,2,4,8,16,32",
     task: Tasks = "summarise",
     temperature: Temperatures = "1",
-    tokens: Tokens = None,
-    context: Annotated[int | None, typer.Option(help="Prompt length in tokens.")] = None,
-    prompts: Count = 16,
-    repetitions: Repetitions = 3,
-    corpus: Corpus = None,
-    corpus_path: CorpusPath = None,
-    results: Results = Path("results"),
-    name: Name = None,
-    device: Where = None,
-    dtype: Type = Dtype.float32,
+    context: Context = None,
+    *,
+    size: Size,
+    place: Place,
     no_accelerate: NoAccelerate = False,
-    threads: Threads = None,
 ) -> None:
     """Reproduce Figure 2 of SpecDiff: speed-up and acceptance alpha against T."""
     from ..bench.experiments import Grid
-    from ..bench.kept import Kept
     from ..bench.paper import figure2 as measure
 
     grid = Grid(
         [], names(task), numbers("--temperature", temperature, float),
-        steps=numbers("--steps", steps, int), contexts=[context], tokens=tokens, count=prompts,
-        repetitions=repetitions, corpus=corpus, path=corpus_path,
+        steps=numbers("--steps", steps, int), contexts=[context], tokens=size.tokens,
+        count=size.prompts, repetitions=size.repetitions, corpus=size.corpus, path=size.corpus_path,
     )  # fmt: skip
-    where, kind = placed(device, dtype, threads)
-    kept = Kept(results, name or "figure2", typed(invoked), where)
+    where, kind = placed(place.device, place.dtype, place.threads)
+    kept = place.kept("figure2", invoked, where)
     found = each(target, where, kind, not no_accelerate)
     finish(kept, [measure(models, drafter, grid, k, kept=kept, show=show) for models in found])
 
 
 @app.command()
 @user_errors()
+@with_groups
 def controlled(
     invoked: typer.Context,
     target: Annotated[list[str], typer.Option(help="gpt2-xl or gpt-neo-2.7b.")] = ["gpt2-xl"],  # noqa: B006
@@ -222,21 +258,17 @@ def controlled(
     layers: Annotated[
         int | None, typer.Option(help="Layers of every model, to save memory or time.")
     ] = None,
-    results: Results = Path("results"),
-    name: Name = None,
-    device: Where = None,
-    dtype: Type = Dtype.float32,
-    threads: Threads = None,
+    *,
+    place: Place,
 ) -> None:
     """Measure Table 2's models with random weights, at the acceptance that Table 2 reports. Costs
     are real; drafts are made up."""
-    from ..bench.kept import Kept
     from ..bench.paper import Shape, check_tasks
     from ..bench.paper import controlled as measure
 
     check_tasks(names(task))
-    where, kind = placed(device, dtype, threads)
-    kept = Kept(results, name or "controlled", typed(invoked), where)
+    where, kind = placed(place.device, place.dtype, place.threads)
+    kept = place.kept("controlled", invoked, where)
     contents = [
         measure(
             Shape(one, kind, where, layers), names(task), numbers("--steps", steps, int),

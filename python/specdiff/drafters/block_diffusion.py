@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from ..loop.drafter import Draws, News
+from ..loop.drafter import Draws, News, check_length
 from ..loop.target import Target
 from .network import DraftNetwork
 from .prefix import PrefixDrafter
@@ -78,7 +78,7 @@ class BlockDiffusion(PrefixDrafter):
 
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        self.check(k)
+        check_length(self, k)
         B = len(lengths)
         pool = self.head.weight.new_empty(B * k, self.head.out_features)
         draft = self.masked(pool, B, k, lengths)

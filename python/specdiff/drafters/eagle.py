@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdiff_kernels import Draft, Reveal
 
-from ..loop.drafter import Draws, News
+from ..loop.drafter import Draws, News, check_length
 from .prefix import PrefixDrafter
 
 
@@ -29,7 +29,7 @@ class Eagle(PrefixDrafter):
 
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        self.check(k)
+        check_length(self, k)
         if news.longest is None:
             k = max(1, int(lengths.max()))  # one forward each, so no longer than the longest draft
         B = len(lengths)

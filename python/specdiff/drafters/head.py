@@ -60,6 +60,22 @@ class SequentialHead(nn.Module):
         """
         return self.out(self.code(embedded, states))
 
+    @torch.no_grad()
+    def codes(self, embedding: Tensor, rows: int = 4096) -> Tensor:
+        """A n(E[x]) of every token.
+
+        Args:
+            embedding: E, [V, target_size].
+            rows: tokens that are scaled at a time. All at once would take as much memory as E.
+
+        Returns:
+            [V, rank]
+        """
+        codes = embedding.new_empty(len(embedding), self.token.out_features)
+        for part, into in zip(embedding.split(rows), codes.split(rows), strict=True):
+            into.copy_(self.token(scaled(part)))
+        return codes
+
     def code(self, embedded: Tensor, states: Tensor) -> Tensor:
         """The vector that W is multiplied by. [..., rank]"""
         inner = self.token(scaled(embedded))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdiff_kernels import Draft
 
-from ..loop.drafter import Draws, News
+from ..loop.drafter import Draws, News, check_length
 from .prefix import PrefixDrafter
 
 
@@ -29,7 +29,7 @@ class ParallelDrafter(PrefixDrafter):
 
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        self.check(k)
+        check_length(self, k)
         B = len(lengths)
         columns = [self.commit(news)]
         if k > 1:

@@ -82,7 +82,7 @@ class PrefixDrafter(Drafter):
         self.correction: nn.Linear | None = None
         if network.head is not None:
             self.correction = linear(network.head.out.weight @ network.head.mix.weight)  # r -> Vd
-            self.codes = network.head.token(scaled(embedding))  # [V, r]
+            self.codes = network.head.codes(embedding)  # [V, r]
         for module in (self.network, self.head, self.correction):
             if module is None:
                 continue
@@ -106,11 +106,6 @@ class PrefixDrafter(Drafter):
 
     def forget(self, rows: list[int]) -> None:
         self.cache.lengths[rows] = 0
-
-    def check(self, k: int) -> None:
-        """Raise ValueError unless this drafter can draft k tokens."""
-        if not 1 <= k <= self.most:
-            raise ValueError(f"k must be in [1, {self.most}] for this drafter, got {k}")
 
     @torch.no_grad()
     def read(self, rows: slice, news: News) -> None:

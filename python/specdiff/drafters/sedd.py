@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdiff_kernels import Draft, denoise_step
 
-from ..loop.drafter import Drafter, Draws, News
+from ..loop.drafter import Drafter, Draws, News, check_length
 from ..loop.sampling import RowSampling, Sampling
 from .ddit import DDiT, Modulation
 from .noise import times
@@ -131,8 +131,7 @@ class SEDD(Drafter):
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
         network = self.network
-        if not 1 <= k <= self.most:
-            raise ValueError(f"k must be in [1, length = {network.config.length}), got {k}")
+        check_length(self, k)
         self._append(news)
         B = len(lengths)
         pool = self.table[0].final.new_empty(B * k, network.vocab_size + 1)

@@ -14,6 +14,9 @@ class Captured:
     The first call for a key runs the function, because anything that is compiled or allocated on
     first use must not be captured. Then it is captured. Later calls replay the graph.
 
+    Attributes:
+        span: a session captures a round for each multiple of so many keys that it reads.
+
     Args:
         device: a CUDA device.
 
@@ -25,6 +28,8 @@ class Captured:
         >>> captured = Captured(x.device)
         >>> captured("add", lambda: x.add_(1))
     """
+
+    span = 256
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":

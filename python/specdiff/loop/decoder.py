@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from specdiff_kernels import Lenience, check_lenience, check_names
 
 from .chooser import Chooser
-from .drafter import Drafter
+from .drafter import Drafter, check_length
 from .sampling import Sampling, row_seeds
 from .session import Session, check_prompts
 from .settings import Settings
@@ -216,9 +216,10 @@ class Decoder:
             capacity: most tokens of a row, prompt included; at most the target's context.
             sampling, stop_tokens: as in `stream`.
             options: of `Session`: `look_every`, rounds between two looks of the host (1 on a CPU,
-                8 on a GPU); `capture`, whether rounds are captured in CUDA graphs; `block_size`
-                and `blocks`, for a paged cache; `logprobs`, whether steps bring
-                log-probabilities; `process` and `ends`, functions that see each round.
+                8 on a GPU); `capture`, whether rounds are captured in CUDA graphs, or the
+                `Captured` that does it; `block_size` and `blocks`, for a paged cache; `logprobs`,
+                whether steps bring log-probabilities; `process` and `ends`, functions that see
+                each round.
 
         Raises:
             ValueError: an option out of its range, or that does not go with another.
@@ -274,8 +275,7 @@ def check_drafter(target: Target, drafter: Drafter, k: int) -> None:
         raise ValueError(
             f"k must be below the target's context of {target.context_limit} tokens, got {k}"
         )
-    if drafter.most is not None and k > drafter.most:
-        raise ValueError(f"k must be in [1, {drafter.most}] for this drafter, got {k}")
+    check_length(drafter, k)
     if drafter.vocab_size not in (None, target.vocab_size):
         raise ValueError(
             f"the drafter's vocabulary has {drafter.vocab_size} tokens and the target's "

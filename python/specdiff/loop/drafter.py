@@ -141,6 +141,12 @@ class Drafter(ABC):
         """
 
 
+def check_length(drafter: Drafter, k: int) -> None:
+    """Raise ValueError unless a drafter can draft k tokens."""
+    if drafter.most is not None and not 1 <= k <= drafter.most:
+        raise ValueError(f"k must be in [1, {drafter.most}] for this drafter, got {k}")
+
+
 def draft_status(draft: Draft) -> Tensor:
     """Why a draft lacks tokens that it was to have: the status of its distributions. i32 [B]
 

@@ -27,7 +27,6 @@ from .stats import Stats, Step
 from .target import Target
 
 LOOK_EVERY = 8  # rounds, on a GPU
-SPAN = 256  # a captured round reads a multiple of so many keys
 
 # tokens of each row, drafted tokens i64 [B, K], logits [B, K + 1, V] -> other logits [B, K + 1, V]
 Process = Callable[[list[list[int]], Tensor, Tensor], Tensor]
@@ -63,15 +62,15 @@ class Session:
         ends: Ends | None = None,
         logprobs: bool = False,
         look_every: int | None = None,
-        capture: bool = False,
+        capture: bool | Captured = False,
         block_size: int | None = None,
         blocks: int | None = None,
     ) -> None:
         self.settings, self.target, self.capacity = settings, settings.target, capacity
         self.process, self.ends, self.logprobs = process, ends, logprobs
         self.look_every = self._look_every(look_every)
-        self._captured = Captured(self.target.device) if capture else None
-        if capture:
+        self._captured = Captured(self.target.device) if capture is True else capture or None
+        if self._captured is not None:
             self._check_capture()
         device = self.target.device
         # a forward brings k tokens that may all be padding
@@ -237,7 +236,7 @@ class Session:
             self.longest = longest
             self._round()
         else:
-            self.longest = -(-longest // SPAN) * SPAN
+            self.longest = -(-longest // captured.span) * captured.span
             captured(self.longest, self._round)
 
     def _round(self) -> None:

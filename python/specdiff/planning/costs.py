@@ -346,8 +346,37 @@ def kept_costs(
 
     Args:
         decoder, prompts, batch, sampling, ks, steps: of `measure`.
-        names: of the models, folders or known ones, and whatever else sets the costs apart.
+        names: of `costs_file`.
         again: measure even so.
+    """
+    path = costs_file(decoder, names, batch=batch, sampling=sampling, ks=ks, steps=steps)
+    if path.exists() and not again:
+        try:
+            return Costs.load(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; measured anew", stacklevel=2)
+    costs = measure(decoder, prompts, batch=batch, sampling=sampling, ks=ks, steps=steps)
+    try:
+        costs.save(path)
+    except OSError as error:
+        warnings.warn(f"costs are not kept, {path.parent}: {error.strerror}", stacklevel=2)
+    return costs
+
+
+def costs_file(
+    decoder: Decoder,
+    names: dict[str, str],
+    *,
+    batch: int = 1,
+    sampling: Sampling | None = None,
+    ks: Sequence[int] | None = None,
+    steps: Sequence[int] = STEPS,
+) -> Path:
+    """Where the costs of a pair are kept, whether they have been measured or not.
+
+    Args:
+        decoder, batch, sampling, ks, steps: of `measure`.
+        names: of the models, folders or known ones, and whatever else sets the costs apart.
     """
     key: dict[str, Any] = {
         "format": 2,
@@ -370,15 +399,4 @@ def kept_costs(
         "versions": [version("specdiff-kernels"), torch.__version__],
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = home_folder() / "plans" / f"{digest[:32]}.json"
-    if path.exists() and not again:
-        try:
-            return Costs.load(path)
-        except ValueError as error:
-            warnings.warn(f"{error}; measured anew", stacklevel=2)
-    costs = measure(decoder, prompts, batch=batch, sampling=sampling, ks=ks, steps=steps)
-    try:
-        costs.save(path)
-    except OSError as error:
-        warnings.warn(f"costs are not kept, {path.parent}: {error.strerror}", stacklevel=2)
-    return costs
+    return home_folder() / "plans" / f"{digest[:32]}.json"
