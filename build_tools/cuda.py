@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ARCHITECTURES = (80, 90, 100, 120)
+ARCHITECTURES = (80, 86, 90, 100, 120)
 CONVENTIONAL_ROOTS = ("/usr/local/cuda", "/opt/cuda")
 
 
@@ -37,16 +37,17 @@ class Toolkit:
     def flags(self, environ: Mapping[str, str]) -> list[str]:
         """Options of a device compile: the exact distribution forbids contraction (`--fmad=false`).
 
-        No kernel uses what only some architectures have, so all but the newest are made from one
-        compilation for the oldest, which takes half the time. PTX of both is for what has no code
-        of its own.
+        Kernels differ only by whether fp64 is fast (SPECDIFF_FAST_DOUBLES in platform.h): those of
+        data centers have one compilation, for the oldest of them, and the others another. PTX of
+        both is for what has no code of its own.
         """
         numbers = self.chosen_architectures(environ)
-        oldest, newest = numbers[0], numbers[-1]
-        made = {oldest: [f"compute_{oldest}"], newest: [f"compute_{newest}"]}
-        for n in numbers:
-            made[newest if n == newest else oldest].append(f"sm_{n}")
-        code = [f"-gencode=arch=compute_{n},code=[{','.join(of)}]" for n, of in made.items()]
+        fast = [n for n in numbers if n % 10 == 0 and n < 120]
+        code = []
+        for of in (fast, [n for n in numbers if n not in fast]):
+            made = ",".join(f"sm_{n}" for n in of)
+            if of:
+                code.append(f"-gencode=arch=compute_{of[0]},code=[compute_{of[0]},{made}]")
         host = "-fPIC,-fvisibility=hidden,-ffp-contract=off,-fno-math-errno"
         return ["-O3", "-std=c++17", "--fmad=false", f"-Xcompiler={host}", *code]
 

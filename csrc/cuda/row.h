@@ -176,8 +176,7 @@ __device__ inline uint32_t larger(uint32_t a, uint32_t b) {
 #endif
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ % 100 == 0 && __CUDA_ARCH__ < 1200
-#define SPECDIFF_FAST_DOUBLES
+#ifdef SPECDIFF_FAST_DOUBLES
 // A float's bits become a double's by moving them and raising the exponent: one multiply-add of
 // integers. x is positive and normal.
 __device__ inline double widen_power(float x) {

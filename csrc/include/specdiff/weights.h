@@ -160,8 +160,7 @@ SPECDIFF_HD Exponent exponent(float x, const Weigher& by) {
 
 // floor of a power
 SPECDIFF_HD int64_t integer_of(float power) {
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ % 100 != 0 || __CUDA_ARCH__ >= 1200)
-  // Conversions to 64 bits are slow there.
+#if defined(__CUDA_ARCH__) && !defined(SPECDIFF_FAST_DOUBLES)
   const uint32_t bits = bit_cast<uint32_t>(power);
   const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
   return int64_t(mantissa << 21 >> (171 - (bits >> 23)));
