@@ -1,4 +1,4 @@
-// What count_instructions.py counts: kernels around the loops of csrc/cuda, unrolled over few
+// Kernels that count_instructions.py counts: around the loops of csrc/cuda, unrolled over few
 // logits and over twice as many.
 #include "../csrc/cuda/residual.h"
 
@@ -20,11 +20,11 @@ __device__ void judge(const Logits& logits, const Split& split, const Distributi
   out[place()] = key + slice.sum(weigher_of(load(arrays, blockIdx.x)));
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     judged(Logits logits, Split split, DistributionArrays arrays, int64_t* out) {
   judge<kHeld>(logits, split, arrays, out);
 }
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     judged_half(Logits logits, Split split, DistributionArrays arrays, int64_t* out) {
   judge<kHeld / 2>(logits, split, arrays, out);
 }

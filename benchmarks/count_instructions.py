@@ -1,8 +1,8 @@
 """Instructions that a logit costs in the compiled GPU kernels, by loop. It needs no GPU.
 
-    python benchmarks/count_instructions.py              sm_80, 90 and 100: a table, and JSON
-    python benchmarks/count_instructions.py --check 90   exit status 1 where a bound is exceeded, 2
-                                                         where a tool is missing
+    python benchmarks/count_instructions.py            sm_80, 90 and 100: a table, and JSON
+    python benchmarks/count_instructions.py --check    sm_90 and bf16; exit status 1 where a bound
+                                                       is exceeded, 2 where a tool is missing
 
 nvcc compiles count_instructions.cu, which has the loops of csrc/cuda and nothing else; Triton
 compiles the loops of its kernels ahead of time. The cuobjdump that comes with Triton disassembles
@@ -186,12 +186,12 @@ def compilers() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", type=int, metavar="ARCH", help="count for this one, with bounds")
+    parser.add_argument("--check", action="store_true", help="compare sm_90 with the bounds")
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     found: list[dict[str, Any]] = []
     try:
-        for arch in [arguments.check] if arguments.check else ARCHITECTURES:
+        for arch in [90] if arguments.check else ARCHITECTURES:
             for dtype in ["bfloat16"] if arguments.check else DTYPES:
                 for language, count in (("cuda", cuda_counts), ("triton", triton_counts)):
                     for loop, instructions in count(arch, dtype).items():

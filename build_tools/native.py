@@ -37,7 +37,7 @@ ISA_FLAGS = {
     "plain": [],
     "avx2": ["-mavx2", "-mf16c", "-mfma"],
     "avx512": [
-        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mf16c", "-mfma"),
         "-mprefer-vector-width=512",
     ],
 }

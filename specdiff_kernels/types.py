@@ -102,7 +102,7 @@ class RowDistribution(NamedTuple):
     status: Annotated[Tensor, I32("N")]  # Status
 
     def origin(self) -> tuple[Tensor, Tensor]:
-        """What each row's exponents count from, so that the largest weight is in [2^42, 2^44].
+        """The origin of each row's exponents. The largest logit then weighs 2^42 to 2^44.
 
         Returns:
             offset f32 [N], shift f64 [N]: (0, 2 ceil(max scale / 2 - 2^-31)) where |max scale| <=

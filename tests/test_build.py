@@ -135,7 +135,7 @@ def disassembled(output: Path) -> str:
 
 
 def fused(code: str) -> list[str]:
-    """What each fused multiply-add works on: packed or single floats or doubles."""
+    """The operands of each fused multiply-add: packed or single, floats or doubles."""
     return re.findall(r"\bvfn?m(?:add|sub)\d+([ps][sd])\b", code)
 
 

@@ -32,7 +32,8 @@ const Isa kIsas[] = {
     {&kernels_avx512, &product_avx512, &divergence_avx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
      }},
     {&kernels_avx2, &product_avx2, &divergence_avx2,
      [] {

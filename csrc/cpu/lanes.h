@@ -118,11 +118,11 @@ struct Group {
 
 inline Floats all(float x) { return x - Floats{}; }
 
-// What a row needs beside the bare formula.
+// The steps that a row needs beside the bare formula.
 enum Needs {
   kNothing,  // it is the weigher's own row, nothing is cut off, and the offset is 0
   kLimit,    // logits above the weigher's own maximum count as that
-  kAll
+  kAll       // that, the offset and the threshold
 };
 
 inline Needs needs_of(const Weigher& weigher, bool own) {
@@ -241,10 +241,10 @@ inline int64_t total_of(const Longs& x) {
 }
 
 // The whole groups among n <= kTile logits: their summed weights; i becomes the first logit left.
-// A lane adds up at most 2^7 weights of at most 2^44, so that doubles are exact.
+// Doubles are exact: a lane adds up at most 2^7 weights of at most 2^44.
 template <Needs needs>
 inline int64_t sum_groups(const float* l, int n, const Weigher& weigher, int& i) {
-  static_assert(kTile / (kLanes / 2) <= 1 << 9, "sums of 2^44 are exact below 2^53");
+  static_assert(kTile / kLanes <= 1 << 7, "a lane of `low` takes one weight of each vector");
   Sums low{}, high{};
   for (; i + kGroup <= n; i += kGroup) {
     if constexpr (needs == kAll) {

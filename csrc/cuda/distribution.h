@@ -217,8 +217,8 @@ __device__ bool truncate(const Slice<dtype>& slice, const RowDistribution& distr
 
 // A row's distribution but for what takes sums over all its blocks: the total, and a greedy row's
 // threshold. Of these the block's share: its sum of weights, or its first column that holds the
-// largest logit. Each kind of row goes its own way, as only one of them needs the logits that are
-// held. False if a block has left.
+// largest logit; none where `share` is null. Greedy and truncated rows are read again, so that
+// their code need not keep the logits that are held. False if a block has left.
 template <Dtype dtype>
 __device__ bool begin_distribution(Slice<dtype>& slice, const Parameters& parameters, int64_t index,
                                    int64_t columns, Team& team, Shared& shared,
@@ -234,19 +234,19 @@ __device__ bool begin_distribution(Slice<dtype>& slice, const Parameters& parame
   distribution->max = from_key(largest) + 0.0f;  // never -0
   const float temperature = parameters.temperature[index];
   if (temperature == 0) {
-    *share = block_min(slice.first(distribution->max), shared);
+    if (share) *share = block_min(slice.first(distribution->max), shared);
     return true;
   }
   distribution->scale = kLog2E / temperature;
   if (!parameters.top_k && !parameters.top_p && !parameters.min_p) {
-    *share = block_sum(slice.sum(weigher_of(*distribution)), shared);
+    if (share) *share = block_sum(slice.sum(weigher_of(*distribution)), shared);
     return true;
   }
   int64_t threshold;
   if (!truncate(slice, *distribution, parameters, index, columns, team, shared, &threshold))
     return false;
   distribution->threshold = threshold;
-  *share = block_sum(slice.any_sum(weigher_of(*distribution)), shared);
+  if (share) *share = block_sum(slice.any_sum(weigher_of(*distribution)), shared);
   return true;
 }
 

@@ -71,7 +71,8 @@ class Row {
   // Columns between the row's first one and the last address before it that is aligned.
   __device__ int shift() const { return int(reinterpret_cast<uintptr_t>(data_) % 16) / size(); }
 
-  // Where logits v to v + 7 lie as one or two vectors, if they do and the address is aligned.
+  // The address of logit v. Logits v to v + 7 can be read from it as one or two vectors where it is
+  // aligned and all of them lie in the row.
   __device__ const uint4* vectors(int64_t v) const {
     return reinterpret_cast<const uint4*>(data_ + v * size());
   }
@@ -211,7 +212,7 @@ class WeightSum {
 #endif
 };
 
-// The part of a row that one block has. What fits into `held` vectors of registers is read once.
+// The part of a row that one block has. What fits stays in `held` vectors of registers.
 template <Dtype dtype, int held = kHeld>
 class Slice {
  public:

@@ -277,7 +277,7 @@ __device__ void end_part(const Sequence& s, int64_t i, int64_t part) {
 
 // together: all blocks run at once, so that they may wait for a sequence's other rows.
 template <Dtype dtype, bool together, bool lenient>
-__global__ void __launch_bounds__(kThreads, together&& lenient ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, (together && lenient) ? 1 : 2)
     judge(VerifyParams p, Split split, int64_t* workspace) {
   SPECDIFF_SHARED(Shared, shared);
   const int64_t place = together ? blockIdx.x : take_ticket(workspace, shared);
@@ -318,9 +318,8 @@ __device__ void race_part(const Sequence& s, int64_t i, int64_t part) {
   const Row row = s.row(i);
   Slice<dtype> slice(row, s.split, part);
   RowDistribution distribution;
-  int64_t share = 0;  // nobody asks for it
   if (!begin_distribution(slice, p.parameters, s.b, row.columns, team, s.shared, &distribution,
-                          &share))
+                          nullptr))
     return;
   if (distribution.status == kOk) {
     const int64_t* words = p.random.words;

@@ -26,8 +26,9 @@ def row_distribution(
 ) -> RowDistribution:
     """Reduce rows of logits to integer distributions: all that later ops need beside the logits.
 
-    Token v weighs e(v) = floor(2^(44 + (l_v - max) log2(e) / temperature)), up to a polynomial of
-    relative error 1.7e-7 that is the same on every backend; its probability is e(v) / total.
+    Token v weighs e(v) = floor(2^(44 + l_v log2(e) / temperature - shift)), up to a relative error
+    of 2e-7 that is the same on every backend; its probability is e(v) / total. The shift is the
+    row's own, so that the largest logit weighs 2^42 to 2^44 (`RowDistribution.origin`).
     Truncation composes as in transformers: temperature, top-k (ties kept), top-p, min-p.
 
     Args:

@@ -23,7 +23,7 @@ EXP_DEGREE = 13  # of the exponential's Taylor polynomial on [0, ln 2)
 ONE = 1 << 44  # the weight of a greedy row's token, and the most that any token has
 NOTHING = -100  # an exponent whose weight is 0
 MASK32 = 0xFFFFFFFF
-# 2^f on [-1/2, 1/2], relative error at most 1.7e-7, value 1 at 0; highest power first
+# 2^f on [-1/2, 1/2], relative error at most 1.72e-7, value 1 at 0; highest power first
 EXP2 = (
     0.001326472731307149,
     0.009671512991189957,

@@ -89,7 +89,7 @@ class Split(NamedTuple):
     tile: int  # columns
     tiles: int
     parts: int  # programs of a row
-    maxnreg: int | None  # registers of a thread, where selecting makes a kernel large
+    maxnreg: int  # registers of a thread; selecting makes kernels large
 
     @classmethod
     def of(cls, V: int, *, whole: bool = False) -> Split:

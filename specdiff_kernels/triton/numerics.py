@@ -33,7 +33,7 @@ ADDITIVE = tl.constexpr(list(KINDS).index("additive"))
 
 
 class Weigher(NamedTuple):
-    """What weighs the logits of one row that is not greedy: the weight is
+    """The terms by which the logits of a row are weighed, unless it is greedy: the weight is
     floor(2^(44 + (l - offset) scale - shift)), up to rounding."""
 
     scale: Any

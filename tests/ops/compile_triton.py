@@ -72,6 +72,7 @@ def look_at(compiled: Any) -> dict[str, Any]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spilled": sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage))),
         "fusion_fault": fusion_fault(ptx, weighs=None),
+        "maxima": sorted(set(re.findall(r"\bmax\.(?:\w+\.)?f32", ptx))),
         "approximate": sorted(set(re.findall(r"\b\S*(?:\.approx|div\.full)\S*", ptx))),
         "flushing": sorted(set(re.findall(r"\b\S+\.ftz\S*", ptx))),
     }

@@ -12,6 +12,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from specdiff_kernels import (
     DistributionError,
     Draft,
+    Lenience,
     RowDistribution,
     Status,
     check_status,
@@ -34,13 +35,13 @@ def probabilities(logits, distribution):
 @pytest.mark.parametrize("V", [1, 31, 1024, 1025, 50257, 50258, 151936])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_softmax(V, dtype):
-    """Total variation to fp64 softmax: 1.8e-7 for a weight, and the roundings of log2(e) /
+    """Total variation to fp64 softmax: 1.83e-7 for a weight, and the roundings of log2(e) /
     temperature, 2^-23.5 of exponents below 32."""
     torch.manual_seed(V)
     logits = (torch.randn(3, V) * 4).to(dtype)
     distribution = row_distribution(logits, 0.7)
     distance = probabilities(logits, distribution) - (logits.double() / 0.7).softmax(-1)
-    assert distance.abs().sum(-1).max() / 2 < 1.8e-7 + 32 * 2.0**-23.5
+    assert distance.abs().sum(-1).max() / 2 < 1.83e-7 + 32 * 2.0**-23.5
     assert (weights(logits, distribution).sum(-1) == distribution.total).all()
 
 
@@ -79,14 +80,12 @@ def test_ties_at_the_threshold_are_kept():
 
 def test_min_p_is_relative_to_the_largest_weight():
     """Of its own row: what lies between half and a quarter of it is cut off by a min_p of 1/2."""
-    for top in (0.0, 0.1, 1.0, 1.5, -3.3, 1e5, -1e6):
+    for top in (0.0, 0.1, 1.0, 1.5, -3.3, 77.7):
         chances = torch.tensor([1.0, 0.51, 0.49, 0.26, 0.24])
         logits = (top + chances.log())[None]
         for min_p, kept in ((0.25, 4), (0.5, 2), (1.0, 1)):
             e = weights(logits, row_distribution(logits, min_p=min_p))[0]
-            near = abs(top) < 1e4 or min_p == 1.0  # else logits are too coarse for this
-            assert not near or (e > 0).sum() == kept
-            assert e[0] > 0
+            assert (e > 0).tolist() == [i < kept for i in range(5)]
 
 
 def test_the_largest_logit_is_never_cut_off():
@@ -119,7 +118,7 @@ def test_weights_at_the_edges(dtype, temperature, implementation):
         if abs(at := edge * scale) < top:
             rows.append([at, at * (1 - 2e-7), at - 10 * temperature, at - 20 * temperature])
             rows[-1] = [min(x, at) for x in rows[-1]]
-    logits = torch.tensor(rows).to(dtype)
+    logits = torch.tensor(rows).repeat(1, 33).to(dtype)  # more than a vector unit takes at once
     if implementation == "triton" and interprets_triton() and dtype == torch.bfloat16:
         # its interpreter reads subnormal numbers of this type as 0, unlike a GPU
         smallest = torch.finfo(dtype).tiny
@@ -135,25 +134,33 @@ def test_weights_at_the_edges(dtype, temperature, implementation):
         assert alone.total == e.sum() and 2**42 <= e <= 2**44
 
 
-@pytest.mark.parametrize("rule", ["token", "block"])
-def test_a_record_of_other_logits_is_read_alike(rule):
+@pytest.mark.parametrize("cut", [{}, {"min_p": 0.01}])
+@pytest.mark.parametrize("rule", ["token", "block", "lenient"])
+def test_a_record_of_other_logits_is_read_alike(rule, cut):
     """Logits above the record's maximum count as that, NaN and -inf as nothing."""
     torch.manual_seed(5)
-    B, V = 6, 40
+    B, V = 6, 300
     logits = torch.randn(B, V)
     zero = torch.zeros(B, 1, dtype=torch.int64)
-    distribution = row_distribution(logits, 0.8, min_p=0.01)
+    distribution = row_distribution(logits, 0.8, **cut)
     draft = Draft(zero + 3, zero.int(), torch.arange(B)[:, None], logits, distribution)
     target = torch.randn(B, 2, V)
     logits *= 3
+    logits[:, 3] = 1.0  # the drafted token keeps a weight
     logits[:, 0], logits[:, 1], logits[:, 2] = INF, -INF, NAN
     e = weights(logits, distribution)
     assert (e[:, 0] == weights(distribution.max[:, None], distribution)[:, 0]).all()
     assert (e[:, 1:3] == 0).all()
-    for _ in range(4):
+    options = {"rule": rule}
+    if rule == "lenient":
+        options["lenience"] = Lenience("ensemble", 0.5)
+    rejected = 0
+    for _ in range(8):
         words = torch.randint(-(2**63), 2**63 - 1, (B, 2))
-        want = verify(target, draft, rule=rule, words=words, backend="reference")
-        assert_same(verify(target, draft, rule=rule, words=words), want)
+        want = verify(target, draft, **options, words=words, backend="reference")
+        assert_same(verify(target, draft, **options, words=words), want)
+        rejected += int((want.accepted == 0).sum())
+    assert rejected > 0
 
 
 def test_greedy_is_the_lowest_index_argmax():

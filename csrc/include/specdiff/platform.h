@@ -13,8 +13,8 @@
 #define SPECDIFF_HD static inline
 #endif
 
-// Of GPUs: fp64 and conversions to 64 bits take no more than a few times what fp32 takes. Not so on
-// sm_86, 89 and 120.
+// fp64 and conversions to 64 bits are fast on GPUs for data centers (sm_80, 90, 100). They are slow
+// on sm_86, 89 and 120.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ % 100 == 0 && __CUDA_ARCH__ < 1200
 #define SPECDIFF_FAST_DOUBLES
 #endif

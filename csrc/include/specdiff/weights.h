@@ -44,15 +44,15 @@ SPECDIFF_HD float from_order_key(int32_t key) {
   return bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff));
 }
 
-// 2^f on [-1/2, 1/2] = 1 + f (kLinear + f (...)), relative error at most 1.7e-7.
+// 2^f on [-1/2, 1/2] = 1 + f (kLinear + f (...)), relative error at most 1.72e-7.
 constexpr float kLinear = 0.6931470036506653f;
 constexpr float kSquare = 0.24022242426872253f;
 constexpr float kCube = 0.05550733581185341f;
 constexpr float kFourth = 0.009671512991189957f;
 constexpr float kFifth = 0.001326472731307149f;
 
-// From here to 2^24 floats are integers. A multiple of 2^9, so that adding an integer leaves its
-// lowest nine bits in the sum's.
+// Floats from 2^23 to 2^24 are integers. The lowest nine bits of this one are 0, so those of its
+// sum with an integer are the integer's.
 constexpr float kIntegers = 0x1.8p23f;
 
 #if defined(SPECDIFF_CUDA) || defined(__FMA__) || defined(__FP_FAST_FMAF)
@@ -72,7 +72,7 @@ struct Exponent {
   float integer, fraction;
 };
 
-// What weighs the logits of one row that is not greedy: the weight is
+// The terms by which the logits of a row are weighed, unless it is greedy: the weight is
 // floor(2^(44 + (l - offset) scale - shift)), up to a relative error of 2e-7.
 struct Weigher {
   float scale, offset, shift;
@@ -160,10 +160,10 @@ SPECDIFF_HD Exponent exponent(float x, const Weigher& by) {
 
 // floor of a power
 SPECDIFF_HD int64_t integer_of(float power) {
-#if defined(__CUDA_ARCH__) && !defined(SPECDIFF_FAST_DOUBLES)
-  const uint32_t bits = bit_cast<uint32_t>(power);
+#if defined(SPECDIFF_CUDA) && !defined(SPECDIFF_FAST_DOUBLES)
+  const uint32_t bits = bit_cast<uint32_t>(power), shift = 171 - (bits >> 23);
   const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
-  return int64_t(mantissa << 21 >> (171 - (bits >> 23)));
+  return int64_t(mantissa << 21 >> (shift < 63 ? shift : 63));
 #else
   return int64_t(power);
 #endif
