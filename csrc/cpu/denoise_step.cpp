@@ -35,7 +35,7 @@ class Position {
     store(distribution, p_.new_distribution, row_);
     if (distribution.status != kOk) return;
     const RowDistribution raw = measures() ? raw_distribution(row, distribution) : distribution;
-    if (p_.entropies) p_.entropy[at_] = entropy(spread_of(row, raw), raw.total);
+    if (p_.entropies) p_.entropy[at_] = entropy(spread_of(row, raw), raw);
     if (p_.order == kSedd && !(coin(i_) < p_.rate[b_] * mean_exp(raw, row.columns))) return;
     const int64_t column = draw_column(row, distribution, sums);
     candidate.token = p_.draft_ids ? p_.draft_ids[column] : column;

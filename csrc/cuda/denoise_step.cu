@@ -96,7 +96,7 @@ __device__ void draw_token(const Position& q, const Row& row, const RowDistribut
   const DenoiseStepParams& p = q.p;
   const RowDistribution raw = raw_distribution(distribution, area.words->raw_total);
   const double measured =
-      p.entropies ? entropy(area.words->spread, raw.total) : bit_cast<double>(kNoEntropy);
+      p.entropies ? entropy(area.words->spread, raw) : bit_cast<double>(kNoEntropy);
   const int64_t column = p.random.position ? end_race(area, q.split, q.shared)
                                            : draw(row, distribution, q.split, area.sums,
                                                   q.word(1, kDraftToken), q.shared);

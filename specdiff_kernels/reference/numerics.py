@@ -23,14 +23,19 @@ EXP_DEGREE = 13  # of the exponential's Taylor polynomial on [0, ln 2)
 ONE = 1 << 44  # the weight of a greedy row's token, and the most that any token has
 NOTHING = -100  # an exponent whose weight is 0
 MASK32 = 0xFFFFFFFF
-# 2^f on [-1/2, 1/2], relative error at most 1.72e-7, value 1 at 0; highest power first
-EXP2 = (
-    0.001326472731307149,
-    0.009671512991189957,
-    0.05550733581185341,
-    0.24022242426872253,
-    0.6931470036506653,
-    1.0,
+# 2^f on [-1/2, 1/2], relative error at most 1.72e-7, value 1 at 0; highest power first, in f32
+EXP2: tuple[float, ...] = tuple(
+    torch.tensor(
+        [
+            0.001326472731307149,
+            0.009671512991189957,
+            0.05550733581185341,
+            0.24022242426872253,
+            0.6931470036506653,
+            1.0,
+        ],
+        dtype=torch.float32,
+    ).tolist()
 )
 
 
@@ -56,7 +61,7 @@ def exp2_fraction(f: Tensor) -> Tensor:
     a fused multiply-add in a step, but for no f in the last one (docs/numerics.md).
     """
     p = torch.full_like(f, EXP2[0])
-    for coefficient in torch.tensor(EXP2[1:], dtype=torch.float32).tolist():
+    for coefficient in EXP2[1:]:
         p = (p.double() * f.double() + coefficient).float()
     return p
 
@@ -192,13 +197,16 @@ def entropy(logits: Tensor, distribution: RowDistribution) -> Tensor:
     """Entropy in nats of untruncated distributions at temperature 1, to about 1e-3. [N, V] -> f64
     [N]
 
-    ln Z + ln 2 sum_v e(v) (-t(v)) / Z, with the sum over integers: e in units of 2^16, t of 2^-10.
+    ln(Z / e(m)) + ln 2 sum_v e(v) (-t(v)) / Z, where t counts from the largest logit m. The sum is
+    over integers: e in units of 2^16, t of 2^-10.
     """
-    n, f = exponents(logits, distribution)
-    spread = (-(n.float() + f) * 1024.0).to(torch.int64)
+    highest = distribution.max[:, None]
+    t = (logits.float() - highest) * distribution.scale[:, None]
+    spread = (-t.nan_to_num(neginf=-46.0).clamp(min=-46.0) * 1024.0).to(torch.int64)
     S = ((weights(logits, distribution) >> 16) * spread).sum(-1)
     Z = distribution.total.double()
-    return log(Z * 2.0**-44) + S.double() / Z * (64.0 * LN_2)
+    share = Z / weights(highest, distribution)[:, 0].double()
+    return log(share) + S.double() / Z * (64.0 * LN_2)
 
 
 def exponential(word: Tensor) -> Tensor:

@@ -290,7 +290,7 @@ def draw_token(
     raw = raw_distribution(distribution, tl.load(area + RAW_TOTAL, cache_modifier=".cg"))
     measured = tl.full([], float("nan"), tl.float64)
     if ENTROPIES:
-        measured = entropy(tl.load(area + SPREAD, cache_modifier=".cg"), raw.total)
+        measured = entropy(tl.load(area + SPREAD, cache_modifier=".cg"), raw)
     tl.store(out.entropy + at, measured)
     if random.position is not None:
         column = end_race(area, tiles, TILES)

@@ -234,17 +234,15 @@ def mean_exp(distribution, V):
 
 @triton.jit
 def spread(l, by):
-    """e in units of 2^16 times -log2 of e / 2^44 in units of 2^-10. -> i64"""
-    x = tl.maximum(moved(l, by), by.least)
-    magic = INTEGERS + 44.0 - by.shift
-    z = tl.fma(x, by.scale, magic)
-    t = (z - (INTEGERS + 44.0)) + tl.fma(x, by.scale, magic - z)
-    return (power(x, by).to(tl.int64) >> 16) * (-t * 1024.0).to(tl.int32).to(tl.int64)
+    """e in units of 2^16 times -log2 of e / e(m) in units of 2^-10, m the largest logit. -> i64"""
+    t = tl.maximum((moved(l, by) - by.most) * by.scale, -46.0)
+    return (own_weight(l, by) >> 16) * (-t * 1024.0).to(tl.int32).to(tl.int64)
 
 
 @triton.jit
-def entropy(spread, total):
+def entropy(spread, distribution):
     """Entropy in nats from the sum of a row's spreads."""
-    Z = total.to(tl.float64)
+    Z = distribution.total.to(tl.float64)
+    highest = own_weight(distribution.max, weigher_of(distribution)).to(tl.float64)
     mean = spread.to(tl.float64) / Z * (64.0 * LN_2)
-    return log(Z * 5.684341886080802e-14) + mean
+    return log(Z / highest) + mean

@@ -18,18 +18,20 @@ SPECDIFF_HD double mean_exp(const RowDistribution& distribution, int64_t columns
   return exp2(highest - above) * share;
 }
 
-// e(v) in units of 2^16 times -log2 of e(v) / 2^44 in units of 2^-10.
+// e(v) in units of 2^16 times -log2 of e(v) / e(m) in units of 2^-10, m the largest logit.
 SPECDIFF_HD int64_t spread(float l, const Weigher& by) {
-  const Exponent t = exponent(cut(l, by), by);
-  const float sum = t.integer + t.fraction;
-  return (whole_weight(l, by) >> 16) * int64_t(int32_t(-sum * 1024.0f));
+  const float x = l - by.offset;
+  const float shifted = x - by.most;
+  const float t = at_least(shifted * by.scale, -46.0f);
+  return (whole_weight(l, by) >> 16) * int64_t(int32_t(-t * 1024.0f));
 }
 
-// Entropy in nats from sum_v spread(v).
-SPECDIFF_HD double entropy(int64_t spread, int64_t total) {
-  const double Z = double(total);
+// Entropy in nats from sum_v spread(v), of the untruncated distribution at temperature 1.
+SPECDIFF_HD double entropy(int64_t spread, const RowDistribution& distribution) {
+  const double Z = double(distribution.total);
+  const double share = Z / double(whole_weight(distribution.max, weigher_of(distribution)));
   const double mean = double(spread) / Z * (64.0 * kLn2);
-  return log(Z * 0x1p-44) + mean;
+  return log(share) + mean;
 }
 
 }  // namespace specdiff

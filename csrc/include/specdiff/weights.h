@@ -67,11 +67,6 @@ SPECDIFF_HD float fused(float a, float b, float c) {
 }
 #endif
 
-// log2 of a weight over 2^44: the nearest integer, and the rest in [-1/2, 1/2].
-struct Exponent {
-  float integer, fraction;
-};
-
 // The terms by which the logits of a row are weighed, unless it is greedy: the weight is
 // floor(2^(44 + (l - offset) scale - shift)), up to a relative error of 2e-7.
 struct Weigher {
@@ -129,12 +124,6 @@ SPECDIFF_HD float power(float x, const Weigher& by) {
   p = fused(p, f, 1.0f);
   return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(z) << 23));
 }
-
-SPECDIFF_HD Exponent exponent(float x, const Weigher& by) {
-  const float z = fused(x, by.scale, by.magic);
-  const float k = z - by.magic;
-  return {k - by.shift, fused(x, by.scale, -k)};
-}
 #else
 // The same in fp64, where a product is exact. Rounding a sum once more to fp32 can change a step,
 // but never the last one (docs/numerics.md).
@@ -149,12 +138,6 @@ SPECDIFF_HD float power(float x, const Weigher& by) {
   p = float(double(p) * f + 1.0);
   const int32_t n = int32_t(k - double(by.shift)) + 44;
   return bit_cast<float>(bit_cast<uint32_t>(p) + (uint32_t(n) << 23));
-}
-
-SPECDIFF_HD Exponent exponent(float x, const Weigher& by) {
-  const double t = double(x) * double(by.scale);
-  const double k = (t + 0x1.8p52) - 0x1.8p52;
-  return {float(k - double(by.shift)), float(t - k)};
 }
 #endif
 
