@@ -53,6 +53,17 @@ def function_of(name: str, op: str) -> Callable[..., Any]:
     return function
 
 
+def functions_of(*ops: ModuleType) -> dict[str, Callable[..., Any]]:
+    """A backend's `FUNCTIONS`, from the modules of its ops: each holds a function of its name."""
+    names = {op.__name__.rpartition(".")[2]: op for op in ops}
+    return {name: getattr(op, name) for name, op in names.items()}
+
+
+def no_workspace(rows: int, V: int) -> int:
+    """The `workspace_size` of a backend that takes none."""
+    return 0
+
+
 def check_name(name: str, source: str) -> str:
     if name not in NAMES:
         raise BackendError(f"{source} is {name!r}; expected one of {', '.join(NAMES)}")

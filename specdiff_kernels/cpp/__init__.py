@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 import specdiff_kernels._C as _C
 
-from ..backends import BackendError
+from ..backends import BackendError, functions_of, no_workspace
 from . import commit, denoise_step, row_distribution, row_divergence, sample, skinny_linear, verify
 
 if isa := os.environ.get("SPECDIFF_CPU_ISA"):
@@ -20,19 +18,9 @@ if isa := os.environ.get("SPECDIFF_CPU_ISA"):
     _C.use_isa(isa)
 
 
-def workspace_size(rows: int, V: int) -> int:
-    """No workspace is taken."""
-    return 0
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "commit": commit.commit,
-    "denoise_step": denoise_step.denoise_step,
-    "row_distribution": row_distribution.row_distribution,
-    "row_divergence": row_divergence.row_divergence,
+FUNCTIONS = functions_of(
+    commit, denoise_step, row_distribution, row_divergence, sample, skinny_linear, verify
+) | {
     "row_divergence_backward": row_divergence.row_divergence_backward,
-    "sample": sample.sample,
-    "skinny_linear": skinny_linear.skinny_linear,
-    "verify": verify.verify,
-    "workspace_size": workspace_size,
+    "workspace_size": no_workspace,
 }
