@@ -102,7 +102,7 @@ train-gpu:
 	$(PYTHON) benchmarks/bench_drafters.py --parallel train/parallel --eagle train/eagle
 
 clean:
-	rm -rf build dist *.egg-info python/*.egg-info specdiff_kernels/*.so
+	rm -rf build dist *.egg-info python/*.egg-info python/specdiff_kernels/*.so
 	rm -f $(VENV)/run.stamp $(VENV)/dev.stamp
 
 # Holds the installed torch, as a constraint for what is installed after it.

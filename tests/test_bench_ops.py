@@ -56,7 +56,7 @@ def test_every_op_meets_every_backend():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     found = re.findall(r"::test_speed\[(\w+), (.*)-(\w+)\]$", done.stdout, re.M)
     # a test beside this one may have added the emulator, so they are taken from their folders
-    backends = {f.parent.name for f in ROOT.glob("specdiff_kernels/*/verify.py")} - {"ops"}
+    backends = {f.parent.name for f in ROOT.glob("python/specdiff_kernels/*/verify.py")} - {"ops"}
     assert len(backends) >= 4
     assert {(op, backend) for op, _, backend in found} == set(itertools.product(EXPORTED, backends))
     assert len(found) == len(set(found)) == len(op_cases.CASES) * len(backends)

@@ -187,7 +187,7 @@ def tree(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "README.md").touch()
     shutil.copytree(ROOT / "build_tools", tmp_path / "build_tools")
-    for package in ("specdiff_kernels", "python/specdiff"):
+    for package in ("python/specdiff_kernels", "python/specdiff"):
         (tmp_path / package).mkdir(parents=True)
         (tmp_path / package / "__init__.py").touch()
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
@@ -225,7 +225,9 @@ def test_cuda_sources_become_a_module_that_loads_without_a_driver(tree: Path) ->
     result = build(tree, "build_ext", "--inplace", SPECDIFF_CUDA="1")
     assert result.returncode == 0, result.stderr
     code = "from specdiff_kernels import _C_cuda; print(_C_cuda.answer())"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree / "python", capture_output=True, text=True
+    )
     assert loaded.stdout.strip() == "42", loaded.stderr
 
 
@@ -234,7 +236,7 @@ def test_what_clean_removes_is_built_again() -> None:
     """`make test` builds where there is no stamp."""
     command = ["make", "-n", "clean", "VENV=some"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "specdiff_kernels/*.so" in done.stdout
+    assert "python/specdiff_kernels/*.so" in done.stdout
     assert {"some/run.stamp", "some/dev.stamp"} <= set(done.stdout.split())
 
 

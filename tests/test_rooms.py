@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "python" / "specdiff"
-KERNELS = Path(__file__).parents[1] / "specdiff_kernels"
+KERNELS = Path(__file__).parents[1] / "python" / "specdiff_kernels"
 PACKAGES = [path.parent for top in (ROOT, KERNELS) for path in top.rglob("__init__.py")]
 LEVELS = [
     {"files", "models", "theory"},

@@ -1,5 +1,5 @@
 // What Python hands over: addresses and numbers, one after another, as `pack` of
-// specdiff_kernels/arguments.py lists the fields of an op's records. Tensors stay there.
+// python/specdiff_kernels/arguments.py lists the fields of an op's records. Tensors stay there.
 #pragma once
 
 #include <pybind11/pybind11.h>
