@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -420,6 +421,39 @@ def test_arguments_that_transformers_passes_on_come_first(model, monkeypatch):
         streamer=heard,
     )  # fmt: skip
     assert heard.tokens == PROMPT[0].tolist() + text_of(model, 9) and heard.ended
+
+
+def test_threads_share_a_model_in_train_mode():
+    """One begins while another decodes, and goes on when that one has ended."""
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
+    want = text_of(model.eval(), 9)
+    model.train()
+    begun, ended = threading.Event(), threading.Event()
+
+    class Second(Heard):
+        def put(self, value):
+            super().put(value)
+            begun.set()
+            assert ended.wait(60)
+
+    class First(Heard):
+        def put(self, value):
+            super().put(value)
+            assert begun.wait(60)
+
+    options = {"custom_generate": specdiff.hf.generate, "max_new_tokens": 9, "do_sample": False}
+
+    def decode(streamer) -> list[int]:
+        return model.generate(PROMPT, streamer=streamer, **options)[0, PROMPT.shape[1] :].tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(decode, First())
+        second = pool.submit(decode, Second())
+        texts = [first.result(120)]
+        ended.set()
+        texts.append(second.result(120))
+    assert texts == [want, want]
+    assert all(module.training for module in model.modules())
 
 
 def test_what_an_output_lacks_is_said(model):

@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial, wraps
+from threading import Lock
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -111,22 +113,41 @@ class GenerateOutput(ModelOutput):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
-def in_own_mode(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run in eval mode; afterwards, put modules that were in training mode back into it."""
+_evaluated: WeakKeyDictionary[Any, tuple[int, list[tuple[Any, bool]]]] = WeakKeyDictionary()
+_lock = Lock()
 
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode; the last of several threads puts back the modes that the first one found."""
+    with _lock:
+        users, modes = _evaluated.get(model, (0, []))
+        if not users:
+            modes = [(module, module.training) for module in model.modules()]
+            model.eval()
+        _evaluated[model] = users + 1, modes
+    try:
+        yield
+    finally:
+        with _lock:
+            users, modes = _evaluated.pop(model)
+            if users > 1:
+                _evaluated[model] = users - 1, modes
+            else:
+                for module, training in modes:
+                    module.training = training
+
+
+def in_eval_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def call(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
-        modes = [(module, module.training) for module in model.modules()]
-        try:
+        with evaluating(model):
             return function(model, *args, **options)
-        finally:
-            for module, training in modes:
-                module.training = training
 
     return call
 
 
-@in_own_mode
+@in_eval_mode
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -198,6 +219,12 @@ def generate(
     check_inputs(model_kwargs, mask, input_ids)
     if len(input_ids) > 1 and call["streamer"] is not None:
         raise ValueError("streamer: expected one sequence, got a batch; decode the rows one by one")
+    prepares = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    if prepares is not model:
+        raise ValueError(
+            f"a {type(prepares).__name__} prepares the inputs of this model, as prompt, prefix and "
+            "p-tuning do, which is not supported"
+        )
     target = Target(model)
     if isinstance(drafter, str):
         drafter = named_drafter(drafter, target)

@@ -159,18 +159,6 @@ def test_mistakes_are_answered(message):
         MISTAKES[message]()
 
 
-def test_a_model_with_adapters_names_the_way_out():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"PeftModel.* not supported: pass model.merge_and_unload"):
-        Target(model)
-    merged = Decoder(Target(model.merge_and_unload())).generate([1, 2], max_new_tokens=3)
-    assert (
-        merged.new_tokens
-        == generate(tiny_model("llama"), None, [1, 2], max_new_tokens=3).new_tokens
-    )
-
-
 def test_what_worked_before_still_does():
     """Prompts in other containers, a single id to stop at in a tensor, numbers of NumPy."""
     want = DECODER.generate([3, 5], max_new_tokens=np.int64(5), seed=np.int64(2), stop_tokens=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from functools import partial
 
 import pytest
@@ -249,3 +250,16 @@ def test_sampled_text_with_states_is_that_without():
         decoder = Decoder(Target(model), drafter, 3)
         texts.append(decoder.generate(PROMPTS, max_new_tokens=20, sampling=Sampling(0.8)).sequences)
     assert texts[0] == texts[1]
+
+
+def test_forwards_of_other_threads_are_left_alone() -> None:
+    model = tiny_model("llama")
+    recorder, other = Recorder(model), torch.tensor([[7, 8]])
+    recorder.want([1])
+    mine = torch.tensor([[1, 2, 3]])
+    model(mine)
+    thread = threading.Thread(target=model, args=(other,))
+    thread.start()
+    thread.join()
+    (stream,) = recorder.take()
+    assert stream.shape[1] == mine.shape[1]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import gc
 import random
+from copy import copy
 from functools import cache
 
 import pytest
 import torch
 
 from specdiff import AdaptiveK, Decoder, PagedRowCache, Sampling, Session, Target
-from specdiff.drafters import Autoregressive, PromptLookup
+from specdiff.drafters import Autoregressive, Drafter, PromptLookup
 from specdiff.drafters.ddit import DDiT, DDiTConfig
 from specdiff.drafters.sedd import SEDD
-from specdiff_kernels import DistributionError
+from specdiff_kernels import DistributionError, Draft
 from tests.replay import RecordedCapture
 from tests.tiny import block_diffusion, eagle, parallel, tiny_model
 
@@ -234,6 +235,44 @@ def test_what_cannot_be_captured_is_refused(target):
         Decoder(target).open(1, 10, capture=RecordedCapture())
     with pytest.raises(ValueError, match="PromptLookup waits for the device"):
         replaying(Decoder(target, PromptLookup()), 1, 10)
+
+
+# --- a drafter is one session's ---
+
+
+def test_a_drafter_in_use_says_so(target):
+    drafter = Autoregressive(tiny_model("llama"))
+    decoder = Decoder(target, drafter, 3)
+    first, second = (decoder.open(1, 30) for _ in range(2))
+    second.admit([[1, 2]], max_new_tokens=9)
+    first.admit([[3, 4, 5]], max_new_tokens=9)
+    with pytest.raises(ValueError, match="Autoregressive is in use by a session that began later"):
+        first.step()
+    while not all(second.done):
+        second.step()
+    want = Decoder(target).generate([1, 2], max_new_tokens=9).sequences
+    assert second.texts == want
+    own = Decoder(target, copy(drafter), 3).open(1, 30)  # the weights are shared, the state is not
+    own.admit([[1, 2]], max_new_tokens=9)
+    while not all(own.done):
+        own.step()
+    assert own.texts == want
+
+
+def test_drafters_without_a_state_serve_several_sessions(target):
+    class Zeros(Drafter):
+        def draft(self, news, k, lengths, draws):
+            tokens = lengths.new_zeros(len(lengths), k)
+            return Draft(tokens, tokens.int(), tokens - 1, lengths=lengths)
+
+    decoder = Decoder(target, Zeros(), 3)
+    sessions = [decoder.open(1, 30) for _ in range(2)]
+    for session in sessions:
+        session.admit([[1, 2]], max_new_tokens=9)
+    while not all(sessions[0].done):
+        for session in sessions:
+            session.step()
+    assert sessions[0].texts == sessions[1].texts
 
 
 # --- limits ---

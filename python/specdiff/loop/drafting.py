@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from .cache import RowCache
 from .drafter import Drafter, Draws, News, draft_status, joined
 from .sampling import RowSampling
 from .settings import Settings
+
+# the session that each drafter with a state was last started for
+SERVED: WeakKeyDictionary[Drafter, weakref.ref[Drafting]] = WeakKeyDictionary()
 
 
 class Drafting:
@@ -54,6 +59,7 @@ class Drafting:
         self.missed: list[News] = []  # of rounds in which the drafter was not called
         self.status: Tensor | None = None  # of the round's draft, where the host looks
         if self.drafter is not None:
+            SERVED[self.drafter] = weakref.ref(self)
             self.drafter.start(rows, capacity, sampling)
         if self.chooser is not None:
             self.chooser.start(rows)
@@ -87,6 +93,8 @@ class Drafting:
             ValueError: the drafter broke its contract.
         """
         self.called = self.drafter is not None and not (self.looks and not room.any())
+        if self.drafter is not None and type(self.drafter).start is not Drafter.start:
+            self._check_owner(self.drafter)
         if self.drafter is None or not self.called:
             self._miss()
             none, lengths = room.new_empty(len(room), 0), torch.zeros_like(room)
@@ -115,6 +123,13 @@ class Drafting:
         width = int(lengths.max())
         tokens, tau, rows = (x[:, :width] for x in draft[:3])
         return draft._replace(tokens=tokens, tau=tau, rows=rows, lengths=lengths), lengths
+
+    def _check_owner(self, drafter: Drafter) -> None:
+        if SERVED[drafter]() is not self:
+            raise ValueError(
+                f"this {type(drafter).__name__} is in use by a session that began later: give each "
+                "session, and each thread, a drafter of its own, such as copy.copy(drafter)"
+            )
 
     def forget(self, places: range, used: list[bool]) -> None:
         """Other sequences take these places."""

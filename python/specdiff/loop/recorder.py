@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -17,7 +19,8 @@ class Recorder:
 
     Layers are counted from 1, after the embedding: that of layer i is what Hugging Face calls
     `hidden_states[i]`, before the final norm. The model runs unmodified, with a hook on each layer
-    that was ever asked for; the hooks go when the recorder does.
+    that was ever asked for; the hooks go when the recorder does. Forwards of other threads are left
+    alone.
 
     Args:
         model: a causal language model whose layers stand in one list.
@@ -32,6 +35,7 @@ class Recorder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers = layers_of(model)
         self._kept: dict[int, Tensor] = {}  # shared with the hooks; its keys are what is wanted
+        self._thread = [0]  # whose forward is kept
         self._hooks: dict[int, RemovableHandle] = {}
         weakref.finalize(self, remove, self._hooks)
 
@@ -41,6 +45,7 @@ class Recorder:
         self.watch(wanted)
         self._kept.clear()
         self._kept.update(dict.fromkeys(wanted, Tensor()))
+        self._thread[0] = threading.get_ident()
 
     def take(self) -> list[Tensor]:
         """The streams [B, Q, d] that were wanted; the next forward keeps none."""
@@ -61,13 +66,15 @@ class Recorder:
                     f"got {layer}"
                 )
             if layer not in self._hooks:
-                hook = partial(keep, self._kept, layer)
+                hook = partial(keep, self._kept, self._thread, layer)
                 self._hooks[layer] = self.layers[layer - 1].register_forward_hook(hook)
 
 
-def keep(kept: dict[int, Tensor], layer: int, module: Any, args: Any, output: Any) -> None:
+def keep(
+    kept: dict[int, Tensor], thread: list[int], layer: int, module: Any, args: Any, output: Any
+) -> None:
     """The hook of a layer, whose output is its stream, or a tuple that begins with it."""
-    if layer in kept:
+    if layer in kept and (torch.compiler.is_compiling() or thread[0] == threading.get_ident()):
         kept[layer] = output if isinstance(output, Tensor) else output[0]
 
 

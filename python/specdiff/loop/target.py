@@ -180,6 +180,8 @@ class Target:
         Raises:
             ValueError: the model has no such layer.
         """
+        if computes_more(self.model):
+            return self._whole(tokens, cache, None, layers)
         states = self.hidden(tokens, cache, layers=layers)
         return self.head(states[..., -self.hidden_size :]), states
 
@@ -192,21 +194,47 @@ class Target:
         layers: Sequence[int] = (),
     ) -> Tensor:
         """`forward` without the lm head: the states alone. `start`: see RowCache.prepare."""
+        if computes_more(self.model):
+            return self._whole(tokens, cache, start, layers)[1]
+        inputs = self._inputs(tokens, cache, start)
+        self.recorder.want(layers)
+        last = self.body(**inputs).last_hidden_state
+        streams = self.recorder.take()
+        return torch.cat((*streams, last), -1) if streams else last
+
+    def _whole(
+        self, tokens: Tensor, cache: RowCache, start: int | None, layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` by the model's own, where that may be more than body and lm head."""
+        inputs, last = self._inputs(tokens, cache, start), []
+        hook = self.head.register_forward_pre_hook(lambda _, given: last.append(given[0]))
+        try:
+            self.recorder.want(layers)
+            logits = self.model(**inputs).logits
+            streams = self.recorder.take()
+        finally:
+            hook.remove()
+        if len(last) != 1 or last[0].shape[:2] != tokens.shape:
+            raise ValueError(
+                f"the forward of {type(self.model).__name__} must call its lm head once, on the "
+                f"states of all tokens, got {len(last)} calls: drafters read these states"
+            )
+        return logits, torch.cat((*streams, last[0]), -1)
+
+    def _inputs(self, tokens: Tensor, cache: RowCache, start: int | None) -> dict[str, Any]:
+        """Arguments of the model, or of its body, for new tokens [B, Q]."""
         positions, span = cache.prepare(tokens.shape[1], start)
         if self.attention in ("flash", "flex"):
             visible: dict[str, Any] = {"attention_mask": self.no_mask, "window": cache.window}
         else:
             visible = {"attention_mask": self._masks(positions, span)}
-        self.recorder.want(layers)
-        last = self.body(
-            input_ids=tokens,
-            position_ids=positions.clamp(max=self.context_limit - 1),  # padding may run past it
-            use_cache=True,
-            **{self.cache_argument: cache},
+        return {
+            "input_ids": tokens,
+            "position_ids": positions.clamp(max=self.context_limit - 1),  # padding may run past it
+            "use_cache": True,
+            self.cache_argument: cache,
             **visible,
-        ).last_hidden_state
-        streams = self.recorder.take()
-        return torch.cat((*streams, last), -1) if streams else last
+        }
 
     def prefill(
         self,
@@ -274,6 +302,11 @@ def head_of(model: Any) -> Any:
             f"model is a {type(model).__name__}, whose adapters are not supported: pass "
             "model.merge_and_unload()"
         )
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"model is a {type(model).__name__} that puts a prompt or a prefix before the text, "
+            "which is not supported"
+        )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a Hugging Face model, got a {type(model).__name__}; of a wrapper, pass "
@@ -296,6 +329,17 @@ def head_of(model: Any) -> Any:
             "all of them onto one device, without device_map"
         )
     return head
+
+
+def computes_more(model: PreTrainedModel) -> bool:
+    """Whether a model's forward may be more than its body and its lm head: that of somebody's own
+    class or a replaced one, or one with hooks."""
+    return bool(
+        "forward" in vars(model)
+        or model._forward_hooks
+        or model._forward_pre_hooks
+        or not type(model).forward.__module__.startswith("transformers.models.")
+    )
 
 
 def check_supported(model: PreTrainedModel) -> None:
