@@ -288,8 +288,8 @@ def pip_download(source: Source, folder: Path, tick: Callable[[int], None]) -> N
             f"{sys.executable} has no pip: install it with `{sys.executable} -m ensurepip`, or "
             f"{way_around(source, work)}"
         )
-    if (full := os.strerror(errno.ENOSPC)) in said:
-        raise OSError(errno.ENOSPC, full)
+    if shutil.disk_usage(folder).free < source.wheel_bytes:  # pip may have had no room to say so
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
     reason = " ".join(errors) or f"exit status {pip.returncode}"
