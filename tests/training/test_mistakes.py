@@ -15,14 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from specdiff.cli.main import app
+from specdiff.drafters.network import DraftConfig, DraftNetwork
 from specdiff.loop.session import Session
 from specdiff.training import run as run_module
 from specdiff.training.held_out import messages
 
-from .conftest import PARALLEL, SEDD, train, write
+from .conftest import PARALLEL, SEDD, SIZE, VOCAB, train, write
 
 
 def specdiff(*args: object) -> Result:
@@ -34,6 +36,12 @@ def check_refused(done: Result, message: str) -> None:
     *_, last = done.stderr.strip().splitlines()
     assert done.exit_code == 2 and last.startswith("error: "), done.output
     assert message in last
+
+
+def save_other(folder: Path) -> None:
+    """A drafter for another target."""
+    config = DraftConfig("parallel", VOCAB, 2 * SIZE, 20, 32, 1, 2, 64)
+    DraftNetwork(config, torch.arange(20)).save(folder)
 
 
 # --- a run's file
@@ -75,6 +83,12 @@ def check_refused(done: Result, message: str) -> None:
         ('"answers.npz"', '"half.npz"', "half.npz is not a readable .npz file: it is no zip"),
         ('"answers.npz"', '"damaged.npz"', "damaged.npz is not a readable .npz file: "),
         ("block = 4", 'initial = "nowhere"', "nowhere holds no usable drafter"),
+        ("block = 4", 'initial = "other"', "drafter.draft_vocab_size must be 20, as in drafter."),
+        (
+            "draft_vocab_size = 30",
+            'draft_vocab_size = 20\ninitial = "other"',
+            "other: the initial network's embed_in.weight must be [32, 32], got [32, 64]: use the",
+        ),
     ],
 )
 def test_in_a_run(folder, tmp_path, old, new, message):
@@ -82,6 +96,7 @@ def test_in_a_run(folder, tmp_path, old, new, message):
     assert old in PARALLEL
     config, whole = folder / "mistake.toml", (folder / "answers.npz").read_bytes()
     config.write_bytes(PARALLEL.replace(old, new).encode(errors="surrogateescape"))
+    save_other(folder / "other")
     (folder / "half.npz").write_bytes(whole[: len(whole) // 2])
     (folder / "damaged.npz").write_bytes(whole[:100] + bytes(200) + whole[300:])
     check_refused(train(config, "--out", tmp_path), message)
@@ -138,6 +153,13 @@ def test_in_a_command(folder, monkeypatch, command, message):
     sample = "sample-target --target target --conversations 2 --max-length 20 --device cpu"
     check_refused(specdiff(*command.replace("sample", sample, 1).split()), message)
     assert not (folder / "new").exists() or not list((folder / "new").iterdir())
+
+
+def test_a_drafter_for_another_target_is_not_compared(folder, tmp_path):
+    save_other(tmp_path / "other")
+    config = write(folder, "run.toml", PARALLEL)
+    done = train(config, "--out", tmp_path, "--better-than", tmp_path / "other", "--minutes", 0)
+    check_refused(done, "other is for a target with 40 tokens of width 64, the run's target has 40")
 
 
 def test_a_pipe_that_is_closed_is_no_mistake():
