@@ -1,6 +1,6 @@
 """Draws the figures of a real pair in docs/theory.md, from the published results.
 
-    pip install 'specdiff-kernels[plots]'
+    pip install matplotlib
     python benchmarks/plot_pair.py              # writes docs/figures/*.png and *.svg
 
 The same results and matplotlib version give the same bytes.

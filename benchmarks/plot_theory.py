@@ -1,6 +1,6 @@
 """Draws the figures of docs/theory.md that need only specdiff.theory: nothing is timed.
 
-    pip install 'specdiff-kernels[plots]'
+    pip install matplotlib
     python benchmarks/plot_theory.py            # writes docs/figures/*.png and *.svg
 
 The same matplotlib version gives the same bytes.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from functools import partial
 from glob import glob
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError
 
 from .cuda import Toolkit, choose_toolkit
 
@@ -50,6 +51,11 @@ PER_ISA = {
     os.path.join("csrc", "cpu", "divergence.cpp"): ["-ffp-contract=fast", "-fschedule-insns"],
 }
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+INSTALL_COMPILER = """\
+  Debian, Ubuntu: sudo apt install g++ python3-dev
+  Fedora:         sudo dnf install gcc-c++ python3-devel
+  macOS:          xcode-select --install
+CXX=COMPILER in the environment names another one."""
 
 
 def is_x86() -> bool:
@@ -110,7 +116,39 @@ def workers() -> int:
 
 
 class BuildNative(build_ext):
-    """`build_ext` that compiles in parallel and gives each object file its own flags."""
+    """`build_ext` that compiles in parallel and gives each object file its own flags.
+
+    Errors are a SystemExit, so that their message is the last that is printed, without a traceback.
+    """
+
+    def build_extensions(self) -> None:
+        compiler = self.compiler.compiler_so_cxx[0]
+        if not shutil.which(compiler):
+            raise SystemExit(
+                f"error: specdiff-kernels needs a C++17 compiler, but there is no {compiler}:\n"
+                f"{INSTALL_COMPILER}"
+            )
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit(
+                "error: the build needs pybind11: pip install pybind11, or leave out "
+                "--no-build-isolation"
+            ) from None
+        for folder in ("csrc/include", pybind11.get_include()):
+            self.compiler.add_include_dir(folder)
+        try:
+            super().build_extensions()
+        except (CCompilerError, ExecError) as error:
+            raise SystemExit(
+                f"error: {compiler} failed, for the reason that it gives above. specdiff-kernels "
+                f"needs a C++17 compiler and Python's headers:\n{INSTALL_COMPILER}"
+            ) from error
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"error: {error.cmd[0]} failed, for the reason that it gives above; "
+                "SPECDIFF_CUDA=0 leaves the CUDA kernels out"
+            ) from error
 
     def build_extension(self, ext: Extension) -> None:
         toolkit: Toolkit | None = getattr(ext, "toolkit", None)
@@ -138,7 +176,6 @@ class BuildNative(build_ext):
         (output,) = self.compiler.compile(
             [source],
             output_dir=os.path.join(self.build_temp, folder),
-            include_dirs=["csrc/include", pybind11.get_include()],
             extra_postargs=[*FLAGS, *flags],
         )
         return output

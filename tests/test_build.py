@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from build_tools import cuda
-from build_tools.native import FLAGS, ISA_FLAGS, PER_ISA, is_x86, isa_flags, workers
+from build_tools.native import (
+    FLAGS,
+    INSTALL_COMPILER,
+    ISA_FLAGS,
+    PER_ISA,
+    is_x86,
+    isa_flags,
+    workers,
+)
 from specdiff.drafters import SHIPPED
 
 TILE = "csrc/cpu/tile.cpp"  # the distribution
@@ -205,6 +213,32 @@ def test_a_failed_compile_is_an_error(tree: Path) -> None:
     assert result.returncode != 0
     assert "this file does not compile" in result.stderr
     assert not list((tree / "out").rglob("_C*"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "first", "last"),
+    [
+        ({"CXX": "no-g++"}, "needs a C++17 compiler, but there is no no-g++:", INSTALL_COMPILER),
+        ({"CXX": "false"}, "false failed, for the reason that it gives", INSTALL_COMPILER),
+        ({"PYTHONPATH": "without"}, "the build needs pybind11", "leave out --no-build-isolation"),
+        ({"SPECDIFF_CUDA": "1"}, "SPECDIFF_CUDA=1 requires the CUDA kernels", "set it to 0"),
+        ({"CUDA_HOME": "cuda", "SPECDIFF_CUDA": "1"}, "cuda/bin/nvcc failed", "kernels out"),
+    ],
+    ids=["no compiler", "another program", "no pybind11", "no CUDA", "nvcc"],
+)
+def test_what_a_build_lacks_is_the_last_that_is_said(tree: Path, environ, first, last) -> None:
+    (tree / "without" / "pybind11").mkdir(parents=True)
+    (tree / "without" / "pybind11" / "__init__.py").write_text("raise ImportError\n")
+    if "CUDA_HOME" in environ:
+        with (fake_toolkit(tree / "cuda") / "bin" / "nvcc").open("a") as nvcc:
+            nvcc.write('case "$1" in -*arch) ;; *) exit 1 ;; esac\n')
+        (tree / "csrc" / "cuda").mkdir()
+        (tree / "csrc" / "cuda" / "verify.cu").touch()
+        (tree / "csrc" / "bindings" / "cuda.cpp").touch()
+    result = build(tree, "build_ext", "--build-lib", "out", **{"SPECDIFF_CUDA": "0", **environ})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    _, message = result.stderr.split("error: ")
+    assert first in message and message.endswith(f"{last}\n")
 
 
 @pytest.mark.slow

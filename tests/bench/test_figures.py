@@ -318,5 +318,5 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["methods", "stages", "steps", "lengths", "batch", "context"])
 def test_without_matplotlib(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"a figure needs matplotlib: pip install 'specdiff-ker"):
+    with pytest.raises(ValueError, match=r"a figure needs matplotlib: pip install matplotlib$"):
         getattr(figures, name)(CONTENTS[name if name != "stages" else "methods"])

@@ -431,7 +431,8 @@ def test_nan_logits(run, tmp_path, tiny_tokenizer):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b"\n \n", "is empty"), (b"caf\xe9\n", "can't decode")]
+    "content, message",
+    [(b"\n \n", "is empty"), (b"caf\xe9\n", "prompts is not UTF-8: line 1 has the byte 0xe9")],
 )
 def test_bad_batch_file(run, tmp_path, content, message):
     (tmp_path / "prompts").write_bytes(content)

@@ -159,5 +159,5 @@ def test_a_picture(tmp_path, monkeypatch):
     assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["plans.png"]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"a picture needs matplotlib: pip install 'specdiff-kern"):
+    with pytest.raises(ValueError, match=r"a picture needs matplotlib: pip install matplotlib$"):
         draw(rows, {}, "a pair", tmp_path / "plans.png")

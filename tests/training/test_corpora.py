@@ -183,7 +183,7 @@ def test_detokenised(tokenised, text):
 
 def test_datasets_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'specdiff-kernels\[train\]'"):
+    with pytest.raises(ValueError, match=r"the package datasets: pip install datasets$"):
         read_texts("lm1b", "train")
 
 

@@ -511,7 +511,9 @@ def test_arguments_out_of_range(decoder, tiny_tokenizer, lines, tmp_path):
         "max_length must be at most 400, the target's context": {"plan": SamplePlan(lines, 401)},
         "decoder must have no drafter": {"decoder": Decoder(decoder.target, PromptLookup())},
         "empty is empty, expected one prompt": {"plan": SamplePlan(str(tmp_path / "empty"), 30)},
-        "source must be a folder or one of sotu": {"plan": SamplePlan("magic", 30)},
+        "prompts must be self, a file .*, or one of sotu, .* got 'magic'": {
+            "plan": SamplePlan("magic", 30)
+        },
         "'fox fox .* leaves no room": {"plan": SamplePlan(str(tmp_path / "long"), 30)},
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -119,13 +119,15 @@ class Stop(Exception):
 
 
 @contextmanager
-def watched(model, most: int | None = None) -> Iterator[list[int]]:
+def watched(
+    model, most: int | None = None, stop: type[BaseException] = Stop
+) -> Iterator[list[int]]:
     """How many texts each forward of a model has; the one behind `most` of them is interrupted."""
     seen: list[int] = []
 
     def before(module, args):
         if len(seen) == most:
-            raise Stop
+            raise stop
         seen.append(len(args[0]))
 
     handle = model.base_model.register_forward_pre_hook(before)
@@ -135,20 +137,22 @@ def watched(model, most: int | None = None) -> Iterator[list[int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("hours_pass", [True, False])
+@pytest.mark.parametrize(
+    ("hours_pass", "stop"), [(True, Stop), (False, Stop), (False, KeyboardInterrupt)]
+)
 def test_an_interrupted_computation_goes_on(
-    model, conversations, tmp_path, monkeypatch, hours_pass
+    model, conversations, tmp_path, monkeypatch, hours_pass, stop
 ):
-    """To the same bytes, from where it was last saved: after each forward, or never."""
+    """To the same bytes, from where it was last saved: after each forward, never, or on Ctrl-C."""
     monkeypatch.setattr(time, "monotonic", count(step=3600 * hours_pass).__next__)
     straight, path = tmp_path / "straight.npy", tmp_path / "states.npy"
     store(model, conversations, straight, layers=(1,))
-    with watched(model, most=4), pytest.raises(Stop):
+    with watched(model, most=4, stop=stop), pytest.raises(stop):
         store(model, conversations, path, layers=(1,))
     assert not path.exists()
     with watched(model) as seen:
         store(model, conversations, path, layers=(1,))
-    assert sum(seen) == TEXTS - 4 * BATCH * hours_pass
+    assert sum(seen) == TEXTS - 4 * BATCH * (hours_pass or stop is KeyboardInterrupt)
     assert path.read_bytes() == straight.read_bytes()
     with watched(model) as seen:
         store(model, conversations, path, layers=(1,))

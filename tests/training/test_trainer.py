@@ -233,7 +233,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(new_trainer):
     with torch.no_grad():
         trainer.task.network.bias[0] = float("nan")
     before = trainer.task.network.mask.clone()
-    with pytest.raises(FloatingPointError, match="loss of step 0 is nan: lower learning_rate"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss of step 0 is nan: lower training\.learning_rate"
+    ):
         trainer.train_step()
     assert torch.equal(trainer.task.network.mask, before)
 

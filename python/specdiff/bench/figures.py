@@ -83,9 +83,7 @@ def styled() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError(
-            "a figure needs matplotlib: pip install 'specdiff-kernels[plots]'"
-        ) from error
+        raise ValueError("a figure needs matplotlib: pip install matplotlib") from error
     with matplotlib.rc_context(STYLE):
         yield
 

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from ..download import MODELS, fetch, is_fetched, model_folder
+from ..files import read_lines
 from ..models import encode
 from .bench import app as bench
 from .options import (
@@ -27,7 +28,7 @@ from .options import (
     Type,
     Where,
     placed,
-    set_threads,
+    quiet,
     user_errors,
 )
 from .report import DecodedRun, LiveText, figures, median_run, table
@@ -342,12 +343,11 @@ def train(
         from ..training.run import train as train_run
     except ImportError as error:
         raise ValueError(
-            f"training needs {error.name}: pip install 'specdiff-kernels[train]'"
+            f"training needs the package {error.name}: pip install {error.name}"
         ) from error
     from ..training.config import load_run
 
-    if threads is not None:
-        set_threads(threads)
+    quiet(threads)
     figures = train_run(
         load_run(config), out, minutes=minutes, better_than=better_than, average=average
     )
@@ -428,7 +428,7 @@ def read_prompts(prompt: str | None, batch_file: Path | None) -> list[str]:
         if any("\ud800" <= c <= "\udfff" for c in prompts[0]):  # bytes that Python kept
             raise ValueError("--prompt is not UTF-8: use a UTF-8 terminal, or --batch-file")
     else:
-        prompts, where = batch_file.read_text(encoding="utf-8").splitlines(), str(batch_file)
+        prompts, where = read_lines(batch_file), str(batch_file)
     prompts = [text for text in prompts if text.strip()]
     if not prompts:
         raise ValueError(f"{where} is empty: give some text to continue or answer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,16 @@ SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+WAYS_OUT = {  # of the operating system's errors
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "name a folder",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name a path through folders only",
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EROFS: "name a path on another disk",
+    errno.ENOSPC: "free some space, or name a path on another disk",
+    errno.EDQUOT: "free some space, or name a path on another disk",
 }
 
 
@@ -46,6 +57,8 @@ def user_errors() -> Iterator[None]:
     """Print errors that the user can fix in one line, and exit with code 2."""
     try:
         yield
+    except BrokenPipeError:  # as of `| head`: typer ends quietly
+        raise
     except (ValueError, OSError, FetchError, FloatingPointError) as error:
         fail(error)
     except RuntimeError as error:
@@ -57,8 +70,16 @@ def user_errors() -> Iterator[None]:
 
 
 def fail(error: Exception) -> NoReturn:
-    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    typer.echo(f"error: {' '.join(said(error).split())}", err=True)
     raise typer.Exit(2) from error
+
+
+def said(error: Exception) -> str:
+    """The message of an error; the operating system's gets its file first, and a way out."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    parts = [error.filename, error.strerror, WAYS_OUT.get(error.errno or 0)]
+    return ": ".join(str(part) for part in parts if part is not None)
 
 
 def placed(

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from ..files import digest
+from ..files import digest, read_json
 from ..loop.drafter import Drafter, Draws, News
 from ..loop.fast_layers import accelerate, is_accelerated
 from ..loop.target import Target
@@ -75,8 +74,8 @@ def load_drafter(
     config = folder / "config.json"
     if not config.is_file():
         raise ValueError(f"unknown drafter {str(name_or_path)!r}; expected {CHOICES}")
-    fields = json.loads(config.read_text())
-    kind = KINDS.get(fields.get("model_type"))
+    fields = read_json(config, f"expected {CHOICES}")
+    kind = KINDS.get(str(fields.get("model_type")))
     if kind == "block-diffusion":
         return BlockDiffusion.load(folder, target, steps=steps, backend=backend)
     if kind is not None:

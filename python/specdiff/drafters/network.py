@@ -84,6 +84,10 @@ class DraftConfig:
         object.__setattr__(self, "target_layers", tuple(self.target_layers))  # a list in JSON
         if self.kind not in KINDS.values():
             raise ValueError(f"kind must be one of {', '.join(KINDS.values())}, got {self.kind!r}")
+        least = {"hidden_size": 1, "heads": 1, "block": 1, "layers": 0, "intermediate_size": 0}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name} must be at least {number}, got {getattr(self, name)}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 f"hidden_size must be a multiple of 2 * heads = {2 * self.heads}, "

@@ -125,9 +125,7 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
-            "a picture needs matplotlib: pip install 'specdiff-kernels[plots]'"
-        ) from error
+        raise ValueError("a picture needs matplotlib: pip install matplotlib") from error
     return Figure
 
 

@@ -20,10 +20,13 @@ Missing keys have their defaults. Paths are relative to the file.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from ..files import read_text
 from .objective import Objective
 from .recipe import Recipe
 
@@ -90,7 +93,7 @@ class Answers:
 
     Args:
         conversations: file or folder, see `load_conversations`.
-        held_out: share of prompts whose conversations are not trained on, see `split`.
+        held_out: share of prompts whose conversations are not trained on, see `split`; in [0, 1).
         cache_states: keep the target's states on disk, at 2 bytes a number, instead of computing
             them in every step. See docs/training.md.
     """
@@ -98,6 +101,10 @@ class Answers:
     conversations: str
     held_out: float = 1 / 32
     cache_states: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
 
 
 @dataclass(frozen=True)
@@ -150,9 +157,11 @@ def load_run(path: str | Path) -> TrainingRun:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_text(path))
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        raise ValueError(
+            f"cannot read {path}: {error.strerror}; expected a TOML file, see docs/training.md"
+        ) from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     try:
@@ -171,10 +180,11 @@ def read_run(tables: dict[str, Any], folder: Path) -> TrainingRun:
         if not isinstance(tables.get(name, {}), dict):
             raise ValueError(f"{name} must be a table, [{name}], got {tables[name]!r}")
     kind = tables.get("drafter", {}).get("kind")
-    if kind not in SHAPES:
+    if not isinstance(kind, str) or kind not in SHAPES:
         raise ValueError(f"drafter.kind must be one of {', '.join(SHAPES)}, got {kind!r}")
-    if not isinstance(tables.get("target"), str):
+    if "target" not in tables:
         raise ValueError('target is missing: expected target = "smollm2-135m" or a folder')
+    checked("target", tables["target"], str)
     shape, data = SHAPES[kind]
     if shape is DenoiserShape and "objective" in tables:
         raise ValueError(f"drafter.kind = {kind!r} takes no [objective]: remove the table")
@@ -208,7 +218,17 @@ def section(kind: type[T], name: str, tables: dict[str, Any], folder: Path) -> T
             continue
         value = checked(f"{name}.{field.name}", table[field.name], hints[field.name])
         values[field.name] = resolve(value, folder) if field.name in PATHS else value
-    return kind(**values)
+    with of(f"[{name}]"):
+        return kind(**values)
+
+
+@contextmanager
+def of(setting: str) -> Iterator[None]:
+    """Begin a ValueError's message with the setting that it is about, such as "[drafter]"."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{setting} {error}") from error
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -62,10 +63,15 @@ def load_conversations(path: str | Path) -> Conversations:
 def read_part(file: Path) -> Conversations:
     """Load and check one .npz file."""
     try:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is no zip archive, or its end is missing")
         with np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in Conversations._fields if name in data}
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} is not a readable .npz file: {error}") from error
+    except Exception as error:  # numpy raises many kinds
+        raise ValueError(
+            f"{file} is not a readable .npz file: {error}; remove it, and make it again with "
+            "`specdiff sample-target`"
+        ) from error
     if missing := [name for name in Conversations._fields if name not in arrays]:
         raise ValueError(f"{file} lacks {', '.join(missing)}; see data/README.md for the format")
     for name, array in arrays.items():
@@ -114,16 +120,21 @@ def frequent_ids(data: Conversations, count: int, vocab_size: int, always: list[
         raise ValueError(
             f"count must be in [{max(1, len(set(always)))}, vocab_size = {vocab_size}], got {count}"
         )
-    if int(data.tokens.max()) >= vocab_size:
-        raise ValueError(
-            f"data has token {int(data.tokens.max())}, outside the vocabulary [0, {vocab_size}): "
-            "was it sampled from another target?"
-        )
+    check_tokens(data, vocab_size)
     columns = torch.arange(data.tokens.shape[1])
     answer = (columns >= data.prompt_length[:, None]) & (columns < data.length[:, None])
     counts = torch.bincount(data.tokens[answer], minlength=vocab_size)
     counts[always] = counts.max() + 1
     return counts.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def check_tokens(data: Conversations, vocab_size: int) -> None:
+    """Raise ValueError if a token is outside the target's vocabulary."""
+    if int(data.tokens.max()) >= vocab_size:
+        raise ValueError(
+            f"data has token {int(data.tokens.max())}, outside the vocabulary [0, {vocab_size}): "
+            "was it sampled from another target?"
+        )
 
 
 def split(data: Conversations, share: float) -> tuple[Tensor, Tensor]:
@@ -155,7 +166,7 @@ def split(data: Conversations, share: float) -> tuple[Tensor, Tensor]:
     if len(known) < 2:
         raise ValueError(
             "conversations must have at least 2 different prompts, one to train on and one to hold "
-            f"out, got {len(known)}"
+            f"out, got {len(known)}: sample more with `specdiff sample-target`"
         )
     first, *_, last = sorted(known)
     out = [x for x in known if (x < share * 2**64 or x == first) and x != last]

@@ -12,6 +12,7 @@ import sysconfig
 import tokenize
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..files import keep_settings
+from ..files import keep_settings, read_json, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,12 +193,12 @@ def stream(source: str, split: str, path: str | Path | None) -> Iterable[dict[st
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"source {source!r} needs the package datasets: pip install 'specdiff-kernels[train]'"
+            f"source {source!r} needs the package datasets: pip install datasets"
         ) from error
     if int(datasets.__version__.split(".")[0]) < 4:
         raise ValueError(
             f"datasets {datasets.__version__} may run code from a data set; expected 4.0 or "
-            "later: pip install --upgrade 'specdiff-kernels[train]'"
+            "later: pip install --upgrade datasets"
         )
     if path is not None and not Path(path).is_dir():
         raise ValueError(f"path must be a folder with files of {source}, got {str(path)!r}")
@@ -218,8 +219,9 @@ def stream(source: str, split: str, path: str | Path | None) -> Iterable[dict[st
     except (OSError, ValueError, RuntimeError) as error:
         where = f"{corpus.repository} on Hugging Face's hub" if path is None else str(path)
         raise ValueError(
-            f"source {source!r} cannot be read from {where}: {error}; pass as path= a folder with "
-            "the data set's parquet or json files, named after their splits"
+            f"source {source!r} cannot be read from {where}: {error}; pass as path= "
+            "(data.path of a training, --corpus-path of `specdiff bench`) a folder with the data "
+            "set's parquet or json files, named after their splits"
         ) from error
     if corpus.held_out is not None:
         return rows
@@ -253,7 +255,8 @@ def split_files(root: Path, files: list[Path], split: str, source: str) -> list[
     if not kept:
         raise ValueError(
             f"source {source!r} has no {split} document: expected {', '.join(SUFFIXES)} files in "
-            f"the folder, about one in {ONE_IN} of them held out, found {len(names)}"
+            f"the folder, about one in {ONE_IN} of them held out, found {len(names)}: cut the "
+            "texts into more files"
         )
     return kept
 
@@ -261,13 +264,6 @@ def split_files(root: Path, files: list[Path], split: str, source: str) -> list[
 def is_held_out(name: str) -> bool:
     """Whether a file is held out, by a hash of its name: a new file does not move other files."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % ONE_IN == 0
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}; convert or remove it") from error
 
 
 def read_module(file: Path) -> str:
@@ -383,7 +379,10 @@ def pack(
     if size >= length and state.rows != most:
         write_shard(folder, state, np.concatenate(waiting), size // length * length, length)
     if not state.rows:
-        raise ValueError(f"texts must fill a row of {length} tokens, got {size} tokens in all")
+        raise ValueError(
+            f"texts must fill a row of {length} tokens, got {size} tokens in all: take more "
+            "texts, or a lower length and another folder"
+        )
     done = {"rows": state.rows, "length": length, "documents": state.documents}
     write_atomically(folder / "rows.json", (json.dumps(done, indent=2) + "\n").encode())
 
@@ -420,7 +419,7 @@ def resume(texts: Iterator[str], folder: Path, dtype: Any) -> Packing:
     shards = sorted(folder.glob("shard-*.safetensors"))
     if not shards:
         return Packing(np.zeros(0, dtype))
-    with safe_open(shards[-1], "np") as file:
+    with whole(shards[-1]), safe_open(shards[-1], "np") as file:
         said, rest = json.loads(file.metadata()["state"]), file.get_tensor("rest")
     state = Packing(rest, rows=said["rows"], shards=len(shards))
     with progress_bar("documents") as progress:
@@ -433,6 +432,19 @@ def resume(texts: Iterator[str], folder: Path, dtype: Any) -> Packing:
             "folder"
         )
     return state
+
+
+@contextmanager
+def whole(shard: Path) -> Iterator[None]:
+    """Name a shard that cannot be read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{shard} is damaged ({error}): delete {shard.parent} to prepare the rows again"
+        ) from error
 
 
 class TokenRows:
@@ -502,11 +514,12 @@ def load_rows(folder: str | Path) -> TokenRows:
         )
     tensors = []
     for shard in shards:
-        with safe_open(shard, "pt") as file:
+        with whole(shard), safe_open(shard, "pt") as file:
             tensors.append(file.get_tensor("rows"))
     rows = TokenRows(tensors)
-    if len(rows) != json.loads((folder / "rows.json").read_text())["rows"]:
-        raise ValueError(f"{folder} lacks a shard: prepare the rows again in an empty folder")
+    way_out = f"delete {folder} to prepare the rows again"
+    if len(rows) != read_json(folder / "rows.json", way_out).get("rows"):
+        raise ValueError(f"{folder} lacks a shard: {way_out}")
     return rows
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import read_lines
 from ..models import encode
 
 if TYPE_CHECKING:
@@ -28,9 +29,8 @@ def messages(task: str) -> tuple[str, ...]:
         'Why is the sky blue? Explain it to a ten-year-old.'
     """
     if task == "chat":
-        return tuple(CHAT.read_text(encoding="utf-8").splitlines())
-    with HELD_OUT.open(encoding="utf-8") as lines:
-        return tuple(json.loads(line)["message"] for line in lines)
+        return tuple(read_lines(CHAT))
+    return tuple(json.loads(line)["message"] for line in read_lines(HELD_OUT))
 
 
 def is_held_out(message: str) -> bool:

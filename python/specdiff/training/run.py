@@ -21,13 +21,20 @@ from ..download import target_folder
 from ..drafters.ddit import DDiT, DDiTConfig
 from ..drafters.network import DraftConfig, DraftNetwork
 from ..drafters.sedd import MDLM, SEDD
-from ..files import digest, keep_settings, model_digest, write_atomically
+from ..files import digest, keep_settings, model_digest, naming, read_lines, write_atomically
 from ..loop.decoder import Decoder
 from ..loop.sampling import Sampling
 from ..loop.target import Target, stop_tokens
 from ..models import load_causal, load_tokenizer
-from .config import PATHS, Answers, DenoiserShape, PrefixShape, Texts, TrainingRun
-from .conversations import Conversations, frequent_ids, load_conversations, split, without
+from .config import PATHS, Answers, DenoiserShape, PrefixShape, Texts, TrainingRun, of
+from .conversations import (
+    Conversations,
+    check_tokens,
+    frequent_ids,
+    load_conversations,
+    split,
+    without,
+)
 from .corpora import load_rows, prepare_rows, read_texts
 from .denoising import Denoising
 from .distillation import Distillation, evaluate, fit_linear, judge
@@ -73,8 +80,8 @@ def train(
 
     `out` gets the drafter (config.json, model.safetensors), checkpoint.safetensors, losses.jsonl
     (a line for each step), evaluation.json, and caches computed from the data. After `minutes`, or
-    on Ctrl-C, the run stops after its current step and writes all of these. A second Ctrl-C stops
-    it at once, at the last checkpoint.
+    on Ctrl-C, the run stops after its current step and writes all of these. A second Ctrl-C, or one
+    before the first step or after the last, stops it at once. The same call resumes after each.
 
     Args:
         run: see `load_run`.
@@ -92,6 +99,7 @@ def train(
     Raises:
         ValueError: data or weights do not fit, or the folder belongs to another run.
         FloatingPointError: the loss is not finite.
+        KeyboardInterrupt: Ctrl-C was pressed. It is raised when all is written.
 
     Example:
         >>> train(load_run("configs/smollm2-135m-parallel.toml"), Path("out"))
@@ -100,25 +108,48 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(run.training)
     console = Console(stderr=True, quiet=not accelerator.is_main_process)
-    if average is not None:
-        return averaged(run, out, average, better_than, accelerator, console)
     if better_than is not None:
         check_comparable(run, "better_than")
-    with progress_bars(console) as progress, interruptible(console) as interrupted:
-        job = prepare(run, out, accelerator, progress)
-        checkpoint = out / CHECKPOINT
-        goes_on = checkpoint.exists()
-        if not goes_on:
-            job.begin()
-        # here all processes get the first one's weights
-        trainer = Trainer(job.task, run.training, accelerator)
-        if goes_on:
-            trainer.resume(checkpoint)
-            console.print(f"resuming at step {trainer.step}")
-        else:
-            console.print(f"held-out loss {job.task.held_out_loss(trainer.network):.4f}")
-        log = Log(out / LOSSES, trainer.step, enabled=accelerator.is_main_process)
-        bar = progress.add_task("training", total=run.training.steps, completed=trainer.step)
+        check_layers(run, better_than)  # rather now than after the training
+    if average is not None:
+        return averaged(run, out, average, better_than, accelerator, console)
+    over = lambda: minutes is not None and time.monotonic() - began > 60 * minutes
+    with resumable(out / CHECKPOINT, console):
+        with progress_bars(console) as progress:
+            job = prepare(run, out, accelerator, progress)
+            trainer, interrupted = steps(job, run, out, accelerator, progress, over)
+        figures = {}
+        if accelerator.is_main_process:
+            about = {"steps": trainer.step}
+            figures = finish(job, trainer.network, about, out, better_than, console)
+        if interrupted:
+            raise KeyboardInterrupt
+    return figures
+
+
+def steps(
+    job: Job,
+    run: TrainingRun,
+    out: Path,
+    accelerator: Accelerator,
+    progress: Progress,
+    over: Callable[[], bool],
+) -> tuple[Trainer, bool]:
+    """Train to the last step, until `over`, or until Ctrl-C. -> trainer, whether it was Ctrl-C"""
+    console, checkpoint = progress.console, out / CHECKPOINT
+    goes_on = checkpoint.exists()
+    if not goes_on:
+        job.begin()
+    # here all processes get the first one's weights
+    trainer = Trainer(job.task, run.training, accelerator)
+    if goes_on:
+        trainer.resume(checkpoint)
+        console.print(f"resuming at step {trainer.step}")
+    else:
+        console.print(f"held-out loss {job.task.held_out_loss(trainer.network):.4f}")
+    log = Log(out / LOSSES, trainer.step, enabled=accelerator.is_main_process)
+    bar = progress.add_task("training", total=run.training.steps, completed=trainer.step)
+    with interruptible(console) as interrupted:
         while trainer.step < run.training.steps:
             log.write(trainer.step, trainer.train_step())
             progress.update(bar, completed=trainer.step)
@@ -128,13 +159,22 @@ def train(
                 console.print(
                     f"step {trainer.step}  loss {log.mean():.4f}  held-out {held_out:.4f}"
                 )
-            over = minutes is not None and time.monotonic() - began > 60 * minutes
-            if trainer.agree(over or interrupted()):
+            if trainer.agree(over() or interrupted()):
                 break
         trainer.save(checkpoint)
-    if not accelerator.is_main_process:
-        return {}
-    return finish(job, trainer.network, {"steps": trainer.step}, out, better_than, console)
+    return trainer, interrupted()
+
+
+@contextmanager
+def resumable(checkpoint: Path, console: Console) -> Iterator[None]:
+    """Say on Ctrl-C where the run will go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        where = f"from {checkpoint}" if checkpoint.exists() else "with the files made so far"
+        said = f"stopped; the same command goes on {where}"
+        console.print(said, markup=False, soft_wrap=True)
+        raise
 
 
 def finish(
@@ -203,6 +243,20 @@ def check_comparable(run: TrainingRun, option: str) -> None:
         )
 
 
+def check_layers(run: TrainingRun, folder: Path) -> None:
+    """Raise ValueError unless a folder's drafter reads the same layers of the target as the run's.
+
+    Both are judged by the same states.
+    """
+    theirs = list(DraftNetwork.load(folder).config.target_layers)
+    ours = list(run.drafter.target_layers)  # type: ignore[union-attr]
+    if theirs != ours:
+        raise ValueError(
+            f"the drafter in {folder} reads target layers {theirs}, the run's drafter {ours}: "
+            "expected the same layers"
+        )
+
+
 @contextmanager
 def interruptible(console: Console) -> Iterator[Callable[[], bool]]:
     """Yield a function that tells whether Ctrl-C was pressed. A second Ctrl-C interrupts."""
@@ -248,7 +302,7 @@ class Log:
         self.recent: list[float] = []
         self.file = None
         if enabled:
-            old = path.read_text().splitlines() if path.exists() else []
+            old = read_lines(path) if path.exists() else []
             kept = "".join(f"{line}\n" for line in old[:step])
             write_atomically(path, kept.encode())
             self.file = path.open("a")
@@ -256,8 +310,9 @@ class Log:
     def write(self, step: int, loss: float) -> None:
         self.recent.append(loss)
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, "loss": loss}) + "\n")
-            self.file.flush()
+            with naming(Path(self.file.name)):
+                self.file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+                self.file.flush()
 
     def mean(self) -> float:
         """Mean loss since the last call."""
@@ -303,17 +358,33 @@ def distillation(
 ) -> Job:
     initial = None if shape.initial is None else DraftNetwork.load(shape.initial)
     vocab_size, width = model.get_input_embeddings().weight.shape
+    ends = list(stop_tokens(model))
+    check_draft_vocabulary(shape, vocab_size, len(set(ends)), initial)
     sizes = {k: v for k, v in asdict(shape).items() if k != "initial"}
     if shape.target_layers:
         sizes["target_layer_count"] = model.config.num_hidden_layers
-    config = DraftConfig(target_vocab_size=vocab_size, target_hidden_size=width, **sizes)
+    with of("[drafter]"):
+        config = DraftConfig(target_vocab_size=vocab_size, target_hidden_size=width, **sizes)
     conversations = load_conversations(data.conversations)
+    check_tokens(conversations, vocab_size)
     written = digest(*(part.numpy().tobytes() for part in conversations))
     free, held_out = split(conversations, data.held_out)
     precision = run.training.precision
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rows = without(held_out_prompts(tokenizer), conversations, free)
     left_out = len(free) - len(rows)
+    seed = run.training.seed
+    generator = torch.Generator().manual_seed(seed)
+    if initial is not None:
+        network = DraftNetwork(config, initial.draft_ids)
+        if network.head is not None:
+            network.head.initialise(generator)  # kept if the initial drafter has no head
+        with of(f"drafter.initial = {shape.initial}:"):
+            network.adopt(initial)
+    else:
+        learnt = Conversations(*(part[rows] for part in conversations))
+        chosen = frequent_ids(learnt, shape.draft_vocab_size, vocab_size, ends)
+        network = DraftNetwork(config, chosen)
     own = {
         "conversations": written,
         "left_out": left_out or None,
@@ -324,31 +395,18 @@ def distillation(
         progress.console.print(
             f"skipping {left_out} conversations whose prompts are held out for benchmarks"
         )
-    seed = run.training.seed
-    if initial is not None:
-        draft_ids = initial.draft_ids
-    else:
-        learnt = Conversations(*(part[rows] for part in conversations))
-        ends = list(stop_tokens(model))
-        draft_ids = frequent_ids(learnt, shape.draft_vocab_size, vocab_size, ends)
-    network = DraftNetwork(config, draft_ids)
     of_layers: Any = {"layers": config.target_layers, "dtype": dtype}
     states = None
     if data.cache_states:
         states = cached_states(model, conversations, out / "states.npy", progress, **of_layers)
-    teacher = Teacher(model, conversations, draft_ids, states, **of_layers)
+    teacher = Teacher(model, conversations, network.draft_ids, states, **of_layers)
     network.to(teacher.device)
     task = Distillation(network, teacher, rows, held_out, run.objective, seed=seed)
 
     def begin() -> None:
-        generator = torch.Generator().manual_seed(seed)
-        if initial is not None:
-            if network.head is not None:
-                network.head.initialise(generator)  # kept if the initial drafter has no head
-            network.adopt(initial)
-            return
-        network.initialise(teacher.embedding, generator)
-        fit_linear(network, teacher, rows)
+        if initial is None:
+            network.initialise(teacher.embedding, generator)
+            fit_linear(network, teacher, rows)
 
     def figures(network: DraftNetwork) -> dict[str, Any]:
         lengths = sorted({config.k or config.block, config.block})
@@ -357,28 +415,54 @@ def distillation(
     def compare(network: DraftNetwork, folder: Path) -> Gain:
         other = DraftNetwork.load(folder).to(teacher.device)
         block = min(config.block, other.config.block)
-        if other.config.target_layers != config.target_layers:
+        theirs = other.config.target_vocab_size, other.config.target_hidden_size
+        if theirs != (vocab_size, width):
             raise ValueError(
-                f"the drafter in {folder} reads target layers {list(other.config.target_layers)}, "
-                f"the run's drafter {list(config.target_layers)}: expected the same layers"
+                f"the drafter in {folder} is for a target with {theirs[0]} tokens of width "
+                f"{theirs[1]}, the run's target has {vocab_size} of width {width}: compare with a "
+                "drafter for the same target"
             )
-        theirs = judge(other, teacher.drafting(other.draft_ids), held_out, block).tokens()
-        return gain(theirs, judge(network, teacher, held_out, block).tokens())
+        before = judge(other, teacher.drafting(other.draft_ids), held_out, block).tokens()
+        return gain(before, judge(network, teacher, held_out, block).tokens())
 
     return Job(task, begin, figures, DraftNetwork.save, compare)
+
+
+def check_draft_vocabulary(
+    shape: PrefixShape, vocab_size: int, ends: int, initial: DraftNetwork | None
+) -> None:
+    """Raise ValueError unless the target has as many tokens as are to be drafted."""
+    size = shape.draft_vocab_size
+    unset = ", the default" if size == PrefixShape.draft_vocab_size else ""
+    if initial is not None and size != initial.config.draft_vocab_size:
+        raise ValueError(
+            f"drafter.draft_vocab_size must be {initial.config.draft_vocab_size}, as in "
+            f"drafter.initial = {shape.initial}, got {size}{unset}: set it under [drafter]"
+        )
+    if initial is None and not max(1, ends) <= size <= vocab_size:
+        raise ValueError(
+            f"drafter.draft_vocab_size must be from {max(1, ends)}, the tokens that end a text, to "
+            f"{vocab_size}, all tokens of the target, got {size}{unset}: set it under [drafter]"
+        )
 
 
 def denoising(
     run: TrainingRun, shape: DenoiserShape, data: Texts, model: Any, tokenizer: Any, out: Path
 ) -> Job:
-    keep_settings(out, settings(run, model))
     network = new_denoiser(shape, model.get_input_embeddings().weight.shape[0])
     length = data.length or network.config.length
+    if length > network.config.length:
+        raise ValueError(
+            f"data.length must be at most the drafter's length, {network.config.length}, got "
+            f"{length}"
+        )
+    keep_settings(out, settings(run, model))
     rows = {}
     for part, share in (("train", 1.0), ("held_out", 0.1)):
         most = None if data.max_tokens is None else max(length, round(share * data.max_tokens))
-        texts = read_texts(data.texts, part, path=data.path)
-        folder = prepare_rows(texts, tokenizer, length, out / part, max_tokens=most)
+        with of(f"data.texts = {data.texts}:"):
+            texts = read_texts(data.texts, part, path=data.path)
+            folder = prepare_rows(texts, tokenizer, length, out / part, max_tokens=most)
         rows[part] = load_rows(folder)
     task = Denoising(network, rows["train"], rows["held_out"], seed=run.training.seed)
     drafter = SEDD if network.config.time_conditioned else MDLM
@@ -403,7 +487,8 @@ def new_denoiser(shape: DenoiserShape, tokens: int) -> DDiT:
     conditioned = shape.kind == "sedd"
     if shape.initial is None:
         sizes = {k: v for k, v in asdict(shape).items() if k not in ("kind", "initial")}
-        return DDiT(DDiTConfig(tokens=tokens, time_conditioned=conditioned, **sizes))
+        with of("[drafter]"):
+            return DDiT(DDiTConfig(tokens=tokens, time_conditioned=conditioned, **sizes))
     network = DDiT.from_pretrained(shape.initial)
     config = network.config
     if (config.tokens, config.time_conditioned) != (tokens, conditioned):

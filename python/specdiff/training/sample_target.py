@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from ..files import digest, keep_settings, model_digest, write_atomically
+from ..files import digest, keep_settings, model_digest, read_lines, write_atomically
 from ..loop.decoder import Decoder
 from ..loop.sampling import Sampling
 from ..loop.session import Session
-from .corpora import NAMES, progress_bar, read_text, read_texts, tokenizer_digest
+from .conversations import read_part
+from .corpora import NAMES, progress_bar, read_texts, tokenizer_digest
 from .held_out import is_held_out
 
 WAVES = 16  # maximum number of batches in a part
@@ -172,6 +174,7 @@ def sample_conversations(
         ValueError: an argument is out of range, the prompts are unusable or held out, the target
             writes no usable message, or `out` was made with another target, plan or batch.
         DistributionError: the target's logits define no distribution.
+        KeyboardInterrupt: Ctrl-C was pressed. The files that are complete stay.
 
     Example:
         >>> sample_conversations(Decoder(Target(model)), tokenizer, "samples", 2000)
@@ -181,7 +184,12 @@ def sample_conversations(
     sampler = Sampler(decoder, tokenizer, plan, batch)
     texts = sampler.texts(first)
     keep_settings(Path(out), sampler.settings())
-    return sample_missing(sampler, texts, Path(out), range(first, first + conversations))
+    try:
+        return sample_missing(sampler, texts, Path(out), range(first, first + conversations))
+    except KeyboardInterrupt:
+        said = f"stopped; the same command goes on with the first part that {out} lacks"
+        Console(stderr=True).print(said, markup=False, soft_wrap=True)
+        raise
 
 
 def part_size(batch: int) -> int:
@@ -277,8 +285,13 @@ class Sampler:
         if self.own:
             return None
         if not self.is_file():
+            if source not in NAMES and not Path(source).is_dir():
+                raise ValueError(
+                    "prompts must be self, a file with a prompt on each line, a folder of "
+                    f"documents, or one of {', '.join(NAMES)}, got {source!r}"
+                )
             return islice(endless(source), first, None)
-        numbered = enumerate(read_text(Path(source)).splitlines(), 1)
+        numbered = enumerate(read_lines(Path(source)), 1)
         lines = {n: line for n, line in numbered if line.strip()}
         if not lines:
             raise ValueError(f"prompts: {source} is empty, expected one prompt per line")
@@ -467,7 +480,7 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> UserTurn:
     Raises:
         ValueError: there is no chat template, it changes the message, or no special token ends it.
     """
-    way_out = "use a file of prompts, a folder or a corpus"
+    way_out = "use a file of prompts, a folder or a corpus (--prompts)"
     if not tokenizer.chat_template:
         raise ValueError(f"prompts 'self' need a chat template, but there is none: {way_out}")
     message = [{"role": "user", "content": MARK}]
@@ -490,10 +503,7 @@ def endless(source: str) -> Iterator[str]:
 
 def conversations_in(file: Path) -> int:
     """Number of conversations in a part's file; 0 if there is no file."""
-    if not file.is_file():
-        return 0
-    with np.load(file, allow_pickle=False) as data:
-        return len(data["length"])
+    return len(read_part(file).length) if file.is_file() else 0
 
 
 def npz(arrays: dict[str, Any]) -> bytes:

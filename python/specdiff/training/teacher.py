@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from ..files import write_atomically
+from ..files import naming, read_text, write_atomically
 from ..loop.recorder import Recorder
 from .conversations import Conversations
 
@@ -169,11 +170,15 @@ def cached_states(
     shape = (int((conversations.length - 1).sum()), width)
     if not path.exists():
         compute_states(Body(model, layers, dtype), conversations, path, shape, progress)
-    states = np.load(path, mmap_mode="r", allow_pickle=False)
-    if (states.shape, states.dtype) != (shape, np.float16):
+    try:
+        states = np.load(path, mmap_mode="r", allow_pickle=False)
+        got = f"{states.dtype} of shape {states.shape}"
+    except Exception as error:  # numpy raises many kinds
+        states, got = None, f"a damaged file ({error})"
+    if states is None or (states.shape, states.dtype) != (shape, np.float16):
         raise ValueError(
-            f"states in {path} must be float16 of shape {shape}, got {states.dtype} of shape "
-            f"{states.shape}: delete the file to compute them again"
+            f"states in {path} must be float16 of shape {shape}, got {got}: delete the file to "
+            "compute them again"
         )
     return states
 
@@ -191,7 +196,10 @@ def compute_states(
     count = conversations.length - 1
     start = count.cumsum(0) - count
     order = count.argsort(descending=True, stable=True)
-    done = int(marker.read_text()) if marker.exists() and is_store(partial, shape) else 0
+    done = 0
+    if marker.exists() and is_store(partial, shape):
+        with suppress(ValueError):  # damaged: from the start
+            done = int(read_text(marker))
     size = 2 * shape[0] * shape[1]
     progress.console.print(
         f"the target's states of {shape[0]:,} tokens take {size / 1e9:.1f} GB in {path}",
@@ -202,26 +210,31 @@ def compute_states(
         marker.unlink(missing_ok=True)
         partial.unlink(missing_ok=True)
         check_room(path.parent, size)
-        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+        with naming(partial):
+            np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     else:
         check_room(path.parent, size - 512 * partial.stat().st_blocks)
     begin = partial.stat().st_size - size  # after the header
     tokens = int(count[order[:done]].sum())
     task = progress.add_task("the target's states, tokens", total=shape[0], completed=tokens)
-    with partial.open("r+b") as file:
+    with naming(partial), partial.open("r+b") as file:
         saved = time.monotonic()
-        for rows in order[done:].split(BATCH):
-            states = body(conversations.tokens[rows, : int(count[rows].max())].to(body.base.device))
-            states = states.float().clamp(-LARGEST, LARGEST).half().cpu()
-            for row, of_row in zip(rows.tolist(), states, strict=True):
-                file.seek(begin + 2 * shape[1] * int(start[row]))
-                file.write(of_row[: int(count[row])].numpy().tobytes())
-            done, tokens = done + len(rows), tokens + int(count[rows].sum())
-            if time.monotonic() - saved >= SAVE_EVERY:
-                sync(file)
-                write_atomically(marker, str(done).encode())
-                saved = time.monotonic()
-            progress.update(task, completed=tokens)
+        try:
+            for rows in order[done:].split(BATCH):
+                longest = int(count[rows].max())
+                states = body(conversations.tokens[rows, :longest].to(body.base.device))
+                states = states.float().clamp(-LARGEST, LARGEST).half().cpu()
+                for row, of_row in zip(rows.tolist(), states, strict=True):
+                    file.seek(begin + 2 * shape[1] * int(start[row]))
+                    file.write(of_row[: int(count[row])].numpy().tobytes())
+                done, tokens = done + len(rows), tokens + int(count[rows].sum())
+                if time.monotonic() - saved >= SAVE_EVERY:
+                    keep(file, marker, done)
+                    saved = time.monotonic()
+                progress.update(task, completed=tokens)
+        except KeyboardInterrupt:
+            keep(file, marker, done)
+            raise
         sync(file)
     os.replace(partial, path)
     marker.unlink(missing_ok=True)
@@ -231,7 +244,10 @@ def is_store(path: Path, shape: tuple[int, int]) -> bool:
     """Whether the file exists and can hold states of this shape."""
     if not path.exists():
         return False
-    store = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        store = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # damaged: numpy raises many kinds
+        return False
     return (store.shape, store.dtype) == (shape, np.float16)
 
 
@@ -244,6 +260,12 @@ def check_room(folder: Path, needed: int) -> None:
             "another --out, fewer conversations, or data.cache_states = false, which computes the "
             "states in every step"
         )
+
+
+def keep(file: Any, marker: Path, done: int) -> None:
+    """Flush the states so far to disk, and note the number of their conversations."""
+    sync(file)
+    write_atomically(marker, str(done).encode())
 
 
 def sync(file: Any) -> None:

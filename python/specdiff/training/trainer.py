@@ -94,8 +94,8 @@ class Trainer:
         parts = recipe.accumulate * self.accelerator.num_processes
         if recipe.batch % parts or recipe.batch > len(task.rows):
             raise ValueError(
-                f"batch must be a multiple of accumulate x processes = {parts} and at most the "
-                f"{len(task.rows)} texts to train on, got {recipe.batch}"
+                f"training.batch must be a multiple of accumulate x processes = {parts} and at "
+                f"most the {len(task.rows)} texts to train on, got {recipe.batch}"
             )
         self.task, self.recipe, self.step = task, recipe, 0
         self.module, *self.optimizers = self.accelerator.prepare(
@@ -150,9 +150,9 @@ class Trainer:
     def check(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"the {what} of step {self.step} is {value}: lower learning_rate = "
-                f"{self.recipe.learning_rate} or clip = {self.recipe.clip}; the last checkpoint "
-                "is from an earlier step"
+                f"the {what} of step {self.step} is {value}: lower training.learning_rate = "
+                f"{self.recipe.learning_rate} or training.clip = {self.recipe.clip}; the last "
+                "checkpoint is from an earlier step"
             )
 
     def optimizer_of(self, parameter: Tensor) -> torch.optim.Optimizer:
@@ -190,8 +190,10 @@ class Trainer:
                 about = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             theirs = json.loads(about["recipe"])
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a training checkpoint: {error!r}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a training checkpoint: {error!r}; remove it to begin again"
+            ) from error
         ours = asdict(self.recipe)
         if changed := [f"{k} = {theirs.get(k)}" for k in ours if ours[k] != theirs.get(k)]:
             raise ValueError(
