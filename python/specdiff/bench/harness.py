@@ -247,7 +247,7 @@ def named(models: Measured, condition: Condition, method: Method) -> dict[str, A
         "method": method.label,
         "k": method.k,
         "steps": method.steps,
-        "rule": method.rule,
+        "rule": method.rule_for(Sampling(condition.temperature)),
         "weights": weights_digest(method.name),
         "temperature": condition.temperature,
         "batch": condition.batch,

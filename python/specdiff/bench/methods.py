@@ -56,6 +56,10 @@ class Method:
     def drafts(self) -> bool:
         return self.name not in (*OWN, "transformers")
 
+    def rule_for(self, sampling: Sampling) -> str | None:
+        """The rule that judges its drafts; None: specdiff judges none."""
+        return None if self.name in (*OWN, *THEIRS) else self.rule or sampling.rule
+
     @property
     def label(self) -> str:
         return Path(self.name).name
