@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -14,7 +15,13 @@ from ..download import FetchError
 if TYPE_CHECKING:
     import torch
 
-SETTINGS: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False}
+# in a narrow terminal rich's table of options would cut their names, which plain text does not
+RICH = "rich" if shutil.get_terminal_size().columns >= 80 else None
+SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": RICH,
+}
 
 
 class Device(str, Enum):
