@@ -280,7 +280,11 @@ def staged(setting: Setting, condition: Condition, device: torch.device) -> list
 
 
 def ceiling(case: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
-    """E(K) / (c(T, K) + v(K)): the speed-up if a round took only its drafting and its forward."""
+    """E(K) / (c(T, K) + v(K)): the speed-up if a round took only its drafting and its forward.
+
+    Tokens and costs are means over all prompts. The speed-up of a case can be above it: that is a
+    median, and reading the prompt, which takes both the same time, moves it towards 1.
+    """
     ms = case["ms_per_forward"]
     forwards = (ms["draft"] + ms["target"]) / plain["ms_per_forward"]["target"]
     return {"speedup": case["tokens_per_forward"] / plain["tokens_per_forward"] / forwards}
