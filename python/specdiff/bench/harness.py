@@ -151,11 +151,13 @@ class Condition(NamedTuple):
     def batches(self) -> list[list[list[int]]]:
         """Full batches; left-over prompts are dropped. Raises ValueError if there is no batch."""
         B = self.batch
-        if not 1 <= B <= len(self.prompts):
-            raise ValueError(
-                f"batch must be in [1, {len(self.prompts)}], the number of prompts, got {B}"
-            )
+        check_batch(B, len(self.prompts))
         return [self.prompts[i : i + B] for i in range(0, len(self.prompts) - B + 1, B)]
+
+
+def check_batch(batch: int, prompts: int) -> None:
+    if not 1 <= batch <= prompts:
+        raise ValueError(f"--batch must be in [1, {prompts}], the number of prompts, got {batch}")
 
 
 class Measured(Protocol):

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 Content = dict[str, Any]
 Case = dict[str, Any]
 PLAIN = "plain"
 BESIDE = ("rule", "batch", "context", "prompts", "new_tokens")  # settings besides K and T
+FIELDS = {"command", "machine", "date", "name", "target", "stand_in", "repetitions", "cases"}
 SETTINGS = {"k": "K", "steps": "T", "rule": "rule", "batch": "batch", "context": "context"}
+
+
+def load(file: Path) -> Any:
+    """What a JSON file holds. Raises ValueError if it is no JSON in UTF-8."""
+    try:
+        return json.loads(file.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON in UTF-8: {error}; move or remove it") from error
+
+
+def is_content(found: Any) -> bool:
+    """Whether this is what a finished `specdiff bench` writes."""
+    return (
+        isinstance(found, dict)
+        and found.keys() >= FIELDS
+        and str(found["command"]).startswith("specdiff bench")
+        and isinstance(found["cases"], list)
+    )
 
 
 def measured(content: Content) -> list[Case]:

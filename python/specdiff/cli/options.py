@@ -79,12 +79,16 @@ def placed(
     return torch.device(where), getattr(torch, dtype.value)
 
 
+def at_least(least: int, option: str, given: int) -> None:
+    if given < least:
+        raise ValueError(f"{option} must be at least {least}, got {given}")
+
+
 def set_threads(threads: int) -> None:
     """Set torch's CPU threads. Raises ValueError below 1."""
     import torch
 
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
+    at_least(1, "--threads", threads)
     torch.set_num_threads(threads)
 
 
