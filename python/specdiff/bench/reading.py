@@ -125,11 +125,22 @@ def check(case: Case) -> str:
 
 
 def machine(content: Content) -> str:
-    """The measuring machine in one line."""
+    """The measuring machine in a few words."""
     known = content["machine"]
     parts = [known["gpu"]["name"]] if known.get("gpu") else []
-    parts += [known["processor"]["model name"], f"{known['cores']} cores",
-              known["torch_cpu_capability"], f"threads: {known['threads']}",
-              f"Python {known['python']}"]  # fmt: skip
+    return ", ".join([*parts, known["processor"]["model name"], f"{known['cores']} cores"])
+
+
+def setup(content: Content) -> str:
+    """The machine and all else that figures depend on, in one line."""
+    known = content["machine"]
+    parts = [machine(content), known["torch_cpu_capability"], f"threads: {known['threads']}",
+             f"Python {known['python']}"]  # fmt: skip
     parts += [f"{name} {version}" for name, version in known["packages"].items()]
     return ", ".join(parts)
+
+
+def fastest(cases: Iterable[Case]) -> Case | None:
+    """The case with the largest median speed-up, of those besides plain decoding that have one."""
+    found = [c for c in cases if c["method"] != PLAIN and c["speedup"] and not failed(c)]
+    return max(found, key=lambda case: case["speedup"]["median"], default=None)
