@@ -7,6 +7,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from specdiff.bench import figures, methods, page, paper
+from specdiff.bench.machine import slug
 from specdiff.cli.main import app
 from tests.bench import contents
 
@@ -49,7 +51,8 @@ MISTAKES = [  # command, what is said; {empty} is an empty folder
     ("run --tokens 0", "--tokens must be at least 1, got 0"),
     ("run --threads 0", "--threads must be at least 1, got 0"),
     ("run --name a/b", "--name must be a file's name without folders, got 'a/b'"),
-    ("run --results {file}", "--results must be a folder, got the file {file}"),
+    ("run --results {file}", "--results must be a folder, got {file}: File exists"),
+    ("run --results {file}/a", "--results must be a folder, got {file}/a: Not a directory"),
     ("table2 --drafter foo", f"--drafter 'foo': expected {DRAFTERS}"),
     ("table2 --standard foo", f"--standard 'foo': expected {DRAFTERS}"),
     ("table2 --drafter eagle --steps 2", "--drafter 'eagle' has no reverse steps, got 2"),
@@ -99,8 +102,8 @@ def places(tmp_path):
 @pytest.fixture
 def said(tmp_path, monkeypatch):
     """Run `specdiff bench` in an empty folder, without models; what it says of a mistake."""
-    for place in ("methods.Models", "paper.Shape", "figures.image"):
-        monkeypatch.setattr(f"specdiff.bench.{place}", loads)
+    for module, name in ((methods, "Models"), (paper, "Shape"), (page, "image"), (figures, "save")):
+        monkeypatch.setattr(module, name, loads)
     monkeypatch.chdir(tmp_path)
 
     def said(*arguments):
@@ -133,8 +136,6 @@ def test_a_file_that_is_no_result_is_named(content, message, where, said, tmp_pa
 
 
 def test_a_run_that_was_begun_and_is_damaged_is_named(said, tmp_path):
-    from specdiff.bench.machine import slug
-
     part = tmp_path / "results" / slug() / ".methods.begun.json"
     part.parent.mkdir(parents=True)
     part.write_text("{")

@@ -97,8 +97,12 @@ class Place:
 
         if self.name and self.name != Path(self.name).name:
             raise ValueError(f"--name must be a file's name without folders, got {self.name!r}")
-        if self.results.is_file():
-            raise ValueError(f"--results must be a folder, got the file {self.results}")
+        try:  # rather now than after all has been measured
+            self.results.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--results must be a folder, got {self.results}: {error.strerror}"
+            ) from error
         return Kept(self.results, self.name or name, typed(invoked), device)
 
 
