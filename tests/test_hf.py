@@ -10,6 +10,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import (
     DynamicCache,
+    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
@@ -401,6 +402,36 @@ def test_a_drafter_by_name_follows_its_model():
     assert known() is before and first is not before
     specdiff.hf.named_drafter("prompt-lookup", Target(model.to(torch.bfloat16)))
     assert known() is not before
+
+
+def test_arguments_that_transformers_passes_on_come_first(model, monkeypatch):
+    """As a later version may; then nothing is read from its frames."""
+    original = GenerationMixin._extract_generation_mode_kwargs
+
+    def passes(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        return {**found, "streamer": streamer}
+
+    monkeypatch.setattr(GenerationMixin, "_extract_generation_mode_kwargs", passes)
+    monkeypatch.setattr(specdiff.hf, "kept_by_generate", dict)
+    heard = Heard()
+    model.generate(
+        PROMPT, custom_generate=specdiff.hf.generate, max_new_tokens=9, do_sample=False,
+        streamer=heard,
+    )  # fmt: skip
+    assert heard.tokens == PROMPT[0].tolist() + text_of(model, 9) and heard.ended
+
+
+def test_what_an_output_lacks_is_said(model):
+    out = model.generate(
+        PROMPT, custom_generate=specdiff.hf.generate, max_new_tokens=3,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert out.logprobs.shape == (1, 3) and not hasattr(out, "nonsense")
+    with pytest.raises(AttributeError, match="keeps no scores: `logprobs` has"):
+        _ = out.scores
+    with pytest.raises(AttributeError, match="keeps no past_key_values: the cache ends"):
+        _ = out.past_key_values
 
 
 def test_the_context_ends_a_text_with_a_warning():

@@ -4,9 +4,11 @@ The ops are in `specdiff_kernels`, which does not depend on models.
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from .download import FetchError, fetch
     from .loop.cache import PagedRowCache, RowCache
     from .loop.decoder import Decoder, Generation
@@ -55,6 +57,7 @@ __all__ = [
     "Stats",
     "Step",
     "Target",
+    "__version__",
     "accelerate",
     "fetch",
     "generate",
@@ -63,8 +66,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that `specdiff --help` does not wait for torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'specdiff' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:  # for a type checker, any name would be there
+
+    def __getattr__(name: str) -> Any:
+        """Import on first use, so that `specdiff --help` does not wait for torch."""
+        if name == "__version__":
+            return version("specdiff-kernels")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'specdiff' has no attribute {name!r}")
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -29,12 +29,13 @@ from specdiff_kernels import Lenience
 
 from .drafters import load_drafter
 from .files import stamped
+from .loop.arguments import as_rows, check_prompts
 from .loop.chooser import Chooser
-from .loop.decoder import Decoder, as_rows
+from .loop.decoder import Decoder
 from .loop.drafter import Drafter
 from .loop.fast_layers import is_accelerated
 from .loop.sampling import Sampling
-from .loop.session import Session, check_prompts
+from .loop.session import Session
 from .loop.stats import Stats
 from .loop.target import Target
 
@@ -58,7 +59,7 @@ FUSED = {
     processors.TopPLogitsWarper: "top_p",
     processors.MinPLogitsWarper: "min_p",
 }
-HIDDEN = ("streamer", "assistant_model", "synced_gpus")
+CONSUMED = ("streamer", "assistant_model", "synced_gpus")  # arguments that generate keeps
 REFUSED = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model itself",
     "SynthIDTextWatermarkLogitsProcessor": "keeps state from token to token",
@@ -74,6 +75,14 @@ HONOURED = {  # supported values of GenerationConfig fields; fields not listed s
     "prompt_lookup_num_tokens": (None,),
 }
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_logits")  # not kept here
+ABSENT = {  # fields of transformers' outputs, and what there is in their place
+    "scores": "`logprobs` has the log-probability of each new token, with output_scores=True",
+    "logits": "`logprobs` has the log-probability of each new token, with output_scores=True",
+    "past_key_values": "the cache ends with the call; the next turn has to read its text anew",
+    "cache": "the cache ends with the call; the next turn has to read its text anew",
+    "attentions": "verification reads none",
+    "hidden_states": "use specdiff.Target.forward, which returns them",
+}
 CACHES = ("cache", "past_key_values")  # the name since transformers 5.24, and before
 INPUTS = {  # handed over by transformers, or without effect on the text
     "attention_mask", "cache_position", "logits_to_keep", "position_ids", "use_cache", *CACHES,
@@ -95,6 +104,11 @@ class GenerateOutput(ModelOutput):
     sequences: Tensor | None = None
     logprobs: Tensor | None = None
     stats: Stats | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ABSENT:
+            raise AttributeError(f"specdiff.hf.generate keeps no {name}: {ABSENT[name]}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 def in_own_mode(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,6 +142,10 @@ def generate(
     backend: str | None = None,
     seed: int | Sequence[int] | None = None,
     stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    streamer: Any = None,
+    assistant_model: Any = None,
+    synced_gpus: bool | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateOutput:
     """Speculative decoding for the `custom_generate` argument of transformers' `generate`.
@@ -144,6 +162,8 @@ def generate(
         seed: one int, or one per returned sequence; None: drawn from torch's global generator.
         stop_strings: these need `tokenizer=...` as well. (They do not work in a GenerationConfig:
             transformers drops the tokenizer first.)
+        tokenizer, streamer: as of `model.generate`.
+        assistant_model, synced_gpus: refused.
 
     Processors and criteria that look at the history get one row [1, N] at a time. Processors also
     run on drafted tokens that are rejected later. Both must therefore depend on their arguments
@@ -164,12 +184,19 @@ def generate(
         ...     top_p=0.9,
         ... )
     """
-    call = arguments_of_generate()
+    call = {
+        "tokenizer": tokenizer,
+        "streamer": streamer,
+        "assistant_model": assistant_model,
+        "synced_gpus": synced_gpus,
+    }
+    kept = kept_by_generate()
+    call = {name: kept.get(name) if value is None else value for name, value in call.items()}
     config = generation_config
     check_honoured(config, logits_processor, call)
     mask = model_kwargs.get("attention_mask")
     check_inputs(model_kwargs, mask, input_ids)
-    if len(input_ids) > 1 and call.get("streamer") is not None:
+    if len(input_ids) > 1 and call["streamer"] is not None:
         raise ValueError("streamer: expected one sequence, got a batch; decode the rows one by one")
     target = Target(model)
     if isinstance(drafter, str):
@@ -189,7 +216,7 @@ def generate(
     sampling, first = split(logits_processor, config.do_sample)
     stops, others = split_criteria(stopping_criteria)
     if stop_strings is not None:
-        others.append(stop_string_criterion(stop_strings, call.get("tokenizer")))
+        others.append(stop_string_criterion(stop_strings, call["tokenizer"]))
     session = decoder.open(
         len(prompts), min(longest, target.context_limit), sampling=sampling, stop_tokens=stops,
         process=Processing(first, padded, prompts, stops) if first else None,
@@ -198,7 +225,7 @@ def generate(
     )  # fmt: skip
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     session.admit(prompts, max_new_tokens=max_new_tokens, seed=seed)
-    logprobs = run(session, call.get("streamer"))
+    logprobs = run(session, call["streamer"])
 
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     ended = [p + t[len(q) :] for p, q, t in zip(padded, prompts, session.texts, strict=True)]
@@ -223,10 +250,13 @@ def run(session: Session, streamer: Any) -> list[list[float]]:
     return logprobs
 
 
-def arguments_of_generate() -> dict[str, Any]:
-    """Arguments of `model.generate` that it does not pass on to `custom_generate`.
+def kept_by_generate() -> dict[str, Any]:
+    """Arguments of `model.generate` that it keeps from a `custom_generate` function.
 
-    The streamer and the assistant are found in its frame, the tokenizer in its decorator's frame.
+    transformers 5.17 to 5.24 pass such a function neither the streamer nor the assistant nor the
+    tokenizer, whatever its signature says (`GenerationMixin._extract_generation_mode_kwargs`), so
+    they are read where they stand: in the frame of `generate`, the tokenizer in its decorator's. A
+    version that passes them is given precedence.
     """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame: FrameType | None = sys._getframe(1)
@@ -234,7 +264,7 @@ def arguments_of_generate() -> dict[str, Any]:
         frame = frame.f_back
     if frame is None:
         return {}
-    found = {name: frame.f_locals.get(name) for name in HIDDEN}
+    found = {name: frame.f_locals.get(name) for name in CONSUMED}
     outer = frame.f_back.f_locals.get("kwargs") if frame.f_back is not None else None
     if isinstance(outer, dict) and "custom_generate" in outer:
         found["tokenizer"] = outer.get("tokenizer")

@@ -6,7 +6,7 @@ Nothing is unpickled. Code in the folder, or named by it, is never run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAVED = "as written by save_pretrained for a model class built into transformers"
+# masks and frequencies that older versions of transformers stored; models compute them now
+BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # for transformers
 
 
@@ -23,8 +25,8 @@ def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load a folder's causal language model onto the CPU, from safetensors only.
 
     Raises:
-        ValueError: the folder holds no such model, or loading it would run code from the folder
-            or the hub, or would unpickle.
+        ValueError: the folder holds no such model or a damaged one, or loading it would run code
+            from the folder or the hub, or would unpickle.
 
     Example:
         >>> load_causal(fetch("smollm2-135m"), torch.float32)
@@ -33,10 +35,51 @@ def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     with usable(folder, f"config.json and safetensors weights, {SAVED}"):
         refuse_detours(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **LOCAL
+        model: Any
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            **LOCAL,
         )
+        refuse_damage(**found)
     return model.eval()
+
+
+def refuse_damage(
+    missing_keys: Iterable[str],
+    unexpected_keys: Iterable[str],
+    mismatched_keys: Iterable[tuple[str, Sequence[int], Sequence[int]]],
+    **_: Any,
+) -> None:
+    """Raise ValueError unless the weights are those of the model that config.json describes.
+
+    transformers gives random values to what is missing. It leaves out what may be missing, such as
+    a tied lm head.
+    """
+    missing = sorted(missing_keys)
+    unexpected = sorted(name for name in unexpected_keys if not name.endswith(BUFFERS))
+    shapes = [
+        f"{name} is {list(stored)} in the weights and {list(wanted)} by config.json"
+        for name, stored, wanted in sorted(mismatched_keys)
+    ]
+    faults = [
+        f"the weights lack {listed(missing)}" if missing else "",
+        f"have {listed(unexpected)}, which the model has not" if unexpected else "",
+        listed(shapes),
+    ]
+    if missing and unexpected and all(name.startswith("module.") for name in unexpected):
+        faults.append("save the model itself and not the wrapper whose `module` it is")
+    if any(faults):
+        raise ValueError("; ".join(filter(None, faults)))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three of them, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

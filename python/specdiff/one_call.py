@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from specdiff_kernels import Lenience
 
 from .drafters import load_drafter
+from .loop.arguments import Prompts, answered
+from .loop.capture import Captured
 from .loop.chooser import Chooser
-from .loop.decoder import Decoder, Generation, Prompts, Tokenizer
+from .loop.decoder import Decoder, Generation, Tokenizer
 from .loop.drafter import Drafter
+from .loop.sampling import Sampling
+from .loop.session import Ends, Process
 from .loop.target import Target
 
 
+@answered
 def generate(
     target: Target | PreTrainedModel | str | Path,
     drafter: Drafter | str | Path | None,
-    input_ids: Prompts,
+    prompts: Prompts,
     *,
     k: int | Chooser | None = None,
     rule: str = "token",
@@ -27,7 +32,18 @@ def generate(
     record: str | None = None,
     backend: str | None = None,
     tokenizer: Tokenizer | None = None,
-    **options: Any,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    seed: int | Sequence[int] = 0,
+    stop_tokens: Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    logprobs: bool = False,
+    look_every: int | None = None,
+    capture: bool | Captured = False,
+    block_size: int | None = None,
+    blocks: int | None = None,
+    process: Process | None = None,
+    ends: Ends | None = None,
 ) -> Generation:
     """Decode in one call.
 
@@ -36,9 +52,10 @@ def generate(
             every call.
         drafter: a Drafter; or a name or a folder for `specdiff.drafters.load_drafter`; None: plain
             decoding.
-        input_ids: prompts, as `Decoder.stream` takes them.
+        prompts: token ids: one prompt, or a batch whose rows may differ in length.
         k, rule, lenience, record, backend, tokenizer: arguments of `Decoder`.
-        options: of `Decoder.stream`, such as max_new_tokens and sampling.
+        max_new_tokens, sampling, seed, stop_tokens, stop_strings, logprobs, look_every, capture,
+            block_size, blocks, process, ends: arguments of `Decoder.generate`.
 
     Raises:
         ValueError, TypeError: an argument cannot be used; the message names it.
@@ -56,4 +73,9 @@ def generate(
         target, drafter, k, rule,
         lenience=lenience, record=record, backend=backend, tokenizer=tokenizer,
     )  # fmt: skip
-    return decoder.generate(input_ids, **options)
+    return decoder.generate(
+        prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+        stop_tokens=stop_tokens, stop_strings=stop_strings, logprobs=logprobs,
+        look_every=look_every, capture=capture, block_size=block_size, blocks=blocks,
+        process=process, ends=ends,
+    )  # fmt: skip

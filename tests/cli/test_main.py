@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from specdiff import Sampling, Stats, Step
 from specdiff.cli.main import app
+from specdiff.cli.options import cores
 from specdiff.cli.report import DecodedRun, LiveText, TextStream, figures, median_run
 from specdiff.models import encode
 from specdiff.planning.costs import PLAIN, Costs, Plan, measure
@@ -348,6 +349,7 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "a", "--top-p", "2"], r"top_p must be in \(0, 1\]"),
         (["--prompt", "a", "--min-p", "-1"], r"min_p must be in \[0, 1\]"),
         (["--prompt", "a", "--threads", "0"], "--threads must be at least 1"),
+        (["--prompt", "caf\udce9"], "--prompt is not UTF-8"),
         (["--prompt", "a", "--no-draft", "--compare"], "--compare is about drafts: leave it out"),
         (["--prompt", "a", "--record", "final"], "would bias the output: .* names no final_step"),
         (["--prompt", "a", "--record", "entangled"], "would bias the output: .* the drafter keeps"),
@@ -365,6 +367,51 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
 )
 def test_user_errors_are_one_line(run, args, message):
     expect_error(run(*args), message)
+
+
+def test_version_and_short_help():
+    assert re.fullmatch(r"specdiff \d+\.\d+.*\n", CliRunner().invoke(app, ["--version"]).stdout)
+    for command in ([], ["generate"], ["bench"], ["bench", "run"], ["models", "fetch"]):
+        done = CliRunner().invoke(app, [*command, "-h"])
+        assert done.exit_code == 0 and "Usage:" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_device_and_dtype(run, result, target):
+    expect_error(run("--prompt", "a", "--device", "cuda"), "torch found no usable GPU; use --dev")
+    assert result("--device", "cpu", "--dtype", "bfloat16")["tokens"] == 24
+    expect_error(plan(target, "--device", "cuda"), "torch found no usable GPU")
+
+
+def test_more_threads_than_there_are(run):
+    before = torch.get_num_threads()
+    try:
+        done = run("--prompt", "a", "--threads", "100000")
+        assert torch.get_num_threads() <= cores()
+    finally:
+        torch.set_num_threads(before)
+    assert done.exit_code == 0
+    assert re.search(r"--threads 100000: this machine has \d+, which are used", done.stderr)
+
+
+def test_a_text_that_the_context_ends_is_announced(run):
+    said = "texts end at the target's context of 64 tokens, before --max-new-tokens 100"
+    assert said in run("--prompt", PROMPT, "--max-new-tokens", "100").stderr
+    assert said not in run("--prompt", PROMPT).stderr
+
+
+def test_a_comparison_without_drafts_claims_no_speed_up(run, result, monkeypatch):
+    """Both runs are plain decoding then, and their ratio is noise."""
+
+    def no_drafts(decoder, prompts, **options) -> Costs:
+        costs = free_drafts(decoder, prompts, **options)
+        return replace(costs, draft=[9.0 * plan.k for plan in costs.plans])
+
+    monkeypatch.setattr("specdiff.planning.costs.measure", no_drafts)
+    got = result("--compare")
+    assert got["speedup"] is None and got["baseline_tokens_per_second"] > 0
+    shown = run("--prompt", PROMPT, "--compare").stdout
+    assert "with drafts" in shown and "no draft made" in shown
 
 
 def test_block_diffusion_drafter_of_another_target(run):
@@ -484,7 +531,7 @@ def test_no_color(tiny_tokenizer, monkeypatch):
 
 
 def run_of(seconds: float, tokens: list[int]) -> DecodedRun:
-    stats = Stats(target_forwards=2, row_forwards=2, tokens=len(tokens))
+    stats = Stats(target_forwards=2, row_forwards=2, tokens=len(tokens), drafted=1)
     stats.seconds["target"] = seconds
     return DecodedRun([tokens], stats)
 

@@ -239,30 +239,16 @@ def test_what_cannot_be_captured_is_refused(target):
 # --- limits ---
 
 
-def test_bad_places_and_options(target):
+def test_bad_places(target):
     decoder = Decoder(target, PromptLookup())
     session = decoder.open(2, 20)
     session.admit([[1, 2]], max_new_tokens=5)
-    with pytest.raises(ValueError, match="prompt 0 is empty"):
-        session.admit([[]], first=1)
-    with pytest.raises(ValueError, match="outside the target's vocabulary"):
-        session.admit([[99]], first=1)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        session.admit([[1]], first=1, max_new_tokens=0)
     with pytest.raises(ValueError, match="place 0 is taken"):
         session.admit([[1]], max_new_tokens=5)
     with pytest.raises(ValueError, match="places 1 to 2 were asked for, but the session has 2"):
         session.admit([[1], [2]], first=1, max_new_tokens=5)
     with pytest.raises(ValueError, match="a row of up to 26 tokens does not fit"):
         session.admit([[1]], first=1, max_new_tokens=25)
-    with pytest.raises(ValueError, match=r"capacity must be in \[2, 64\], the target's context"):
-        decoder.open(1, 65)
-    with pytest.raises(ValueError, match="rows must be at least 1"):
-        decoder.open(0, 20)
-    with pytest.raises(ValueError, match="look_every must be at least 1, got 0"):
-        decoder.open(1, 20, look_every=0)
-    with pytest.raises(ValueError, match="look_every must be 1 with AdaptiveK, got 2"):
-        Decoder(target, PromptLookup(), AdaptiveK(3)).open(1, 20, look_every=2)
     with pytest.raises(ValueError, match="look_every must be 1 with a stop string"):
         decoder.open(1, 20, look_every=2, ends=lambda row, tokens: False)
 

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
-from .options import SETTINGS, Device, Dtype, NoAccelerate, Threads, at_least, placed, user_errors
+from .options import (
+    SETTINGS,
+    Dtype,
+    NoAccelerate,
+    Threads,
+    Type,
+    Where,
+    at_least,
+    placed,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +73,6 @@ Repetitions = Annotated[int, typer.Option(help="How often to measure each case."
 Results = Annotated[Path, typer.Option(help="Results go to a subfolder named after the machine.")]
 Name = Annotated[str | None, typer.Option(help="File name; default: the varied options.")]
 Context = Annotated[int | None, typer.Option(help="Prompt length in tokens.")]
-Where = Annotated[Device | None, typer.Option("--device", help="Default: cuda if available.")]
-Type = Annotated[Dtype, typer.Option("--dtype", help="Data type of the target's weights.")]
 
 
 @dataclass(frozen=True)

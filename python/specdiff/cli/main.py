@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -20,19 +21,20 @@ from ..models import encode
 from .bench import app as bench
 from .options import (
     SETTINGS,
-    Device,
     Dtype,
     NoAccelerate,
     Threads,
+    Type,
+    Where,
     at_least,
     placed,
-    quiet,
     set_threads,
     user_errors,
 )
 from .report import DecodedRun, LiveText, figures, median_run, table
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from specdiff_kernels import Lenience
@@ -46,11 +48,32 @@ AUTO = "auto"
 REPEATS = 3  # runs of each kind in a comparison
 
 app = typer.Typer(
+    name="specdiff",
     add_completion=False,
     help="Decode with drafts from a diffusion model; the text stays exactly the target's, unless "
     "--lenience is given.",
     **SETTINGS,
 )
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"specdiff {version('specdiff-kernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=show_version
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 models = typer.Typer(help="Models that specdiff knows by name.", **SETTINGS)
 app.add_typer(models, name="models")
 app.add_typer(bench, name="bench")
@@ -154,6 +177,8 @@ def generate(
         bool, typer.Option("--compare", help=f"Also decode plainly; medians of {REPEATS} runs.")
     ] = False,
     as_json: AsJson = False,
+    device: Where = None,
+    dtype: Type = Dtype.float32,
     no_accelerate: NoAccelerate = False,
     threads: Threads = None,
 ) -> None:
@@ -176,10 +201,18 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, min_p)
         lenient = None if lenience is None else parse_lenience(lenience)
         rule = rule or Rule(sampling.rule)
-        plain, tokenizer = load(target, rule.value, lenient, threads, not no_accelerate)
+        place = placed(device, dtype, threads)
+        plain, tokenizer = load(target, rule.value, lenient, place, not no_accelerate)
         distributions = None if record is None else record.value
         decoder = plain if no_draft else with_drafter(plain, drafter, counts[1], distributions)
     ids = [encode(tokenizer, text, raw) for text in prompts]
+    longest, room = max(map(len, ids)), plain.target.context_limit
+    if longest < room < longest + max_new_tokens:
+        typer.echo(
+            f"texts end at the target's context of {room} tokens, before --max-new-tokens "
+            f"{max_new_tokens}",
+            err=True,
+        )
     if not no_draft:
         names = named(target, drafter, raw, not no_accelerate)
         with progress.status("measuring what drafts cost here, once for this pair of models"):
@@ -231,6 +264,8 @@ def plan(
     ] = None,
     raw: Raw = False,
     as_json: AsJson = False,
+    device: Where = None,
+    dtype: Type = Dtype.float32,
     no_accelerate: NoAccelerate = False,
     threads: Threads = None,
 ) -> None:
@@ -258,7 +293,8 @@ def plan(
         if picture is not None:
             figure_class()  # rather now than after all has been measured
         sampling = Sampling(temperature)
-        plain, tokenizer = load(target, sampling.rule, None, threads, not no_accelerate)
+        place = placed(device, dtype, threads)
+        plain, tokenizer = load(target, sampling.rule, None, place, not no_accelerate)
         names = named(target, drafter, raw, not no_accelerate)
         decoder = with_drafter(plain, drafter, None, None)
         pair = Pair(decoder, tokenizer, names, batch, sampling, raw)
@@ -348,8 +384,8 @@ def sample_target(
         ),
     ] = 0,
     batch: Annotated[int, typer.Option(help="Conversations decoded together.")] = 16,
-    device: Annotated[Device | None, typer.Option(help="Default: cuda if there is a GPU.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the target's weights.")] = Dtype.float32,
+    device: Where = None,
+    dtype: Type = Dtype.float32,
 ) -> None:
     """Have a target write conversations to train a drafter on; the same command resumes."""
     temperatures = parse_temperatures(temperature)
@@ -390,6 +426,8 @@ def read_prompts(prompt: str | None, batch_file: Path | None) -> list[str]:
         raise ValueError("give either --prompt or --batch-file")
     if batch_file is None:
         prompts, where = [prompt or ""], "--prompt"
+        if any("\ud800" <= c <= "\udfff" for c in prompts[0]):  # bytes that Python kept
+            raise ValueError("--prompt is not UTF-8: use a UTF-8 terminal, or --batch-file")
     else:
         prompts, where = batch_file.read_text(encoding="utf-8").splitlines(), str(batch_file)
     prompts = [text for text in prompts if text.strip()]
@@ -427,14 +465,18 @@ def parse_lenience(given: str) -> Lenience:
 
 
 def load(
-    name_or_path: str, rule: str, lenience: Lenience | None, threads: int | None, fast: bool
+    name_or_path: str,
+    rule: str,
+    lenience: Lenience | None,
+    place: tuple[torch.device, torch.dtype],
+    fast: bool,
 ) -> tuple[Decoder, Any]:
     """A plain decoder of a target, and the target's tokenizer."""
     from ..loop.decoder import Decoder
     from ..loop.target import Target
 
-    quiet(threads)
-    made = Target.load(name_or_path, device="cpu", accelerate=fast)
+    device, dtype = place
+    made = Target.load(name_or_path, dtype=dtype, device=device, accelerate=fast)
     return Decoder(made, rule=rule, lenience=lenience), made.tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
     "pretty_exceptions_enable": False,
     "rich_markup_mode": RICH,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 
 
@@ -39,6 +41,8 @@ NoAccelerate = Annotated[
     bool, typer.Option("--no-accelerate", help="On a CPU: use torch's linear layers.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")]
+Where = Annotated[Device | None, typer.Option("--device", help="Default: cuda if available.")]
+Type = Annotated[Dtype, typer.Option("--dtype", help="Data type of the target's weights.")]
 
 
 @contextmanager
@@ -85,11 +89,21 @@ def at_least(least: int, option: str, given: int) -> None:
 
 
 def set_threads(threads: int) -> None:
-    """Set torch's CPU threads. Raises ValueError below 1."""
+    """Set torch's CPU threads, at most as many as there are. Raises ValueError below 1."""
     import torch
 
     at_least(1, "--threads", threads)
-    torch.set_num_threads(threads)
+    there = cores()
+    if threads > there:
+        typer.echo(f"--threads {threads}: this machine has {there}, which are used", err=True)
+    torch.set_num_threads(min(threads, there))
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def quiet(threads: int | None) -> None:

@@ -62,7 +62,8 @@ def figures(
         "stage_ms": stats.stage_ms,
         "tokens_per_second": speed,
         "baseline_tokens_per_second": base_speed,
-        "speedup": speed / base_speed if base_speed else None,
+        # without drafts both runs are alike, and their ratio is noise
+        "speedup": speed / base_speed if base_speed and stats.drafted else None,
         "identical": run.new_tokens == baseline.new_tokens if baseline and same else None,
     }
 
@@ -80,7 +81,8 @@ def table(
     title = {True: "text identical to plain decoding", False: "text DIFFERS from plain decoding"}
     shown = Table(title=title.get(result["identical"]), title_style="bold")
     shown.add_column("")
-    shown.add_column("with drafts" if run.stats.drafted else "plain", justify="right")
+    drafted = run.stats.drafted > 0
+    shown.add_column("with drafts" if drafted or baseline else "plain", justify="right")
     if baseline is not None:
         shown.add_column("plain", justify="right")
 
@@ -101,6 +103,9 @@ def table(
     shown.add_row("tokens/s", *(f"{s.tokens_per_second:.1f}" for s in columns))
     if result["speedup"] is not None:
         shown.add_row("speed-up", f"{result['speedup']:.2f}x", "1.00x")
+    elif baseline is not None:
+        shown.add_row("speed-up", "no draft made", "1.00x")
+        shown.caption = "no draft was expected to pay, so both runs decoded plainly"
     return shown
 
 

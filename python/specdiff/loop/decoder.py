@@ -12,15 +12,16 @@ from functools import partial
 from numbers import Integral
 from typing import Any, Protocol
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdiff_kernels import Lenience, check_lenience, check_names
 
+from .arguments import Prompts, answered, as_rows, check_prompts, strings, whole_number
+from .capture import Captured
 from .chooser import Chooser
 from .drafter import Drafter, check_length
 from .sampling import Sampling, row_seeds
-from .session import Session, check_prompts
+from .session import Ends, Process, Session
 from .settings import Settings
 from .stats import Stats, Step
 from .target import Target
@@ -52,9 +53,6 @@ class Generation:
     logprobs: list[list[float]] | None = None
 
 
-Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
-
-
 class Decoder:
     """Decodes batches of ragged prompts with one target and one drafter.
 
@@ -84,6 +82,7 @@ class Decoder:
         >>> decoder.generate([1, 2, 3], max_new_tokens=32).new_tokens
     """
 
+    @answered
     def __init__(
         self,
         target: Target,
@@ -150,6 +149,7 @@ class Decoder:
         }
         return Decoder(**{**arguments, **changes})
 
+    @answered
     def stream(
         self,
         prompts: Prompts,
@@ -159,7 +159,13 @@ class Decoder:
         seed: int | Sequence[int] = 0,
         stop_tokens: Sequence[int] | None = None,
         stop_strings: str | Sequence[str] | None = None,
-        **options: Any,
+        logprobs: bool = False,
+        look_every: int | None = None,
+        capture: bool | Captured = False,
+        block_size: int | None = None,
+        blocks: int | None = None,
+        process: Process | None = None,
+        ends: Ends | None = None,
     ) -> Iterator[Step]:
         """Decode, and yield a step whenever the host looks: after every round, unless told
         otherwise. Finished rows idle until all rows have finished.
@@ -175,30 +181,38 @@ class Decoder:
             stop_strings: one or several texts that end a row. The row keeps the tokens up to the
                 one that completes it. Special tokens are not part of the text: name them in
                 stop_tokens.
-            options: of `open`; `ends` not together with stop strings.
+            logprobs, look_every, capture, block_size, blocks, process: as of `open`.
+            ends: as of `open`, but not beside stop strings.
 
         Raises:
-            ValueError: a prompt, limit, seed or stop string cannot be used.
+            ValueError, TypeError: a prompt, limit, seed or stop string cannot be used.
             DistributionError: the target's or drafter's logits define no distribution; names the
                 row and reason.
         """
-        prompts = as_rows(prompts)
-        check_prompts(self.target, prompts, max_new_tokens)
-        if strings := listed(stop_strings):
+        rows = as_rows(prompts)
+        check_prompts(self.target, rows, max_new_tokens)
+        if texts := strings("stop_strings", stop_strings):
             if self.tokenizer is None:
                 raise ValueError("stop_strings need a tokenizer: pass tokenizer=... to Decoder")
-            if options.get("ends") is not None:
+            if ends is not None:
                 raise ValueError("ends cannot be given beside stop_strings: let it look for them")
-            options["ends"] = partial(spells, self.tokenizer, strings)
-        seeds = row_seeds(seed, len(prompts))
-        longest = min(max(map(len, prompts)) + max_new_tokens, self.target.context_limit)
-        session = self.open(
-            len(prompts), longest, sampling=sampling, stop_tokens=stop_tokens, **options
-        )
-        session.admit(prompts, max_new_tokens=max_new_tokens, seed=seeds)
-        while not all(session.done):
-            yield session.step()
+            ends = partial(spells, self.tokenizer, texts)
+        seeds = row_seeds(seed, len(rows))
+        longest = min(max(map(len, rows)) + max_new_tokens, self.target.context_limit)
 
+        def steps() -> Iterator[Step]:
+            session = self.open(
+                len(rows), longest, sampling=sampling, stop_tokens=stop_tokens, logprobs=logprobs,
+                look_every=look_every, capture=capture, block_size=block_size, blocks=blocks,
+                process=process, ends=ends,
+            )  # fmt: skip
+            session.admit(rows, max_new_tokens=max_new_tokens, seed=seeds)
+            while not all(session.done):
+                yield session.step()
+
+        return steps()
+
+    @answered
     def open(
         self,
         rows: int,
@@ -206,7 +220,13 @@ class Decoder:
         *,
         sampling: Sampling | None = None,
         stop_tokens: Sequence[int] | None = None,
-        **options: Any,
+        logprobs: bool = False,
+        look_every: int | None = None,
+        capture: bool | Captured = False,
+        block_size: int | None = None,
+        blocks: int | None = None,
+        process: Process | None = None,
+        ends: Ends | None = None,
     ) -> Session:
         """Open a session: a batch of empty places for prompts that come and go. A drafter serves
         one session at a time.
@@ -214,48 +234,73 @@ class Decoder:
         Args:
             rows: places.
             capacity: most tokens of a row, prompt included; at most the target's context.
-            sampling, stop_tokens: as in `stream`.
-            options: of `Session`: `look_every`, rounds between two looks of the host (1 on a CPU,
-                8 on a GPU); `capture`, whether rounds are captured in CUDA graphs, or the
-                `Captured` that does it; `block_size` and `blocks`, for a paged cache; `logprobs`,
-                whether steps bring log-probabilities; `process` and `ends`, functions that see
-                each round.
+            sampling: None is greedy.
+            stop_tokens: ids that end a row and are kept; None: the model's own end of sequence.
+            logprobs: whether steps bring the log-probabilities of their tokens.
+            look_every: rounds between two looks of the host; None: 1 on a CPU, 8 on a GPU.
+            capture: whether rounds are captured in CUDA graphs, or the `Captured` that does it.
+            block_size: positions in a block of a paged cache; None: the cache is dense.
+            blocks: of a paged cache's pool; None: as many as all rows can fill.
+            process: a function of (texts, drafted tokens [B, K], logits [B, K + 1, V]) that returns
+                other logits; it sees each round.
+            ends: a function of (row, its new tokens) that says whether the row ends there.
 
         Raises:
-            ValueError: an option out of its range, or that does not go with another.
+            ValueError, TypeError: an argument out of its range, or one that does not go with
+                another.
 
         Example:
             >>> session = decoder.open(rows=8, capacity=512, block_size=16)
         """
-        if not 1 < capacity <= self.target.context_limit:
-            raise ValueError(
-                f"capacity must be in [2, {self.target.context_limit}], the target's context, got "
-                f"{capacity}"
-            )
-        if rows < 1:
-            raise ValueError(f"rows must be at least 1, got {rows}")
-        ends = self.target.stop_tokens if stop_tokens is None else stop_tokens
-        return Session(self.settings, rows, capacity - 1, sampling or Sampling(), ends, **options)
+        whole_number("rows", rows, 1)
+        whole_number("capacity", capacity, 2, self.target.context_limit, ", the target's context")
+        return Session(
+            self.settings, rows, capacity - 1, Sampling() if sampling is None else sampling,
+            self.target.stop_tokens if stop_tokens is None else stop_tokens,
+            process=process, ends=ends, logprobs=logprobs, look_every=look_every, capture=capture,
+            block_size=block_size, blocks=blocks,
+        )  # fmt: skip
 
-    def generate(self, prompts: Prompts, **options: Any) -> Generation:
-        """Run `stream`, whose options it takes, to the end.
+    @answered
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        seed: int | Sequence[int] = 0,
+        stop_tokens: Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        logprobs: bool = False,
+        look_every: int | None = None,
+        capture: bool | Captured = False,
+        block_size: int | None = None,
+        blocks: int | None = None,
+        process: Process | None = None,
+        ends: Ends | None = None,
+    ) -> Generation:
+        """Run `stream` to the end, with the same arguments.
 
         Example:
             >>> decoder.generate([[1, 2, 3], [4, 5]], max_new_tokens=8, seed=1).sequences
         """
         prompts = as_rows(prompts)
         new: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        for step in self.stream(prompts, **options):
+        chances: list[list[float]] = [[] for _ in prompts]
+        for step in self.stream(
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+            stop_tokens=stop_tokens, stop_strings=stop_strings, logprobs=logprobs,
+            look_every=look_every, capture=capture, block_size=block_size, blocks=blocks,
+            process=process, ends=ends,
+        ):  # fmt: skip
             extend(new, step.tokens)
-            extend(logprobs, step.logprobs or [[] for _ in prompts])
+            extend(chances, step.logprobs or [[] for _ in prompts])
         texts = None
         if self.tokenizer is not None:
             decoded = (self.tokenizer.decode(row, skip_special_tokens=True) for row in new)
-            texts = [cut(text, listed(options.get("stop_strings"))) for text in decoded]
+            texts = [cut(text, strings("stop_strings", stop_strings)) for text in decoded]
         sequences = [row + more for row, more in zip(prompts, new, strict=True)]
-        chances = logprobs if options.get("logprobs") else None
-        return Generation(sequences, new, texts, step.stats, chances)
+        return Generation(sequences, new, texts, step.stats, chances if logprobs else None)
 
 
 def longest_draft(drafter: Drafter, k: int | Chooser | None) -> int:
@@ -283,35 +328,19 @@ def check_drafter(target: Target, drafter: Drafter, k: int) -> None:
         )
 
 
-def as_rows(prompts: Prompts) -> list[list[int]]:
-    """One prompt or a batch of them, as tensors or sequences of ids -> lists of ints."""
-    rows: Any = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    if len(rows) and isinstance(rows[0], Integral):
-        rows = [rows]
-    return [[int(token) for token in row] for row in rows]
-
-
 def extend(rows: list[list[Any]], more: list[list[Any]]) -> None:
     """Each row by its own part."""
     for row, part in zip(rows, more, strict=True):
         row += part
 
 
-def listed(strings: str | Sequence[str] | None) -> list[str]:
-    """Stop strings, of which there may be one or none."""
-    found = [strings] if isinstance(strings, str) else list(strings or ())
-    if not all(isinstance(string, str) and string for string in found):
-        raise ValueError(f"stop_strings must be strings that are not empty, got {strings!r}")
-    return found
-
-
-def spells(tokenizer: Tokenizer, strings: Sequence[str], row: int, tokens: list[int]) -> bool:
-    """Whether the text of a row's new tokens holds one of `strings`."""
+def spells(tokenizer: Tokenizer, wanted: Sequence[str], row: int, tokens: list[int]) -> bool:
+    """Whether the text of a row's new tokens holds a wanted string."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return any(string in text for string in strings)
+    return any(string in text for string in wanted)
 
 
-def cut(text: str, strings: Sequence[str]) -> str:
-    """`text` up to the first of `strings`."""
-    starts = [text.index(string) for string in strings if string in text]
+def cut(text: str, ends: Sequence[str]) -> str:
+    """A text up to the first of these strings."""
+    starts = [text.index(string) for string in ends if string in text]
     return text[: min(starts, default=len(text))]

@@ -80,7 +80,10 @@ def swapped(module: nn.Module) -> bool:
 
 
 def usable(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.is_cpu
+    """Whether it is fp32 in memory; a subclass, as of quantised weights, may only say so."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu
+    )
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specdiff_kernels import Committed, check_status, commit, row_distribution, verify
 
+from .arguments import Prompts, as_rows, check_prompts, per_prompt, token_ids, whole_number
 from .cache import PagedRowCache
 from .capture import Captured
 from .drafter import Draws
@@ -24,7 +25,6 @@ from .rows import DeviceRows, HostRows, Log
 from .sampling import RowSampling, Sampling, row_seeds
 from .settings import Settings
 from .stats import Stats, Step
-from .target import Target
 
 LOOK_EVERY = 8  # rounds, on a GPU
 
@@ -66,6 +66,12 @@ class Session:
         block_size: int | None = None,
         blocks: int | None = None,
     ) -> None:
+        if not isinstance(sampling, Sampling):
+            raise TypeError(
+                f"sampling must be a specdiff.Sampling, got {sampling!r}: pass "
+                "Sampling(temperature=...)"
+            )
+        stops = token_ids("stop_tokens", stop_tokens)
         self.settings, self.target, self.capacity = settings, settings.target, capacity
         self.process, self.ends, self.logprobs = process, ends, logprobs
         self.look_every = self._look_every(look_every)
@@ -80,7 +86,7 @@ class Session:
         self.stats = Stats()
         self.sampling = RowSampling(sampling, rows, device)
         self.host = HostRows.empty(rows)
-        self.rows = DeviceRows(rows, stop_tokens, device)
+        self.rows = DeviceRows(rows, stops, device)
         self.log = Log(
             self.look_every, rows, settings.k + 1, device,
             logprobs=logprobs, bias=settings.lenience is not None,
@@ -89,7 +95,7 @@ class Session:
             settings, rows, capacity + 1, self.sampling, looks=self.look_every == 1
         )
         self.longest = 0  # at least the largest of the lengths
-        self._stop_tokens = frozenset(stop_tokens)
+        self._stop_tokens = frozenset(stops)
 
     @property
     def texts(self) -> list[list[int]]:
@@ -117,8 +123,7 @@ class Session:
         who = [name for name, watches in watching.items() if watches]
         if wanted is None:
             return 1 if who or self.target.device.type == "cpu" else LOOK_EVERY
-        if wanted < 1:
-            raise ValueError(f"look_every must be at least 1, got {wanted}")
+        wanted = whole_number("look_every", wanted, 1)
         if wanted > 1 and who:
             raise ValueError(f"look_every must be 1 with {who[0]}, got {wanted}")
         return wanted
@@ -136,7 +141,7 @@ class Session:
     @torch.inference_mode()
     def admit(
         self,
-        prompts: list[list[int]],
+        prompts: Prompts,
         *,
         first: int = 0,
         max_new_tokens: int | Sequence[int] = 128,
@@ -146,7 +151,7 @@ class Session:
         """Read prompts into the places first, first + 1, ..., which have to be free.
 
         Args:
-            prompts: token ids.
+            prompts: token ids, one prompt or several.
             first: place of the first of them.
             max_new_tokens: at least 1; one number, or one for each prompt.
             seed: one int, from which each prompt gets its own (see `row_seeds`), or one for each.
@@ -157,9 +162,10 @@ class Session:
                 are not as many values as prompts.
             TypeError: a value of another type.
         """
-        n = len(prompts)
+        texts = as_rows(prompts)
+        n = len(texts)
         new = per_prompt("max_new_tokens", max_new_tokens, (Integral,), n)
-        check_prompts(self.target, prompts, min(new, default=1))
+        check_prompts(self.target, texts, min(new, default=1))
         each = [
             self.sampling.common if one is None else one
             for one in per_prompt("sampling", sampling, (Sampling, type(None)), n)
@@ -169,10 +175,10 @@ class Session:
         rows = slice(places.start, places.stop)
         limits = [
             min(len(row) + more, self.target.context_limit) - 1
-            for row, more in zip(prompts, new, strict=True)
+            for row, more in zip(texts, new, strict=True)
         ]
         self._check(places, limits)
-        tokens, counts = pad(prompts, self.target.device)  # [n, N], [n]
+        tokens, counts = pad(texts, self.target.device)  # [n, N], [n]
         # the cache holds all tokens of a row but its last, so that every round is alike
         part = self.cache.part(rows)
         self.drafting.forget(places, self.host.used)
@@ -183,7 +189,7 @@ class Session:
         with self.stats.time("prefill", self.target.device):
             self.drafting.prefill(rows, tokens, counts, part)
         self.rows.admit(rows, tokens, counts, limits, seeds)
-        self.host.admit(places, prompts, limits)
+        self.host.admit(places, texts, limits)
 
     @torch.inference_mode()
     def abort(self, place: int) -> None:
@@ -367,40 +373,6 @@ class Session:
             raise ValueError(
                 "the pool has too few blocks for these rows beside those under way: wait for one "
                 "to finish, or open the session with more blocks"
-            )
-
-
-def per_prompt(name: str, given: Any, kinds: tuple[type, ...], n: int) -> list[Any]:
-    """A value for each of n prompts: the same one, or a sequence of n."""
-    each = [given] * n if isinstance(given, kinds) else list(given)
-    if len(each) != n:
-        raise ValueError(
-            f"{name} must be one value or one for each of {n} prompts, got {len(each)}"
-        )
-    for one in each:
-        if not isinstance(one, kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise TypeError(f"{name} must be of type {expected}, or a sequence, got {one!r}")
-    return each
-
-
-def check_prompts(target: Target, prompts: list[list[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    for b, row in enumerate(prompts):
-        if not row:
-            raise ValueError(f"prompt {b} is empty: give it at least one token, such as the bos")
-        if min(row) < 0 or max(row) >= target.vocab_size:
-            raise ValueError(
-                f"prompt {b} has ids from {min(row)} to {max(row)}, outside the target's "
-                f"vocabulary [0, {target.vocab_size}): was it made with another tokenizer?"
-            )
-        if len(row) >= target.context_limit:
-            raise ValueError(
-                f"prompt {b} has {len(row)} tokens and leaves no room in the target's context of "
-                f"{target.context_limit}: shorten it"
             )
 
 

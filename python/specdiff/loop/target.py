@@ -11,16 +11,17 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from ..download import target_folder
 from ..models import load_causal, load_tokenizer
 from . import attention, fast_layers
+from .arguments import whole_number
 from .cache import PagedRowCache, RowCache
 from .recorder import Recorder
 
@@ -44,8 +45,8 @@ class Target:
             not.
 
     Raises:
-        ValueError: the architecture cannot decode ragged rows here, or not with this attention; the
-            message says why.
+        ValueError, TypeError: this is no causal model with an lm head in one place, or one that
+            cannot decode ragged rows here, or not with this attention; the message says why.
 
     Example:
         >>> target = Target(AutoModelForCausalLM.from_pretrained(folder))
@@ -63,11 +64,11 @@ class Target:
         compile: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        self.head = head_of(model)
         check_supported(model)
         self.attention = set_attention(model, attention)
         self.model = model.eval()
         self.tokenizer: Any = tokenizer
-        self.head = model.get_output_embeddings()
         self.vocab_size: int = self.head.weight.shape[0]
         self.hidden_size: int = model.config.hidden_size
         self.layer_count: int = model.config.num_hidden_layers
@@ -150,6 +151,8 @@ class Target:
             raise ValueError(f"blocks={blocks} needs a block_size: without one the cache is dense")
         if block_size is None:
             return RowCache(layers, batch, capacity, self.device)
+        block_size = whole_number("block_size", block_size, 1)
+        blocks = None if blocks is None else whole_number("blocks", blocks, 1)
         cache = PagedRowCache(
             layers, batch, capacity, self.device, block_size=block_size, blocks=blocks
         )
@@ -259,6 +262,42 @@ class Target:
         return torch.zeros_like(visible, dtype=self.dtype).masked_fill(~visible, lowest)
 
 
+def head_of(model: Any) -> Any:
+    """The lm head of a model. Raises unless this is a whole Hugging Face model in one place."""
+    if isinstance(model, (str, Path)):
+        raise TypeError(
+            f"model must be a Hugging Face model, got {model!r}: specdiff.Target.load takes a name "
+            "or a folder"
+        )
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose adapters are not supported: pass "
+            "model.merge_and_unload()"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a Hugging Face model, got a {type(model).__name__}; of a wrapper, pass "
+            "the model inside"
+        )
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no lm head: load the model with AutoModelForCausalLM"
+        )
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(
+            f"the lm head is a {type(head).__name__} without a weight of its own: put the layer "
+            "that it wraps in its place"
+        )
+    places = {str(parameter.device) for parameter in model.parameters()}
+    if len(places) > 1 or "meta" in places:
+        raise ValueError(
+            f"the model's weights lie on {' and '.join(sorted(places))} (meta: offloaded): load "
+            "all of them onto one device, without device_map"
+        )
+    return head
+
+
 def check_supported(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason and the way out, if Target cannot decode with `model`."""
     config = model.config
@@ -316,29 +355,30 @@ def take_over_gpt_neo(model: Any) -> None:
 
     The original slices its triangle by key length - query length, which is one offset for all
     rows. Masks of any other kind still go to the original, so plain use of the model is unchanged.
-    Queries and keys are not scaled: GPT-Neo has no 1/sqrt(D).
     """
     for block in model.base_model.h:
         attention = block.attn.attention
-        if not hasattr(attention, "specdiff_original"):
-            attention.specdiff_original = attention._attn
-            attention._attn = MethodType(gpt_neo_attention, attention)
+        if type(attention) is GPTNeoSelfAttention:
+            attention.__class__ = RaggedGPTNeoAttention  # which can be pickled; the fields stay
 
 
-def gpt_neo_attention(
-    self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    if attention_mask is None or attention_mask.dtype != torch.bool:
-        return self.specdiff_original(query, key, value, attention_mask)
-    visible = attention_mask  # [B, 1, Q, span], a prefix of each row
-    if self.attention_type == "local":
-        position = visible.sum(-1, keepdim=True) - 1
-        keys = torch.arange(visible.shape[-1], device=visible.device)
-        visible = visible & (keys > position - self.config.window_size)
-    scores = query.float() @ key.float().transpose(-1, -2)
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    weights = self.attn_dropout(scores.softmax(-1).to(value.dtype))
-    return weights @ value, weights
+class RaggedGPTNeoAttention(GPTNeoSelfAttention):
+    """Queries and keys are not scaled: GPT-Neo has no 1/sqrt(D)."""
+
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if attention_mask is None or attention_mask.dtype != torch.bool:
+            return super()._attn(query, key, value, attention_mask)
+        visible = attention_mask  # [B, 1, Q, span], a prefix of each row
+        if self.attention_type == "local":
+            position = visible.sum(-1, keepdim=True) - 1
+            keys = torch.arange(visible.shape[-1], device=visible.device)
+            visible = visible & (keys > position - self.config.window_size)
+        scores = query.float() @ key.float().transpose(-1, -2)
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        weights = self.attn_dropout(scores.softmax(-1).to(value.dtype))
+        return weights @ value, weights
 
 
 def stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
