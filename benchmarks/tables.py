@@ -231,7 +231,7 @@ def figure2() -> list[str]:
          times(c["ceiling"]["speedup"])]
         for c in data["cases"] if c["refused"] is None and c["alpha"] is not None
     ]  # fmt: skip
-    head = ["T", "alpha", "alpha x K", "speed-up", "ceiling"]
+    head = ["T", "alpha", "alpha x K", "speed-up", "rounds alone"]
     return [*grid(head, rows), "", f"{checks(data)} {source(data)}"]
 
 
@@ -243,7 +243,7 @@ def controlled() -> list[str]:
         for content in data for c in content["cases"]
         if c["refused"] is None and c["alpha_k"] is not None
     ]  # fmt: skip
-    head = ["target", "drafter, alpha", "alpha x K", "speed-up", "ceiling"]
+    head = ["target", "drafter, alpha", "alpha x K", "speed-up", "rounds alone"]
     return [*grid(head, rows), "", f"{checks(*data)} {source(*data)}"]
 
 

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import SHIPPED, PromptLookup, weights_digest
@@ -248,6 +251,22 @@ def test_pictures_are_drawn_from_the_results(tmp_path):
         assert len(drawn) > 10_000 and drawn == (tmp_path / "b" / name).read_bytes()
         assert f"figures/{name}" in (ROOT / "docs" / "theory.md").read_text()
         assert (ROOT / "docs" / "figures" / name).is_file()
+
+
+@pytest.mark.parametrize("make", [plot_pair.predicted, plot_pair.lenience])
+def test_labels_lie_on_nothing(make):
+    """Neither on each other, nor on a point, nor on the legend."""
+    with matplotlib.rc_context(plot_pair.STYLE):
+        figure = make()
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    texts = [text for text in axes.texts if text.get_text()]
+    boxes = [Text.get_window_extent(text, renderer) for text in texts]  # without lines to points
+    points = [plot_pair.around(axes.transData.transform(text.xy), 8, 8) for text in texts]
+    assert len(texts) > 8
+    for n, box in enumerate(boxes):
+        assert not box.count_overlaps([*points, *boxes[:n], axes.get_legend().get_window_extent()])
 
 
 def test_what_specdiff_bench_published_has_its_pictures():

@@ -211,6 +211,17 @@ def test_stages_are_stacked():
     assert [text.get_text() for text in axes.texts] == [f"{total:.3g} ms" for total in at]
 
 
+def test_long_stages_are_told_in_whole_milliseconds():
+    """And not as 1.82e+03."""
+    cases = [
+        contents.case(method, ms_per_forward={"draft": ms, "target": ms})
+        for method, ms in (("a", 912.4), ("b", 88.3), ("c", 20.0), ("d", 1.5))
+    ]
+    (axes,) = figures.stages(contents.content("methods", cases)).axes
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["1825 ms", "177 ms", "40.0 ms", "3.00 ms"]
+
+
 # --- what may not happen --------------------------------------------------------------------------
 
 

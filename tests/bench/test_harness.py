@@ -99,6 +99,8 @@ def test_compare(models, temperature):
         "transformers",
     ]
     plain, lookup, nonsense, theirs = cases
+    assert (plain["rule"], theirs["rule"]) == (None, None)
+    assert lookup["rule"] == ("block" if temperature else "token")
     assert "unknown drafter 'nonsense'" in nonsense["refused"]
     assert all(nonsense[name] is None for name in FIGURES)
     for case in (plain, lookup, theirs):

@@ -30,7 +30,10 @@ def test_names():
         ("parallel,model=x", "'assisted', and only for it"),
         ("transformers-lookup,k=auto", "only a number k"),
         ("sedd,k=4,steps=auto", "steps=auto of 'sedd' needs k=auto, got k=4: .* give a number"),
-        ("", "plain decoding takes no options"),
+        ("", "expected a name, then options"),
+        ("parallel,eagle", "got 'eagle'; each method has a --method of its own"),
+        ("parallel,rule=best", "rule must be one of token, block, greedy, coupled, got 'best'"),
+        ("parallel,rule=lenient", "rule must be one of token, block, greedy, coupled, got 'lenie"),
     ],
 )
 def test_names_that_are_refused(text, reason):

@@ -55,7 +55,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] != "style":
             self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
+        if {"td", "th"} & set(self.open):
             self.rows[-1][-1][0] += data
 
     def cells(self, method):
@@ -71,7 +71,7 @@ def every():
 
 @pytest.fixture(scope="module")
 def html(every, tmp_path_factory):
-    path = tmp_path_factory.mktemp("page") / "new" / "index.html"
+    path = tmp_path_factory.mktemp("page") / "index.html"
     page.report(every, path)
     assert [file.name for file in path.parent.iterdir()] == ["index.html"]
     return path.read_text()
@@ -79,13 +79,21 @@ def html(every, tmp_path_factory):
 
 @pytest.fixture
 def one(tmp_path):
-    """Makes a page of one content and reads it."""
+    """Makes a page of one content and reads it, below the summary."""
 
     def read(content):
         page.report([content], tmp_path / "one.html")
-        return Page((tmp_path / "one.html").read_text())
+        html = (tmp_path / "one.html").read_text()
+        return Page(html[html.index("<main>") : html.index("</main>")] + "</main>")
 
     return read
+
+
+def summary(contents, tmp_path):
+    """What stands above the sections."""
+    page.report(contents, tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    return Page(html[html.index("<header>") : html.index("</header>")] + "</header>")
 
 
 def test_it_is_sound(html, every):
@@ -108,6 +116,45 @@ def test_it_stands_alone(html):
     )
 
 
+def test_the_summary_names_the_fastest_of_each_task_and_temperature(tmp_path):
+    slow = contents.content("lengths", [contents.case(speedup=0.9)], stand_in="others")
+    none = contents.content("batch", [contents.refused("no memory")])
+    read = summary([contents.methods(), contents.batch(), slow, none], tmp_path)
+    assert "Machine: Some CPU <x86> & Co, 2 cores." in read.text
+    assert "Target: smollm2-135m." in read.text
+    compared = "block-diffusion; parallel; prompt-lookup; sedd."
+    assert f"Compared with plain decoding: {compared}" in read.text
+    assert [[cell[0] for cell in row] for row in read.rows] == [
+        ["task", "fastest method", "speed-up"],
+        ["Methods"],
+        ["chat, greedy, context = 39", "parallel, K = 4", "1.22x (1.10-1.34)"],
+        ["chat, temperature 1, context = 39", "parallel, K = 4", "1.07x (0.96-1.18)"],
+        ["summary, greedy, context = 339", "prompt-lookup, K = 8", "1.60x (1.44-1.76)"],
+        # prompt-lookup is faster, but its check failed
+        ["summary, temperature 1, context = 339", "parallel, K = 4", "1.37x (1.23-1.51)"],
+        ["Batch, smollm2-135m, 1"],
+        ["chat, greedy", "parallel, K = 4, batch = 1", "1.30x (1.17-1.43)"],
+        ["chat, temperature 1", "parallel, K = 4, batch = 1", "1.20x (1.08-1.32)"],
+        ["Draft length; with stand-ins"],
+        ["chat, greedy", "plain decoding; then block-diffusion, K = 4", "0.90x (0.81-0.99)"],
+        ["Batch, smollm2-135m, 2"],
+        ["chat, greedy", "no method has figures", ""],
+    ]  # fmt: skip
+
+
+def test_no_two_links_have_one_name(html, every):
+    names = re.findall(r'<a href="#(\w+)">(.*?)</a>', html)
+    assert len(names) == len(dict(names)) == len({name for _, name in names}) == len(every)
+
+
+def test_cells_say_their_column(html):
+    """On narrow screens, where the heads of columns are not shown."""
+    cells = [cell for row in Page(html).rows for cell in row if cell[3].get("scope") is None]
+    assert len(cells) > 500
+    for _, kind, _, fields in cells:
+        assert fields.get("data-column") or kind == "reason"
+
+
 def test_rows_are_as_wide_as_their_table(html):
     for table in re.findall(r"<table>.*?</table>", html, re.S):
         head, *rows = Page(table).rows
@@ -122,7 +169,7 @@ def test_where_it_is_from(html, every):
     read = Page(html)
     for content in every:
         assert content["command"] in read.text
-        assert read.text.count(page.TITLES[content["name"]]) >= 2  # in the list and above
+        assert read.text.count(page.TITLES[content["name"]]) >= 2  # in the summary and above
     assert read.text.count("2026-11-28") == len(every)
     assert read.text.count("Some CPU <x86> & Co, 2 cores, AVX2") == len(every)
     assert read.text.count("<stands> in for other-neo & its drafter") == 1
@@ -134,14 +181,14 @@ def test_cases(one):
     assert head == ["method", "K", "T", "tokens/s", "speed-up", "check", "tokens/ forward",
                     "alpha", "alpha × K", "accepted by position, %", "draft, ms",  # noqa: RUF001
                     "target, ms", "verify, ms", "commit, ms", "host, ms", "peak, MB",
-                    "ceiling"]  # fmt: skip
+                    "rounds alone"]  # fmt: skip
     first = dict(zip(head, read.cells("block-diffusion")[0], strict=True))
     assert first["K"] == "4" and first["T"] == "1" and first["speed-up"] == "1.12x (1.01-1.23)"
     assert first["tokens/s"] == "31.4 (30.1-32.6)" and first["tokens/ forward"] == "2.00"
-    assert first["accepted by position, %"] == "45 38 35 33" and first["ceiling"] == ""
+    assert first["accepted by position, %"] == "45 38 35 33" and first["rounds alone"] == ""
     assert first["check"] == "identical 16/16" and first["target, ms"] == "33.00"
     auto = dict(zip(head, read.cells("block-diffusion")[1], strict=True))
-    assert auto["K"] == "auto" and auto["ceiling"] == "1.30x"
+    assert auto["K"] == "auto" and auto["rounds alone"] == "1.30x"
     assert dict(zip(head, read.cells("plain")[0], strict=True))["speed-up"] == "1.00x"
     last = read.cells("prompt-lookup")[-1]
     assert "distribution BROKEN, z = 5.1" in last
@@ -214,7 +261,7 @@ def test_published_values_stand_beside_the_measured_ones(one):
     ]  # fmt: skip
 
 
-def test_everything_is_escaped(one):
+def test_everything_is_escaped(one, tmp_path):
     evil = "<script>alert(\"x\")</script> & 'y'"
     cases = [
         contents.case(evil, task=evil, target=evil, rule=evil),
@@ -224,9 +271,9 @@ def test_everything_is_escaped(one):
     content = contents.content("table2", cases, published=[row], stand_in=evil, command=evil,
                                date=evil)  # fmt: skip
     content["machine"] = {**contents.MACHINE, "python": evil, "gpu": {"name": evil}}
-    read = one(content)
-    assert "script" not in read.tags
-    assert read.text.count(evil) > 12
+    for read in (one(content), summary([content], tmp_path)):
+        assert "script" not in read.tags
+        assert read.text.count(evil) > 4
 
 
 def test_names_of_figures_stay_inside(one):
@@ -246,6 +293,12 @@ def test_inlined_ids_are_prefixed_together():
     )
     with pytest.raises(ValueError, match="svg: expected an <svg> element with a viewBox"):
         page.inline("<svg></svg>", "p-", "")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"new/page\.html has no folder: make .*/new, or "):
+        page.report([contents.lengths()], tmp_path / "new" / "page.html")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_contents_give_the_same_page(every, html, tmp_path):

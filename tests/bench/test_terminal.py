@@ -37,6 +37,14 @@ def test_a_section_for_each_task_and_temperature():
     assert rows[-1][-1] == "distribution BROKEN, z = 5.1"
 
 
+def test_a_check_is_told_whole():
+    """Also in the narrowest table that `specdiff bench` prints."""
+    console = Console(file=io.StringIO(), width=110, record=True)
+    case = contents.case(task="continue", temperature=1.0)
+    console.print(table(contents.content("methods", [case])))
+    assert "…" not in console.export_text()
+
+
 def test_refused_rows_are_dim_and_say_why():
     _, rows, styled = printed(contents.methods())
     (at,) = (number for number, row in enumerate(rows) if row[0] == "sedd")

@@ -8,6 +8,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import PromptLookup
@@ -151,6 +153,21 @@ def test_measured_speed_ups_are_those_of_the_plans(decoder):
         plans[1]: 5,
     }
     assert drafted == [0, 2, 4] * 3
+
+
+def test_a_picture_s_legend_and_title_cover_nothing(tmp_path, monkeypatch):
+    made = []
+    figure = lambda **options: made.append(Figure(**options)) or made[-1]
+    monkeypatch.setattr("specdiff.planning.predictions.figure_class", lambda: figure)
+    title = f"/a/folder{'/below' * 20}/drafter for $target$"
+    draw(predictions(COSTS), {Plan(4, 2): 1.5}, title, tmp_path / "plans.png")
+    (axes,), (legend,) = made[0].axes, made[0].legends
+    renderer = FigureCanvasAgg(made[0]).get_renderer()
+    made[0].draw_without_rendering()
+    assert len(legend.get_texts()) > 3
+    assert not legend.get_window_extent(renderer).overlaps(axes.get_tightbbox(renderer))
+    title = axes.title.get_window_extent(renderer)
+    assert made[0].bbox.x0 <= title.x0 and title.x1 <= made[0].bbox.x1
 
 
 def test_a_picture(tmp_path, monkeypatch):

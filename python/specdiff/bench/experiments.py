@@ -8,10 +8,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .harness import Condition, Measured, compare, named
+from .harness import Condition, Measured, check_batch, compare, named
 from .kept import Kept
-from .methods import Method, Models, spread
-from .tasks import TASKS, prompts
+from .methods import Method, Models, check_method, spread
+from .tasks import TASKS, check_task, prompts
 
 Show = Callable[[list[dict[str, Any]]], Any]
 AXES = {"k": "lengths", "steps": "steps", "batch": "batch", "context": "context"}
@@ -49,6 +49,15 @@ class Grid:
         varied = [axis for axis, values in {**lengths, "context": self.contexts}.items()
                   if len(values) > 1]  # fmt: skip
         return AXES[varied[0]] if len(varied) == 1 else "methods"
+
+    def check(self) -> None:
+        """Raise ValueError for what no target can be measured with. Nothing is loaded."""
+        for method in spread(self.methods, self.ks, self.steps):
+            check_method(method)
+        for task in self.tasks:
+            check_task(task, self.count, self.corpus, self.path)
+        for batch in self.batches:
+            check_batch(batch, self.count)
 
     def conditions(self, models: Models) -> list[Condition]:
         """All conditions of the grid. Raises ValueError if a task has too few prompts."""

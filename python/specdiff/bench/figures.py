@@ -319,10 +319,10 @@ def methods(content: Content) -> Figure | None:
                   error_kw={"elinewidth": 1.2, "capsize": 3})  # fmt: skip
         axes.axvline(1.0, color="#333333", linewidth=1, linestyle="--", zorder=1.5,
                      label="plain decoding")  # fmt: skip
-        allowed = {y: case["ceiling"][SPEEDUP] for y, case in enumerate(own) if case["ceiling"]}
-        if allowed:
-            axes.plot(list(allowed.values()), list(allowed), "d", color="black", mfc="white",
-                      label="limit by draft and target cost", zorder=4)  # fmt: skip
+        rounds = {y: case["ceiling"][SPEEDUP] for y, case in enumerate(own) if case["ceiling"]}
+        if rounds:
+            axes.plot(list(rounds.values()), list(rounds), "d", color="black", mfc="white",
+                      label="rounds alone, mean of all prompts", zorder=4)  # fmt: skip
         for y, case in enumerate(own):
             bad = failed(case)
             beside(axes, y, f"{middle[y]:.2f}x" + (", check FAILED" if bad else ""), bad)
@@ -344,7 +344,8 @@ def stages(content: Content) -> Figure | None:
                       label=name)  # fmt: skip
             left = [a + b for a, b in zip(left, ms, strict=True)]
         for y, total in enumerate(left):
-            beside(axes, y, f"{total:.3g} ms")
+            digits = 2 if total < 10 else 1 if total < 100 else 0
+            beside(axes, y, f"{total:.{digits}f} ms")
 
     return barred(content, cases, bars, "milliseconds per target forward")
 

@@ -151,11 +151,13 @@ class Condition(NamedTuple):
     def batches(self) -> list[list[list[int]]]:
         """Full batches; left-over prompts are dropped. Raises ValueError if there is no batch."""
         B = self.batch
-        if not 1 <= B <= len(self.prompts):
-            raise ValueError(
-                f"batch must be in [1, {len(self.prompts)}], the number of prompts, got {B}"
-            )
+        check_batch(B, len(self.prompts))
         return [self.prompts[i : i + B] for i in range(0, len(self.prompts) - B + 1, B)]
+
+
+def check_batch(batch: int, prompts: int) -> None:
+    if not 1 <= batch <= prompts:
+        raise ValueError(f"--batch must be in [1, {prompts}], the number of prompts, got {batch}")
 
 
 class Measured(Protocol):
@@ -247,7 +249,7 @@ def named(models: Measured, condition: Condition, method: Method) -> dict[str, A
         "method": method.label,
         "k": method.k,
         "steps": method.steps,
-        "rule": method.rule,
+        "rule": method.rule_for(Sampling(condition.temperature)),
         "weights": weights_digest(method.name),
         "temperature": condition.temperature,
         "batch": condition.batch,
@@ -280,7 +282,11 @@ def staged(setting: Setting, condition: Condition, device: torch.device) -> list
 
 
 def ceiling(case: dict[str, Any], plain: dict[str, Any]) -> dict[str, float]:
-    """E(K) / (c(T, K) + v(K)): the speed-up if a round took only its drafting and its forward."""
+    """E(K) / (c(T, K) + v(K)): the speed-up if a round took only its drafting and its forward.
+
+    Tokens and costs are means over all prompts. The speed-up of a case can be above it: that is a
+    median, and reading the prompt, which takes both the same time, moves it towards 1.
+    """
     ms = case["ms_per_forward"]
     forwards = (ms["draft"] + ms["target"]) / plain["ms_per_forward"]["target"]
     return {"speedup": case["tokens_per_forward"] / plain["tokens_per_forward"] / forwards}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .machine import description, slug, write
+from .reading import load
 
 CONDITION = ("target", "task", "temperature", "batch", "context", "prompts", "new_tokens")
 
@@ -36,7 +36,7 @@ class Kept:
         self.name, self.command = name, command
         self.cases: list[dict[str, Any]] = []
         if self.part.exists():
-            begun = json.loads(self.part.read_text())
+            begun = load(self.part)
             if begun["command"] == command and begun.get("machine") == description():
                 self.cases = begun["cases"]
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from ..download import target_folder
-from ..drafters import load_drafter
+from specdiff_kernels import RULES
+
+from ..download import MODELS, target_folder
+from ..drafters import SHIPPED, drafter_folder, load_drafter
 from ..loop.decoder import Decoder
 from ..loop.sampling import Sampling
 from ..loop.session import LOOK_EVERY
@@ -25,6 +27,9 @@ AUTO = "auto"
 PLAIN = "plain"
 THEIRS = ("transformers", "assisted", "transformers-lookup")
 OWN = (PLAIN, "plain-compiled", "plain-captured")
+DRAFTERS = (*SHIPPED, "prompt-lookup")
+STEPLESS = ("prompt-lookup", "parallel", "eagle")  # drafters without reverse steps
+EXACT = tuple(rule for rule in RULES if rule != "lenient")
 
 # (prompts, number of new tokens, seed) -> new tokens of each row, and counts
 Decode = Callable[..., tuple[list[list[int]], Stats]]
@@ -56,6 +61,10 @@ class Method:
     def drafts(self) -> bool:
         return self.name not in (*OWN, "transformers")
 
+    def rule_for(self, sampling: Sampling) -> str | None:
+        """The rule that judges its drafts; None: specdiff judges none."""
+        return None if self.name in (*OWN, *THEIRS) else self.rule or sampling.rule
+
     @property
     def label(self) -> str:
         return Path(self.name).name
@@ -73,22 +82,57 @@ def parse(text: str) -> Method:
         key, _, value = option.partition("=")
         if key not in ("k", "steps", "rule", "model") or not value:
             raise ValueError(
-                f"--method {text!r}: expected options k=, steps=, rule= or model=, got {option!r}"
+                f"--method {text!r}: expected options k=, steps=, rule= or model=, got {option!r}; "
+                "each method has a --method of its own"
             )
         if key in ("k", "steps") and value != AUTO:
             if not value.isdecimal() or int(value) < 1:
-                raise ValueError(f"--method {text!r}: {key} must be auto or at least 1")
+                raise ValueError(
+                    f"--method {text!r}: {key} must be auto or at least 1, got {value}"
+                )
             given[key] = int(value)
         else:
             given[key] = value
     method = Method(name, **given)
-    if not name or (given and not method.drafts):
+    if not name:
+        raise ValueError(f"--method {text!r}: expected a name, then options")
+    if given and not method.drafts:
         raise ValueError(f"--method {text!r}: plain decoding takes no options")
+    if method.rule not in (None, *EXACT):
+        raise ValueError(
+            f"--method {text!r}: rule must be one of {', '.join(EXACT)}, got {method.rule!r}"
+        )
     if (method.model is not None) != (name == "assisted"):
         raise ValueError(f"--method {text!r}: model=FOLDER is for 'assisted', and only for it")
     if name in THEIRS and (method.rule or method.steps or method.k == AUTO):
         raise ValueError(f"--method {text!r}: transformers' methods take only a number k")
     return method if method.k is None else planned(method)
+
+
+def check_method(
+    method: Method,
+    option: str = "--method",
+    names: Sequence[str] = (*OWN, *THEIRS, *DRAFTERS),
+) -> None:
+    """Raise ValueError for a method that no target can be decoded with. Nothing is loaded.
+
+    Args:
+        option: option of the command line that the message names.
+        names: names that are allowed besides a drafter's folder.
+    """
+    folders = [] if method.name in names else [drafter_folder(method.name)]
+    if method.model is not None and method.model not in MODELS:
+        folders.append(Path(method.model))
+    for folder in folders:
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{option} {str(folder)!r}: expected {', '.join(names)}, or a folder with a "
+                "drafter's config.json and safetensors weights"
+            )
+    if isinstance(method.steps, int) and method.name in STEPLESS:
+        raise ValueError(
+            f"{option} {method.name!r} has no reverse steps, got {method.steps}: leave them out"
+        )
 
 
 def check_labels(named: Iterable[tuple[str, str]]) -> None:
@@ -129,7 +173,7 @@ def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -
         taken = [method] if own_k else [replace(method, k=k) for k in ks]
         for one in taken:
             own_steps = one.steps is not None or not steps or not one.drafts
-            own_steps = own_steps or one.name in (*THEIRS, "prompt-lookup", "parallel", "eagle")
+            own_steps = own_steps or one.name in (*THEIRS, *STEPLESS)
             result += [one] if own_steps else [replace(one, steps=T) for T in steps]
     check_labels((method.label, method.model or method.name) for method in result)
     return [planned(method) for method in dict.fromkeys(result)]

@@ -103,7 +103,7 @@ def table2(
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raise ValueError for a task that is not in the paper."""
     if unknown := set(tasks) - set(TASKS):
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {', '.join(unknown)}")
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {', '.join(unknown)}")
 
 
 def called(row: Published, target: str) -> dict[str, Any]:

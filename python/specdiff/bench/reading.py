@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 Content = dict[str, Any]
 Case = dict[str, Any]
 PLAIN = "plain"
 BESIDE = ("rule", "batch", "context", "prompts", "new_tokens")  # settings besides K and T
+FIELDS = {"command", "machine", "date", "name", "target", "stand_in", "repetitions", "cases"}
 SETTINGS = {"k": "K", "steps": "T", "rule": "rule", "batch": "batch", "context": "context"}
+
+
+def load(file: Path) -> Any:
+    """What a JSON file holds. Raises ValueError if it is no JSON in UTF-8."""
+    try:
+        return json.loads(file.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON in UTF-8: {error}; move or remove it") from error
+
+
+def is_content(found: Any) -> bool:
+    """Whether this is what a finished `specdiff bench` writes."""
+    return (
+        isinstance(found, dict)
+        and found.keys() >= FIELDS
+        and str(found["command"]).startswith("specdiff bench")
+        and isinstance(found["cases"], list)
+    )
 
 
 def measured(content: Content) -> list[Case]:
@@ -104,11 +125,22 @@ def check(case: Case) -> str:
 
 
 def machine(content: Content) -> str:
-    """The measuring machine in one line."""
+    """The measuring machine in a few words."""
     known = content["machine"]
     parts = [known["gpu"]["name"]] if known.get("gpu") else []
-    parts += [known["processor"]["model name"], f"{known['cores']} cores",
-              known["torch_cpu_capability"], f"threads: {known['threads']}",
-              f"Python {known['python']}"]  # fmt: skip
+    return ", ".join([*parts, known["processor"]["model name"], f"{known['cores']} cores"])
+
+
+def setup(content: Content) -> str:
+    """The machine and all else that figures depend on, in one line."""
+    known = content["machine"]
+    parts = [machine(content), known["torch_cpu_capability"], f"threads: {known['threads']}",
+             f"Python {known['python']}"]  # fmt: skip
     parts += [f"{name} {version}" for name, version in known["packages"].items()]
     return ", ".join(parts)
+
+
+def fastest(cases: Iterable[Case]) -> Case | None:
+    """The case with the largest median speed-up, of those besides plain decoding that have one."""
+    found = [c for c in cases if c["method"] != PLAIN and c["speedup"] and not failed(c)]
+    return max(found, key=lambda case: case["speedup"]["median"], default=None)

@@ -9,7 +9,7 @@ is downloaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -132,6 +132,16 @@ def cut(what: str, shapes: Mapping[str, Any], name: str, layers: int | None) -> 
         config.attention_layers = config.attention_layers[:layers]
         config.attention_types = [[config.attention_layers, 1]]
     return config
+
+
+def check_shapes(targets: Sequence[str], layers: int | None, context: int) -> None:
+    """Raise ValueError for an unknown target, or a shape without so many layers or positions."""
+    for name in targets:
+        most = cut("--target", TARGETS, name, layers).max_position_embeddings
+        if context >= most:
+            raise ValueError(f"--context must be below {name}'s {most} tokens, got {context}")
+    for name in DRAFTERS:
+        cut("drafter", DRAFTERS, name, layers)
 
 
 def allocate(config: Any, dtype: torch.dtype, device: torch.device) -> Any:

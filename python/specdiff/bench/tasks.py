@@ -73,11 +73,8 @@ def prompts(
     Example:
         >>> prompts("continue", tokenizer, 4, corpus="stdlib", context=64)
     """
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    check_task(name, count, corpus, path)
     task = TASKS[name]
-    if task.corpus is None and (corpus or path):
-        raise ValueError(f"task {name!r} has its own texts: omit the corpus")
     made = encoded(name, tokenizer, corpus or task.corpus, path, context or task.context)
     fitting = (ids for ids in made if context is None or len(ids) == context)
     found = list(islice(fitting, count))
@@ -88,6 +85,27 @@ def prompts(
             "shorter prompts"
         )
     return found
+
+
+def check_task(name: str, count: int, corpus: str | None, path: str | Path | None) -> None:
+    """Raise ValueError for a task that cannot have so many prompts, whatever the target.
+
+    Nothing is fetched. Arguments as in `prompts`.
+    """
+    if name not in TASKS:
+        raise ValueError(f"--task must be one of {', '.join(TASKS)}, got {name!r}")
+    if path is not None and not Path(path).is_dir():
+        raise ValueError(f"--corpus-path must be a folder, got {str(path)!r}")
+    if TASKS[name].corpus is None:
+        if corpus or path:
+            raise ValueError(f"task {name!r} has its own texts: omit the corpus")
+        if count > (most := len(messages(name))):
+            raise ValueError(f"task {name!r} has {most} prompts, not {count}: ask for fewer")
+    elif corpus is not None and corpus not in HUB:
+        try:
+            read_texts(corpus, "held_out", path=path)
+        except ValueError as error:
+            raise ValueError(f"--corpus {corpus!r}: {error}") from error
 
 
 def encoded(

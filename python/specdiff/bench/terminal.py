@@ -42,7 +42,7 @@ def table(content: Content) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     for name in ("tokens/s", "speed-up", "tokens/\nforward", "alpha\nx K", "accepted,\n%"):
         shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("check")
+    shown.add_column("check", overflow="fold")
     for own in sections(content):
         shown.add_section()
         shown.add_row(Text(heading(content, own), style="bold"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,11 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 
-from .options import SETTINGS, Dtype, NoAccelerate, Threads, Type, Where, placed, user_errors
+from .options import (
+    SETTINGS,
+    Dtype,
+    NoAccelerate,
+    Threads,
+    Type,
+    Where,
+    at_least,
+    placed,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from ..bench.experiments import Grid
     from ..bench.kept import Kept
     from ..bench.methods import Models
 
@@ -58,8 +68,8 @@ Contexts = Annotated[
     str | None, typer.Option("--context", help="Prompt length in tokens; default: the task's.")
 ]
 Tokens = Annotated[int | None, typer.Option(help="New tokens; default: the task's number.")]
-Count = Annotated[int, typer.Option("--prompts", min=1, help="Prompts of each task.")]
-Repetitions = Annotated[int, typer.Option(min=1, help="How often to measure each case.")]
+Count = Annotated[int, typer.Option("--prompts", help="Prompts of each task.")]
+Repetitions = Annotated[int, typer.Option(help="How often to measure each case.")]
 Results = Annotated[Path, typer.Option(help="Results go to a subfolder named after the machine.")]
 Name = Annotated[str | None, typer.Option(help="File name; default: the varied options.")]
 Context = Annotated[int | None, typer.Option(help="Prompt length in tokens.")]
@@ -74,6 +84,9 @@ class Size:
     repetitions: Repetitions = 3
     corpus: Corpus = None
     corpus_path: CorpusPath = None
+
+    def __post_init__(self) -> None:
+        positive(tokens=self.tokens, prompts=self.prompts, repetitions=self.repetitions)
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,14 @@ class Place:
         """The file of results: under the name that was given, or else under this one."""
         from ..bench.kept import Kept
 
+        if self.name and self.name != Path(self.name).name:
+            raise ValueError(f"--name must be a file's name without folders, got {self.name!r}")
+        try:  # rather now than after all has been measured
+            self.results.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--results must be a folder, got {self.results}: {error.strerror}"
+            ) from error
         return Kept(self.results, self.name or name, typed(invoked), device)
 
 
@@ -151,13 +172,14 @@ def run_grid(
     grid = Grid(
         [parse(text) for text in method],
         names(task),
-        numbers("--temperature", temperature, float),
-        [] if k is None else counts("--k", k),
-        [] if steps is None else counts("--steps", steps),
-        numbers("--batch", batch, int),
-        [None] if context is None else numbers("--context", context, int),
+        temperatures(temperature),
+        [] if k is None else counts("--k", k, auto=True),
+        [] if steps is None else counts("--steps", steps, auto=True),
+        counts("--batch", batch),
+        [None] if context is None else counts("--context", context),
         size.tokens, size.prompts, size.repetitions, size.corpus, size.corpus_path,
     )  # fmt: skip
+    check(grid, target)
     where, kind = placed(place.device, place.dtype, place.threads)
     kept = place.kept(grid.kind, invoked, where)
     found = each(target, where, kind, not no_accelerate)
@@ -190,13 +212,21 @@ def table2(
 ) -> None:
     """Reproduce Table 2 of SpecDiff; with --task short, the rows of its appendix."""
     from ..bench.experiments import Grid
+    from ..bench.methods import DRAFTERS, Method, check_method
+    from ..bench.paper import check_tasks
     from ..bench.paper import table2 as measure
 
     grid = Grid(
-        [], names(task), numbers("--temperature", temperature, float),
+        [], names(task), temperatures(temperature),
         contexts=[context], tokens=size.tokens, count=size.prompts, repetitions=size.repetitions,
         corpus=size.corpus, path=size.corpus_path,
     )  # fmt: skip
+    positive(k=k, steps=steps, context=context)
+    check_tasks(grid.tasks)
+    check(grid, target)
+    check_method(Method(drafter, k, steps), "--drafter", DRAFTERS)
+    if standard is not None:
+        check_method(Method(standard), "--standard", DRAFTERS)
     where, kind = placed(place.device, place.dtype, place.threads)
     kept = place.kept("appendix" if grid.tasks == ["short"] else "table2", invoked, where)
     found = each(target, where, kind, not no_accelerate)
@@ -226,13 +256,17 @@ def figure2(
 ) -> None:
     """Reproduce Figure 2 of SpecDiff: speed-up and acceptance alpha against T."""
     from ..bench.experiments import Grid
+    from ..bench.methods import DRAFTERS, Method, check_method
     from ..bench.paper import figure2 as measure
 
     grid = Grid(
-        [], names(task), numbers("--temperature", temperature, float),
-        steps=numbers("--steps", steps, int), contexts=[context], tokens=size.tokens,
+        [], names(task), temperatures(temperature),
+        steps=counts("--steps", steps), contexts=[context], tokens=size.tokens,
         count=size.prompts, repetitions=size.repetitions, corpus=size.corpus, path=size.corpus_path,
     )  # fmt: skip
+    positive(k=k, context=context)
+    check(grid, target)
+    check_method(Method(drafter, k), "--drafter", DRAFTERS)
     where, kind = placed(place.device, place.dtype, place.threads)
     kept = place.kept("figure2", invoked, where)
     found = each(target, where, kind, not no_accelerate)
@@ -251,7 +285,7 @@ def controlled(
     ] = "1,2,4,8",
     context: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 128,
     tokens: Annotated[int, typer.Option(help="New tokens of each prompt.")] = 256,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each task.")] = 4,
+    prompts: Count = 4,
     repetitions: Repetitions = 3,
     layers: Annotated[
         int | None, typer.Option(help="Layers of every model, to save memory or time.")
@@ -263,15 +297,18 @@ def controlled(
     are real; drafts are made up."""
     from ..bench.paper import Shape, check_tasks
     from ..bench.paper import controlled as measure
+    from ..bench.shapes import check_shapes
 
+    positive(context=context, tokens=tokens, prompts=prompts, repetitions=repetitions)
+    T = counts("--steps", steps)
     check_tasks(names(task))
+    check_shapes(target, layers, context)
     where, kind = placed(place.device, place.dtype, place.threads)
     kept = place.kept("controlled", invoked, where)
     contents = [
         measure(
-            Shape(one, kind, where, layers), names(task), numbers("--steps", steps, int),
-            context=context, tokens=tokens, count=prompts, repetitions=repetitions,
-            kept=kept, show=show,
+            Shape(one, kind, where, layers), names(task), T, context=context, tokens=tokens,
+            count=prompts, repetitions=repetitions, kept=kept, show=show,
         )
         for one in target
     ]  # fmt: skip
@@ -291,50 +328,88 @@ def report(
     from ..bench.figures import draw
     from ..bench.page import report as write
 
+    if figures is not None and figures.is_file():
+        raise ValueError(f"--figures must be a folder, got the file {figures}")
     contents = read(results)
+    write([content for _, content in contents], out)
+    typer.echo(out)
     if figures is not None:
         for name, content in contents:
             for path in draw(content, figures, name):
                 typer.echo(path)
-    write([content for _, content in contents], out)
-    typer.echo(out)
 
 
 def read(results: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read results of `specdiff bench`, as (name, content); other files are skipped.
+    """Read results of `specdiff bench`, as (name, content); other files of a folder are skipped.
 
     The name is the file's. If several folders hold a file of that name, the folder's name precedes.
     """
+    from ..bench.reading import is_content, load
+
+    if not results.exists():
+        raise ValueError(f"{results} does not exist: give a folder of results, or one file")
     files = [results] if results.is_file() else sorted(results.rglob("[!.]*.json"))
-    found = [(file, json.loads(file.read_text())) for file in files]
-    found = [
-        (file, c) for file, c in found
-        if isinstance(c, dict) and str(c.get("command")).startswith("specdiff bench")
-    ]  # fmt: skip
+    found = [(file, content) for file in files if is_content(content := load(file))]
     stems = Counter(file.stem for file, _ in found)
     contents = [
         (file.stem if stems[file.stem] == 1 else f"{file.parent.name}_{file.stem}", content)
         for file, content in found
     ]
     if not contents:
-        raise ValueError(f"{results} holds no results: make some with `specdiff bench run`")
+        raise ValueError(
+            f"{results} holds no results of `specdiff bench`: make some with `specdiff bench run`"
+        )
     return contents
+
+
+def check(grid: Grid, targets: list[str]) -> None:
+    """Raise ValueError for what can be told to fail before a target is loaded."""
+    from ..bench.methods import check_labels
+    from ..download import MODELS, target_folder
+
+    grid.check()
+    check_labels((Path(name).name, name) for name in targets)
+    for name in targets:
+        if name not in MODELS:
+            target_folder(name)
+
+
+def positive(**given: int | None) -> None:
+    """Raise ValueError for an option that is given and below 1."""
+    for option, value in given.items():
+        if value is not None:
+            at_least(1, f"--{option}", value)
 
 
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def numbers(option: str, text: str, kind: type) -> list[Any]:
-    """Parse comma-separated numbers."""
+def temperatures(text: str) -> list[float]:
+    """Parse comma-separated temperatures."""
+    from ..loop.sampling import Sampling
+
     try:
-        return [kind(part) for part in text.split(",")]
+        return [Sampling(float(part)).temperature for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{option} must be comma-separated numbers, got {text!r}") from error
+        raise ValueError(
+            "--temperature must be comma-separated numbers, each 0 (greedy) or positive, got "
+            f"{text!r}"
+        ) from error
 
 
-def counts(option: str, text: str) -> list[int | str]:
-    return [part if part == AUTO else numbers(option, part, int)[0] for part in names(text)]
+def counts(option: str, text: str, auto: bool = False) -> list[Any]:
+    """Parse comma-separated whole numbers of at least 1; "auto" too if that is allowed."""
+    try:
+        found: list[Any] = [part if auto and part == AUTO else int(part) for part in names(text)]
+        if all(count == AUTO or count >= 1 for count in found):
+            return found
+    except ValueError:
+        pass
+    more = f", or {AUTO}" if auto else ""
+    raise ValueError(
+        f"{option} must be comma-separated whole numbers of at least 1{more}, got {text!r}"
+    )
 
 
 def typed(invoked: typer.Context) -> str:
@@ -360,9 +435,8 @@ def each(
     targets: list[str], device: torch.device, dtype: torch.dtype, fast: bool
 ) -> Iterator[Models]:
     """Load the targets one by one, so that only one is in memory."""
-    from ..bench.methods import Models, check_labels
+    from ..bench.methods import Models
 
-    check_labels((Path(name).name, name) for name in targets)
     for name in targets:
         yield Models(name, dtype, device, fast)
 

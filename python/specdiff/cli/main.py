@@ -27,6 +27,7 @@ from .options import (
     Threads,
     Type,
     Where,
+    at_least,
     placed,
     quiet,
     user_errors,
@@ -487,11 +488,6 @@ def with_drafter(
 
     drafter = load_drafter(name_or_path, plain.target, steps=steps)
     return plain.replace(drafter=drafter, record=record)
-
-
-def at_least(least: int, option: str, given: int) -> None:
-    if given < least:
-        raise ValueError(f"{option} must be at least {least}, got {given}")
 
 
 def parse_count(option: str, given: str) -> int | None:

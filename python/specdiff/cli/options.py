@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -16,9 +17,12 @@ from ..download import FetchError
 if TYPE_CHECKING:
     import torch
 
+# in a narrow terminal rich's table of options would cut their names, which plain text does not
+RICH = "rich" if shutil.get_terminal_size().columns >= 80 else None
 SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
     "pretty_exceptions_enable": False,
+    "rich_markup_mode": RICH,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 WAYS_OUT = {  # of the operating system's errors
@@ -100,12 +104,16 @@ def placed(
     return torch.device(where), getattr(torch, dtype.value)
 
 
+def at_least(least: int, option: str, given: int) -> None:
+    if given < least:
+        raise ValueError(f"{option} must be at least {least}, got {given}")
+
+
 def set_threads(threads: int) -> None:
     """Set torch's CPU threads, at most as many as there are. Raises ValueError below 1."""
     import torch
 
-    if threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
+    at_least(1, "--threads", threads)
     there = cores()
     if threads > there:
         typer.echo(f"--threads {threads}: this machine has {there}, which are used", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ def draw(rows: Sequence[Prediction], measured: dict[Plan, float], title: str, pa
     Raises:
         ValueError: matplotlib is not installed, or cannot write such a file.
     """
-    figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")
+    figure = figure_class()(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.subplots()
     for steps in sorted({row.plan.steps for row in rows if row.plan != PLAIN}):
         own = sorted(row for row in rows if row.plan.steps == steps and row.plan != PLAIN)
@@ -149,8 +150,9 @@ def draw(rows: Sequence[Prediction], measured: dict[Plan, float], title: str, pa
             axes.plot(*zip(*seen, strict=True), "o", mfc="none", color=line.get_color(), ms=9,
                       label=label)  # fmt: skip
     axes.axhline(1.0, color="grey", lw=1, label="plain decoding")
-    axes.set(xlabel="K, tokens drafted in a round", ylabel="speed-up", title=title)
-    axes.legend()
+    axes.set(xlabel="K, tokens drafted in a round", ylabel="speed-up")
+    axes.set_title(textwrap.fill(title, 50), parse_math=False)
+    figure.legend(loc="outside right upper", frameon=False)
     part = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         figure.savefig(part, dpi=150)
