@@ -35,8 +35,7 @@ def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     with usable(folder, f"config.json and safetensors weights, {SAVED}"):
         refuse_detours(folder)
-        model: Any
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -44,6 +43,7 @@ def load_causal(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
             **LOCAL,
         )
+        model, found = loaded
         refuse_damage(**found)
     return model.eval()
 
