@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_tensor, concrete, device_of, readable
 from ..fields import Sizes
 from ..inputs import CommitInputs
 from ..pages import Pages
 from ..types import Committed
-from .checks import check_tensor, concrete, device_of, readable
 from .registry import Op
 
 MAX_GEOMETRIES = 4

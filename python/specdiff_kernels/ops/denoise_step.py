@@ -7,11 +7,11 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from ..checks import check_increasing, check_random, columns, device_of, overlap, readable
 from ..fields import Sizes
 from ..inputs import DenoiseStepInputs
 from ..reveal import Order, Reveal
 from ..types import Draft, Pending
-from .checks import check_increasing, check_random, columns, device_of, overlap, readable
 from .registry import Op
 from .verify import check_draft
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import implementation
+from ..checks import PLAIN, check_workspace, checker
 from ..fields import (
     Record,
     Sizes,
@@ -20,7 +21,6 @@ from ..fields import (
     sizes_of,
     unflatten,
 )
-from .checks import PLAIN, check_workspace, checker
 
 LIBRARY = torch.library.Library("specdiff", "DEF")
 NO_TENSORS = (type(None), int, bool, str)

@@ -7,10 +7,10 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_constant, check_increasing, columns, device_of
 from ..fields import FLOATS, Sizes
 from ..inputs import RowDivergenceBackwardInputs, RowDivergenceInputs
 from ..types import Divergences, RowDivergence
-from .checks import check_constant, check_increasing, columns, device_of
 from .registry import LIBRARY, Op
 
 

@@ -7,10 +7,10 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_purpose, check_random, device_of
 from ..fields import I64, Sizes
 from ..inputs import SampleInputs
 from ..types import Purpose, RowDistribution
-from .checks import check_purpose, check_random, device_of
 from .registry import Op
 
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import implementation
+from ..checks import check_constant, check_tensor, device_of, overlap
 from ..fields import F32, Sizes
 from ..inputs import SkinnyLinearInputs
 from ..types import PackedWeight
-from .checks import check_constant, check_tensor, device_of, overlap
 from .registry import Op, watched
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import check_increasing, check_random, columns, device_of
 from ..fields import Sizes
 from ..inputs import VerifyInputs
 from ..lenience import check_lenience
 from ..records import choose_record
 from ..types import Draft, Lenience, Verified
-from .checks import check_increasing, check_random, columns, device_of
 from .registry import Op
 
 OP = Op("verify", VerifyInputs, Verified, workspace=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes
-from ..types import Purpose
+from .fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes
+from .types import Purpose
 
 INT64 = (torch.int64,)
 PLAIN = (Tensor, torch.nn.Parameter)
