@@ -126,7 +126,7 @@ def generate(
             1, positions + 1, verified.emitted
         )  # entries after the new length are stale, as in the cache
         round += ~finished
-        lengths, _, finished = commit(
+        lengths, _, finished, _ = commit(
             lengths, verified.emitted, stop_tokens=stops, limit=limit, finished=finished
         )
     texts = [row[: n + 1] for row, n in zip(text.tolist(), lengths.tolist(), strict=True)]

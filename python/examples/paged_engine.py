@@ -163,7 +163,7 @@ class Engine:
         logits = self.model(tokens, positions, self.cache)  # [B, K + 1, V]
         verified = verify(logits, draft, self.temperature, seed=self.seed, round=self.round)
         check_status(verified.status.masked_fill(self.finished, 0), "row")
-        self.lengths, kept, self.finished = commit(
+        self.lengths, kept, self.finished, _ = commit(
             self.lengths, verified.emitted,
             stop_tokens=self.stops, limit=self.limit, finished=self.finished,
             pages=self.pages, release=True,

@@ -264,7 +264,7 @@ class Divergences(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """Per-row cache lengths after a round."""
+    """What stands of a round, and each row's cache length after it."""
 
     lengths: Annotated[Tensor, I64("B")]
     kept: Annotated[Tensor, I64("B")]  # emitted tokens that stand
@@ -334,3 +334,5 @@ describe(
     packs="f32 or bf16 [ceil(N / 16), K, 16], zeros in rows from N on",
     rows="int, N",
 )
+    last: Annotated[Tensor, I64("B")]  # the last token that stands; -1: none does
+    last="i64 [B], the last emitted token that stands; -1: the round keeps none",

@@ -271,16 +271,16 @@ class Session:
             status = verified.status.masked_fill(rows.finished, 0)
         with self._time("commit"):
             limit = rows.limit if self.ends is None else self._cut(verified.emitted)
-            committed = commit(
+            kept, last = torch.empty_like(rows.lengths), torch.empty_like(rows.lengths)
+            commit(
                 rows.lengths, verified.emitted,
                 stop_tokens=rows.stops, limit=limit, finished=rows.finished,
                 pages=cache.pages, release=cache.pages is not None, backend=settings.backend,
-                out=Committed(rows.lengths, torch.empty_like(rows.lengths), rows.finished),
+                out=Committed(rows.lengths, kept, rows.finished, last),
             )  # fmt: skip
 
-        kept = committed.kept
         emitted = verified.emitted.clamp(min=0)  # [B, K + 1]
-        rows.advance(emitted, kept)
+        rows.advance(last)
         self.drafting.tell(emitted, kept, hidden)
         chances = None
         if self.logprobs:

@@ -69,7 +69,8 @@ def commit(
         backend, out: as in `row_distribution`; `out` may alias the inputs.
 
     Returns:
-        Committed(lengths i64 [B], kept i64 [B], finished bool [B]).
+        Committed(lengths i64 [B], kept i64 [B], finished bool [B], last i64 [B]): last is the last
+        token that stands, which the next forward begins with; -1 where a row keeps nothing.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or memory; a path that does not
@@ -80,7 +81,7 @@ def commit(
         ...     torch.tensor([5]), torch.tensor([[7, 2, 9, -1]]), stop_tokens=torch.tensor([2])
         ... )
         >>> [field.item() for field in result]
-        [7, 2, True]
+        [7, 2, True, 2]
         >>> pages = Pages.empty(batch=1, columns=4, blocks=4, block_size=2)
         >>> _ = pages.reserve(torch.tensor([8]))
         >>> result = commit(torch.tensor([3]), torch.tensor([[7, -1, -1, -1, -1]]), pages=pages)
