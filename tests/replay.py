@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from specdiff.loop.capture import Captured
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specdiff.loop.capture import Captured
 from specdiff_kernels import checks
 
 aten = torch.ops.aten

@@ -75,7 +75,7 @@ def test_bad_shapes_are_named():
         commit(i64(1), tokens, out=out._replace(lengths=i64(1, 2)))
     with pytest.raises(TypeError, match=r"^out.finished: expected dtype bool, got int64"):
         commit(i64(1), tokens, out=out._replace(finished=i64(1)))
-    with pytest.raises(ValueError, match=r"^lengths: expected shape \[1\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"^lengths: expected shape \[B=1\], got \[2\]"):
         commit(i64(1, 2), torch.zeros(1, 1, dtype=torch.int64))
 
 
@@ -423,31 +423,41 @@ def test_bad_pages_and_trees_are_named():
     cache, path = stored(1, 1, 8, 4), torch.tensor([[0, 2, 0]])
     bad(r"release: expected pages", release=True)
     none = pages._replace(tables=pages.free[:0, None])
-    bad(r"pages.tables: expected shape \[1, \*\]", pages=none)
+    bad(r"pages.tables: expected shape \[B=1, M\]", pages=none)
     bad(r"pages.tables: expected at least one", pages=pages._replace(tables=pages.tables[:, :0]))
     bad(r"pages.available: expected dtype int32", TypeError, pages=pages._replace(available=i64(0)))
     bad(r"pages.free: expected contiguous", pages=pages._replace(free=torch.zeros(4).int()[::2]))
     bad(r"pages.block_size: expected at least 1", pages=pages._replace(block_size=0))
     bad(r"path: expected a tensor with caches", caches=[cache])
-    bad(r"path: expected shape \[1, 3\]", path=path[:, :2], caches=[cache])
+    bad(r"path: expected shape \[B=1, N=3\]", path=path[:, :2], caches=[cache])
     bad(r"path: expected nodes from 0 .* got \[0, 0, 1\] in row 0",
         path=torch.tensor([[0, 0, 1]]), caches=[cache])  # fmt: skip
     bad(r"path: expected nodes from 0", path=torch.tensor([[-1, 0, 1]]), caches=[cache])
-    bad(r"caches\[1\]: expected shape \[1, ", path=path, caches=[cache, stored(2, 1, 8, 4)])
+    bad(
+        r"caches\[1\]: expected shape \[B=1, H, S, D\]",
+        path=path,
+        caches=[cache, stored(2, 1, 8, 4)],
+    )
     bad(r"caches\[0\]: expected a contiguous last", path=path, caches=[cache.transpose(2, 3)])
-    bad(r"caches\[0\]: expected shape \[2, 2, ", path=path, caches=[cache], pages=pages)
+    bad(
+        r"caches\[0\]: expected shape \[blocks=2, block_size=2, H, D\]",
+        path=path,
+        caches=[cache],
+        pages=pages,
+    )
     bad(r"caches: expected at most 4 combinations", path=path,
         caches=[stored(1, 1, 8, n) for n in range(1, 6)])  # fmt: skip
 
 
 def test_sizes_of_pages_are_checked():
-    with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="block_size: expected an integer >= 1, got 0"):
         Pages.empty(1, 1, 1, 0)
 
 
 def test_reserve_says_what_is_missing():
     pages = Pages.empty(3, 4, 5, 2)
-    assert pages.reserve(i64(3, 1, 99)).item() == 2  # row 2 may hold 4 blocks and gets 2
+    # row 2 wants 50 blocks, may hold 4 and gets 2
+    assert pages.reserve(i64(3, 1, 99)).item() == 48
     assert pages.tables.tolist() == [[0, 1, -1, -1], [2, -1, -1, -1], [3, 4, -1, -1]]
     assert pages.available.item() == 0
     check_consistent(pages)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor, concrete, device_of, readable
+from ..checks import check_tensor, concrete, device_of, kind_of, readable
 from ..fields import Sizes
 from ..inputs import CommitInputs
 from ..pages import Pages
@@ -74,7 +74,7 @@ def commit(
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or memory; a path that does not
-            increase.
+            increase, or lengths below 0, where they can be looked at.
 
     Example:
         >>> result = commit(
@@ -90,11 +90,13 @@ def commit(
         >>> pages.free[: int(pages.available)].tolist()
         [2, 3]
     """
-    device, caches = device_of("emitted", emitted), list(caches)
+    device, caches = device_of("emitted", emitted), cache_list(caches)
     sizes: Sizes = {}
     inputs = OP.check(
         sizes, device, emitted, lengths, stop_tokens, limit, finished, pages, release, path, caches
     )
+    check_lengths(lengths)
+    pages = inputs.pages
     if pages is not None:
         check_pages(pages)
     elif release:
@@ -106,6 +108,20 @@ def commit(
         raise ValueError("path: expected a tensor with caches, got None; without a tree nothing "
                          "moves")  # fmt: skip
     return OP(inputs._replace(caches=each_once(caches)), sizes, device, backend, out)
+
+
+def cache_list(caches: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(caches, Tensor) or not isinstance(caches, Iterable):
+        raise TypeError(f"caches: expected a list of tensors, got {kind_of(caches)}")
+    caches = list(caches)
+    for i, cache in enumerate(caches):
+        device_of(f"caches[{i}]", cache)
+    return caches
+
+
+def check_lengths(lengths: Tensor) -> None:
+    if readable(lengths) and lengths.numel() and (least := int(lengths.min())) < 0:
+        raise ValueError(f"lengths: expected numbers of cached positions, at least 0, got {least}")
 
 
 def check_pages(pages: Pages) -> None:
@@ -131,15 +147,17 @@ def check_path(path: Tensor, emitted: Tensor) -> None:
 
 def check_caches(caches: list[Tensor], pages: Pages | None, B: int, device: torch.device) -> None:
     shape: tuple[int | None, ...] = (B, None, None, None)
+    words = ("B", "H", "S", "D")
     if pages is not None:
         shape = (len(pages.references), pages.block_size, None, None)
+        words = ("blocks", "block_size", "H", "D")
     kinds: list[Any] = []  # sizes may be symbols, which have no hash
     for i, cache in enumerate(caches):
         kind = (cache.shape, cache.stride(), cache.dtype, cache.device)
         if kind in kinds:
             continue
         kinds.append(kind)
-        check_tensor(f"caches[{i}]", cache, shape, (cache.dtype,), device)
+        check_tensor(f"caches[{i}]", cache, shape, words, (cache.dtype,), device)
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             raise ValueError(
                 f"caches[{i}]: expected a contiguous last dimension, got strides "
