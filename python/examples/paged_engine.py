@@ -184,8 +184,7 @@ class Engine:
             known = request.text[-1:] + look_up(request.text, self.k)
             tokens[b, : len(known)], lengths[b] = torch.tensor(known), len(known) - 1
         last, guesses = tokens.to(self.device).split([1, self.k], 1)
-        tau, rows = torch.zeros_like(guesses, dtype=torch.int32), torch.full_like(guesses, -1)
-        return last, Draft(guesses, tau, rows, lengths=lengths.to(self.device))
+        return last, Draft.guesses(guesses, lengths.to(self.device))
 
 
 def alike(a: list[int], b: list[int]) -> int:

@@ -20,13 +20,13 @@ from specdiff import Decoder, Sampling, Target, generate
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.loop import session as session_module
 from specdiff.loop.drafter import Drafter
-from specdiff.loop.sampling import row_seeds
 from specdiff.planning.adaptive import AdaptiveK
 from specdiff_kernels import (
     DistributionError,
     Draft,
     RowDistribution,
     row_distribution,
+    row_seeds,
     sample,
     verify,
 )
@@ -38,12 +38,9 @@ DRAFTERS = ("prompt-lookup", "autoregressive", "scripted", "scripted-ragged")
 
 def one_hot(proposals: list[list[int]], k: int) -> Draft:
     """A ragged draft without recorded distributions; padding is an id that no model has."""
-    B = len(proposals)
-    return Draft(
-        tokens=torch.tensor([row + [10**6] * (k - len(row)) for row in proposals]),
-        tau=torch.zeros(B, k, dtype=torch.int32),
-        rows=torch.full((B, k), -1),
-        lengths=torch.tensor([len(row) for row in proposals]),
+    return Draft.guesses(
+        torch.tensor([row + [10**6] * (k - len(row)) for row in proposals]),
+        torch.tensor([len(row) for row in proposals]),
     )
 
 
@@ -559,7 +556,7 @@ def test_bad_options(target):
     decoder = Decoder(target)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         decoder.generate([1], max_new_tokens=0)
-    with pytest.raises(ValueError, match="2 seeds for 1 sequences"):
+    with pytest.raises(ValueError, match="one for each of 1 sequences, got 2"):
         decoder.generate([1], seed=[1, 2])
     with pytest.raises(ValueError, match="need a tokenizer"):
         decoder.generate([1], stop_strings=["x"])
@@ -576,11 +573,21 @@ def test_bad_options(target):
 @pytest.mark.parametrize(
     "values, message",
     [
-        (dict(temperature=-1), "temperature"),
-        (dict(temperature=float("nan")), "temperature"),
-        (dict(top_k=0), "top_k"),
-        (dict(top_p=0.0), "top_p"),
-        (dict(min_p=1.5), "min_p"),
+        (dict(temperature=-1), "temperature must be 0 .* got -1"),
+        (dict(temperature=float("nan")), "temperature must be 0 .* got nan"),
+        (dict(temperature="0.7"), "temperature must be 0 .* got '0.7'"),
+        (dict(temperature=None), "temperature must be 0 .* got None"),
+        (dict(temperature=True), "temperature must be 0 .* got True"),
+        (dict(top_k=0), "top_k must be an integer .* got 0"),
+        (dict(top_k=50.0), "top_k must be an integer .* got 50.0"),
+        (dict(top_k=True), "top_k must be an integer .* got True"),
+        (dict(top_k="50"), "top_k must be an integer .* got '50'"),
+        (dict(top_p=0.0), "top_p must be in .* got 0.0"),
+        (dict(top_p="0.9"), "top_p must be in .* got '0.9'"),
+        (dict(top_p=True), "top_p must be in .* got True"),
+        (dict(min_p=1.5), "min_p must be in .* got 1.5"),
+        (dict(min_p="0"), "min_p must be in .* got '0'"),
+        (dict(min_p=False), "min_p must be in .* got False"),
     ],
 )
 def test_bad_sampling(values, message):

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdiff_kernels import Lenience, check_lenience, check_names
+from specdiff_kernels import Lenience, check_lenience, check_names, row_seeds
 
 from .chooser import Chooser
 from .drafter import Drafter, check_length
-from .sampling import Sampling, row_seeds
+from .sampling import Sampling
 from .session import Session, check_prompts
 from .settings import Settings
 from .stats import Stats, Step

@@ -14,14 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Committed, check_status, commit, row_distribution, verify
+from specdiff_kernels import (
+    Committed,
+    check_status,
+    commit,
+    row_distribution,
+    row_seeds,
+    verify,
+)
 
 from .cache import PagedRowCache
 from .capture import Captured
 from .drafter import Draws
 from .drafting import Drafting
 from .rows import DeviceRows, HostRows, Log
-from .sampling import RowSampling, Sampling, row_seeds
+from .sampling import RowSampling, Sampling
 from .settings import Settings
 from .stats import Stats, Step
 from .target import Target
