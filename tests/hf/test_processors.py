@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
+    StoppingCriteriaList,
     TopPLogitsWarper,
 )
 
 import specdiff.hf
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.hf import processors
-from specdiff.hf.processors import History, TopP
+from specdiff.hf.processors import TopP
 from tests.tiny import tiny_model
 
 PROMPT = torch.tensor([[4, 5, 6, 7, 8, 9, 1, 2, 4, 5]])
 PADDED = torch.tensor([[0, 0, 0, 1, 2, 3, 1, 2], [4, 5, 6, 4, 5, 9, 4, 5]])
 MASK = torch.tensor([[0] * 3 + [1] * 5, [1] * 8])
+DRAFTER = Autoregressive(tiny_model("llama"))
 
 
-def decode(processor, ids=PROMPT, **options):
+def decode(processor, ids=PROMPT, drafter=None, **options):
     """Texts by transformers, and by us with a drafter that is right now and then."""
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, **options}
     model = tiny_model("llama")
     want = model.generate(ids, logits_processor=LogitsProcessorList([processor()]), **options)
     got = model.generate(
         ids, logits_processor=LogitsProcessorList([processor()]),
-        custom_generate=specdiff.hf.generate, drafter=Autoregressive(tiny_model("llama")), k=4,
-        **options,
+        custom_generate=specdiff.hf.generate, drafter=drafter or DRAFTER, k=4, **options,
     )  # fmt: skip
     return got, want
 
@@ -98,7 +105,119 @@ class Locked(Counting):
         self.lock = threading.Lock()
 
 
-STATEFUL = {"class": Counting, "closure": closure, "generator": Random, "nested": Nested}
+@dataclass(slots=True)
+class Slots:
+    calls: list = field(default_factory=list)
+    __hidden: int = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls.append(1)
+        self.__hidden += 1
+        return pushed(scores, len(self.calls) + self.__hidden)
+
+
+def pushed(scores, n):
+    """Scores that make other tokens likely in each call."""
+    scores = scores.clone()
+    scores[:, [7 * n % 50, 3 * n % 50]] += 9
+    return scores
+
+
+class Pair(LogitsProcessor):
+    """One counts in a dictionary that the other reads."""
+
+    def __init__(self):
+        shared = {"n": 0}
+
+        def count(input_ids, scores):
+            shared["n"] += 1
+            return scores
+
+        self.inner = [count, lambda input_ids, scores: pushed(scores, shared["n"])]
+
+    def __call__(self, input_ids, scores):
+        for one in self.inner:
+            scores = one(input_ids, scores)
+        return scores
+
+
+def nonlocal_cell():
+    n = 0
+
+    def bump():
+        nonlocal n
+        n += 1
+
+    def process(input_ids, scores):
+        bump()
+        return pushed(scores, n)
+
+    return process
+
+
+def with_default():
+    def process(input_ids, scores, calls=[0]):  # noqa: B006
+        calls[0] += 1
+        return pushed(scores, calls[0])
+
+    return process
+
+
+def with_attribute():
+    def process(input_ids, scores):
+        process.calls += 1
+        return pushed(scores, process.calls)
+
+    process.calls = 0
+    return process
+
+
+def bound_method():
+    return Counting().__call__
+
+
+def behind_partial():
+    return partial(lambda calls, input_ids, scores: pushed(scores, next_of(calls)), deque([0]))
+
+
+def next_of(calls):
+    calls.append(calls[-1] + 1)
+    return calls[-1]
+
+
+class Module(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, input_ids, scores):
+        self.calls += 1
+        return pushed(scores, int(self.calls))
+
+
+class Numbers(LogitsProcessor):
+    def __init__(self):
+        self.random, self.numpy = random.Random(3), np.random.default_rng(4)
+
+    def __call__(self, input_ids, scores):
+        return pushed(scores, self.random.randrange(50) + int(self.numpy.integers(50)))
+
+
+STATEFUL = {
+    "class": Counting,
+    "closure": closure,
+    "generator": Random,
+    "nested": Nested,
+    "slots": Slots,
+    "shared": Pair,
+    "nonlocal": nonlocal_cell,
+    "default": with_default,
+    "attribute": with_attribute,
+    "method": bound_method,
+    "partial": behind_partial,
+    "module": Module,
+    "numbers": Numbers,
+}
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -107,7 +226,9 @@ def test_a_state_is_that_of_one_call_for_each_emitted_token(name):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["class", "closure", "nested"])
+@pytest.mark.parametrize(
+    "name", [name for name in STATEFUL if name not in ("generator", "numbers")]
+)
 def test_each_row_of_a_batch_has_a_state_of_its_own(name):
     got, want = decode(STATEFUL[name], PADDED, attention_mask=MASK)
     assert torch.equal(got, want)
@@ -151,24 +272,118 @@ class Idle(LogitsProcessor):
 
 
 def test_what_cannot_be_copied_decodes_without_drafts():
-    with pytest.warns(UserWarning, match=r"Locked keeps what cannot be copied, .* without drafts"):
+    with pytest.warns(UserWarning, match="keeps a lock, which cannot be copied.* without drafts"):
         got, want = decode(Locked)
     assert torch.equal(got, want)
-    with pytest.raises(ValueError, match="Locked keeps what cannot be copied, which a batch needs"):
+    with pytest.raises(ValueError, match="keeps a lock, .* as a batch needs it"):
         decode(Locked, PADDED, attention_mask=MASK)
 
 
-def test_a_state_of_rejected_tokens_is_caught(monkeypatch):
-    """The mutant keeps the state of all calls, also those of tokens that were rejected."""
+def test_what_turns_out_to_be_uncopyable_is_an_error():
+    class Late(LogitsProcessor):
+        def __init__(self):
+            self.numbers = None
 
-    def all_calls(self, length):
-        grown, self.length = length > self.length, length
-        self.states = self.states[-1:]
-        return grown
+        def __call__(self, input_ids, scores):
+            self.numbers = self.numbers or (n for n in range(100))
+            scores[:, next(self.numbers) % 50] += 9
+            return scores
 
-    monkeypatch.setattr(History, "follow", all_calls)
+    with pytest.raises(ValueError, match="keeps a generator, .* pass drafter=None"):
+        decode(Late)
+
+
+def test_calls_for_rejected_tokens_are_caught(monkeypatch):
+    """The mutant has the processors themselves see the rows behind drafted tokens."""
+    monkeypatch.setattr(processors, "copied", lambda listed: listed)
     got, want = decode(Counting)
     assert not torch.equal(got, want)
+
+
+def test_a_criterion_may_look_at_a_processors_state():
+    def after(calls):
+        def pair():
+            processor = Counting()
+            return processor, lambda ids, scores, **_: torch.tensor([processor.calls >= calls])
+
+        return pair
+
+    for calls in (1, 4, 6):
+        texts = []
+        for more in ({}, {"custom_generate": specdiff.hf.generate, "drafter": DRAFTER, "k": 4}):
+            processor, criterion = after(calls)()
+            out = tiny_model("llama").generate(
+                PROMPT, logits_processor=LogitsProcessorList([processor]),
+                stopping_criteria=StoppingCriteriaList([criterion]), max_new_tokens=20,
+                do_sample=False, pad_token_id=0, **more,
+            )  # fmt: skip
+            texts.append(out.tolist())
+        assert texts[0] == texts[1] and len(texts[0][0]) == PROMPT.shape[1] + calls
+
+
+def test_a_token_that_one_processor_bans_and_a_later_one_forces():
+    """No row counts as rejected before the last processor has seen it."""
+
+    class Force(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] % 3 == 2:
+                scores = torch.full_like(scores, -torch.inf)
+                scores[:, 7] = 0
+            return scores
+
+    ids = torch.tensor([[1, 2, 7, 4, 5, 7, 1, 2, 7]])
+    for drafter in (PromptLookup(), DRAFTER):
+        options = {"no_repeat_ngram_size": 2, "max_new_tokens": 20, "do_sample": False}
+        texts = [
+            tiny_model("llama").generate(
+                ids, logits_processor=LogitsProcessorList([Force()]), pad_token_id=0,
+                **options, **more,
+            ).tolist()
+            for more in ({}, {"custom_generate": specdiff.hf.generate, "drafter": drafter})
+        ]  # fmt: skip
+        assert texts[0] == texts[1]
+
+
+def test_a_processor_that_fails_on_a_rejected_token_does_not_end_the_text():
+    """`generate` never calls it there."""
+    want = tiny_model("llama").generate(
+        PROMPT, max_new_tokens=20, do_sample=False, pad_token_id=0
+    )[0].tolist()  # fmt: skip
+
+    class Strict(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen = input_ids[0].tolist()
+            if seen != want[: len(seen)]:
+                raise KeyError(seen[-1])
+            return scores
+
+    got, _ = decode(Strict, drafter=Autoregressive(tiny_model("llama", seed=3)))
+    assert got[0].tolist() == want
+
+    class Failing(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == PROMPT.shape[1] + 7:
+                raise KeyError("seven")
+            return scores
+
+    with pytest.raises(KeyError, match="seven"):
+        tiny_model("llama").generate(
+            PROMPT, logits_processor=LogitsProcessorList([Failing()]), max_new_tokens=20,
+            custom_generate=specdiff.hf.generate, drafter=DRAFTER,
+        )  # fmt: skip
+
+
+def test_scores_of_another_shape_are_named():
+    with pytest.raises(ValueError, match=r"Narrow: .* shape \[1, 50\] .* got \[1, 3\]"):
+        tiny_model("llama").generate(
+            PROMPT, logits_processor=LogitsProcessorList([Narrow()]), max_new_tokens=3,
+            custom_generate=specdiff.hf.generate,
+        )  # fmt: skip
+
+
+class Narrow(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores[:, :3]
 
 
 # --- a grammar ---

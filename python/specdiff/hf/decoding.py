@@ -33,7 +33,7 @@ from ..loop.fast_layers import is_accelerated
 from ..loop.session import Session
 from ..loop.stats import Stats
 from ..loop.target import Target
-from .processors import REFUSED, Processing, name_of, split
+from .processors import REFUSED, Processing, split
 
 CONSUMED = ("streamer", "assistant_model", "synced_gpus")  # arguments that generate keeps
 HONOURED = {  # supported values of GenerationConfig fields; fields not listed support every value
@@ -216,8 +216,8 @@ def generate(
     processing = Processing(first, padded, prompts, stops) if first else None
     if processing is not None and processing.rigid is not None and drafter is not None:
         warnings.warn(
-            f"{name_of(processing.rigid)} keeps what cannot be copied, so that it must not see "
-            "drafted tokens: this text is decoded without drafts. A method fork() would help.",
+            f"a logits processor keeps {processing.rigid}, which cannot be copied. It must not see "
+            "drafted tokens, so this text is decoded without drafts; a method fork() would help",
             stacklevel=3,
         )
         decoder = decoder.replace(drafter=None)
@@ -226,14 +226,16 @@ def generate(
     session = decoder.open(
         len(prompts), min(longest, target.context_limit), sampling=sampling, stop_tokens=stops,
         process=processing,
-        ends=partial(any_criterion, others, padded, input_ids.device) if others else None,
+        ends=partial(any_criterion, others, padded, processing, input_ids.device)
+        if others else None,
         logprobs=bool(config.return_dict_in_generate and config.output_scores),
     )  # fmt: skip
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     session.admit(prompts, max_new_tokens=max_new_tokens, seed=seed)
     logprobs = run(session, call["streamer"])
-    if processing is not None:
-        processing.settle(session.texts)
+    if processing is not None:  # which still has to see the last round's tokens
+        for b, (text, prompt) in enumerate(zip(session.texts, prompts, strict=True)):
+            processing.advance(b, len(text) - len(prompt))
 
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     ended = [p + t[len(q) :] for p, q, t in zip(padded, prompts, session.texts, strict=True)]
@@ -357,9 +359,16 @@ def stop_string_criterion(strings: str | Sequence[str], tokenizer: Any) -> Any:
 
 
 def any_criterion(
-    listed: list[Any], padded: list[list[int]], device: torch.device, row: int, new: list[int]
+    listed: list[Any],
+    padded: list[list[int]],
+    processing: Processing | None,
+    device: torch.device,
+    row: int,
+    new: list[int],
 ) -> bool:
-    """Whether a row ends with its last new token."""
+    """Whether a row ends with its last new token. A criterion may look at a processor's state."""
+    if processing is not None:
+        processing.advance(row, len(new))
     ids = torch.tensor([padded[row] + new], device=device)
     return any(bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in listed)
 

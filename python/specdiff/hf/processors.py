@@ -6,17 +6,17 @@ before it as the history.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from copy import copy
+from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 from transformers.generation import logits_process as processors
 
 from ..loop.sampling import Sampling
+from .copies import Uncopyable, copied
 
 
 class TopP:
@@ -39,7 +39,8 @@ class TopP:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """scores [N, V] f32 -> the same with the filter value at what is dropped"""
         warper, V = self.warper, scores.shape[-1]
-        values = scores.topk(min(self.LIKELIEST, V)).values  # [N, n], descending
+        n = min(max(self.LIKELIEST, warper.min_tokens_to_keep), V)
+        values = scores.topk(n).values  # [N, n], descending
         total = scores.double().logsumexp(-1, keepdim=True)
         chances = (values.double() - total).exp()
         before = chances.cumsum(-1) - chances
@@ -110,29 +111,64 @@ def plain(warper: Any) -> bool:
     )
 
 
-class History:
-    """A processor with a state, for one text: the state after each call of the latest round.
+class Chain:
+    """The processors of one text, from the first that looks at its history on.
 
-    Drafted tokens may be rejected, so the state goes on from the calls whose tokens stood: the
-    processor is called as if token by token.
+    A round's first row is processed for a token that will stand: by the processors themselves.
+    Rows behind drafted tokens are processed by copies, since the tokens may be rejected. Rows whose
+    tokens stood are then shown to the processors themselves, too, so that these see one call for
+    each emitted token, in order, as in `generate`.
+
+    Args:
+        listed: the processors.
+        padding: tokens before the prompt, which processors see.
+        stops: ids that end the text; processors do not run behind them.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self.states, self.length = [processor], 0
+    def __init__(self, listed: Sequence[Any], padding: list[int], stops: frozenset[int]) -> None:
+        self.listed, self.padding, self.stops = listed, padding, stops
+        self.may_keep_state = not all(map(is_stateless, listed))
+        self.length = 0  # of the text, in the latest round
+        self.called = 0  # rows of that round that the processors themselves have seen
+        self.waiting: list[tuple[Tensor, Tensor]] = []  # its rows behind drafted tokens
 
-    def follow(self, length: int) -> bool:
-        """Go on from the state of a text of this length. -> whether the text has grown"""
-        stood = length - self.length if self.length else 0
-        if self.length and not stood:
-            return False
-        self.states, self.length = [self.states[stood]], length
-        return True
+    def advance(self, length: int) -> None:
+        """Show the processors the rows of the latest round that stand in a text of this length."""
+        stood = min(length - self.length, 1 + len(self.waiting))
+        while 0 < self.called < stood:
+            seen, scores = self.waiting[self.called - 1]
+            self.called += 1
+            process(self.listed, seen, scores)
 
-    def __call__(self, seen: Tensor, scores: Tensor) -> Tensor:
-        processor = snapshot(self.states[-1])
-        scores = processor(seen, scores)
-        self.states.append(processor)
-        return scores
+    def __call__(self, text: list[int], drafted: Tensor, scores: Tensor) -> Tensor:
+        """scores [K + 1, V] -> processed; rows that cannot count any more are left as they are"""
+        if self.length == len(text):  # it has ended
+            return scores
+        self.advance(len(text))
+        self.length, self.called, self.waiting = len(text), 1, []
+        start = len(self.padding) + len(text)
+        seen = torch.tensor([*self.padding, *text], device=drafted.device)
+        seen = torch.cat([seen, drafted])[None]
+        rows = [process(self.listed, seen[:, :start], scores[:1])]
+        copies = self.listed
+        for i, token in enumerate(drafted.tolist(), 1):
+            if rows[-1][0, token] == -torch.inf or token in self.stops:
+                break  # it is rejected, or ends the text
+            given = seen[:, : start + i], scores[i : i + 1]
+            try:
+                if self.may_keep_state:
+                    copies = copied(self.listed) if i == 1 else copies
+                    self.waiting.append(given)
+                rows.append(process(copies, *given))
+            except Uncopyable as error:
+                raise ValueError(
+                    f"a logits processor keeps {error}, which cannot be copied: pass drafter=None"
+                ) from error
+            except Exception:
+                if not self.may_keep_state:
+                    raise
+                break  # raised again, by `advance`, if this row counts
+        return torch.cat([*rows, scores[len(rows) :]])
 
 
 class Processing:
@@ -142,14 +178,14 @@ class Processing:
     Every emitted token is therefore processed as in token-by-token decoding.
 
     Args:
-        listed: the processors.
+        listed: the processors. With several sequences, each has copies of its own.
         padded: token rows as given to `generate`: processors see the padding too.
         prompts: the same rows without padding.
         stops: ids that end a text. Processors do not run after them.
 
     Attributes:
-        rigid: the first processor whose state cannot be copied, or None. It may be called once for
-            each emitted token only, so no drafts may be made.
+        rigid: what a processor keeps that cannot be copied, or None. It may be called once for each
+            emitted token only, so no drafts may be made.
 
     Raises:
         ValueError: such a processor, and more than one sequence.
@@ -162,134 +198,71 @@ class Processing:
         prompts: list[list[int]],
         stops: Sequence[int] = (),
     ) -> None:
-        self.listed = listed
-        self.padded = padded
-        self.stops = frozenset(stops)
-        self.padding = [len(p) - len(q) for p, q in zip(padded, prompts, strict=True)]
-        own = {n: one for n, one in enumerate(listed) if not is_transformers(one)}
-        rigid = [n for n, one in own.items() if not can_be_copied(one)]
-        self.rigid = own[rigid[0]] if rigid else None
-        if rigid and len(prompts) > 1:
-            raise ValueError(
-                f"{name_of(self.rigid)} keeps what cannot be copied, which a batch needs: decode "
-                "the rows one by one, or give it a method fork()"
+        self.alone = [*takewhile(lambda one: type(one) in ROW_ALONE, listed)]
+        rest = listed[len(self.alone) :]
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.rigid: str | None = None
+        try:
+            copied(rest)
+        except Uncopyable as error:
+            self.rigid = str(error)
+            if len(prompts) > 1:
+                raise ValueError(
+                    f"a logits processor keeps {error}, which cannot be copied as a batch needs it: "
+                    "decode the rows one by one, or give it a method fork()"
+                ) from error
+        several, ends = len(prompts) > 1, frozenset(stops)
+        self.chains = [
+            Chain(
+                [of_row(one, b) for one in (copied(rest) if several else rest)],
+                padded[b][: len(padded[b]) - length],
+                ends,
             )
-        # of each sequence, by the processor's place in the list
-        self.histories = [
-            {n: History(one) for n, one in own.items() if n not in rigid} for _ in prompts
+            for b, length in enumerate(self.lengths)
+            if rest
         ]
 
     def __call__(self, texts: list[list[int]], drafted: Tensor, logits: Tensor) -> Tensor:
         """logits [B, K + 1, V] in any float dtype -> processed scores in f32"""
         scores = logits.float()
-        B, Q, V = scores.shape
-        for n, processor in enumerate(self.listed):
-            if type(processor) in ROW_ALONE:
-                none = drafted.new_empty(B * Q, 0)
-                scores = processor(none, scores.reshape(B * Q, V)).view(B, Q, V)
-            else:
-                each = enumerate(texts)
-                rows = [self._sequence(b, n, text, drafted[b], scores[b]) for b, text in each]
-                scores = torch.stack(rows)
-        return scores
+        rows, none = scores.flatten(0, 1), drafted.new_empty(scores[..., 0].numel(), 0)
+        for processor in self.alone:
+            rows = processor(none, rows)
+        scores = rows.view(scores.shape)
+        each = zip(self.chains, texts, drafted, scores, strict=True) if self.chains else ()
+        done = [chain(text, own, part) for chain, text, own, part in each]
+        return torch.stack(done) if done else scores
 
-    def _sequence(self, b: int, n: int, text: list[int], drafted: Tensor, scores: Tensor) -> Tensor:
-        """Process the scores [K + 1, V] of one sequence by processor n, row by row."""
-        history = self.histories[b].get(n)
-        if history is not None and not history.follow(len(text)):
-            return scores  # the text has ended
-        processor = of_row(self.listed[n], b) if history is None else history
-        seen = torch.tensor(self.padded[b][: self.padding[b]] + text, device=drafted.device)
-        seen = torch.cat([seen, drafted])[None]
-        start = seen.shape[1] - len(drafted)
-        rows: list[Tensor] = []
-        for i, row in enumerate(scores[:, None]):
-            rows.append(processor(seen[:, : start + i], row.clone()))
-            if i < len(drafted) and (
-                rows[i][0, drafted[i]] == -torch.inf or int(drafted[i]) in self.stops
-            ):
-                break  # this token is rejected or ends the text, so no later row counts
-        return torch.cat([*rows, scores[len(rows) :]])
-
-    def settle(self, texts: list[list[int]]) -> None:
-        """After the last round of a single text: leave processors as token by token would have."""
-        if len(texts) > 1:
-            return
-        for n, history in self.histories[0].items():
-            if history.follow(len(texts[0])) and hasattr(self.listed[n], "__dict__"):
-                vars(self.listed[n]).update(vars(history.states[0]))
+    def advance(self, b: int, new: int) -> None:
+        """Let the processors of sequence b see that so many new tokens of it stand."""
+        if self.chains:
+            self.chains[b].advance(self.lengths[b] + new)
 
 
-def is_transformers(processor: Any) -> bool:
-    """Whether it is one of transformers' classes, which keep no state."""
-    return type(processor) is TopP or type(processor).__module__.startswith("transformers.")
+def process(listed: Sequence[Any], seen: Tensor, scores: Tensor) -> Tensor:
+    """The scores [1, V] of the token behind the ids [1, N], by one processor after another."""
+    shape, result = scores.shape, scores.clone()
+    for processor in listed:
+        result = processor(seen, result)
+        if not isinstance(result, Tensor) or result.shape != shape:
+            came = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"logits processor {name_of(processor)}: expected scores of shape {list(shape)} "
+                f"back, got {came}"
+            )
+    return result.float()
+
+
+def is_stateless(processor: Any) -> bool:
+    """Whether it is one of transformers' classes, which keep no state, and calls no function of a
+    user's."""
+    kind = type(processor)
+    own = kind.__module__.startswith("transformers.") or kind is TopP
+    return own and kind is not processors.PrefixConstrainedLogitsProcessor
 
 
 def name_of(processor: Any) -> str:
     return getattr(processor, "__name__", type(processor).__name__)
-
-
-# nothing that a processor holds of these changes from call to call
-SHARED = (nn.Module, PreTrainedTokenizerBase, ModuleType, BuiltinFunctionType, type)
-FROZEN = {("xgrammar", "CompiledGrammar"), ("xgrammar", "TokenizerInfo")}  # cannot be copied
-
-
-def can_be_copied(processor: Any) -> bool:
-    try:
-        snapshot(processor)
-    except Exception:  # whatever its parts raise
-        return False
-    return True
-
-
-def snapshot(processor: Any) -> Any:
-    """A copy of a processor with its state. What has a method `fork`, as grammar matchers have, is
-    forked; functions keep copies of what they close over."""
-    memo: dict[int, Any] = {}
-    fork(processor, memo, set())
-    return copy.deepcopy(processor, memo)
-
-
-def fork(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
-    """Note in `memo` how to copy the parts of a value that `deepcopy` would copy wrongly."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    kind = type(value).__module__.partition(".")[0], type(value).__name__
-    parts: list[Any] = []
-    if isinstance(value, SHARED) or kind in FROZEN:
-        memo[id(value)] = value
-    elif callable(getattr(value, "fork", None)):
-        memo[id(value)] = value.fork()
-    elif isinstance(value, torch.Generator):
-        memo[id(value)] = value.clone_state()
-    elif isinstance(value, FunctionType):
-        memo[id(value)] = with_own_cells(value, memo, seen)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        parts = [*value]
-    elif isinstance(value, dict):
-        parts = [*value.values()]
-    elif isinstance(value, MethodType):
-        parts = [value.__self__]
-    elif hasattr(value, "__dict__") and not isinstance(value, Tensor):
-        parts = [*vars(value).values()]
-    for part in parts:
-        fork(part, memo, seen)
-
-
-def with_own_cells(function: FunctionType, memo: dict[int, Any], seen: set[int]) -> FunctionType:
-    """The function over copies of what it closes over."""
-    if not function.__closure__:
-        return function
-    contents = [cell.cell_contents for cell in function.__closure__]
-    for content in contents:
-        fork(content, memo, seen)
-    cells = tuple(CellType(copy.deepcopy(content, memo)) for content in contents)
-    own = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-    )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return own
 
 
 def of_row(processor: Any, b: int) -> Any:
@@ -299,6 +272,6 @@ def of_row(processor: Any, b: int) -> Any:
         return type(processor)(lambda _, ids: allowed(b, ids), num_beams=1)
     ignored = getattr(processor, "prompt_ignore_length", None)
     if isinstance(ignored, Tensor):  # [B], width of the left padding
-        processor = copy.copy(processor)
+        processor = copy(processor)
         processor.prompt_ignore_length = ignored[b : b + 1]
     return processor
