@@ -73,6 +73,11 @@ void skinny_linear(Address x, int64_t m, int64_t k, int64_t x_stride, Address we
                       pointer<float>(x_columns), threads});
 }
 
+uint64_t fingerprint(Address weight, int64_t rows, int64_t columns, int64_t row_stride,
+                     int64_t column_stride) {
+  return cpu::fingerprint(pointer<const int32_t>(weight), rows, columns, row_stride, column_stride);
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < cpu::isa_count(); ++i) {
@@ -101,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("verify", &verify);
   m.def("commit", &commit);
   m.def("skinny_linear", &skinny_linear);
+  m.def("fingerprint", &fingerprint);
   m.def("isa", [] { return cpu::kernels().isa; }, "Instruction set in use.");
   m.def("supported_isas", &supported_isas, "Instruction sets that this processor has.");
   m.def("use_isa", &use_isa, "Switch to another instruction set, for tests.");

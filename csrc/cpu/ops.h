@@ -14,4 +14,8 @@ void verify(const VerifyParams& params);
 void commit(const CommitParams& params);
 void skinny_linear(SkinnyLinearParams params);
 
+// See reference/fingerprint.py.
+uint64_t fingerprint(const int32_t* weight, int64_t rows, int64_t columns, int64_t row_stride,
+                     int64_t column_stride);
+
 }  // namespace specdiff::cpu

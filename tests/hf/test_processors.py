@@ -275,7 +275,7 @@ def test_what_cannot_be_copied_decodes_without_drafts():
     with pytest.warns(UserWarning, match="keeps a lock, which cannot be copied.* without drafts"):
         got, want = decode(Locked)
     assert torch.equal(got, want)
-    with pytest.raises(ValueError, match="keeps a lock, .* as a batch needs it"):
+    with pytest.raises(ValueError, match=r"keeps a lock, .* as a batch needs it"):
         decode(Locked, PADDED, attention_mask=MASK)
 
 
@@ -289,7 +289,7 @@ def test_what_turns_out_to_be_uncopyable_is_an_error():
             scores[:, next(self.numbers) % 50] += 9
             return scores
 
-    with pytest.raises(ValueError, match="keeps a generator, .* pass drafter=None"):
+    with pytest.raises(ValueError, match=r"keeps a generator, .* pass drafter=None"):
         decode(Late)
 
 

@@ -208,8 +208,8 @@ class Processing:
             self.rigid = str(error)
             if len(prompts) > 1:
                 raise ValueError(
-                    f"a logits processor keeps {error}, which cannot be copied as a batch needs it: "
-                    "decode the rows one by one, or give it a method fork()"
+                    f"a logits processor keeps {error}, which cannot be copied, as a batch needs "
+                    "it: decode the rows one by one, or give it a method fork()"
                 ) from error
         several, ends = len(prompts) > 1, frozenset(stops)
         self.chains = [

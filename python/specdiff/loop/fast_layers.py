@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from specdiff_kernels import PackedWeight, pack_weight
+from specdiff_kernels.backends import find
 from specdiff_kernels.ops.skinny_linear import unchecked
 
 LAYERS = (nn.Linear, Conv1D)  # and no subclass, which may compute something else
@@ -35,8 +36,11 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
         bf16: round the copies to bf16, which halves them and the traffic, and changes the logits.
 
     Returns:
-        the same model. After a change in place through `weight.data`, which nothing tells of,
-        accelerate anew: copies are made again for any other change.
+        the same model. Its copies follow its weights: each is made again when its weight has
+        changed. A write through `weight.data`, or NumPy, leaves no trace but in the values, of
+        which each call looks at 64: it sees that a LoRA adapter was merged, or all values
+        changed in some other way. After such a write to a part of a weight, as to one row,
+        accelerate anew; or write to the weight itself under `torch.no_grad()`, which is counted.
 
     Raises:
         ValueError: bf16 without packed.
@@ -98,18 +102,27 @@ def learns(*tensors: Tensor | None) -> bool:
 
 
 class Packed:
-    """A weight's packed copy, made anew when it has changed, but for changes through .data."""
+    """A weight's packed copy, made anew when writes were counted or its fingerprint differs."""
+
+    __slots__ = ("dtype", "fingerprint", "key", "weight")
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.key: tuple[Any, ...] | None = None
+        self.fingerprint = find("fingerprint", "cpu", None)  # the same of every backend
+        self.key: tuple[int, int] | None = None
 
     def of(self, weight: Tensor) -> PackedWeight:
-        version = 0 if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, weight.shape, weight.stride())
+        try:
+            version = weight._version
+        except RuntimeError:  # an inference tensor counts none; asking first takes longer
+            version = 0
+        key = (version, self.fingerprint(weight))
         if key != self.key:
             self.weight, self.key = pack_weight(weight, self.dtype), key
         return self.weight
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[torch.dtype]]:
+        return Packed, (self.dtype,)  # a copied or saved model packs for itself
 
 
 def linear(module: Any, copy: Packed | None, x: Tensor) -> Tensor:

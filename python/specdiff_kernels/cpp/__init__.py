@@ -7,7 +7,16 @@ import os
 import specdiff_kernels._C as _C
 
 from ..backends import BackendError, functions_of, no_workspace
-from . import commit, denoise_step, row_distribution, row_divergence, sample, skinny_linear, verify
+from . import (
+    commit,
+    denoise_step,
+    fingerprint,
+    row_distribution,
+    row_divergence,
+    sample,
+    skinny_linear,
+    verify,
+)
 
 if isa := os.environ.get("SPECDIFF_CPU_ISA"):
     if isa not in _C.supported_isas():
@@ -19,7 +28,14 @@ if isa := os.environ.get("SPECDIFF_CPU_ISA"):
 
 
 FUNCTIONS = functions_of(
-    commit, denoise_step, row_distribution, row_divergence, sample, skinny_linear, verify
+    commit,
+    denoise_step,
+    fingerprint,
+    row_distribution,
+    row_divergence,
+    sample,
+    skinny_linear,
+    verify,
 ) | {
     "row_divergence_backward": row_divergence.row_divergence_backward,
     "workspace_size": no_workspace,

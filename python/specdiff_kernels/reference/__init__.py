@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from ..backends import functions_of, no_workspace
-from . import commit, denoise_step, row_distribution, row_divergence, sample, skinny_linear, verify
+from . import (
+    commit,
+    denoise_step,
+    fingerprint,
+    row_distribution,
+    row_divergence,
+    sample,
+    skinny_linear,
+    verify,
+)
 
 FUNCTIONS = functions_of(
-    commit, denoise_step, row_distribution, row_divergence, sample, skinny_linear, verify
+    commit,
+    denoise_step,
+    fingerprint,
+    row_distribution,
+    row_divergence,
+    sample,
+    skinny_linear,
+    verify,
 ) | {
     "row_divergence_backward": row_divergence.row_divergence_backward,
     "workspace_size": no_workspace,
