@@ -61,8 +61,8 @@ def verify_bytes(target_logits: Tensor, accepted: Tensor) -> int:
 def commit_bytes(
     kept: Tensor, stops: int, dropped: int | None = None, moved: int = 0, entry: int = 0
 ) -> int:
-    """Per row: length, limit and finished are read; length, kept and finished are written; the kept
-    tokens are compared with the stop tokens. kept: i64 [B].
+    """Per row: length, limit and finished are read; length, kept, finished and the last token are
+    written; the kept tokens are compared with the stop tokens. kept: i64 [B].
 
     dropped: blocks returned to the pages (None: no pages). For each, the table's entry and the
     reference count are read and written, and a free block is written. The number of free blocks is
@@ -70,7 +70,7 @@ def commit_bytes(
     moved: entries of a tree's path that must move, with `entry` bytes in all caches: they are read
     and written; the path is read.
     """
-    small = (8 + 8 + 1) + (8 + 8 + 1)
+    small = (8 + 8 + 1) + (8 + 8 + 1 + 8)
     total = len(kept) * small + 8 * int(kept.sum()) + 8 * stops
     if dropped is not None:
         total += dropped * (2 * 4 + 2 * 4 + 4) + 2 * 4
@@ -291,7 +291,7 @@ class Commit(Case):
         return (*super().result(number, backend), *(tensor.clone() for tensor in self.after))
 
     def least_bytes(self) -> float:
-        _, kept, _, *after = self.expected[0]
+        _, kept, _, _, *after = self.expected[0]
         dropped = int((after[0] != self.before[0]).sum()) if after else None
         if self.path is None:
             return commit_bytes(kept, len(self.stop_tokens), dropped)

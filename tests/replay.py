@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specdiff.loop.capture import Captured
-from specdiff_kernels.ops import checks
+from specdiff_kernels import checks
 
 aten = torch.ops.aten
 WAITS = {

@@ -203,13 +203,13 @@ def test_rows_that_a_verification_reads():
 
 
 def test_what_a_commit_moves():
-    """Two rows that keep 3 and 1 tokens: 34 bytes each, 8 a kept token; one stop token."""
+    """Two rows that keep 3 and 1 tokens: 42 bytes each, 8 a kept token; one stop token."""
     kept = torch.tensor([3, 1])
-    assert op_cases.commit_bytes(kept, stops=1) == 68 + 32 + 8
-    assert op_cases.commit_bytes(kept, stops=1, dropped=0) == 108 + 8
-    assert op_cases.commit_bytes(kept, stops=1, dropped=5) == 108 + 8 + 5 * 20
+    assert op_cases.commit_bytes(kept, stops=1) == 84 + 32 + 8
+    assert op_cases.commit_bytes(kept, stops=1, dropped=0) == 124 + 8
+    assert op_cases.commit_bytes(kept, stops=1, dropped=5) == 124 + 8 + 5 * 20
     tree = op_cases.commit_bytes(kept, stops=1, dropped=5, moved=2, entry=100)
-    assert tree == 216 + 32 + 2 * 2 * 100
+    assert tree == 232 + 32 + 2 * 2 * 100
 
 
 def test_both_rows_of_a_divergence_and_a_product():
@@ -247,5 +247,5 @@ def bytes_of_a_commit(case) -> int:
     for length, kept in zip(case.lengths.tolist(), case.counts.tolist(), strict=True):
         blocks, left = -(-(length + 8) // 16), -(-(length + kept) // 16)
         entries = 2 * 3 * 64 * 4  # in two caches
-        total += 34 + 8 * kept + 20 * (blocks - left) + 8 * kept + 2 * entries * (kept - 1)
+        total += 42 + 8 * kept + 20 * (blocks - left) + 8 * kept + 2 * entries * (kept - 1)
     return total

@@ -110,7 +110,7 @@ inline void read(Arguments& in, CommitParams& p) {
   in(p.pages.tables, rows, p.pages.columns, p.pages.references, p.pages.blocks, p.pages.free);
   in(p.pages.count, p.pages.block_size, p.release, p.path, p.geometries);
   for (int i = 0; i < p.geometries; ++i) in(p.caches[i]);
-  in(p.new_lengths, p.kept, p.new_finished);
+  in(p.new_lengths, p.kept, p.new_finished, p.last);
 }
 
 template <class Params>

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from specdiff_kernels import (
     Draft,
-    RowDistribution,
     check_status,
     commit,
     row_distribution,
@@ -50,26 +49,17 @@ class Drafter:
         self, text: Tensor, lengths: Tensor, k: int, temperature: float, seed: Tensor, round: Tensor
     ) -> Draft:
         """Draft K tokens after text [B, S]. The cache has `lengths` [B] tokens, or one fewer."""
-        B, device = len(text), text.device
         # if the whole last draft was accepted, the model has not read its last token
-        at = (lengths[:, None] + torch.tensor([-1, 0], device=device)).clamp(min=0)
+        at = (lengths[:, None] + torch.tensor([-1, 0], device=text.device)).clamp(min=0)
         new, tokens, logits, distributions = text.gather(1, at), [], [], []
         for i in range(k):
             logits.append(self.model(new, at, self.cache)[:, -1])  # [B, V]
             distributions.append(row_distribution(logits[i], temperature))
-            slot = torch.full_like(seed, i)
-            tokens.append(sample(logits[i], distributions[i], seed=seed, round=round, slot=slot))
+            tokens.append(sample(logits[i], distributions[i], seed=seed, round=round, slot=i))
             # -1 if logits define no distribution; verify reports it
             new = tokens[i][:, None].clamp(min=0)
             at = lengths[:, None] + i + 1
-        return Draft(
-            tokens=torch.stack(tokens, 1),
-            # tau: order of the draws; rows: token (b, i) was drawn from row i B + b
-            tau=torch.arange(k, dtype=torch.int32, device=device).expand(B, k),
-            rows=torch.arange(k * B, device=device).view(k, B).T,
-            logits=torch.cat(logits),
-            distribution=RowDistribution(*map(torch.cat, zip(*distributions, strict=True))),
-        )
+        return Draft.sequential(torch.stack(tokens, 1), logits, distributions)
 
 
 @torch.inference_mode()
@@ -112,8 +102,7 @@ def generate(
     limit, seeds, round = start + new_tokens, seed + torch.arange(B, device=device), start * 0
     finished = torch.zeros_like(start, dtype=torch.bool)
     stops = torch.tensor(target.config.stop_tokens, dtype=torch.int64, device=device)
-    none = text[:, :0]
-    draft = Draft(none, none.int(), none)
+    draft = Draft.guesses(text[:, :0])
     while not finished.all():
         if drafter is not None:
             draft = drafter.draft(text, lengths, k, temperature, seeds, round)
@@ -126,7 +115,7 @@ def generate(
             1, positions + 1, verified.emitted
         )  # entries after the new length are stale, as in the cache
         round += ~finished
-        lengths, _, finished = commit(
+        lengths, _, finished, _ = commit(
             lengths, verified.emitted, stop_tokens=stops, limit=limit, finished=finished
         )
     texts = [row[: n + 1] for row, n in zip(text.tolist(), lengths.tolist(), strict=True)]

@@ -163,7 +163,7 @@ class Engine:
         logits = self.model(tokens, positions, self.cache)  # [B, K + 1, V]
         verified = verify(logits, draft, self.temperature, seed=self.seed, round=self.round)
         check_status(verified.status.masked_fill(self.finished, 0), "row")
-        self.lengths, kept, self.finished = commit(
+        self.lengths, kept, self.finished, _ = commit(
             self.lengths, verified.emitted,
             stop_tokens=self.stops, limit=self.limit, finished=self.finished,
             pages=self.pages, release=True,
@@ -184,8 +184,7 @@ class Engine:
             known = request.text[-1:] + look_up(request.text, self.k)
             tokens[b, : len(known)], lengths[b] = torch.tensor(known), len(known) - 1
         last, guesses = tokens.to(self.device).split([1, self.k], 1)
-        tau, rows = torch.zeros_like(guesses, dtype=torch.int32), torch.full_like(guesses, -1)
-        return last, Draft(guesses, tau, rows, lengths=lengths.to(self.device))
+        return last, Draft.guesses(guesses, lengths.to(self.device))
 
 
 def alike(a: list[int], b: list[int]) -> int:

@@ -6,6 +6,8 @@
 `python -m specdiff_kernels` prints which backends run here.
 """
 
+from importlib import metadata
+
 from .backends import BackendError, available_backends, use_backend, workspace_size
 from .fields import MAX_VOCABULARY
 from .lenience import check_lenience
@@ -19,6 +21,7 @@ from .ops.verify import verify
 from .pages import Pages
 from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal
+from .seeds import row_seeds
 from .types import (
     Committed,
     DistributionError,
@@ -32,6 +35,11 @@ from .types import (
     Verified,
     check_status,
 )
+
+try:
+    __version__ = metadata.version("specdiff-kernels")
+except metadata.PackageNotFoundError:  # run from a source tree
+    __version__ = "0+unknown"
 
 __all__ = [
     "MAX_VOCABULARY",
@@ -62,6 +70,7 @@ __all__ = [
     "pack_weight",
     "row_distribution",
     "row_divergence",
+    "row_seeds",
     "sample",
     "skinny_linear",
     "use_backend",

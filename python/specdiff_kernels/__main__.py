@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 import torch
 
+from . import __version__
 from .backends import NAMES, ORDER, available_backends
 
 
 def report() -> str:
     """Versions, then a line for each device and backend."""
     lines = [
-        f"specdiff-kernels {version('specdiff-kernels')}, torch {torch.__version__}, "
+        f"specdiff-kernels {__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.machine()}"
     ]
     devices = [device for device in ORDER if device == "cpu" or torch.cuda.is_available()]

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .checks import as_device, integer
+
 logger = logging.getLogger("specdiff_kernels")
 
 # in order of preference on each device
@@ -111,11 +113,14 @@ def reason_against_interpreter() -> str | None:
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     """Every backend of this version with None if it can run on `device`, else why not.
 
+    Raises:
+        ValueError: no device.
+
     Example:
         >>> available_backends()["reference"] is None
         True
     """
-    kind = torch.device(device).type
+    kind = as_device(device).type
     if kind == "cuda" and not torch.cuda.is_available():
         return dict.fromkeys(NAMES, "torch finds no CUDA device")
     return {name: reason_against(name, kind) for name in NAMES}
@@ -181,13 +186,15 @@ def workspace_size(
     need not be set.
 
     Raises:
+        ValueError: rows or V is no integer of at least 0, or `device` no device.
         BackendError: no backend, or not the one asked for, runs there.
 
     Example:
         >>> workspace_size(9, 50257, device="cpu", backend="reference")
         0
     """
-    return find("workspace_size", torch.device(device).type, requested(backend))(rows, V)
+    rows, V = integer("rows", rows), integer("V", V)
+    return find("workspace_size", as_device(device).type, requested(backend))(rows, V)
 
 
 def implementation(op: str, device: torch.device, name: str | None) -> Callable[..., Any]:

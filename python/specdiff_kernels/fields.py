@@ -40,6 +40,7 @@ class Range(NamedTuple):
     low: float
     high: float
     zero: bool = False  # 0 too
+    spread: bool = False  # a seed: each entry gets its own, by `row_seeds`
 
 
 NOT_NEGATIVE = Range("a number >= 0", 0, float("inf"))
@@ -58,6 +59,12 @@ class Array(NamedTuple):
     many: bool = False  # a list of them
     is_logits: bool = False
     like: str = ""  # of outputs: the input that it shares its dtype with
+    way_out: str = ""  # what to do about a wrong shape
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one word stands for the whole shape."""
+        return self.shape[0].islower()
 
 
 class Scalar(NamedTuple):

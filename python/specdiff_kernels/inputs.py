@@ -10,13 +10,15 @@ from .fields import BOOL, F32, F64, FLAG, I64, SIZE, WEIGHTS, Group, Logits, Ran
 from .pages import Pages
 from .records import RULES, Record
 from .reveal import Reveal
-from .types import Draft, Lenience, RowDistribution
+from .types import OTHER_VOCABULARY, Draft, Lenience, RowDistribution
 
 # numbers that may stand for all rows
 TEMPERATURES = Range("0 or a number in [2^-95, 2^95]", 2.0**-95, 2.0**95, zero=True)
 TOP_KS = Range("an integer in [0, 2^63) (0: off)", 0, 2**63 - 1)
 TOP_PS = Range("a number in [2^-149, 1]", 2.0**-149, 1)
 SHARES = Range("a number in [0, 1]", 0, 1)
+COUNTS = Range("an integer in [-2^63, 2^63)", -(2**63), 2**63 - 1)
+SEEDS = Range("an integer in [-2^63, 2^64)", -(2**63), 2**64 - 1, spread=True)
 
 
 class Sampling(NamedTuple):
@@ -41,9 +43,9 @@ class Randomness(NamedTuple):
     """Random words, or what makes them: seeds with rounds, for coupled draws with positions."""
 
     words: Annotated[Tensor | None, I64("words")]  # each op has its own shape
-    seed: Annotated[Tensor | None, I64("N")]
-    round: Annotated[Tensor | None, I64("N")]
-    position: Annotated[Tensor | None, I64("N")]
+    seed: Annotated[Tensor | None, I64("N", SEEDS)]
+    round: Annotated[Tensor | None, I64("N", COUNTS)]
+    position: Annotated[Tensor | None, I64("N", COUNTS)]
 
 
 class RowDistributionInputs(NamedTuple):
@@ -55,7 +57,7 @@ class SampleInputs(NamedTuple):
     logits: Annotated[Tensor, Logits("N V")]
     distribution: RowDistribution
     random: Annotated[Randomness, Group(named=False)]
-    slot: Annotated[Tensor | None, I64("N")]
+    slot: Annotated[Tensor | None, I64("N", COUNTS)]
     purpose: Annotated[int, Scalar(schema="int")]
     draft_ids: Annotated[Tensor | None, I64("V")]
 
@@ -100,7 +102,7 @@ class CommitInputs(NamedTuple):
 
 class RowDivergenceInputs(NamedTuple):
     target_logits: Annotated[Tensor, Logits("N V")]
-    draft_logits: Annotated[Tensor, Logits("N D")]
+    draft_logits: Annotated[Tensor, Logits("N D", way_out=OTHER_VOCABULARY)]
     draft_ids: Annotated[Tensor | None, I64("D")]
     temperature: Annotated[Tensor, F32("N", Range("a number in [2^-95, 2^95]", 2.0**-95, 2.0**95))]
 

@@ -36,7 +36,7 @@ def check_lenience(rule: str, lenience: Lenience | None) -> None:
         )
     if not isinstance(lenience, Lenience):
         raise TypeError(f"lenience: expected a Lenience, got {type(lenience).__name__}")
-    if lenience.kind not in KINDS:
+    if lenience.kind not in tuple(KINDS):
         raise ValueError(
             f"lenience.kind: expected one of {', '.join(KINDS)}, got {lenience.kind!r}"
         )

@@ -7,6 +7,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import INT64, as_device, check_tensor, integer, readable
 from .fields import I32, SIZE, describe
 
 
@@ -47,7 +48,7 @@ class Pages(NamedTuple):
             block_size: positions in a block.
 
         Raises:
-            ValueError: a size below 1.
+            ValueError: a size that is no integer of at least 1.
 
         Example:
             >>> Pages.empty(2, 4, 6, block_size=16).available.tolist()
@@ -55,9 +56,8 @@ class Pages(NamedTuple):
         """
         sizes = {"batch": batch, "columns": columns, "blocks": blocks, "block_size": block_size}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        ids = torch.arange(blocks, dtype=torch.int32, device=device)
+            integer(name, size, low=1)
+        ids = torch.arange(blocks, dtype=torch.int32, device=as_device(device))
         return cls(
             tables=ids.new_full((batch, columns), -1),
             references=torch.zeros_like(ids),
@@ -73,12 +73,16 @@ class Pages(NamedTuple):
         a sequence has already stay; nothing is given back.
 
         Args:
-            lengths: i64 [B]; what lies beyond M blocks is left out.
+            lengths: i64 [B].
 
         Returns:
-            i64 [], the number of blocks that were missing. Check it where you synchronise: if it is
+            i64 [], the number of blocks that were missing: the stack had too few, or a sequence
+            wants more than the M that its table can hold. Check it where you synchronise: if it is
             not 0, the sequences hold the blocks that there were, and some position has none. To be
             sure beforehand, admit a sequence only while all could reach their limits.
+
+        Raises:
+            ValueError, TypeError: lengths of another shape, dtype or device.
 
         Example:
             >>> pages = Pages.empty(2, 4, 6, block_size=16)
@@ -86,8 +90,11 @@ class Pages(NamedTuple):
             (tensor(0), [[0, 1], [2, -1]])
         """
         tables, references, free, available, block_size = self
-        column = torch.arange(tables.shape[1], device=tables.device)
-        missing = (column < blocks_of(lengths, block_size)[:, None]) & (tables < 0)
+        B, M = tables.shape
+        check_tensor("lengths", lengths, (B,), ("B",), INT64, tables.device)
+        wanted = blocks_of(lengths, block_size)
+        column = torch.arange(M, device=tables.device)
+        missing = (column < wanted[:, None]) & (tables < 0)
         place = available - missing.flatten().cumsum(0).view_as(missing)  # from the top down
         found = missing & (place >= 0)
         block = free[torch.where(found, place, 0)]
@@ -96,7 +103,7 @@ class Pages(NamedTuple):
         held = extended(references).index_add(0, taken, torch.ones_like(taken))
         references.copy_(held[:-1])
         available.sub_(found.sum())
-        return (missing & ~found).sum()
+        return (missing & ~found).sum() + (wanted - M).clamp(min=0).sum()
 
     def share(self, source: int, to: int, positions: int) -> int:
         """Let sequence `to`, which holds nothing, hold the first blocks of `source` as well.
@@ -109,17 +116,44 @@ class Pages(NamedTuple):
         Returns:
             the number of positions shared; the rest of the prefix has to be written again.
 
+        Raises:
+            ValueError: a number out of range, or (where tables can be looked at, on a CPU) blocks
+                that `source` does not hold, or a `to` that holds some.
+
         Example:
             >>> pages = Pages.empty(2, 4, 6, block_size=16)
             >>> _ = pages.reserve(torch.tensor([20, 0]))
             >>> pages.share(0, 1, 20), pages.tables[1].tolist(), pages.references[:2].tolist()
             (16, [0, -1, -1, -1], [2, 1])
         """
-        whole = positions // self.block_size
+        B, M = self.tables.shape
+        source, to = integer("source", source, high=B - 1), integer("to", to, high=B - 1)
+        whole = integer("positions", positions, high=M * self.block_size) // self.block_size
+        if whole == 0:
+            return 0
         blocks = self.tables[source, :whole]
+        check_share(self.tables, source, to, blocks)
         self.tables[to, :whole] = blocks
         self.references.index_add_(0, blocks.long(), torch.ones_like(blocks))
         return whole * self.block_size
+
+
+def check_share(tables: Tensor, source: int, to: int, blocks: Tensor) -> None:
+    """Raise unless `source` holds all of the blocks and `to` none, where that can be looked at."""
+    if source == to:
+        raise ValueError(f"to: expected another sequence than source, got {to} for both")
+    if not readable(tables):
+        return
+    if missing := int((blocks < 0).sum()):
+        raise ValueError(
+            f"source: expected a sequence that holds the first {len(blocks)} blocks, got {source}, "
+            f"which lacks {missing} of them; reserve and write them first"
+        )
+    if held := int((tables[to] >= 0).sum()):
+        raise ValueError(
+            f"to: expected a sequence that holds no block, got {to}, which holds {held}; commit "
+            "with finished[to] and release=True gives them back"
+        )
 
 
 def blocks_of(lengths: Tensor, block_size: int) -> Tensor:

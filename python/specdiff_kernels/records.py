@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from .checks import kind_of
 from .types import Draft
 
 RULES = ("token", "block", "greedy", "coupled", "lenient")
@@ -40,6 +41,7 @@ def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
         record: one of RECORDS; None: the strongest that is legal.
 
     Raises:
+        TypeError: no Draft.
         ValueError: an unknown name, or a combination whose output would not follow the target's
             distribution; the message says why.
 
@@ -51,6 +53,8 @@ def choose_record(draft: Draft, rule: str, record: str | None) -> Record:
         'FINAL'
     """
     check_names(rule, record)
+    if not isinstance(draft, Draft):
+        raise TypeError(f"draft: expected a Draft, got {kind_of(draft)}")
     chosen = Record.ONE_HOT if rule in ("greedy", "coupled") else strongest(draft, rule)
     if record is None:
         return chosen
@@ -65,7 +69,7 @@ def check_names(rule: str, record: str | None) -> None:
     """Raise ValueError unless some draft can be judged by this rule and record."""
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    if record is not None and record not in RECORDS:
+    if record is not None and record not in tuple(RECORDS):
         raise ValueError(f"record: expected one of {', '.join(RECORDS)}, got {record!r}")
     if rule == "coupled" and record is not None:
         raise ValueError(

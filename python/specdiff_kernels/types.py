@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import INT64, check_shape, check_tensor, device_of, integer, kind_of
 from .fields import (
     BOOL,
+    DTYPES,
     F32,
     F64,
     I32,
@@ -23,6 +25,11 @@ from .fields import (
     Scalar,
     describe,
     layout_of,
+)
+
+OTHER_VOCABULARY = (
+    "a draft over some of the target's tokens names them in draft_ids, and columns that are no "
+    "tokens are left out by a view, logits[:, :V]"
 )
 
 
@@ -66,11 +73,19 @@ def check_status(status: Tensor, what: str = "row") -> None:
 
     Raises:
         DistributionError: names the first offending index and the reason.
+        ValueError, TypeError: it is no tensor [N] of Status.
+
+    Example:
+        >>> check_status(row_distribution(torch.zeros(2, 5)).status)
     """
+    check_shape("status", status, (None,), ("N",))
     bad = status.nonzero()
     if bad.numel():
         index = int(bad[0])
-        reason = REASONS[Status(int(status[index]))]
+        code = int(status[index])
+        if code not in tuple(Status):
+            raise ValueError(f"status: expected 0 to {len(REASONS)}, a Status, got {code}")
+        reason = REASONS[Status(code)]
         others = f" (and {bad.numel() - 1} more)" if bad.numel() > 1 else ""
         raise DistributionError(f"{what} {index} has no distribution{others}: {reason}")
 
@@ -143,7 +158,8 @@ class Draft(NamedTuple):
     tokens: Annotated[Tensor, I64("B K", sized=True)]
     tau: Annotated[Tensor, I32("B K")]  # reverse step that sampled the position
     rows: Annotated[Tensor, I64("B K")]  # row of `logits`, or -1
-    logits: Annotated[Tensor | None, Logits("R Vd")] = None  # rows of any stride
+    # rows of any stride
+    logits: Annotated[Tensor | None, Logits("R Vd", way_out=OTHER_VOCABULARY)] = None
     distribution: Annotated[RowDistribution | None, Group("R")] = None  # of the R rows
     draft_ids: Annotated[Tensor | None, I64("Vd")] = None  # increasing: target id of each column
     lengths: Annotated[Tensor | None, I64("B")] = None  # drafted tokens of each sequence; None: K
@@ -154,6 +170,84 @@ class Draft(NamedTuple):
     coupled: bool = False  # tokens were drawn with the noise of their absolute positions
     # f64 [B, K] nats, as `denoise_step` last measured it, or NaN
     entropy: Tensor | None = None
+
+    @classmethod
+    def guesses(cls, tokens: Tensor, lengths: Tensor | None = None) -> Draft:
+        """A draft of bare guesses: tokens that were drawn from no recorded distribution, such as
+        the continuation of an n-gram, or an argmax.
+
+        Args:
+            tokens: i64 [B, K]. K = 0 drafts nothing.
+            lengths: i64 [B], drafted tokens of each sequence; None: K.
+
+        Raises:
+            ValueError, TypeError: tokens of another shape or dtype.
+
+        Example:
+            >>> Draft.guesses(torch.tensor([[7, 3]])).rows.tolist()
+            [[-1, -1]]
+        """
+        check_tokens(tokens)
+        tau = torch.zeros_like(tokens, dtype=torch.int32)
+        return cls(tokens, tau, torch.full_like(tokens, -1), lengths=lengths)
+
+    @classmethod
+    def sequential(
+        cls,
+        tokens: Tensor,
+        logits: Sequence[Tensor] | Tensor,
+        distributions: Sequence[RowDistribution],
+        *,
+        draft_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        coupled: bool = False,
+    ) -> Draft:
+        """A draft whose tokens were drawn one after another, each from logits behind the one before
+        it, as an autoregressive drafter does.
+
+        Args:
+            tokens: i64 [B, K], drawn by `sample`.
+            logits: K tensors [B, Vd] f32, bf16 or f16, or one [B, K, Vd]: what each was drawn from.
+            distributions: K RowDistributions of B rows: those that the draws used.
+            draft_ids, lengths, coupled: as in `Draft`.
+
+        Raises:
+            ValueError, TypeError: an argument of another shape or kind, or not K of them.
+
+        Example:
+            >>> logits = [torch.zeros(1, 5), torch.ones(1, 5)]
+            >>> distributions = [row_distribution(row) for row in logits]
+            >>> draft = Draft.sequential(torch.tensor([[7, 3]]), logits, distributions)
+            >>> draft.tau.tolist(), draft.rows.tolist(), draft.logits.shape
+            ([[0, 1]], [[0, 1]], torch.Size([2, 5]))
+        """
+        check_tokens(tokens)
+        (B, K), device = tokens.shape, tokens.device
+        if K == 0:
+            return cls.guesses(tokens, lengths)
+        if not isinstance(logits, Tensor):
+            expect_each("logits", "tensors [B, Vd]", Tensor, logits, K)
+            Vd = None
+            for i, each in enumerate(logits):
+                check_tensor(f"logits[{i}]", each, (B, Vd), ("B", "Vd"), tuple(DTYPES), device)
+                Vd = each.shape[1]
+            logits = torch.stack(tuple(logits), 1)
+        check_tensor("logits", logits, (B, K, None), ("B", "K", "Vd"), tuple(DTYPES), device)
+        expect_each("distributions", "RowDistributions", RowDistribution, distributions, K)
+        for i, row in enumerate(distributions):
+            check_tensor(f"distributions[{i}].total", row.total, (B,), ("B",), INT64, device)
+        fields = zip(*distributions, strict=True)
+        tau = torch.arange(K, dtype=torch.int32, device=device).expand(B, K)
+        return cls(
+            tokens,
+            tau,
+            rows=torch.arange(B * K, device=device).view(B, K),
+            logits=logits.flatten(0, 1),
+            distribution=RowDistribution(*(torch.stack(f, 1).flatten() for f in fields)),
+            draft_ids=draft_ids,
+            lengths=lengths,
+            coupled=coupled,
+        )
 
     @classmethod
     def masked(
@@ -174,16 +268,37 @@ class Draft(NamedTuple):
                 no tokens (the mask, padding) are left out by a view: `pool[:, :V]`.
             draft_ids, lengths, entangled: as in `Draft`.
 
+        Raises:
+            ValueError, TypeError: B or K is no integer of at least 0, or the pool no [R, Vd].
+
         Example:
             >>> Draft.masked(1, 2, torch.zeros(2, 5)).tokens.tolist()
             [[-1, -1]]
         """
+        B, K = integer("B", B), integer("K", K)
+        check_shape("logits", logits, (None, None), ("R", "Vd"))
         tokens = torch.full((B, K), -1, dtype=torch.int64, device=logits.device)
         distribution = DISTRIBUTION.empty({"N": len(logits)}, logits.device, None)
         for field in distribution:
             field.zero_()
         tau, rows = tokens.int(), tokens.clone()
         return cls(tokens, tau, rows, logits, distribution, draft_ids, lengths, entangled=entangled)
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raise unless they are drafted tokens, i64 [B, K]."""
+    device = device_of("tokens", tokens)
+    check_tensor("tokens", tokens, (None, None), ("B", "K"), INT64, device)
+
+
+def expect_each(name: str, expected: str, kind: type, values: Any, K: int) -> None:
+    """Raise unless it is a list or tuple of K values of a kind."""
+    listed = isinstance(values, (list, tuple)) and not isinstance(values, RowDistribution)
+    if not listed or not all(isinstance(value, kind) for value in values):
+        kinds = ", ".join(map(kind_of, values)) if listed else kind_of(values)
+        raise TypeError(f"{name}: expected a list of K={K} {expected}, got {kinds}")
+    if len(values) != K:
+        raise ValueError(f"{name}: expected a list of K={K} {expected}, got {len(values)}")
 
 
 class Pending(NamedTuple):
@@ -264,11 +379,12 @@ class Divergences(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """Per-row cache lengths after a round."""
+    """What stands of a round, and each row's cache length after it."""
 
     lengths: Annotated[Tensor, I64("B")]
     kept: Annotated[Tensor, I64("B")]  # emitted tokens that stand
     finished: Annotated[Tensor, BOOL("B")]
+    last: Annotated[Tensor, I64("B")]  # the last token that stands; -1: none does
 
 
 class PackedWeight(NamedTuple):
@@ -315,6 +431,7 @@ describe(
     lengths="i64 [B], cached positions of each sequence after the round",
     kept="i64 [B], emitted tokens that stand",
     finished="bool [B], whether the sequence has ended",
+    last="i64 [B], the last emitted token that stands; -1: the round keeps none",
 )
 describe(
     RowDivergence,

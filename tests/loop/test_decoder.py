@@ -20,13 +20,13 @@ from specdiff import Decoder, Sampling, Target, generate
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.loop import session as session_module
 from specdiff.loop.drafter import Drafter
-from specdiff.loop.sampling import row_seeds
 from specdiff.planning.adaptive import AdaptiveK
 from specdiff_kernels import (
     DistributionError,
     Draft,
     RowDistribution,
     row_distribution,
+    row_seeds,
     sample,
     verify,
 )
@@ -38,12 +38,9 @@ DRAFTERS = ("prompt-lookup", "autoregressive", "scripted", "scripted-ragged")
 
 def one_hot(proposals: list[list[int]], k: int) -> Draft:
     """A ragged draft without recorded distributions; padding is an id that no model has."""
-    B = len(proposals)
-    return Draft(
-        tokens=torch.tensor([row + [10**6] * (k - len(row)) for row in proposals]),
-        tau=torch.zeros(B, k, dtype=torch.int32),
-        rows=torch.full((B, k), -1),
-        lengths=torch.tensor([len(row) for row in proposals]),
+    return Draft.guesses(
+        torch.tensor([row + [10**6] * (k - len(row)) for row in proposals]),
+        torch.tensor([len(row) for row in proposals]),
     )
 
 

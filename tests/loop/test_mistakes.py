@@ -79,7 +79,7 @@ MISTAKES = {  # message -> call
     "block_size must be at least 1, got 0": lambda: opened(block_size=0),
     "blocks must be an integer, got '8'": lambda: opened(block_size=4, blocks="8"),
     "blocks=8 needs a block_size": lambda: opened(blocks=8),
-    "2 seeds for 1 sequences": lambda: DECODER.generate([1], seed=[1, 2]),
+    "one for each of 1 sequences, got 2": lambda: DECODER.generate([1], seed=[1, 2]),
     "for each of 1 prompts, got 2": lambda: opened().admit([[1]], max_new_tokens=[3, 4]),
     "max_new_tokens must be of type Integral": lambda: opened().admit([[1]], max_new_tokens="9"),
     # k
@@ -99,6 +99,15 @@ MISTAKES = {  # message -> call
     "top_k must be an integer of at least 1, got 50.0": lambda: Sampling(1.0, top_k=50.0),
     "top_p must be in (0, 1], got 0.0": lambda: Sampling(1.0, top_p=0.0),
     "min_p must be in [0, 1], got 1.5": lambda: Sampling(1.0, min_p=1.5),
+    "must be 0 (greedy) or in [2^-95, 2^95], got '0.7'": lambda: Sampling("0.7"),
+    "must be 0 (greedy) or in [2^-95, 2^95], got None": lambda: Sampling(None),
+    "must be 0 (greedy) or in [2^-95, 2^95], got True": lambda: Sampling(True),
+    "top_k must be an integer of at least 1, got True": lambda: Sampling(1.0, top_k=True),
+    "top_k must be an integer of at least 1, got '50'": lambda: Sampling(1.0, top_k="50"),
+    "top_p must be in (0, 1], got '0.9'": lambda: Sampling(1.0, top_p="0.9"),
+    "top_p must be in (0, 1], got True": lambda: Sampling(1.0, top_p=True),
+    "min_p must be in [0, 1], got '0'": lambda: Sampling(1.0, min_p="0"),
+    "min_p must be in [0, 1], got False": lambda: Sampling(1.0, min_p=False),
     "stop_tokens must be a sequence of token ids, such as [2], got 2": lambda: DECODER.generate(
         [1], stop_tokens=2
     ),

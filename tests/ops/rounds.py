@@ -68,7 +68,9 @@ def every_op(V: int) -> Iterator[Callable[[], tuple]]:
             step = partial(denoise_step, reveal=reveal, step=0, seed=zero, round=zero, **truncation)
             yield partial(step, own, temperature=mixed, entropies=True, out=own)
             yield partial(step, Draft.masked(B, K, draft.logits), position=zero)
-    yield partial(commit, zero, draft.tokens, out=Committed(zero, zero.clone(), zero.bool()))
+    yield partial(
+        commit, zero, draft.tokens, out=Committed(zero, zero.clone(), zero.bool(), zero.clone())
+    )
     yield from cache_commits(draft.tokens)
 
 

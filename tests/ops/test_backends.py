@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import threading
+from importlib import metadata
 
 import pytest
 import torch
 
+import specdiff_kernels
 from specdiff_kernels import (
     _C,
     BackendError,
@@ -151,9 +153,26 @@ def test_report():
     text = subprocess.run(
         [sys.executable, "-m", "specdiff_kernels"], capture_output=True, text=True, check=True
     ).stdout
-    assert f"torch {torch.__version__}" in text
+    assert f"specdiff-kernels {specdiff_kernels.__version__}, torch {torch.__version__}" in text
     assert "cpu  cpp        available" in text
     assert "cpp uses " in text
+
+
+def test_the_version():
+    assert specdiff_kernels.__version__ == metadata.version("specdiff-kernels")
+    bare = """
+from importlib import metadata
+known = metadata.version
+def version(name):
+    if name == "specdiff-kernels":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+metadata.version = version
+import specdiff_kernels
+print(specdiff_kernels.__version__)
+"""
+    run = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, check=True)
+    assert run.stdout == "0+unknown\n"
 
 
 def test_unknown_instruction_set_is_an_error():

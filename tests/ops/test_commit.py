@@ -26,51 +26,56 @@ def committed(*args, **kwargs):
 def test_padding_ends_a_row():
     emitted = torch.tensor([[3, 4, -1], [5, -1, -1], [-1, -1, -1], [6, 7, 8]])
     assert committed(i64(10, 20, 30, 40), emitted) == [
-        [12, 21, 30, 43], [2, 1, 0, 3], [False, False, False, False],
+        [12, 21, 30, 43], [2, 1, 0, 3], [False, False, False, False], [4, 5, -1, 8],
     ]  # fmt: skip
 
 
 def test_stop_tokens_inside_the_span():
     emitted = torch.tensor([[3, 2, 9, 2], [2, 1, 1, -1], [1, 9, -1, -1], [1, 1, 1, 1]])
     assert committed(i64(0, 0, 0, 0), emitted, stop_tokens=i64(2, 9)) == [
-        [2, 1, 2, 4], [2, 1, 2, 4], [True, True, True, False],
+        [2, 1, 2, 4], [2, 1, 2, 4], [True, True, True, False], [2, 2, 9, 1],
     ]  # fmt: skip
 
 
 def test_limit_cuts_before_a_stop_token_behind_it():
-    emitted = torch.tensor([[1, 1, 2], [1, 1, 2], [1, 1, 1]])
+    emitted = torch.tensor([[1, 3, 2], [1, 1, 2], [1, 1, 1]])
     result = committed(i64(5, 5, 9), emitted, stop_tokens=i64(2), limit=i64(7, 8, 9))
-    assert result == [[7, 8, 9], [2, 3, 0], [True, True, True]]
+    assert result == [[7, 8, 9], [2, 3, 0], [True, True, True], [3, 2, -1]]
 
 
 def test_finished_rows_keep_nothing():
     emitted = torch.tensor([[1, 1], [1, 1]])
     finished = torch.tensor([True, False])
-    assert committed(i64(4, 4), emitted, finished=finished) == [[4, 6], [0, 2], [True, False]]
+    assert committed(i64(4, 4), emitted, finished=finished) == [
+        [4, 6], [0, 2], [True, False], [-1, 1],
+    ]  # fmt: skip
 
 
 def test_out_may_alias_the_inputs():
     lengths, finished = i64(4, 4), torch.tensor([True, False])
-    out = Committed(lengths, torch.empty_like(lengths), finished)
+    out = Committed(lengths, i64(0, 0), finished, i64(0, 0))
     emitted = torch.tensor([[1, 1], [7, 1]])
     assert commit(lengths, emitted, stop_tokens=i64(7), finished=finished, out=out) is out
-    assert [field.tolist() for field in out] == [[4, 5], [0, 1], [True, True]]
+    assert [field.tolist() for field in out] == [[4, 5], [0, 1], [True, True], [-1, 7]]
+    emitted = torch.tensor([[6], [-1]])  # and the last token its own place
+    out = Committed(i64(4, 4), i64(0, 0), torch.tensor([False, False]), emitted[:, 0])
+    assert commit(out.lengths, emitted, out=out).last.tolist() == [6, -1]
 
 
 def test_no_tokens_have_no_stop_token():
     emitted, finished = torch.zeros(2, 0, dtype=torch.int64), torch.tensor([True, False])
     result = committed(i64(4, 7), emitted, stop_tokens=i64(2), finished=finished)
-    assert result == [[4, 7], [0, 0], [True, False]]
+    assert result == [[4, 7], [0, 0], [True, False], [-1, -1]]
 
 
 def test_bad_shapes_are_named():
     tokens = torch.zeros(1, 1, dtype=torch.int64)
-    out = Committed(i64(0), i64(0), torch.tensor([False]))
-    with pytest.raises(ValueError, match=r"^out.lengths: expected shape \[1\], got \[2\]"):
+    out = Committed(i64(0), i64(0), torch.tensor([False]), i64(0))
+    with pytest.raises(ValueError, match=r"^out.lengths: expected shape \[B=1\], got \[2\]"):
         commit(i64(1), tokens, out=out._replace(lengths=i64(1, 2)))
     with pytest.raises(TypeError, match=r"^out.finished: expected dtype bool, got int64"):
         commit(i64(1), tokens, out=out._replace(finished=i64(1)))
-    with pytest.raises(ValueError, match=r"^lengths: expected shape \[1\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"^lengths: expected shape \[B=1\], got \[2\]"):
         commit(i64(1, 2), torch.zeros(1, 1, dtype=torch.int64))
 
 
@@ -418,31 +423,41 @@ def test_bad_pages_and_trees_are_named():
     cache, path = stored(1, 1, 8, 4), torch.tensor([[0, 2, 0]])
     bad(r"release: expected pages", release=True)
     none = pages._replace(tables=pages.free[:0, None])
-    bad(r"pages.tables: expected shape \[1, \*\]", pages=none)
+    bad(r"pages.tables: expected shape \[B=1, M\]", pages=none)
     bad(r"pages.tables: expected at least one", pages=pages._replace(tables=pages.tables[:, :0]))
     bad(r"pages.available: expected dtype int32", TypeError, pages=pages._replace(available=i64(0)))
     bad(r"pages.free: expected contiguous", pages=pages._replace(free=torch.zeros(4).int()[::2]))
     bad(r"pages.block_size: expected at least 1", pages=pages._replace(block_size=0))
     bad(r"path: expected a tensor with caches", caches=[cache])
-    bad(r"path: expected shape \[1, 3\]", path=path[:, :2], caches=[cache])
+    bad(r"path: expected shape \[B=1, N=3\]", path=path[:, :2], caches=[cache])
     bad(r"path: expected nodes from 0 .* got \[0, 0, 1\] in row 0",
         path=torch.tensor([[0, 0, 1]]), caches=[cache])  # fmt: skip
     bad(r"path: expected nodes from 0", path=torch.tensor([[-1, 0, 1]]), caches=[cache])
-    bad(r"caches\[1\]: expected shape \[1, ", path=path, caches=[cache, stored(2, 1, 8, 4)])
+    bad(
+        r"caches\[1\]: expected shape \[B=1, H, S, D\]",
+        path=path,
+        caches=[cache, stored(2, 1, 8, 4)],
+    )
     bad(r"caches\[0\]: expected a contiguous last", path=path, caches=[cache.transpose(2, 3)])
-    bad(r"caches\[0\]: expected shape \[2, 2, ", path=path, caches=[cache], pages=pages)
+    bad(
+        r"caches\[0\]: expected shape \[blocks=2, block_size=2, H, D\]",
+        path=path,
+        caches=[cache],
+        pages=pages,
+    )
     bad(r"caches: expected at most 4 combinations", path=path,
         caches=[stored(1, 1, 8, n) for n in range(1, 6)])  # fmt: skip
 
 
 def test_sizes_of_pages_are_checked():
-    with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="block_size: expected an integer >= 1, got 0"):
         Pages.empty(1, 1, 1, 0)
 
 
 def test_reserve_says_what_is_missing():
     pages = Pages.empty(3, 4, 5, 2)
-    assert pages.reserve(i64(3, 1, 99)).item() == 2  # row 2 may hold 4 blocks and gets 2
+    # row 2 wants 50 blocks, may hold 4 and gets 2
+    assert pages.reserve(i64(3, 1, 99)).item() == 48
     assert pages.tables.tolist() == [[0, 1, -1, -1], [2, -1, -1, -1], [3, 4, -1, -1]]
     assert pages.available.item() == 0
     check_consistent(pages)

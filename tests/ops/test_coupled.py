@@ -164,7 +164,7 @@ def test_faults(token, status):
     assert result.status.item() == status and (result.emitted == -1).all()
     target[0, 0, 0] = float("nan")
     assert verify(target, draft, rule="coupled", **key).status.item() == Status.NAN
-    with pytest.raises(ValueError, match=r"position: expected a tensor \[1\] int64, got None"):
+    with pytest.raises(ValueError, match=r"position: expected an integer, or .* got None"):
         verify(target, draft, rule="coupled", seed=i64(0), round=i64(0))
     with pytest.raises(ValueError, match="the coupled rule compares tokens and uses no q"):
         verify(target, draft, rule="coupled", record="final", **key)

@@ -194,7 +194,7 @@ def test_columns_that_are_no_tokens_get_no_weight(value):
     target = torch.randn(2, 5, 20)
     whole = denoise_step(done, Reveal.all(), 1, **KEY)
     assert (verify(target, whole, **KEY).status == 0).all()
-    with pytest.raises(ValueError, match=r"draft.logits: expected shape \[8, 20\]"):
+    with pytest.raises(ValueError, match=r"draft.logits: expected shape \[R=8, Vd=20\]"):
         verify(target, whole._replace(logits=pool), **KEY)
 
 
@@ -344,10 +344,10 @@ def test_a_step_may_be_numbered_by_numpy():
         ),
         ({"pool_rows": torch.zeros(2, 4).long()}, "pool_rows: expected a row for each position"),
         ({"pool_rows": torch.full((2, 4), 8)}, r"pool_rows: expected rows in \[0, 8\), got 8 to 8"),
-        ({"seed": None}, r"seed: expected a tensor \[2\] int64, got None"),
+        ({"seed": None}, r"seed: expected an integer, or a tensor \[2\] int64, got None"),
         ({"words": torch.zeros(2, 4, dtype=torch.int64)}, "words: expected shape"),
-        ({"reveal": Reveal.mdlm(torch.ones(3).double())}, r"rate: expected shape \[2\]"),
-        ({"words": torch.zeros(2, 4, 2).long(), "seed": [3, 4]}, "seed: expected a tensor, got li"),
+        ({"reveal": Reveal.mdlm(torch.ones(3).double())}, r"rate: expected shape \[B=2\]"),
+        ({"words": torch.zeros(2, 4, 2).long(), "seed": [3, 4]}, "seed: expected an integer"),
         ({"out": fresh()}, "out: expected a Draft with distribution and entropy, got None"),
         (
             {
@@ -355,7 +355,7 @@ def test_a_step_may_be_numbered_by_numpy():
                     distribution=out.distribution._replace(max=torch.zeros(3))
                 )
             },
-            r"^out\.distribution\.max: expected shape \[8\], got \[3\]",
+            r"^out\.distribution\.max: expected shape \[R=8\], got \[3\]",
         ),
     ],
 )

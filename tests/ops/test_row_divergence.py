@@ -456,10 +456,14 @@ TRAINED_ROWS = torch.zeros(2, 8, requires_grad=True)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((ROWS[0], ROWS), ValueError, r"^target_logits: expected shape \[\*, \*\], got \[8\]"),
-        ((ROWS, ROWS[:1]), ValueError, r"^draft_logits: expected shape \[2, 8\], got \[1, 8\]"),
-        ((ROWS, ROWS[:, :5]), ValueError, r"^draft_logits: expected shape \[2, 8\], got \[2, 5\]"),
-        ((ROWS, ROWS, torch.arange(3)), ValueError, r"^draft_logits: expected shape \[2, 3\]"),
+        ((ROWS[0], ROWS), ValueError, r"^target_logits: expected shape \[N, V\], got \[8\]"),
+        ((ROWS, ROWS[:1]), ValueError, r"^draft_logits: expected shape \[N=2, D=8\], got \[1, 8\]"),
+        (
+            (ROWS, ROWS[:, :5]),
+            ValueError,
+            r"^draft_logits: expected shape \[N=2, D=8\], got \[2, 5\]",
+        ),
+        ((ROWS, ROWS, torch.arange(3)), ValueError, r"^draft_logits: expected shape \[N=2, D=3\]"),
         ((ROWS.double(), ROWS), TypeError, "^target_logits: expected dtype float32, .* float64"),
         ((ROWS, ROWS.long()), TypeError, "^draft_logits: expected dtype float32, .* got int64"),
         ((ROWS, ROWS, torch.arange(8).int()), TypeError, "^draft_ids: expected dtype int64, got"),
@@ -469,7 +473,7 @@ TRAINED_ROWS = torch.zeros(2, 8, requires_grad=True)
         ((ROWS, ROWS, None, -1), ValueError, "^temperature: expected a number in .*, got -1"),
         ((ROWS, ROWS, None, NAN), ValueError, "^temperature: expected a number in .*, got nan"),
         ((ROWS, ROWS, None, "1"), ValueError, "^temperature: expected a number in .*, got '1'"),
-        ((ROWS, ROWS, None, torch.ones(3)), ValueError, r"^temperature: expected shape \[2\]"),
+        ((ROWS, ROWS, None, torch.ones(3)), ValueError, r"^temperature: expected shape \[N=2\]"),
         ((TRAINED_ROWS, ROWS), ValueError, r"^target_logits: .*: pass target_logits.detach\(\)"),
         ((ROWS, ROWS, None, torch.ones(2, requires_grad=True)), ValueError, "^temperature: expec"),
     ],

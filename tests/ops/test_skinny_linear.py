@@ -113,15 +113,15 @@ def test_empty_and_without_bias():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.zeros(8), torch.zeros(5, 8)), ValueError, r"^x: expected shape \[\*, \*\]"),
-        ((torch.zeros(1, 8), torch.zeros(5, 9)), ValueError, r"^weight: expected shape \[\*, 8\]"),
+        ((torch.zeros(8), torch.zeros(5, 8)), ValueError, r"^x: expected shape \[M, K\]"),
+        ((torch.zeros(1, 8), torch.zeros(5, 9)), ValueError, r"^weight: expected shape \[N, K=8\]"),
         ((torch.zeros(1, 8).double(), torch.zeros(5, 8)), TypeError, "^x: expected dtype float32"),
         ((torch.zeros(1, 8), torch.zeros(5, 8).half()), TypeError, "^weight: expected dtype float"),
         ((torch.zeros(1, 8), torch.zeros(5, 8), torch.zeros(4)), ValueError, "^bias: expected sh"),
         (
             (torch.zeros(1, 8), PackedWeight(torch.zeros(1, 8, 16), 17)),
             ValueError,
-            r"^weight.packs: expected shape \[2, 8, 16\]",
+            r"^weight.packs: expected shape \[packs=2, K=8, 16\]",
         ),
     ],
 )
@@ -133,7 +133,7 @@ def test_bad_arguments_are_named(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.zeros(8),), ValueError, r"^weight: expected shape \[\*, \*\]"),
+        ((torch.zeros(8),), ValueError, r"^weight: expected shape \[N, K\]"),
         ((torch.zeros(5, 8).double(),), TypeError, "^weight: expected dtype float32, bfloat16"),
         ((torch.zeros(5, 8), torch.half), TypeError, "^dtype: expected torch.float32 or torch.bf"),
     ],
@@ -163,5 +163,5 @@ def test_a_bad_out_is_named():
     x, weight, _ = inputs(3, 8, 8)
     with pytest.raises(ValueError, match="out: expected memory of its own, got some of x's"):
         skinny_linear(x, weight, out=x)
-    with pytest.raises(ValueError, match=r"^out: expected shape \[3, 8\], got \[3, 9\]"):
+    with pytest.raises(ValueError, match=r"^out: expected shape \[M=3, N=8\], got \[3, 9\]"):
         skinny_linear(x, weight, out=torch.zeros(3, 9))

@@ -34,9 +34,11 @@ SPECDIFF_HD Outcome outcome(const CommitParams& p, int64_t b) {
 // The outputs may be the inputs' memory.
 SPECDIFF_HD void advance(const CommitParams& p, int64_t b) {
   const Outcome found = outcome(p, b);
+  const int64_t last = found.kept > 0 ? p.emitted[b * p.columns + found.kept - 1] : -1;
   p.new_lengths[b] = p.lengths[b] + found.kept;
   p.kept[b] = found.kept;
   p.new_finished[b] = found.finished;
+  p.last[b] = last;
 }
 
 SPECDIFF_HD int64_t blocks_of(int64_t positions, int64_t block_size) {

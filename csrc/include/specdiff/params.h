@@ -221,6 +221,7 @@ struct CommitParams {
   int64_t* new_lengths;
   int64_t* kept;
   bool* new_finished;
+  int64_t* last;
   int32_t threads;
 };
 

@@ -152,13 +152,8 @@ class Controlled(Drafter):
         right = text.gather(1, at)
         wrong = (right - 1).abs()  # in any vocabulary of at least two tokens
         wanted = torch.full_like(left, K) if draft.lengths is None else draft.lengths
-        return Draft(
-            tokens=right.where(coins.gather(1, at) < self._chances(K), wrong),
-            tau=torch.zeros_like(at, dtype=torch.int32),
-            rows=torch.full_like(at, -1),
-            lengths=torch.minimum(wanted, left),
-            entropy=draft.entropy,
-        )
+        tokens = right.where(coins.gather(1, at) < self._chances(K), wrong)
+        return Draft.guesses(tokens, torch.minimum(wanted, left))._replace(entropy=draft.entropy)
 
     def _chances(self, K: int) -> Tensor:
         """Acceptance of the K positions of a draft, f32 [K], or [] if it is constant."""

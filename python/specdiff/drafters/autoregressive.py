@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdiff_kernels import Draft, Purpose, RowDistribution, row_distribution, sample
+from specdiff_kernels import Draft, Purpose, row_distribution, sample
 
 from ..loop.drafter import Drafter, Draws, News
 from ..loop.sampling import RowSampling
@@ -79,7 +79,7 @@ class Autoregressive(Drafter):
                 distribution,
                 seed=draws.seed,
                 round=draws.round,
-                slot=torch.full_like(draws.seed, i),
+                slot=i,
                 purpose=Purpose.DRAFT,
                 position=None if draws.position is None else draws.position + i,
                 backend=self.backend,
@@ -90,17 +90,8 @@ class Autoregressive(Drafter):
                 logits = self.model.forward(next_token, self.cache)[0][:, 0]
                 self.cache.set_lengths(committed + i + 1, longest + i + 1, exact=exact)
         self.cache.set_lengths(committed, longest, exact=exact)
-        distribution = RowDistribution(
-            *(torch.stack(field, 1) for field in zip(*distributions, strict=True))
-        )  # [B, k]
-        return Draft(
-            tokens=tokens,
-            tau=torch.arange(k, dtype=torch.int32, device=lengths.device).expand(B, k),
-            rows=torch.arange(B * k, device=lengths.device).view(B, k),
-            logits=pool.view(B * k, -1),
-            distribution=RowDistribution(*(field.flatten() for field in distribution)),
-            lengths=lengths,
-            coupled=draws.position is not None,
+        return Draft.sequential(
+            tokens, pool, distributions, lengths=lengths, coupled=draws.position is not None
         )
 
     def _read(self, news: News) -> Tensor:

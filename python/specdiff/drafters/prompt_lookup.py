@@ -67,7 +67,6 @@ class PromptLookup(Drafter):
             self.rows[b] = History(self.max_ngram)
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        B = len(self.rows)
         proposals = []
         wanted = lengths.tolist()
         committed = zip(news.tokens.tolist(), news.counts.tolist(), strict=True)
@@ -77,9 +76,7 @@ class PromptLookup(Drafter):
             proposals.append(self.rows[b].propose(wanted[b]))
         padded = [p + [0] * (k - len(p)) for p in proposals]
         device = lengths.device
-        return Draft(
-            tokens=torch.tensor(padded, device=device),
-            tau=torch.zeros(B, k, dtype=torch.int32, device=device),
-            rows=torch.full((B, k), -1, device=device),
-            lengths=torch.tensor([len(p) for p in proposals], device=device),
+        return Draft.guesses(
+            torch.tensor(padded, device=device),
+            torch.tensor([len(p) for p in proposals], device=device),
         )

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from specdiff_kernels import Lenience, check_lenience, check_names
+from specdiff_kernels import Lenience, check_lenience, check_names, row_seeds
 
 from .arguments import Prompts, answered, as_rows, check_prompts, strings, whole_number
 from .capture import Captured
 from .chooser import Chooser
 from .drafter import Drafter, check_length
-from .sampling import Sampling, row_seeds
+from .sampling import Sampling
 from .session import Ends, Process, Session
 from .settings import Settings
 from .stats import Stats, Step

@@ -83,8 +83,7 @@ class Drafter(ABC):
         ...     vocab_size, block = None, 4
         ...
         ...     def draft(self, news, k, lengths, draws):
-        ...         tokens = lengths.new_zeros(len(lengths), k)
-        ...         return Draft(tokens, tokens.int(), tokens - 1, lengths=lengths)
+        ...         return Draft.guesses(lengths.new_zeros(len(lengths), k), lengths)
     """
 
     vocab_size: int | None = None

@@ -98,7 +98,7 @@ class Drafting:
         if self.drafter is None or not self.called:
             self._miss()
             none, lengths = room.new_empty(len(room), 0), torch.zeros_like(room)
-            return Draft(none, none.int(), none, lengths=lengths), lengths
+            return Draft.guesses(none, lengths), lengths
         news = self.news if self.looks else self.news._replace(longest=longest)
         if self.missed:
             news, self.missed = joined([*self.missed, news]), []

@@ -83,10 +83,10 @@ class DeviceRows:
         self.finished[rows] = False
         self.last[rows] = tokens.gather(1, counts[:, None] - 1)
 
-    def advance(self, emitted: Tensor, kept: Tensor) -> None:
-        """Note the last kept token of emitted ones [B, K + 1]. `commit` advances the lengths."""
-        end = emitted.gather(1, (kept[:, None] - 1).clamp(min=0))
-        self.last.copy_(torch.where(kept[:, None] > 0, end, self.last))
+    def advance(self, last: Tensor) -> None:
+        """Note the last tokens [B] that stand; -1: none does. `commit` advances the lengths."""
+        last = last[:, None]
+        self.last.copy_(torch.where(last < 0, self.last, last))
         self.round += 1
 
 

@@ -1,20 +1,14 @@
-"""Sampling: temperature, top-k, top-p and min-p of a sequence or of each row, and row seeds.
-
-Seeds are per sequence, so that a text never depends on batch mates.
-"""
+"""Sampling: temperature, top-k, top-p and min-p of a sequence or of each row."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
-
-SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so all rows of a batch get different keys
-WORD = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -44,15 +38,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         t = self.temperature
-        if not (t == 0 or (math.isfinite(t) and 2.0**-95 <= t <= 2.0**95)):
-            raise ValueError(f"temperature must be 0 (greedy) or in [2^-95, 2^95], got {t}")
+        if not (within(t, 0, 0) or within(t, 2.0**-95, 2.0**95)):
+            raise ValueError(f"temperature must be 0 (greedy) or in [2^-95, 2^95], got {t!r}")
         k = self.top_k
-        if k is not None and not (isinstance(k, Integral) and 1 <= k < WORD // 2):
-            raise ValueError(f"top_k must be an integer of at least 1, got {k}; None: all tokens")
-        if self.top_p is not None and not 2.0**-149 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; None keeps all tokens")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}; None drops no token")
+        if k is not None and not (isinstance(k, Integral) and within(k, 1, 2**63 - 1)):
+            raise ValueError(f"top_k must be an integer of at least 1, got {k!r}; None: all tokens")
+        if self.top_p is not None and not within(self.top_p, 2.0**-149, 1):
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}; None keeps all tokens")
+        if self.min_p is not None and not within(self.min_p, 0, 1):
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p!r}; None drops no token")
 
     @property
     def greedy(self) -> bool:
@@ -68,6 +62,12 @@ class Sampling:
         """The exact rule of `specdiff_kernels.verify` that accepts most: block verification
         (2403.10444), which reads every row of a draft; token by token where that is as good."""
         return "token" if self.greedy else "block"
+
+
+def within(value: Any, low: float, high: float) -> bool:
+    """Whether it is a number in [low, high]; a bool is none."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and low <= value <= high
 
 
 class RowSampling:
@@ -133,27 +133,3 @@ ROW_PARAMETERS: dict[str, tuple[torch.dtype, float]] = {
     "top_p": (torch.float32, 1.0),
     "min_p": (torch.float32, 0.0),
 }
-
-
-def row_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
-    """One 64-bit seed per sequence, as the int64 with the same bits.
-
-    An int gives row b the seed `seed + b * SEED_STRIDE` modulo 2^64: row 0 keeps the seed itself,
-    and no two rows share one. A sequence of ints is used as it is.
-
-    Raises:
-        ValueError: as many seeds as rows are needed.
-
-    Example:
-        >>> row_seeds(7, 2)
-        [7, -7046029254386353124]
-    """
-    if isinstance(seed, (int, Integral)):
-        seeds = [int(seed) + b * SEED_STRIDE for b in range(batch)]
-    elif len(seed) == batch:
-        seeds = [int(s) for s in seed]
-    else:
-        raise ValueError(
-            f"seed must be one int or one per sequence, got {len(seed)} seeds for {batch} sequences"
-        )
-    return [(s + WORD // 2) % WORD - WORD // 2 for s in seeds]

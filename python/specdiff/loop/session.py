@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Committed, check_status, commit, row_distribution, verify
+from specdiff_kernels import (
+    Committed,
+    check_status,
+    commit,
+    row_distribution,
+    row_seeds,
+    verify,
+)
 
 from .arguments import Prompts, as_rows, check_prompts, per_prompt, token_ids, whole_number
 from .cache import PagedRowCache
@@ -22,7 +29,7 @@ from .capture import Captured
 from .drafter import Draws
 from .drafting import Drafting
 from .rows import DeviceRows, HostRows, Log
-from .sampling import RowSampling, Sampling, row_seeds
+from .sampling import RowSampling, Sampling
 from .settings import Settings
 from .stats import Stats, Step
 
@@ -277,16 +284,16 @@ class Session:
             status = verified.status.masked_fill(rows.finished, 0)
         with self._time("commit"):
             limit = rows.limit if self.ends is None else self._cut(verified.emitted)
-            committed = commit(
+            kept, last = torch.empty_like(rows.lengths), torch.empty_like(rows.lengths)
+            commit(
                 rows.lengths, verified.emitted,
                 stop_tokens=rows.stops, limit=limit, finished=rows.finished,
                 pages=cache.pages, release=cache.pages is not None, backend=settings.backend,
-                out=Committed(rows.lengths, torch.empty_like(rows.lengths), rows.finished),
+                out=Committed(rows.lengths, kept, rows.finished, last),
             )  # fmt: skip
 
-        kept = committed.kept
         emitted = verified.emitted.clamp(min=0)  # [B, K + 1]
-        rows.advance(emitted, kept)
+        rows.advance(last)
         self.drafting.tell(emitted, kept, hidden)
         chances = None
         if self.logprobs:

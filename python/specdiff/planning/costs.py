@@ -178,8 +178,7 @@ class Guesses(Drafter):
     block = 1
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        tokens = lengths.new_zeros(len(lengths), k)
-        return Draft(tokens, tokens.int(), tokens - 1, lengths=lengths)
+        return Draft.guesses(lengths.new_zeros(len(lengths), k), lengths)
 
 
 def measure(

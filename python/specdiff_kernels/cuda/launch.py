@@ -28,7 +28,7 @@ def fault() -> str | None:
 
 
 def launch(
-    op: Callable[..., None],
+    op: Callable[[list[int], tuple[int, int, int]], None],
     arguments: list[int],
     logits: Tensor,
     rows: int,

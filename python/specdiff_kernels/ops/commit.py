@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_tensor, concrete, device_of, kind_of, readable
 from ..fields import Sizes
 from ..inputs import CommitInputs
 from ..pages import Pages
 from ..types import Committed
-from .checks import check_tensor, concrete, device_of, readable
 from .registry import Op
 
 MAX_GEOMETRIES = 4
@@ -69,18 +69,19 @@ def commit(
         backend, out: as in `row_distribution`; `out` may alias the inputs.
 
     Returns:
-        Committed(lengths i64 [B], kept i64 [B], finished bool [B]).
+        Committed(lengths i64 [B], kept i64 [B], finished bool [B], last i64 [B]): last is the last
+        token that stands, which the next forward begins with; -1 where a row keeps nothing.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or memory; a path that does not
-            increase.
+            increase, or lengths below 0, where they can be looked at.
 
     Example:
         >>> result = commit(
         ...     torch.tensor([5]), torch.tensor([[7, 2, 9, -1]]), stop_tokens=torch.tensor([2])
         ... )
         >>> [field.item() for field in result]
-        [7, 2, True]
+        [7, 2, True, 2]
         >>> pages = Pages.empty(batch=1, columns=4, blocks=4, block_size=2)
         >>> _ = pages.reserve(torch.tensor([8]))
         >>> result = commit(torch.tensor([3]), torch.tensor([[7, -1, -1, -1, -1]]), pages=pages)
@@ -89,11 +90,13 @@ def commit(
         >>> pages.free[: int(pages.available)].tolist()
         [2, 3]
     """
-    device, caches = device_of("emitted", emitted), list(caches)
+    device, caches = device_of("emitted", emitted), cache_list(caches)
     sizes: Sizes = {}
     inputs = OP.check(
         sizes, device, emitted, lengths, stop_tokens, limit, finished, pages, release, path, caches
     )
+    check_lengths(lengths)
+    pages = inputs.pages
     if pages is not None:
         check_pages(pages)
     elif release:
@@ -105,6 +108,20 @@ def commit(
         raise ValueError("path: expected a tensor with caches, got None; without a tree nothing "
                          "moves")  # fmt: skip
     return OP(inputs._replace(caches=each_once(caches)), sizes, device, backend, out)
+
+
+def cache_list(caches: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(caches, Tensor) or not isinstance(caches, Iterable):
+        raise TypeError(f"caches: expected a list of tensors, got {kind_of(caches)}")
+    caches = list(caches)
+    for i, cache in enumerate(caches):
+        device_of(f"caches[{i}]", cache)
+    return caches
+
+
+def check_lengths(lengths: Tensor) -> None:
+    if readable(lengths) and lengths.numel() and (least := int(lengths.min())) < 0:
+        raise ValueError(f"lengths: expected numbers of cached positions, at least 0, got {least}")
 
 
 def check_pages(pages: Pages) -> None:
@@ -130,15 +147,17 @@ def check_path(path: Tensor, emitted: Tensor) -> None:
 
 def check_caches(caches: list[Tensor], pages: Pages | None, B: int, device: torch.device) -> None:
     shape: tuple[int | None, ...] = (B, None, None, None)
+    words = ("B", "H", "S", "D")
     if pages is not None:
         shape = (len(pages.references), pages.block_size, None, None)
+        words = ("blocks", "block_size", "H", "D")
     kinds: list[Any] = []  # sizes may be symbols, which have no hash
     for i, cache in enumerate(caches):
         kind = (cache.shape, cache.stride(), cache.dtype, cache.device)
         if kind in kinds:
             continue
         kinds.append(kind)
-        check_tensor(f"caches[{i}]", cache, shape, (cache.dtype,), device)
+        check_tensor(f"caches[{i}]", cache, shape, words, (cache.dtype,), device)
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             raise ValueError(
                 f"caches[{i}]: expected a contiguous last dimension, got strides "

@@ -7,14 +7,24 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from ..checks import (
+    check_increasing,
+    columns,
+    described,
+    kind_of,
+    overlap,
+    random_key,
+    readable,
+    scalar,
+)
 from ..fields import Sizes
 from ..inputs import DenoiseStepInputs
 from ..reveal import Order, Reveal
 from ..types import Draft, Pending
-from .checks import check_increasing, check_random, columns, device_of, overlap, readable
 from .registry import Op
 from .verify import check_draft
 
+DRAWN = (Order.MDLM, Order.SEDD, Order.FIRST_HITTING)  # at random, whatever the temperature
 OP = Op("denoise_step", DenoiseStepInputs, Pending, workspace=True)
 
 
@@ -29,9 +39,9 @@ def denoise_step(
     *,
     pool_rows: Tensor | None = None,
     entropies: bool = False,
-    seed: Tensor | None = None,
-    round: Tensor | None = None,
-    position: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    round: int | Tensor | None = None,
+    position: int | Tensor | None = None,
     words: Tensor | None = None,
     backend: str | None = None,
     out: Draft | None = None,
@@ -62,9 +72,11 @@ def denoise_step(
         entropies: also measure the entropy of the model's distribution at each row read, into
             `draft.entropy`, which keeps what it holds otherwise. Asked of the first step alone it
             is taken before any sampling, and may decide how much is drafted.
-        seed, round: i64 [B], as in `verify`; position i draws with slot i.
-        position: i64 [B], absolute position of the draft's first token, for coupled draws; see
-            `verify` and `sample`. Reveal decisions still take `round`.
+        seed, round: i64 [B] or an integer, as in `verify`; position i draws with slot i. If the
+            temperature is the number 0, the orders that draw no positions (all but mdlm, sedd and
+            first_hitting) need neither.
+        position: i64 [B] or an integer, absolute position of the draft's first token, for coupled
+            draws; see `verify` and `sample`. Reveal decisions still take `round`.
         words: i64 [B, K, 2], the words of each reveal decision and each token, in place of seed and
             round; first-hitting takes [:, 0, 0]. Coupled: [B, K, 1 + V].
         backend, out, workspace: as in `row_distribution`; `out` may be `draft` itself if it has a
@@ -80,16 +92,13 @@ def denoise_step(
 
     Example:
         >>> draft = Draft.masked(1, 2, torch.tensor([[0.0, 9.0], [9.0, 0.0]]))
-        >>> zero = torch.zeros(1, dtype=torch.int64)
-        >>> half = denoise_step(draft, Reveal.chunk(0, 1), 0, 0.0, seed=zero, round=zero)
-        >>> whole = denoise_step(half, Reveal.all(), 1, 0.0, seed=zero, round=zero)
+        >>> half = denoise_step(draft, Reveal.chunk(0, 1), 0, 0.0)
+        >>> whole = denoise_step(half, Reveal.all(), 1, 0.0)
         >>> whole.tokens.tolist(), whole.tau.tolist()
         ([[1, 0]], [[0, 1]])
     """
     check_draft(draft)
-    device = device_of("draft.tokens", draft.tokens)
-    if draft.tokens.ndim != 2:
-        raise ValueError(f"draft.tokens: expected [B, K], got {list(draft.tokens.shape)}")
+    device = draft.tokens.device
     if draft.logits is None:
         raise ValueError("draft.logits: expected the pool of the model's logits, got None")
     order = check_reveal(reveal, step)
@@ -97,6 +106,9 @@ def denoise_step(
     rows = torch.arange(B * K, device=device).view(B, K) if pool_rows is None else pool_rows
     V = columns("draft.draft_ids", draft.draft_ids, draft.logits.shape[-1], device)
     sizes: Sizes = {"B": B, "K": K, "Vd": V, "words": (B, K, 2 if position is None else 1 + V)}
+    if words is None:
+        greedy = None if order in DRAWN else temperature
+        seed, round = random_key(B, greedy, seed=seed, round=round)
     inputs = OP.check(
         sizes,
         device,
@@ -104,7 +116,7 @@ def denoise_step(
         rows,
         reveal,
         step,
-        entropies or order is Order.ENTROPY,
+        order is Order.ENTROPY or entropies,
         (temperature, top_k, top_p, min_p),
         (words, seed, round, position),
     )
@@ -112,10 +124,10 @@ def denoise_step(
     if draft.draft_ids is not None:
         check_increasing("draft.draft_ids", draft.draft_ids, 2**31)
     check_pool_rows(pool_rows, sizes)
-    if words is None:
-        check_random(B, seed=seed, round=round)
     results = None
     if out is not None:
+        if not isinstance(out, Draft):
+            raise TypeError(f"out: expected a Draft, got {kind_of(out)}")
         if out.distribution is None or out.entropy is None:
             raise ValueError("out: expected a Draft with distribution and entropy, got None")
         entropy = out.entropy
@@ -137,10 +149,10 @@ def denoise_step(
 def check_reveal(reveal: Reveal, step: int) -> Order:
     """The order of a reveal."""
     if not isinstance(reveal, Reveal):
-        raise TypeError(f"reveal: expected a Reveal such as Reveal.all(), got {reveal!r}")
+        raise TypeError(f"reveal: expected a Reveal such as Reveal.all(), got {described(reveal)}")
     if not isinstance(step, Integral) or not 0 <= step < 2**31:
-        raise ValueError(f"step: expected an integer in [0, 2^31), got {step!r}")
-    return Order(reveal.order)
+        raise ValueError(f"step: expected an integer in [0, 2^31), got {described(step)}")
+    return scalar("order", Order, reveal.order)
 
 
 def check_step(step: int, tau: Tensor) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..backends import implementation
+from ..backends import check_name, implementation
+from ..checks import PLAIN, check_workspace, checker, expect_record
 from ..fields import (
     Record,
     Sizes,
@@ -20,7 +21,6 @@ from ..fields import (
     sizes_of,
     unflatten,
 )
-from .checks import PLAIN, check_workspace, checker
 
 LIBRARY = torch.library.Library("specdiff", "DEF")
 NO_TENSORS = (type(None), int, bool, str)
@@ -58,6 +58,12 @@ def watched(args: Sequence[Any]) -> bool:
 def numbers(args: Sequence[Any]) -> list[Any]:
     """As PyTorch's dispatcher takes them, which does not know enums."""
     return [int(x) if isinstance(x, IntEnum) else x for x in args]
+
+
+def check_backend(name: str | None) -> None:
+    """Raise unless PyTorch's dispatcher can be given the name."""
+    if name is not None:
+        check_name(name, "backend")
 
 
 class Op(Generic[Inputs, Record]):
@@ -147,15 +153,19 @@ class Op(Generic[Inputs, Record]):
             check_workspace(workspace, out, device)
         flat = self.inputs.flatten(inputs)
         if out is not None:
+            if type(out) is not self.outputs.kind:
+                expect_record("out", self.outputs.kind, out)
             given = self.check_out(sizes, device, *out)
             results = self.outputs.flatten(given)
             if watched((*flat, *results, workspace)):
+                check_backend(backend)
                 scratch = [workspace] if self.takes_workspace else []
                 self.packet.out(*numbers(flat), backend, *scratch, *results)
             else:
                 self.run(inputs, device, backend, given, workspace)
             return out
         if watched(flat):
+            check_backend(backend)
             result = self.packet.default(*numbers(flat), backend)
             return unflatten(self.outputs, iter([result] if self.single else result))
         given = self.outputs.empty(sizes, device, inputs)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import device_of
 from ..fields import Sizes
 from ..inputs import RowDistributionInputs
 from ..types import RowDistribution
-from .checks import device_of
 from .registry import Op
 
 OP = Op("row_distribution", RowDistributionInputs, RowDistribution, workspace=True)

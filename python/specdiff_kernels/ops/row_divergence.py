@@ -7,10 +7,10 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_constant, check_increasing, columns, device_of, expect_record
 from ..fields import FLOATS, Sizes
 from ..inputs import RowDivergenceBackwardInputs, RowDivergenceInputs
 from ..types import Divergences, RowDivergence
-from .checks import check_constant, check_increasing, columns, device_of
 from .registry import LIBRARY, Op
 
 
@@ -98,6 +98,7 @@ def row_divergence(
         check_increasing("draft_ids", draft_ids, V)
     if out is None:
         return OP(inputs, sizes, device, backend).rows
+    expect_record("out", RowDivergence, out)
     if torch.is_grad_enabled() and draft_logits.requires_grad:
         raise ValueError("out: expected None where draft_logits requires a gradient, got tensors")
     statistics = target_logits.new_empty(sizes["N"], 8, dtype=torch.float64)

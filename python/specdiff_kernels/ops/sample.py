@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Annotated, NamedTuple
 
-import torch
 from torch import Tensor
 
+from ..checks import described, device_of, random_key, readable
 from ..fields import I64, Sizes
 from ..inputs import SampleInputs
 from ..types import Purpose, RowDistribution
-from .checks import check_purpose, check_random, device_of
 from .registry import Op
 
 
@@ -25,11 +25,11 @@ def sample(
     logits: Tensor,
     distribution: RowDistribution,
     *,
-    seed: Tensor | None = None,
-    round: Tensor | None = None,
-    slot: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    round: int | Tensor | None = None,
+    slot: int | Tensor | None = None,
     purpose: int = Purpose.DRAFT,
-    position: Tensor | None = None,
+    position: int | Tensor | None = None,
     words: Tensor | None = None,
     draft_ids: Tensor | None = None,
     backend: str | None = None,
@@ -47,10 +47,12 @@ def sample(
         logits: [N, V], the logits that `distribution` was made from.
         distribution: RowDistribution of the N rows.
         seed, round, slot: i64 [N]; with `purpose` they key Philox4x32-10, so that a draw depends
-            on its own sequence alone. slot defaults to 0.
+            on its own sequence alone. slot defaults to 0. An integer `seed` gives each row its own,
+            by `row_seeds`; an integer `round` or `slot` is that of all rows. Where the distribution
+            lies on a CPU, and all its rows are greedy, seed and round may be left out.
         purpose: a `Purpose`; two uses of randomness never share one.
-        position: i64 [N], absolute positions in their sequences, in place of round, slot and
-            purpose, for a coupled draw; see `verify`.
+        position: i64 [N] or an integer, absolute positions in their sequences, in place of round,
+            slot and purpose, for a coupled draw; see `verify`.
         words: i64 [N], the random 64-bit words themselves, in place of seed and round. With
             `position`: [N, V], one for each column.
         draft_ids: i64 [V], token ids of the columns when the rows cover a reduced vocabulary.
@@ -65,12 +67,18 @@ def sample(
     Example:
         >>> logits = torch.tensor([[0.0, 5.0]])
         >>> greedy = row_distribution(logits, 0.0)
-        >>> sample(logits, greedy, words=torch.zeros(1, dtype=torch.int64)).item()
-        1
+        >>> sample(logits, greedy).item(), sample(logits, row_distribution(logits), seed=7, round=0)
+        (1, tensor([1]))
     """
     device = device_of("logits", logits)
-    if slot is None and words is None:
-        slot = torch.zeros(logits.shape[:1], dtype=torch.int64, device=device)
+    N = logits.shape[0] if logits.ndim else 0
+    if words is None:
+        slot = 0 if slot is None else slot
+        temperature = 0 if seed is None and all_greedy(distribution) else None
+        if position is None:
+            seed, round = random_key(N, temperature, seed=seed, round=round)
+        else:
+            (seed,) = random_key(N, temperature, seed=seed)
     sizes: Sizes = {"words": logits.shape[:1] if position is None else logits.shape}
     inputs = OP.check(
         sizes,
@@ -82,7 +90,17 @@ def sample(
         check_purpose(purpose),
         draft_ids,
     )
-    if words is None:
-        key = {"seed": seed} if position is not None else {"seed": seed, "round": round}
-        check_random(sizes["N"], **key)
     return OP(inputs, sizes, device, backend, None if out is None else Sampled(out), workspace).out
+
+
+def all_greedy(distribution: RowDistribution) -> bool:
+    """Whether all rows are seen to be, where that can be looked at."""
+    scale = getattr(distribution, "scale", None)
+    return isinstance(scale, Tensor) and readable(scale) and not scale.any()
+
+
+def check_purpose(purpose: int) -> int:
+    if not isinstance(purpose, Integral) or purpose not in set(Purpose):
+        names = ", ".join(Purpose.__members__)
+        raise ValueError(f"purpose: expected one of {names}, got {described(purpose)}")
+    return int(purpose)

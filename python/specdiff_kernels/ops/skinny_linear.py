@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import implementation
+from ..checks import check_constant, check_tensor, device_of, integer, overlap
 from ..fields import F32, Sizes
 from ..inputs import SkinnyLinearInputs
 from ..types import PackedWeight
-from .checks import check_constant, check_tensor, device_of, overlap
 from .registry import Op, watched
 
 
@@ -42,7 +42,8 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
         >>> pack_weight(torch.ones(20, 3)).packs.shape
         torch.Size([2, 3, 16])
     """
-    check_tensor("weight", weight, (None, None), WEIGHTS, device_of("weight", weight))
+    device = device_of("weight", weight)
+    check_tensor("weight", weight, (None, None), ("N", "K"), WEIGHTS, device)
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in WEIGHTS:
         raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
@@ -92,13 +93,15 @@ def skinny_linear(
         [[3.0, 4.0]]
     """
     device = device_of("x", x)
-    check_tensor("x", x, (None, None), FLOAT, device)
+    check_tensor("x", x, (None, None), ("M", "K"), FLOAT, device)
     if isinstance(weight, PackedWeight):
         weight, N = weight
-        check_tensor("weight.packs", weight, (-(-N // PACK), x.shape[1], PACK), WEIGHTS, device)
+        N = N if type(N) is int else integer("weight.rows", N)
+        shape = (-(-N // PACK), x.shape[1], PACK)
+        check_tensor("weight.packs", weight, shape, ("packs", "K", f"{PACK}"), WEIGHTS, device)
         weight = weight.contiguous()
     else:
-        check_tensor("weight", weight, (None, x.shape[1]), WEIGHTS, device)
+        check_tensor("weight", weight, (None, x.shape[1]), ("N", "K"), WEIGHTS, device)
         N = weight.shape[0]
     for name, value in (("x", x), ("weight", weight), ("bias", bias)):
         check_constant(name, value, "use torch.nn.functional.linear, or torch.no_grad()")

@@ -5,12 +5,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import (
+    PLAIN,
+    check_increasing,
+    check_shape,
+    columns,
+    device_of,
+    kind_of,
+    random_key,
+)
 from ..fields import Sizes
 from ..inputs import VerifyInputs
 from ..lenience import check_lenience
 from ..records import choose_record
 from ..types import Draft, Lenience, Verified
-from .checks import check_increasing, check_random, columns, device_of
 from .registry import Op
 
 OP = Op("verify", VerifyInputs, Verified, workspace=True)
@@ -27,9 +35,9 @@ def verify(
     rule: str = "token",
     record: str | None = None,
     lenience: Lenience | None = None,
-    seed: Tensor | None = None,
-    round: Tensor | None = None,
-    position: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    round: int | Tensor | None = None,
+    position: int | Tensor | None = None,
     words: Tensor | None = None,
     backend: str | None = None,
     out: Verified | None = None,
@@ -67,9 +75,11 @@ def verify(
             docs/losslessness.md.
         lenience: Lenience(kind, amount) for rule "lenient" alone, which needs it: "lenience",
             "additive" or "ensemble", and a number or an f64 tensor [B]. Temperature 0 stays exact.
-        seed, round: i64 [B]; a sequence's own seed and its count of verification rounds.
-        position: i64 [B], absolute position of the first drafted token; in place of `round` under
-            the coupled rule.
+        seed, round: i64 [B]; a sequence's own seed and its count of verification rounds. An integer
+            `seed` gives each sequence its own, by `row_seeds`; an integer `round` is that of all.
+            Rule "greedy" and a temperature that is the number 0 need neither.
+        position: i64 [B] or an integer, absolute position of the first drafted token; in place of
+            `round` under the coupled rule.
         words: i64 [B, K + 1] random words in place of seed and round: one for each acceptance,
             the last for the token that ends the round. Coupled: [B, K + 1, V], one for each token.
         backend, out, workspace: as in `row_distribution`.
@@ -85,9 +95,8 @@ def verify(
 
     Example:
         >>> target = torch.tensor([[[0.0, 9.0], [9.0, 0.0]]])
-        >>> draft = Draft(torch.tensor([[1]]), torch.zeros(1, 1).int(), torch.tensor([[-1]]))
-        >>> zero = torch.zeros(1, dtype=torch.int64)
-        >>> verify(target, draft, 0.0, seed=zero, round=zero).emitted.tolist()
+        >>> draft = Draft.guesses(torch.tensor([[1]]))
+        >>> verify(target, draft, 0.9, seed=7, round=0).emitted.tolist()
         [[1, 0]]
     """
     check_draft(draft)
@@ -98,15 +107,28 @@ def verify(
     device = device_of("target_logits", target_logits)
     if target_logits.ndim != 3 or target_logits.shape[1] == 0:
         raise ValueError(
-            "target_logits: expected shape [*, *, *], [B, K + 1, V] with K >= 0, got "
+            "target_logits: expected shape [B, K+1, V] with K >= 0, got "
             f"{list(target_logits.shape)}" + ", no positions" * (target_logits.ndim == 3)
         )
     B, positions, V = target_logits.shape
+    if draft.tokens.shape[1] != positions - 1:
+        K = draft.tokens.shape[1]
+        raise ValueError(
+            f"target_logits: expected shape [B, K+1={K + 1}, V], got {list(target_logits.shape)}; "
+            f"it needs a row for each of the draft's K={K} tokens, and one more for the token "
+            "behind them"
+        )
     sizes: Sizes = {"B": B, "K": positions - 1, "K1": positions, "V": V}
     if draft.logits is not None:
         sizes["R"] = draft.logits.shape[0]
     sizes["Vd"] = columns("draft.draft_ids", draft.draft_ids, V, device)
     sizes["words"] = (B, positions, V) if rule == "coupled" else (B, positions)
+    if rule == "greedy":
+        temperature = 0.0
+    if words is None and rule == "coupled":
+        seed, position = random_key(B, temperature, seed=seed, position=position)
+    elif words is None:
+        seed, round = random_key(B, temperature, seed=seed, round=round)
     inputs = OP.check(
         sizes,
         device,
@@ -115,27 +137,28 @@ def verify(
         rule,
         chosen,
         lenience,
-        (0.0 if rule == "greedy" else temperature, top_k, top_p, min_p),
+        (temperature, top_k, top_p, min_p),
         (words, seed, round, position),
     )
     if draft.draft_ids is not None:
         check_increasing("draft.draft_ids", draft.draft_ids, V)
-    if words is None and rule == "coupled":
-        check_random(B, seed=seed, position=position)
-    elif words is None:
-        check_random(B, seed=seed, round=round)
     return OP(inputs, sizes, device, backend, out, workspace)
 
 
 def check_draft(draft: Draft) -> None:
-    """Raise unless it is a draft whose logits [R, Vd] come with their distribution."""
+    """Raise unless it is a draft of tokens [B, K] whose logits [R, Vd] come with their
+    distribution."""
     if not isinstance(draft, Draft):
-        raise TypeError(f"draft: expected a Draft, got {type(draft).__name__}")
-    logits = draft.logits
+        raise TypeError(
+            f"draft: expected a Draft, got {kind_of(draft)}; Draft.guesses(tokens) makes one of "
+            "tokens alone"
+        )
+    tokens, logits = draft.tokens, draft.logits
+    if type(tokens) not in PLAIN or tokens.ndim != 2:
+        check_shape("draft.tokens", tokens, (None, None), ("B", "K"))
     if (logits is None) != (draft.distribution is None):
         raise ValueError(
             "draft: expected logits and distribution together, or neither; got one of them"
         )
-    if logits is not None and (not isinstance(logits, Tensor) or logits.ndim != 2):
-        device_of("draft.logits", logits)
-        raise ValueError(f"draft.logits: expected shape [*, *], got {list(logits.shape)}")
+    if logits is not None and (type(logits) not in PLAIN or logits.ndim != 2):
+        check_shape("draft.logits", logits, (None, None), ("R", "Vd"))

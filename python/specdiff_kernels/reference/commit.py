@@ -29,6 +29,8 @@ def commit(inputs: CommitInputs, *, out: Committed) -> None:
         done = done | (first < N)
     if limit is not None:
         done = done | (lengths + kept >= limit)
+    end = torch.nn.functional.pad(emitted, (1, 0), value=-1)  # one behind: none before the first
+    last = end.gather(1, kept[:, None])[:, 0]
     if path is not None:
         move(lengths, kept, path, pages, caches)
     if pages is not None:
@@ -37,6 +39,7 @@ def commit(inputs: CommitInputs, *, out: Committed) -> None:
     out.lengths.copy_(lengths + kept)
     out.kept.copy_(kept)
     out.finished.copy_(done)
+    out.last.copy_(last)
 
 
 def give_back(held: Tensor, pages: Pages) -> None:

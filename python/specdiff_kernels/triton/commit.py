@@ -83,9 +83,11 @@ def advance(lengths, emitted, N, stop_tokens, stops, limit, finished, out, POSIT
         kept = tl.minimum(kept, first + 1)
     if limit is not None:
         done = done | (length + kept >= tl.load(limit + b))
+    last = tl.max(tl.where(i == kept - 1, token, -1))
     tl.store(out.lengths + b, length + kept)
     tl.store(out.kept + b, kept)
     tl.store(out.finished + b, done)
+    tl.store(out.last + b, last)
 
 
 class Geometry(NamedTuple):

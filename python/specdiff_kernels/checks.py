@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Callable, Collection, Iterator
-from numbers import Real
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import zip_longest
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes
-from ..types import Purpose
+from .fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes
+from .seeds import seeds_for
 
 INT64 = (torch.int64,)
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (int, float)
 
 
-def check_tensor(
+def check_shape(
     name: str,
     tensor: Tensor,
     shape: tuple[int | None, ...],
-    dtypes: Collection[torch.dtype],
-    device: torch.device,
-) -> Tensor:
-    """Raise unless `tensor` lies on `device` with one of `dtypes` and `shape` (None: any size)."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    words: Sequence[str],
+    way_out: str = "",
+) -> None:
+    """Raise unless it is a tensor of this shape.
+
+    Args:
+        shape: None: any size.
+        words: what the sizes are called.
+        way_out: what to do about a wrong shape.
+    """
+    device_of(name, tensor)
     wrong = len(tensor.shape) != len(shape)
     for want, have in zip(shape, tensor.shape, strict=False):
         wrong = wrong or (want is not None and want != have)
     if wrong:
-        expected = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape [{expected}], got {list(tensor.shape)}")
+        expected = f"{name}: expected shape {in_words(shape, words)}, got {list(tensor.shape)}"
+        raise ValueError(f"{expected}; {way_out}" if way_out else expected)
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    words: Sequence[str],
+    dtypes: Collection[torch.dtype],
+    device: torch.device,
+    way_out: str = "",
+) -> Tensor:
+    """`check_shape`, and raise unless `tensor` lies on `device` with one of `dtypes`."""
+    check_shape(name, tensor, shape, words, way_out)
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(
@@ -49,15 +69,65 @@ def bound(
     name: str,
     tensor: Tensor,
     shape: tuple[int | None, ...],
-    words: tuple[str, ...],
-    dtypes: Collection[torch.dtype],
+    spec: Array,
     device: torch.device,
     sizes: Sizes,
 ) -> torch.Size:
     """The shape of a tensor, after `check_tensor`; noted in `sizes` as what words stand for."""
-    check_tensor(name, tensor, shape, dtypes, device)
+    words = () if spec.is_whole else spec.shape
+    check_tensor(name, tensor, shape, words, spec.dtypes, device, spec.way_out)
     sizes.update(zip(words, tensor.shape, strict=False))
     return tensor.shape
+
+
+def in_words(shape: Sequence[int | None], words: Sequence[str]) -> str:
+    """A shape as messages have it, such as [B=2, K+1=5, V]."""
+    sizes = []
+    for size, word in zip_longest(shape, words):
+        word = "K+1" if word == "K1" else word
+        if size is None:
+            sizes.append(f"{word}")
+        else:
+            sizes.append(f"{size}" if word is None or word.isdigit() else f"{word}={size}")
+    return f"[{', '.join(sizes)}]"
+
+
+def described(value: Any) -> str:
+    """A wrong value in a message; one that takes long by its kind."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def kind_of(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def integer(name: str, value: Any, low: int = 0, high: int = 2**63 - 1) -> int:
+    """Raise ValueError unless it is an integer in [low, high]; NumPy's and the like become int."""
+    try:
+        number = value if type(value) is int else operator.index(value)
+    except TypeError:
+        number = low - 1
+    if not low <= number <= high:
+        limits = f"in [{low}, {high}]" if high < 2**63 - 1 else f">= {low}"
+        raise ValueError(f"{name}: expected an integer {limits}, got {described(value)}")
+    return number
+
+
+def scalar(name: str, kind: type, value: Any) -> Any:
+    """The value of a `Scalar`; None stands for 0."""
+    try:
+        if value is None or kind is bool:
+            return kind(value or 0)
+        # `torch.compile` has no operator.index
+        return kind(value if isinstance(value, Integral) else operator.index(value))
+    except (TypeError, ValueError, RuntimeError):
+        members = getattr(kind, "__members__", None)
+        number = "a bool, the same for all rows" if kind is bool else "an integer"
+        expected = number if members is None else f"one of {', '.join(members)}"
+        raise ValueError(f"{name}: expected {expected}, got {described(value)}") from None
 
 
 def refuse(name: str, expected: str, got: Any) -> None:
@@ -66,7 +136,7 @@ def refuse(name: str, expected: str, got: Any) -> None:
 
 def expect_record(name: str, kind: type, value: Any) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != len(kind._fields):  # type: ignore[attr-defined]
-        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {kind_of(value)}")
 
 
 def checker(layout: Layout[Record], prefix: str = "", into: bool = False) -> Callable[..., Record]:
@@ -86,7 +156,7 @@ def checker(layout: Layout[Record], prefix: str = "", into: bool = False) -> Cal
     """
     scope: dict[str, Any] = dict(
         PLAIN=PLAIN, Tensor=Tensor, new=tuple.__new__, bound=bound,
-        refuse=refuse, expect_record=expect_record, number_for_all=number_for_all,
+        refuse=refuse, expect_record=expect_record, number_for_all=number_for_all, scalar=scalar,
     )  # fmt: skip
     words = {word for _, _, spec in layout.leaves for word in getattr(spec, "shape", ())}
     names = [name for name, *_ in layout.fields]
@@ -125,7 +195,8 @@ def check_lines(
         elif isinstance(spec, Scalar):
             if not spec.choices:
                 kind = constant(spec.kind)
-                yield f"if type({variable}) is not {kind}: {variable} = {kind}({variable} or 0)"
+                value = f"scalar({shown}, {kind}, {variable})"
+                yield f"if type({variable}) is not {kind}: {variable} = {value}"
             if spec.size:
                 yield f"_{spec.size} = sizes[{spec.size!r}] = {variable}"
         elif spec is not None and not spec.many:
@@ -139,7 +210,7 @@ def array_lines(
     x: str, shown: str, spec: Array, written: bool, constant: Callable[[Any], str]
 ) -> Iterator[str]:
     """Lines that check a tensor, held by the variable `x`."""
-    dtypes, whole = constant(spec.dtypes), spec.shape[0].islower()
+    dtypes, whole = constant(spec.dtypes), spec.is_whole
     words = [f"_{word}" if word.isidentifier() else word for word in spec.shape]
     shape = words[0] if whole else f"({', '.join(words)},)"
     found = "_" if whole else ", ".join(w if w.isidentifier() else "_" for w in words) + ","
@@ -156,7 +227,7 @@ def array_lines(
         f"{indent}if type({x}) not in PLAIN or {x}.shape != {shape} or {x}.dtype not in {dtypes} "
         f"or {x}.device != device:"
     )
-    expected = f"{shape}, {constant(() if whole else spec.shape)}, {dtypes}, device, sizes"
+    expected = f"{shape}, {constant(spec)}, device, sizes"
     yield f"{indent}    {found} = bound({shown}, {x}, {expected})"
     if written:
         refusal = f"refuse({shown}, 'contiguous memory', 'a strided view')"
@@ -175,7 +246,7 @@ def columns(name: str, ids: Tensor | None, V: int, device: torch.device) -> int:
     """How many columns a draft's logits have: one for each id, or the target's V."""
     if ids is None:
         return V
-    return check_tensor(name, ids, (None,), INT64, device).shape[0]
+    return check_tensor(name, ids, (None,), ("Vd",), INT64, device).shape[0]
 
 
 def number_for_all(
@@ -185,6 +256,7 @@ def number_for_all(
     low: float,
     high: float,
     zero: bool,
+    spread: bool,
     dtype: torch.dtype,
     shape: tuple[int, ...],
     device: torch.device,
@@ -193,16 +265,32 @@ def number_for_all(
     kind: type = int if dtype == torch.int64 else float
     plain = type(value) in NUMBERS  # NumPy's and the like become so; a compiler's are symbols
     inside = (plain or isinstance(value, Real)) and (low <= value <= high or (zero and value == 0))
-    if not inside or (kind is int and value != int(value)):
-        raise ValueError(f"{name}: expected {allowed}, got {value!r}")
+    if inside and kind is int:
+        inside = type(value) is int or isinstance(value, Integral)
+    if not inside:
+        tensor = f"a tensor {list(shape)} {str(dtype).removeprefix('torch.')}"
+        raise ValueError(f"{name}: expected {allowed}, or {tensor}, got {described(value)}")
+    if spread:
+        return seeds_for(value if plain else kind(value), shape[0], device)
     return torch.full(shape, value if plain else kind(value), dtype=dtype, device=device)
 
 
 def device_of(name: str, tensor: Tensor) -> torch.device:
-    """Where the op runs: all its tensors must lie there."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    return tensor.device
+    """Where a tensor lies. All tensors of an op must lie where it runs."""
+    if isinstance(tensor, Tensor):
+        return tensor.device
+    message = f"{name}: expected a tensor, got {kind_of(tensor)}"
+    listed = isinstance(tensor, (list, tuple)) and not hasattr(tensor, "_fields")
+    if listed or hasattr(tensor, "__array__"):
+        message += f"; convert with torch.as_tensor({name})"
+    raise TypeError(message)
+
+
+def as_device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected 'cpu', 'cuda' or the like, got {device!r}") from None
 
 
 def concrete(tensor: Tensor) -> bool:
@@ -254,14 +342,18 @@ def check_increasing(name: str, ids: Tensor, V: int) -> None:
         )
 
 
-def check_random(N: int, **key: Tensor | None) -> None:
-    """Raise unless draws without words have all tensors [N] of their key."""
-    for name, tensor in key.items():
-        if tensor is None:
-            raise ValueError(
-                f"{name}: expected a tensor [{N}] int64, got None; pass {' and '.join(key)}, or "
-                "words"
-            )
+def random_key(N: int, temperature: Any, **key: Tensor | int | None) -> list[Any]:
+    """The parts of a key, for draws without words. Raise if one is missing, unless the temperature
+    is the number 0: what is missing is 0 then, since nothing is drawn."""
+    for name, value in key.items():
+        if value is None:
+            if not (isinstance(temperature, Real) and temperature == 0):
+                raise ValueError(
+                    f"{name}: expected an integer, or a tensor [{N}] int64, got None; pass "
+                    f"{' and '.join(key)}, or words"
+                )
+            key[name] = 0
+    return list(key.values())
 
 
 def check_constant(name: str, value: float | Tensor | None, way_out: str) -> None:
@@ -272,15 +364,9 @@ def check_constant(name: str, value: float | Tensor | None, way_out: str) -> Non
         )
 
 
-def check_purpose(purpose: int) -> int:
-    if purpose not in set(Purpose):
-        raise ValueError(f"purpose: expected one of {[p.name for p in Purpose]}, got {purpose!r}")
-    return int(purpose)
-
-
 def check_workspace(workspace: Tensor, out: Any, device: torch.device) -> None:
     """Raise unless a workspace is int64 [n] and comes with outputs; its size is the backend's."""
-    check_tensor("workspace", workspace, (None,), INT64, device)
+    check_tensor("workspace", workspace, (None,), ("words",), INT64, device)
     if out is None:
         raise ValueError("workspace: expected `out` with it, got None; allocate the outputs too")
     if not workspace.is_contiguous():
