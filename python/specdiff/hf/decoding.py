@@ -1,9 +1,4 @@
-"""Use from Hugging Face: `model.generate(..., custom_generate=specdiff.hf.generate, drafter=...)`.
-
-Every option that shapes the text is applied or refused with a reason. Verification applies
-temperature, top_k, top_p and min_p. Other logits processors run on the rows that verification
-reads; those that look at the history run row by row. Stopping criteria run token by token.
-"""
+"""`generate`: what transformers hands to a `custom_generate` function, decoded with drafts."""
 
 from __future__ import annotations
 
@@ -23,51 +18,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 from transformers.utils import ModelOutput
 
 from specdiff_kernels import Lenience
 
-from .drafters import load_drafter
-from .files import stamped
-from .loop.arguments import as_rows, check_prompts
-from .loop.chooser import Chooser
-from .loop.decoder import Decoder
-from .loop.drafter import Drafter
-from .loop.fast_layers import is_accelerated
-from .loop.sampling import Sampling
-from .loop.session import Session
-from .loop.stats import Stats
-from .loop.target import Target
+from ..drafters import load_drafter
+from ..files import stamped
+from ..loop.arguments import as_rows, check_prompts
+from ..loop.chooser import Chooser
+from ..loop.decoder import Decoder
+from ..loop.drafter import Drafter
+from ..loop.fast_layers import is_accelerated
+from ..loop.session import Session
+from ..loop.stats import Stats
+from ..loop.target import Target
+from .processors import REFUSED, Processing, name_of, split
 
-# these depend on the row of scores only, so they run on all rows of a round at once
-ROW_ALONE = (
-    processors.EpsilonLogitsWarper,
-    processors.EtaLogitsWarper,
-    processors.InfNanRemoveLogitsProcessor,
-    processors.LogitNormalization,
-    processors.MinPLogitsWarper,
-    processors.SuppressTokensLogitsProcessor,
-    processors.TemperatureLogitsWarper,
-    processors.TopKLogitsWarper,
-    processors.TopPLogitsWarper,
-    processors.TypicalLogitsWarper,
-)
-# `verify` applies these itself, in this order
-FUSED = {
-    processors.TemperatureLogitsWarper: "temperature",
-    processors.TopKLogitsWarper: "top_k",
-    processors.TopPLogitsWarper: "top_p",
-    processors.MinPLogitsWarper: "min_p",
-}
 CONSUMED = ("streamer", "assistant_model", "synced_gpus")  # arguments that generate keeps
-REFUSED = {
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "runs the model itself",
-    "SynthIDTextWatermarkLogitsProcessor": "keeps state from token to token",
-    "EncoderRepetitionPenaltyLogitsProcessor": "needs all rows at once",
-    "EncoderNoRepeatNGramLogitsProcessor": "needs all rows at once",
-}
 HONOURED = {  # supported values of GenerationConfig fields; fields not listed support every value
     "num_beams": (None, 1),
     "penalty_alpha": (None, 0, 0.0),
@@ -187,8 +155,11 @@ def generate(
         assistant_model, synced_gpus: refused.
 
     Processors and criteria that look at the history get one row [1, N] at a time. Processors also
-    run on drafted tokens that are rejected later. Both must therefore depend on their arguments
-    only. A text ends at the model's max_position_embeddings, with a warning.
+    run on drafted tokens that are rejected later. Those of your own then run on copies (a grammar
+    matcher on its `fork()`), so that their state is that of one call for each emitted token. One
+    that cannot be copied is called token by token, without drafts.
+
+    A text ends at the model's max_position_embeddings, with a warning.
 
     Returns:
         i64 [B, N], or with return_dict_in_generate a GenerateOutput.
@@ -242,17 +213,27 @@ def generate(
         )
     sampling, first = split(logits_processor, config.do_sample)
     stops, others = split_criteria(stopping_criteria)
+    processing = Processing(first, padded, prompts, stops) if first else None
+    if processing is not None and processing.rigid is not None and drafter is not None:
+        warnings.warn(
+            f"{name_of(processing.rigid)} keeps what cannot be copied, so that it must not see "
+            "drafted tokens: this text is decoded without drafts. A method fork() would help.",
+            stacklevel=3,
+        )
+        decoder = decoder.replace(drafter=None)
     if stop_strings is not None:
         others.append(stop_string_criterion(stop_strings, call["tokenizer"]))
     session = decoder.open(
         len(prompts), min(longest, target.context_limit), sampling=sampling, stop_tokens=stops,
-        process=Processing(first, padded, prompts, stops) if first else None,
+        process=processing,
         ends=partial(any_criterion, others, padded, input_ids.device) if others else None,
         logprobs=bool(config.return_dict_in_generate and config.output_scores),
     )  # fmt: skip
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     session.admit(prompts, max_new_tokens=max_new_tokens, seed=seed)
     logprobs = run(session, call["streamer"])
+    if processing is not None:
+        processing.settle(session.texts)
 
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     ended = [p + t[len(q) :] for p, q, t in zip(padded, prompts, session.texts, strict=True)]
@@ -354,103 +335,6 @@ def named_drafter(name: str, target: Target) -> Drafter:
     if name not in known or known[name][0] != state:
         known[name] = state, load_drafter(name, target)
     return copy(known[name][1])
-
-
-def split(listed: Sequence[Any], samples: bool) -> tuple[Sampling, list[Any]]:
-    """Split processors into the sampling parameters of `verify` and those that run before it.
-
-    Temperature, top-k, top-p and min-p are fused if they come last, in this order.
-    """
-    first = list(listed)
-    if not samples:
-        return Sampling(), first
-    fused: dict[str, Any] = {"temperature": 1.0}
-    order = list(FUSED)
-    while first and type(first[-1]) in order and plain(first[-1]):
-        place = order.index(type(first[-1]))
-        name = FUSED[order[place]]
-        fused[name] = getattr(first.pop(), name)
-        order = order[:place]
-    return Sampling(**fused), first
-
-
-def plain(warper: Any) -> bool:
-    """Whether a warper sets dropped tokens to -inf and may keep a single token."""
-    return (
-        getattr(warper, "filter_value", -float("inf")) == -float("inf")
-        and getattr(warper, "min_tokens_to_keep", 1) == 1
-    )
-
-
-class Processing:
-    """Logits processors applied to the K + 1 rows of each sequence, in their order.
-
-    For row i of a sequence, processors see its text and the first i drafted tokens as the history.
-    Every emitted token is therefore processed as in token-by-token decoding.
-
-    Args:
-        listed: the processors.
-        padded: token rows as given to `generate`: processors see the padding too.
-        prompts: the same rows without padding.
-        stops: ids that end a text. Processors do not run after them.
-    """
-
-    def __init__(
-        self,
-        listed: Sequence[Any],
-        padded: list[list[int]],
-        prompts: list[list[int]],
-        stops: Sequence[int] = (),
-    ) -> None:
-        self.listed = listed
-        self.padded = padded
-        self.stops = frozenset(stops)
-        self.padding = [len(p) - len(q) for p, q in zip(padded, prompts, strict=True)]
-
-    def __call__(self, texts: list[list[int]], drafted: Tensor, logits: Tensor) -> Tensor:
-        """logits [B, K + 1, V] in any float dtype -> processed scores in f32"""
-        scores = logits.float()
-        B, Q, V = scores.shape
-        for processor in self.listed:
-            if type(processor) in ROW_ALONE:
-                none = drafted.new_empty(B * Q, 0)
-                scores = processor(none, scores.reshape(B * Q, V)).view(B, Q, V)
-            else:
-                rows = [
-                    self._sequence(b, processor, text, drafted[b], scores[b])
-                    for b, text in enumerate(texts)
-                ]
-                scores = torch.stack(rows)
-        return scores
-
-    def _sequence(
-        self, b: int, processor: Any, text: list[int], drafted: Tensor, scores: Tensor
-    ) -> Tensor:
-        """Process the scores [K + 1, V] of one sequence, row by row."""
-        processor = of_row(processor, b)
-        seen = torch.tensor(self.padded[b][: self.padding[b]] + text, device=drafted.device)
-        seen = torch.cat([seen, drafted])[None]
-        start = seen.shape[1] - len(drafted)
-        rows: list[Tensor] = []
-        for i, row in enumerate(scores[:, None]):
-            rows.append(processor(seen[:, : start + i], row.clone()))
-            if i < len(drafted) and (
-                rows[i][0, drafted[i]] == -torch.inf or int(drafted[i]) in self.stops
-            ):
-                break  # this token is rejected or ends the text, so no later row counts
-        return torch.cat([*rows, scores[len(rows) :]])
-
-
-def of_row(processor: Any, b: int) -> Any:
-    """The processor for row b of the batch, if it treats rows differently."""
-    if isinstance(processor, processors.PrefixConstrainedLogitsProcessor):
-        allowed = processor._prefix_allowed_tokens_fn
-        return type(processor)(lambda _, ids: allowed(b, ids), num_beams=1)
-    ignored = getattr(processor, "prompt_ignore_length", None)
-    if isinstance(ignored, Tensor):  # [B], width of the left padding
-        processor = copy(processor)
-        processor.prompt_ignore_length = ignored[b : b + 1]
-    return processor
 
 
 def split_criteria(listed: Sequence[Any]) -> tuple[list[int], list[Any]]:

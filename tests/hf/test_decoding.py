@@ -22,6 +22,8 @@ from transformers import (
 import specdiff.hf
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import Autoregressive, PromptLookup
+from specdiff.hf import decoding
+from specdiff.hf.processors import Processing
 from specdiff.loop.target import cache_argument
 from tests.tiny import tiny_model
 
@@ -152,7 +154,7 @@ def test_stop_strings_and_streams(tiny_tokenizer, capsys):
 
 def test_a_drafter_by_name_is_read_once(model):
     assert torch.equal(same_named(model), same_named(model))
-    known = specdiff.hf._loaded[model]
+    known = decoding._loaded[model]
     assert list(known) == ["prompt-lookup"]
     with pytest.raises(ValueError, match="unknown drafter 'nothing'"):
         model.generate(PROMPT, custom_generate=specdiff.hf.generate, drafter="nothing")
@@ -260,14 +262,12 @@ def test_sampled_text_follows_the_distribution_of_transformers(five, name):
 def test_history_of_another_row_is_caught(five, monkeypatch):
     """The mutant shows every row of a round the history of the first."""
     distribution = exact_distribution(five[0], [1, 2], SAMPLED["penalty"])
-    inner = specdiff.hf.Processing._sequence
+    inner = Processing._sequence
 
-    def stale(self, b, processor, text, drafted, scores):
-        return torch.cat(
-            [inner(self, b, processor, text, drafted[:0], row[None]) for row in scores]
-        )
+    def stale(self, b, n, text, drafted, scores):
+        return torch.cat([inner(self, b, n, text, drafted[:0], row[None]) for row in scores])
 
-    monkeypatch.setattr(specdiff.hf.Processing, "_sequence", stale)
+    monkeypatch.setattr(Processing, "_sequence", stale)
     assert p_value(five, SAMPLED["penalty"], distribution) < 1e-9
 
 
@@ -396,12 +396,12 @@ def test_a_model_goes_on_training(model):
 def test_a_drafter_by_name_follows_its_model():
     model = tiny_model("llama")
     target = Target(model)
-    first = specdiff.hf.named_drafter("prompt-lookup", target)
-    known = lambda: specdiff.hf._loaded[model]["prompt-lookup"][1]
+    first = decoding.named_drafter("prompt-lookup", target)
+    known = lambda: decoding._loaded[model]["prompt-lookup"][1]
     before = known()
-    specdiff.hf.named_drafter("prompt-lookup", target)
+    decoding.named_drafter("prompt-lookup", target)
     assert known() is before and first is not before
-    specdiff.hf.named_drafter("prompt-lookup", Target(model.to(torch.bfloat16)))
+    decoding.named_drafter("prompt-lookup", Target(model.to(torch.bfloat16)))
     assert known() is not before
 
 
@@ -414,7 +414,7 @@ def test_arguments_that_transformers_passes_on_come_first(model, monkeypatch):
         return {**found, "streamer": streamer}
 
     monkeypatch.setattr(GenerationMixin, "_extract_generation_mode_kwargs", passes)
-    monkeypatch.setattr(specdiff.hf, "kept_by_generate", dict)
+    monkeypatch.setattr(decoding, "kept_by_generate", dict)
     heard = Heard()
     model.generate(
         PROMPT, custom_generate=specdiff.hf.generate, max_new_tokens=9, do_sample=False,
