@@ -108,15 +108,6 @@ MISTAKES = {  # message -> call
     "min_p must be in [0, 1], got False": lambda: Sampling(1.0, min_p=False),
     "top_p must be in (0, 1], got 0.0": lambda: Sampling(1.0, top_p=0.0),
     "min_p must be in [0, 1], got 1.5": lambda: Sampling(1.0, min_p=1.5),
-    "must be 0 (greedy) or in [2^-95, 2^95], got '0.7'": lambda: Sampling("0.7"),
-    "must be 0 (greedy) or in [2^-95, 2^95], got None": lambda: Sampling(None),
-    "must be 0 (greedy) or in [2^-95, 2^95], got True": lambda: Sampling(True),
-    "top_k must be an integer of at least 1, got True": lambda: Sampling(1.0, top_k=True),
-    "top_k must be an integer of at least 1, got '50'": lambda: Sampling(1.0, top_k="50"),
-    "top_p must be in (0, 1], got '0.9'": lambda: Sampling(1.0, top_p="0.9"),
-    "top_p must be in (0, 1], got True": lambda: Sampling(1.0, top_p=True),
-    "min_p must be in [0, 1], got '0'": lambda: Sampling(1.0, min_p="0"),
-    "min_p must be in [0, 1], got False": lambda: Sampling(1.0, min_p=False),
     "stop_tokens must be a sequence of token ids, such as [2], got 2": lambda: DECODER.generate(
         [1], stop_tokens=2
     ),
