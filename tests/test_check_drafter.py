@@ -196,6 +196,8 @@ def test_drafts_that_cannot_be_compared(message):
 def test_a_token_of_no_weight_is_a_failure():
     report = check_drafter(lambda seed: one_by_one(seed, top_k=2, recorded=0.7), drafts=2)
     assert report.passed  # too few to tell a temperature
-    last = {"tokens": (one_by_one(3, top_k=2).tokens + 1) % V}
-    report = check_drafter(lambda seed: one_by_one(seed, top_k=2)._replace(**last), drafts=1)
-    assert {f.p_value for f in report.failures("rank")} == {0.0}
+    draft = one_by_one(3, top_k=2)
+    for more in (1, V):  # a token that was cut off, and none of the drafter's
+        wrong = draft._replace(tokens=draft.tokens + more)
+        report = check_drafter(lambda seed, wrong=wrong: wrong, drafts=1)
+        assert {f.p_value for f in report.failures("rank")} == {0.0}

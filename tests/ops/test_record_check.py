@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -25,6 +26,7 @@ from specdiff_kernels import (
     verify,
 )
 from specdiff_kernels.backends import requested
+from specdiff_kernels.ops import record_check
 
 from .helpers import assert_same, recorded_draft
 from .interpreter import is_slow, sized
@@ -271,11 +273,17 @@ def test_no_single_draft_shows_that_its_record_is_of_other_draws():
         assert not checked(other).status.any()
 
 
-def test_all_calls_are_checked_on_request(monkeypatch):
+@pytest.mark.parametrize("value, want", [("1", ONE), ("0", [0, 0, 0]), ("", [0, 0, 0])])
+def test_all_calls_are_checked_on_request(value, want, monkeypatch):
     draft = changed(with_more)(a_draft())
-    assert checked(draft, check=False).status.tolist() == [0, 0, 0]
-    monkeypatch.setattr("specdiff_kernels.ops.verify.CHECKS_ALL", True)
-    assert checked(draft, check=False).status.tolist() == ONE
+    monkeypatch.setenv("SPECDIFF_CHECK", value)
+    try:
+        importlib.reload(record_check)
+        assert checked(draft, check=False).status.tolist() == want
+    finally:
+        monkeypatch.undo()
+        importlib.reload(record_check)
+    assert not checked(draft, check=False).status.any()
 
 
 def test_compiled_code_checks_too():

@@ -3,6 +3,8 @@ reference's integers."""
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from ..reference.row_distribution import TEMPERATURE_RANGE
 from ..reference.verify import draft_lengths, draft_weights
 from ..types import Draft, RowDistribution, Status, Verified
 
+OF_ALL_CALLS = os.environ.get("SPECDIFF_CHECK", "0") not in ("", "0")
 SCALES = sorted(torch.tensor(LOG2_E).div(t).item() for t in TEMPERATURE_RANGE)
 
 
@@ -59,4 +62,4 @@ def is_of(distribution: RowDistribution, logits: Tensor, total: Tensor) -> Tenso
     scale = distribution.scale
     scaled = (scale >= low) & (scale <= high)
     fits = torch.where(scale == 0, distribution.threshold == first, scaled)
-    return fits & (distribution.max == highest) & (distribution.total == total)
+    return fits & (distribution.max == highest) & (distribution.total == total) & (total > 0)

@@ -3,8 +3,6 @@ distribution; or, if that is asked for, with a bias that is returned."""
 
 from __future__ import annotations
 
-import os
-
 from torch import Tensor
 
 from ..checks import (
@@ -21,10 +19,9 @@ from ..inputs import VerifyInputs
 from ..lenience import check_lenience
 from ..records import choose_record
 from ..types import Draft, Lenience, Verified
-from .record_check import refuse_records
+from . import record_check
 from .registry import Op
 
-CHECKS_ALL = os.environ.get("SPECDIFF_CHECK", "0") not in ("", "0")  # every call's records
 OP = Op("verify", VerifyInputs, Verified, workspace=True)
 
 
@@ -154,8 +151,8 @@ def verify(
     if draft.draft_ids is not None:
         check_increasing("draft.draft_ids", draft.draft_ids, V)
     verified = OP(inputs, sizes, device, backend, out, workspace)
-    if check or CHECKS_ALL:
-        refuse_records(inputs.draft, V, verified)
+    if check or record_check.OF_ALL_CALLS:
+        record_check.refuse_records(inputs.draft, V, verified)
     return verified
 
 

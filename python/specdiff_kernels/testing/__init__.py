@@ -10,7 +10,9 @@ A draft of two tokens over a vocabulary of three is verified some ten thousand t
 every outcome can be counted by hand. What comes back is compared with the exact distribution by
 Pearson's chi-squared: the text (lossless, whatever the rule), and the pair of accepted count and
 tokens (the rule of Leviathan et al., Chen et al.). `MUTANTS` are verifiers with one known mistake
-each, and `power` says how often a number of draws finds them.
+each, and `power` says how often a number of draws finds them. Noise of few bits shows only in the
+worlds with a long tail. `check_drafter` compares a drafter's tokens with the distributions that it
+records.
 """
 
 from __future__ import annotations
@@ -132,9 +134,8 @@ def check_sampler(
         draws: tokens of each row of logits; they come as N equal rows.
         alarm: as in `check_verifier`.
         tail: draws from a row of 131,072 logits, one of them 18 above all others; the others
-            together have a chance of 0.2%. They come in equal rows that share their memory. 16,384
-            draws find noise of 24 bits, such as fp32 Gumbel noise, in 99 of 100 checks; they take a
-            sampler in torch a minute. 0: no such row.
+            together have a chance of 0.2%. It comes 16 times in a call, in one memory. 16,384 draws
+            find noise of 24 bits, such as `fp32_gumbel`'s, in 99 of 100 checks. 0: no such row.
 
     Returns:
         A finding "token" for each of five rows: random, peaked, with impossible tokens, far from 0,

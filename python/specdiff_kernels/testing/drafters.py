@@ -72,7 +72,13 @@ def check_drafter(
     """
     require_some("drafts", drafts)
     seeds, shares = random.Random(0xD12AF7), torch.Generator().manual_seed(0xD12AF7)
-    parts = [observe(draft(seeds.getrandbits(62)), shares) for _ in range(drafts)]
+    made = (observe(draft(seeds.getrandbits(62)), shares) for _ in range(drafts))
+    parts = [part for part in made if part is not None]
+    if not parts:
+        raise ValueError(
+            f"draft: expected records that `verify` may use, got {drafts} drafts without; bare "
+            "guesses and coupled draws need none"
+        )
     shapes = {part.seen.shape for part in parts}
     if len(shapes) > 1:
         raise ValueError(
@@ -81,19 +87,15 @@ def check_drafter(
             "tokens are drafted"
         )
     rank, by_id = torch.cat([p.rank for p in parts]), torch.cat([p.by_id for p in parts])
-    seen, expected = sum(p.seen for p in parts), sum(p.expected for p in parts)
-    N = int((~rank.isnan()).sum())
-    if N == 0:
-        raise ValueError(
-            f"draft: expected records that `verify` may use, got {drafts} drafts without; bare "
-            "guesses and coupled draws need none"
-        )
+    seen = torch.stack([p.seen for p in parts]).sum(0)
+    expected = torch.stack([p.expected for p in parts]).sum(0)
     findings = []
     for i in range(K := rank.shape[1]):
         findings += positions(f"position {i}", rank[:, i], seen[i], expected[i])
     findings += positions("all positions", rank.flatten(), seen.sum(0), expected.sum(0))
     for i in range(1, K):
         findings += uniform(f"positions {i - 1}, {i}", "pair", by_id[:, i - 1 : i + 1])
+    N = int((~rank.isnan()).sum())
     share = min(RARE / N, 0.5)
     rare = int((rank >= 1 - share).sum())
     findings.append(compare_count("all positions", "rare", rare, N, share))
@@ -101,12 +103,11 @@ def check_drafter(
 
 
 def positions(case: str, rank: Tensor, seen: Tensor, expected: Tensor) -> list[Finding]:
-    if (N := seen.sum()) == 0:
-        return []
-    return [
-        compare_counts(case, "token", seen.tolist(), (expected / N).tolist(), CELL),
-        *uniform(case, "rank", rank[:, None]),
-    ]
+    findings = uniform(case, "rank", rank[:, None])
+    if seen.any():
+        chances = (expected / expected.sum()).tolist()
+        findings.append(compare_counts(case, "token", seen.tolist(), chances, CELL))
+    return findings
 
 
 def uniform(case: str, what: str, places: Tensor) -> list[Finding]:
@@ -131,16 +132,15 @@ class Observed(NamedTuple):
     expected: Tensor  # [K, Vd], how often it should
 
 
-def observe(draft: Draft, shares: torch.Generator) -> Observed:
+def observe(draft: Draft, shares: torch.Generator) -> Observed | None:
     check_draft(draft)
     B, K = draft.tokens.shape
-    V = 0 if draft.logits is None else draft.logits.shape[1]
-    places = torch.full((2, B, K), torch.nan, dtype=torch.float64)
     recorded = recorded_positions(draft, choose_record(draft, "token", None))
     within = torch.arange(K, device=recorded.device) < draft_lengths(draft, B, K)[:, None]
     counts = recorded & within
     if draft.logits is None or not counts.any():
-        return Observed(*places, *torch.zeros(2, K, V, dtype=torch.float64))
+        return None
+    V = draft.logits.shape[1]
     rows, columns, slots = draft.rows[counts], columns_of(draft)[counts], counts.nonzero()[:, 1]
     if (last := int(rows.max())) >= len(draft.logits):
         raise ValueError(f"draft.rows: expected rows of {len(draft.logits)} logits, got {last}")
@@ -156,10 +156,10 @@ def observe(draft: Draft, shares: torch.Generator) -> Observed:
     own, likelier, tied, before, total = torch.cat(sums, 1)[:, which].cpu()
     first, second = torch.rand(2, len(which), generator=shares, dtype=torch.float64)
     found = torch.stack((likelier + first * tied, before + second * own)) / total
-    found = found.clamp(max=1 - 2**-53)
-    places[:, counts.cpu()] = torch.where(own > 0, found, NOWHERE)
+    places = torch.full((2, B, K), torch.nan, dtype=torch.float64)
+    places[:, counts.cpu()] = torch.where(own > 0, found.clamp(max=1 - 2**-53), NOWHERE)
     seen = frequencies(slots, columns, (K, V + 1))[:, :V]
-    return Observed(*places, seen.cpu(), expected.cpu())
+    return Observed(places[0], places[1], seen.cpu(), expected.cpu())
 
 
 def columns_of(draft: Draft) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .worlds import Drafted, K, V
+from .worlds import Drafted, K
 
 
 class Outcome(NamedTuple):
@@ -90,7 +90,7 @@ def _verify(
     believe: every row is used, also those that another reverse step has made stale."""
     N = len(draft.tokens)
     p, q = draft.target_logits.double().softmax(-1), draft.draft_logits.double().softmax(-1)
-    guess = torch.nn.functional.one_hot(draft.tokens, V).double()
+    guess = torch.nn.functional.one_hot(draft.tokens, q.shape[-1]).double()
     q = torch.where(draft.recorded[:, None] | believe, q, guess)
     at = draft.tokens[..., None]
     u = (uniform or torch.rand)(N, K + 1, dtype=torch.float64)

@@ -21,7 +21,7 @@ V = 2**17
 DEPTH = 18.0
 LIKELY = V // 2
 DRAFTED = 0  # the token that every draft of the verifier's worlds consists of
-ROWS = 128  # of a call
+ROWS = 16  # of a call
 
 
 def sampler_findings(sample: Sampler, draws: int) -> list[Finding]:
