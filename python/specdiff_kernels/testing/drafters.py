@@ -1,8 +1,8 @@
 """Do a drafter's tokens follow the distributions that it records?
 
 Whatever the distribution of a token, its place in it is uniform: the chance of the tokens before
-it, and a random share of its own. So the tokens of many drafts can be compared with as many
-distributions at once.
+it, and a random share of its own (Rosenblatt, Annals of Mathematical Statistics 23, 1952). So the
+tokens of many drafts can be compared with as many distributions at once.
 """
 
 from __future__ import annotations
