@@ -1,4 +1,5 @@
-"""Measures what a call of `verify` costs beside its kernel: Python functions, and their time.
+"""Measures what a call of `verify` costs beside its kernel: Python functions, and their time; and
+what a check of its records costs.
 
     python benchmarks/bench_call.py
 
@@ -24,14 +25,14 @@ B, K, V = 1, 8, 49152
 CALLS, RUNS = 1000, 15
 
 
-def a_call() -> Callable[[], Any]:
+def a_call(check: bool = False) -> Callable[[], Any]:
     """`verify` of a draft whose distributions are recorded."""
     torch.manual_seed(0)
     target, pool = torch.randn(B, K + 1, V), torch.randn(B * K, V)
     zero = torch.zeros(B, dtype=torch.int64)
     key = {"seed": zero, "round": zero}
     draft = denoise_step(Draft.masked(B, K, pool), Reveal.all(), 0, **key)
-    return lambda: verify(target, draft, **key, backend="cpp")
+    return lambda: verify(target, draft, **key, check=check, backend="cpp")
 
 
 def functions(call: Callable[[], Any]) -> Counter[str]:
@@ -52,18 +53,18 @@ def functions(call: Callable[[], Any]) -> Counter[str]:
     return seen
 
 
-def microseconds(call: Callable[[], Any]) -> float:
-    """Of a call without its kernel."""
-    with mock.patch.object(_C, "verify", lambda *args: None):
-        return min(repeat(call, timer=time.process_time, number=CALLS, repeat=RUNS)) / CALLS * 1e6
+def microseconds(call: Callable[[], Any], calls: int = CALLS) -> float:
+    return min(repeat(call, timer=time.process_time, number=calls, repeat=RUNS)) / calls * 1e6
 
 
 def main() -> None:
     torch.set_num_threads(1)
     call = a_call()
-    print(
-        f"{functions(call).total()} Python functions, {microseconds(call):.1f} us beside the kernel"
-    )
+    with mock.patch.object(_C, "verify", lambda *args: None):
+        beside = microseconds(call)
+    print(f"{functions(call).total()} Python functions, {beside:.1f} us beside the kernel")
+    for check in (False, True):
+        print(f"check={check}: {microseconds(a_call(check), 10) / 1000:.2f} ms a call")
 
 
 if __name__ == "__main__":

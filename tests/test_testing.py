@@ -15,11 +15,13 @@ from specdiff_kernels.testing import (
     Outcome,
     check_sampler,
     check_verifier,
+    fp32_gumbel,
     power,
     token_rule,
     zero_uniforms,
 )
-from specdiff_kernels.testing.comparison import compare, pooled
+from specdiff_kernels.testing.comparison import compare, compare_count, pooled
+from specdiff_kernels.testing.worlds import NEVER
 
 
 @pytest.fixture(autouse=True)
@@ -127,9 +129,10 @@ class Ours:
 
     def verify(self, draft: Drafted) -> Outcome:
         N, K, V = draft.draft_logits.shape
-        pool = draft.draft_logits.reshape(-1, V)
+        own = draft.draft_logits if draft.draft_logits.stride(0) else draft.draft_logits[:1]
+        pool = own.reshape(-1, V)
         distribution = sk.row_distribution(pool, backend=self.backend)
-        rows, tau = torch.arange(N * K).view(N, K), draft.steps.expand(N, K).contiguous()
+        rows, tau = torch.arange(len(pool)).view(-1, K).expand(N, K), draft.steps.expand(N, K)
         zeros = {"words": torch.zeros(N, K + 1, dtype=torch.int64)}
         noise = zeros if draft.zero else self.seeds(N)
         result = sk.verify(
@@ -148,8 +151,9 @@ def test_our_ops_conform(rule, backend):
         pytest.skip(reason)
     ours = Ours(rule, backend)
     held_to = "token" if rule == "token" else None
-    assert check_verifier(ours.verify, ours.sample, rule=held_to).passed
-    assert check_sampler(ours.sample).passed
+    tail = 1024 if backend == "cpp" else 0
+    assert check_verifier(ours.verify, ours.sample, rule=held_to, tail=tail).passed
+    assert check_sampler(ours.sample, tail=8 * tail).passed
 
 
 def test_the_block_rule_is_no_token_rule():
@@ -158,6 +162,80 @@ def test_the_block_rule_is_no_token_rule():
     ours = Ours("block", "reference")
     report = check_verifier(ours.verify, ours.sample)
     assert report.failures("outcome") and not report.failures("text")
+
+
+TAIL = {"cases": (), "tail": 16_384}
+
+
+def shared(logits):
+    """An exact sampler of equal rows."""
+    return logits[0].double().softmax(-1).multinomial(len(logits), replacement=True)
+
+
+def one_token(sample):
+    """A verifier for drafts whose tokens all have to be rejected, or accepted."""
+
+    def verify(draft: Drafted) -> Outcome:
+        stands = draft.target_logits[0, 0, draft.tokens[0, 0]] > NEVER
+        accepted = torch.full((len(draft.tokens),), 2 * stands)
+        return Outcome(accepted, sample(draft.target_logits[:, 2 * stands]))
+
+    return verify
+
+
+def test_short_noise_is_found_by_the_long_tail():
+    kinds = ("tail", "low ids", "high ids")
+    short = check_sampler(fp32_gumbel, draws=1, tail=16_384)
+    assert {f.case for f in short.failures("tail")} == {"long tail"}
+    assert check_sampler(shared, draws=1, tail=2000).passed
+    short = check_verifier(one_token(fp32_gumbel), **TAIL)
+    assert {f.case for f in short.failures("tail")} == {"tail, replaced", "tail, behind"}
+    right = check_verifier(one_token(shared), cases=(), tail=2000)
+    assert right.passed and [f.what for f in right.findings] == [*kinds, *kinds]
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2])
+def test_drafts_of_the_long_tail_stand_or_fall(accepted):
+    """A token that has to stand may be emitted in place of itself; one that has to fall may not."""
+
+    def always(draft: Drafted) -> Outcome:
+        _, token = one_token(shared)(draft)
+        at = torch.full_like(token, accepted)
+        token = draft.tokens[:, 0] if 0 < accepted < 2 else token
+        return Outcome(at, token)
+
+    report = check_verifier(always, cases=(), tail=100)
+    wrong = {0: {"tail, behind"}, 1: {"tail, replaced"}, 2: {"tail, replaced"}}[accepted]
+    assert {f.case for f in report.failures()} == wrong
+
+
+def test_fp32_cumulated_probabilities_are_found_by_the_long_tail():
+    """Behind the likely token they no longer grow."""
+
+    def sample(logits):
+        cumulated = logits[0].softmax(-1).cumsum(0)
+        cumulated[logits[0].argmax() :] = 1.0
+        return torch.searchsorted(cumulated, torch.rand(len(logits)), right=True)
+
+    report = check_sampler(sample, draws=1, tail=16_384)
+    assert report.failures("high ids") and not report.failures("low ids")
+
+
+def test_the_largest_of_many_numbers_is_drawn_at_once():
+    """As with a number each, here of so few bits that it shows at once."""
+    row = torch.tensor([0.0, -1.0, -1.0, -1.0, -0.5, -0.5])
+    distribution = {(v,): p for v, p in enumerate(row.double().softmax(-1).tolist())}
+    tokens = fp32_gumbel(row.expand(50_000, 6)).tolist()
+    assert compare("case", "token", [(t,) for t in tokens], distribution).p_value > 1e-6
+
+
+def test_the_binomial_test_is_exact():
+    for count, want in ((0, 2 / 1024), (1, 22 / 1024), (5, 1.0), (10, 2 / 1024)):
+        found = compare_count("case", "tail", count, 10, 0.5)
+        assert found.p_value == pytest.approx(want, rel=1e-12)
+        assert found.distance == pytest.approx(abs(count / 10 - 0.5))
+    assert compare_count("case", "tail", 0, 0, 0.1)[2:] == (1.0, 0.1)
+    assert compare_count("case", "tail", 3, 100_000, 0.0).p_value == 0
 
 
 def test_samplers():

@@ -44,6 +44,7 @@ class Status(IntEnum):
     PARAMETER = 4
     TOKEN = 5
     DRAFT = 6
+    RECORD = 7  # found by verify(..., check=True) alone
 
 
 REASONS = {
@@ -57,6 +58,9 @@ REASONS = {
     "draft's length is, or a row is recorded of a draft without logits and distribution",
     Status.DRAFT: "a drafted token has no weight in the draft distribution recorded for it: record "
     "row -1 for a token that was not drawn from a recorded distribution",
+    Status.RECORD: "the distribution recorded for a drafted token is not that of the logits that "
+    "the draft points at: they were changed after it was made, or they are another row's; keep "
+    "them as they are until verify has read them",
 }
 
 

@@ -259,7 +259,7 @@ VALUES = {
     "distributions: expected a list of K=3 RowDistributions, got 2": sequential(
         distributions=OF_STEPS[:2]
     ),
-    "status: expected 0 to 6, a Status, got 9": lambda: check_status(i64(0, 9)),
+    "status: expected 0 to 7, a Status, got 9": lambda: check_status(i64(0, 9)),
     "rows: expected an integer >= 0, got '9'": lambda: workspace_size("9", V, device="cpu"),
     "V: expected an integer >= 0, got -1": lambda: workspace_size(9, -1, device="cpu"),
     "device: expected 'cpu', 'cuda' or the like, got 'tpu'": lambda: available_backends("tpu"),

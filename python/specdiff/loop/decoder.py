@@ -114,7 +114,7 @@ class Decoder:
         most = 0
         if drafter is not None:
             most = longest_draft(drafter, k)
-            check_drafter(target, drafter, most)
+            check_fits(target, drafter, most)
         chooser = k if drafter is not None and isinstance(k, Chooser) else None
         self.settings = Settings(target, drafter, most, chooser, rule, lenience, record, backend)
         self.tokenizer: Tokenizer | None = tokenizer or target.tokenizer
@@ -313,7 +313,7 @@ def longest_draft(drafter: Drafter, k: int | Chooser | None) -> int:
     return int(most)
 
 
-def check_drafter(target: Target, drafter: Drafter, k: int) -> None:
+def check_fits(target: Target, drafter: Drafter, k: int) -> None:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}; for plain decoding pass drafter=None")
     if k >= target.context_limit:

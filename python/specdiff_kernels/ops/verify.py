@@ -19,6 +19,7 @@ from ..inputs import VerifyInputs
 from ..lenience import check_lenience
 from ..records import choose_record
 from ..types import Draft, Lenience, Verified
+from . import record_check
 from .registry import Op
 
 OP = Op("verify", VerifyInputs, Verified, workspace=True)
@@ -39,6 +40,7 @@ def verify(
     round: int | Tensor | None = None,
     position: int | Tensor | None = None,
     words: Tensor | None = None,
+    check: bool = False,
     backend: str | None = None,
     out: Verified | None = None,
     workspace: Tensor | None = None,
@@ -82,6 +84,12 @@ def verify(
             `round` under the coupled rule.
         words: i64 [B, K + 1] random words in place of seed and round: one for each acceptance,
             the last for the token that ends the round. Coupled: [B, K + 1, V], one for each token.
+        check: whether records are compared with the logits that they point at, for use while a
+            drafter is written. A sequence with a record that does not fit gets the status RECORD;
+            with a recorded token of no weight, DRAFT. This holds behind a rejection too. The
+            comparison is in plain PyTorch and takes far longer than the op. The environment
+            variable SPECDIFF_CHECK=1, set before the import, asks it of all calls.
+            docs/integrating.md says what it cannot see.
         backend, out, workspace: as in `row_distribution`.
 
     Returns:
@@ -142,7 +150,10 @@ def verify(
     )
     if draft.draft_ids is not None:
         check_increasing("draft.draft_ids", draft.draft_ids, V)
-    return OP(inputs, sizes, device, backend, out, workspace)
+    verified = OP(inputs, sizes, device, backend, out, workspace)
+    if check or record_check.OF_ALL_CALLS:
+        record_check.refuse_records(inputs.draft, V, verified)
+    return verified
 
 
 def check_draft(draft: Draft) -> None:

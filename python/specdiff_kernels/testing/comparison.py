@@ -1,4 +1,4 @@
-"""Pearson's chi-squared of what was seen and an exact distribution."""
+"""What was seen beside an exact distribution: Pearson's chi-squared, the exact binomial test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Finding(NamedTuple):
     """One comparison with an exact distribution."""
 
     case: str
-    what: str  # "text", "outcome", "u = 0" or "token"
+    what: str  # what was compared, see the checks
     p_value: (
         float  # chance of a deviation as large under the exact distribution; 0: the impossible came
     )
@@ -53,12 +53,20 @@ class Report(NamedTuple):
 
 def compare(case: str, what: str, seen: Sequence[Text], distribution: Distribution) -> Finding:
     """Pearson's chi-squared of outcomes with their distribution."""
-    N = len(seen)
     counts = {**dict.fromkeys(distribution, 0), **Counter(seen)}
-    distance = sum(abs(n / N - distribution.get(outcome, 0.0)) for outcome, n in counts.items()) / 2
-    if any(n > 0 and distribution.get(outcome, 0.0) == 0 for outcome, n in counts.items()):
+    chances = [distribution.get(outcome, 0.0) for outcome in counts]
+    return compare_counts(case, what, list(counts.values()), chances)
+
+
+def compare_counts(
+    case: str, what: str, counts: Sequence[int], chances: Sequence[float], fewest: int = FEWEST
+) -> Finding:
+    """The same of counts; what is expected less than `fewest` times shares a cell."""
+    N = sum(counts)
+    distance = sum(abs(n / N - p) for n, p in zip(counts, chances, strict=True)) / 2
+    if any(n > 0 and p == 0 for n, p in zip(counts, chances, strict=True)):
         return Finding(case, what, 0.0, distance)
-    cells = pooled([(distribution[outcome] * N, n) for outcome, n in counts.items()])
+    cells = pooled([(p * N, n) for n, p in zip(counts, chances, strict=True)], fewest)
     statistic = sum((n - e) ** 2 / e for e, n in cells)
     if len(cells) < 2:
         return Finding(case, what, 1.0, distance)
@@ -66,15 +74,26 @@ def compare(case: str, what: str, seen: Sequence[Text], distribution: Distributi
     return Finding(case, what, torch.special.gammaincc(*half).item(), distance)
 
 
-def pooled(cells: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
-    """(expected, counted) where at least FEWEST are expected; rarer cells are added together, from
-    the rarest on, until that is so."""
+def pooled(cells: Sequence[tuple[float, int]], fewest: int = FEWEST) -> list[tuple[float, int]]:
+    """(expected, counted) where at least `fewest` are expected; rarer cells are added together,
+    from the rarest on, until that is so."""
     result, waiting = [], (0.0, 0)
     for cell in sorted(cells, key=lambda cell: cell[0]):
         waiting = waiting[0] + cell[0], waiting[1] + cell[1]
-        if waiting[0] >= FEWEST:
+        if waiting[0] >= fewest:
             result.append(waiting)
             waiting = 0.0, 0
     if result and waiting[0] > 0:
         result[-1] = result[-1][0] + waiting[0], result[-1][1] + waiting[1]
     return result
+
+
+def compare_count(case: str, what: str, count: int, N: int, p: float) -> Finding:
+    """The exact binomial test, on both sides, of an event of chance p that came `count` times in
+    N."""
+    k = torch.arange(N + 1, dtype=torch.float64)
+    orders = torch.lgamma(k + 1)
+    ways = orders[N] - orders - orders.flip(0)
+    chances = (ways + torch.special.xlogy(k, p) + torch.special.xlog1py(N - k, -p)).exp()
+    rarer = min(chances[: count + 1].sum().item(), chances[count:].sum().item())
+    return Finding(case, what, min(1.0, 2 * rarer), abs(count / max(N, 1) - p))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .worlds import Drafted, K, V
+from .worlds import Drafted, K
 
 
 class Outcome(NamedTuple):
@@ -30,6 +30,31 @@ def token_rule(draft: Drafted) -> Outcome:
         ()
     """
     return _verify(draft)
+
+
+def fp32_gumbel(logits: Tensor) -> Tensor:
+    """A sampler by argmax of logits and -log(-log u) in fp32, with 24 bits of u: a mutant.
+
+    Neighbours with equal logits share one number, the largest of as many. Tokens have the same
+    distribution as with a number each, up to ties, and cost a thousandth of the time.
+
+    Args:
+        logits: f32 [N, V], N equal rows.
+
+    Returns:
+        i64 [N].
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> fp32_gumbel(torch.tensor([[0.0, -90.0, 0.0]]).expand(1000, 3)).unique().tolist()
+        [0, 2]
+    """
+    values, sizes = logits[0].unique_consecutive(return_counts=True)
+    u = torch.rand(len(logits), len(values), dtype=torch.float64) ** (1.0 / sizes)
+    u = ((u * 2**24).floor() * 2**-24).float()
+    best = (values - (-u.log()).log()).argmax(-1)
+    member = (torch.rand(len(logits), dtype=torch.float64) * sizes[best]).long()
+    return (sizes.cumsum(0) - sizes)[best] + member
 
 
 def _strict(u: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -65,7 +90,7 @@ def _verify(
     believe: every row is used, also those that another reverse step has made stale."""
     N = len(draft.tokens)
     p, q = draft.target_logits.double().softmax(-1), draft.draft_logits.double().softmax(-1)
-    guess = torch.nn.functional.one_hot(draft.tokens, V).double()
+    guess = torch.nn.functional.one_hot(draft.tokens, q.shape[-1]).double()
     q = torch.where(draft.recorded[:, None] | believe, q, guess)
     at = draft.tokens[..., None]
     u = (uniform or torch.rand)(N, K + 1, dtype=torch.float64)
