@@ -62,9 +62,9 @@ DAMAGE = {
     "the weights lack lm_head.weight;": without("lm_head"),
     "the weights lack model.layers.0.mlp.down_proj.weight, model.layers.0": without("layers.0.mlp"),
     "save the model itself and not the wrapper": prefixed,
-    "have fc.weight, which the model has not": eagle_layout,
+    "the weights have fc.weight, which the model has not": eagle_layout,
     "lm_head.weight is [51, 32] in the weights and [50, 32] by config.json": wider,
-    "have model.layers.7.mlp.up_proj.weight, which the model has not": extra,
+    "the weights have model.layers.7.mlp.up_proj.weight, which the model has not": extra,
 }
 
 

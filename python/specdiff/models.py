@@ -67,7 +67,7 @@ def refuse_damage(
     ]
     faults = [
         f"the weights lack {listed(missing)}" if missing else "",
-        f"have {listed(unexpected)}, which the model has not" if unexpected else "",
+        f"the weights have {listed(unexpected)}, which the model has not" if unexpected else "",
         listed(shapes),
     ]
     if missing and unexpected and all(name.startswith("module.") for name in unexpected):
@@ -101,11 +101,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 @contextmanager
 def usable(folder: Path, expected: str) -> Iterator[None]:
     """Turn the errors that transformers raises into a ValueError that names the folder."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of any kind, where a file is damaged
         why: Any = error
         if "trust_remote_code" in str(error):  # callers here cannot set it
             why = "it needs its own code (auto_map), which is never run"

@@ -272,7 +272,8 @@ def number_for_all(
         raise ValueError(f"{name}: expected {allowed}, or {tensor}, got {described(value)}")
     if spread:
         return seeds_for(value if plain else kind(value), shape[0], device)
-    return torch.full(shape, value if plain else kind(value), dtype=dtype, device=device)
+    as_is = plain and -(2**63) <= value < 2**63  # an int beyond is a float's affair
+    return torch.full(shape, value if as_is else kind(value), dtype=dtype, device=device)
 
 
 def device_of(name: str, tensor: Tensor) -> torch.device:

@@ -23,7 +23,7 @@ import specdiff.hf
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import Autoregressive, PromptLookup
 from specdiff.hf import decoding
-from specdiff.hf.processors import Processing
+from specdiff.hf.processors import Chain
 from specdiff.loop.target import cache_argument
 from tests.tiny import tiny_model
 
@@ -262,12 +262,14 @@ def test_sampled_text_follows_the_distribution_of_transformers(five, name):
 def test_history_of_another_row_is_caught(five, monkeypatch):
     """The mutant shows every row of a round the history of the first."""
     distribution = exact_distribution(five[0], [1, 2], SAMPLED["penalty"])
-    inner = Processing._sequence
+    inner = Chain.__call__
 
-    def stale(self, b, n, text, drafted, scores):
-        return torch.cat([inner(self, b, n, text, drafted[:0], row[None]) for row in scores])
+    def stale(self, text, drafted, scores):
+        new = [Chain(self.listed, self.padding, self.stops) for _ in scores]
+        each = zip(new, scores, strict=True)
+        return torch.cat([inner(chain, text, drafted[:0], row[None]) for chain, row in each])
 
-    monkeypatch.setattr(Processing, "_sequence", stale)
+    monkeypatch.setattr(Chain, "__call__", stale)
     assert p_value(five, SAMPLED["penalty"], distribution) < 1e-9
 
 

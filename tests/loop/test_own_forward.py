@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import LlamaForCausalLM
 
 import specdiff.hf
 from specdiff import Decoder, Sampling, Target
 from specdiff.drafters import Autoregressive, PromptLookup
-from tests.tiny import tiny_model
+from tests.tiny import FAMILIES, tiny_model
 
 PROMPT = [4, 5, 6, 7, 8, 9, 1, 2, 4, 5]
 BANNED = range(0, 50, 2)
@@ -30,10 +33,14 @@ class Same(LlamaForCausalLM):
     """Of another name, but of the same forward."""
 
 
-def subclass():
-    model = Masked(tiny_model("llama").config).eval()
+def of_class(kind):
+    model = kind(tiny_model("llama").config).eval()
     model.load_state_dict(tiny_model("llama").state_dict())
     return model
+
+
+def subclass():
+    return of_class(Masked)
 
 
 def hooked():
@@ -84,7 +91,45 @@ def text_of_generate(model, **options) -> list[int]:
     return done[0, len(PROMPT) :].tolist()
 
 
-@pytest.mark.parametrize("make", [subclass, hooked, replaced, prepared])
+class Wrapped(LlamaForCausalLM):
+    """Its forward bears the name of transformers' own."""
+
+    @wraps(LlamaForCausalLM.forward)
+    def forward(self, *args, **options):
+        out = LlamaForCausalLM.forward(self, *args, **options)
+        out.logits[..., BANNED] = -torch.inf
+        return out
+
+
+class Called(LlamaForCausalLM):
+    def __call__(self, *args, **options):
+        out = super().__call__(*args, **options)
+        out.logits[..., BANNED] = -torch.inf
+        return out
+
+
+class Last(LlamaForCausalLM):
+    """Gives the last token's logits unless asked for more, as a tuple."""
+
+    def forward(self, *args, logits_to_keep=1, **options):
+        out = super().forward(*args, logits_to_keep=logits_to_keep, **options)
+        out.logits[..., BANNED] = -torch.inf
+        return out
+
+
+def wrapped():
+    return of_class(Wrapped)
+
+
+def called():
+    return of_class(Called)
+
+
+def last():
+    return of_class(Last)
+
+
+@pytest.mark.parametrize("make", [subclass, hooked, replaced, prepared, wrapped, called, last])
 @pytest.mark.parametrize("drafts", [no_drafter, PromptLookup, small_drafter])
 def test_text_is_that_of_the_models_own_forward(make: Callable, drafts: Callable) -> None:
     want = text_of_generate(make())
@@ -110,6 +155,43 @@ def test_a_hook_is_seen_that_comes_after_the_target() -> None:
     assert decoder.generate(PROMPT, max_new_tokens=12, stop_tokens=()).new_tokens == before
 
 
+def test_a_global_hook_is_seen() -> None:
+    def ban(module, args, out):
+        if isinstance(module, LlamaForCausalLM):
+            out.logits[..., BANNED] = -torch.inf
+
+    target = Target(tiny_model("llama"))
+    handle = register_module_forward_hook(ban)
+    try:
+        got = Decoder(target, PromptLookup(), 3).generate(PROMPT, max_new_tokens=12)
+    finally:
+        handle.remove()
+    assert not {*got.new_tokens[0]} & {*BANNED}
+
+
+def test_another_head_is_used_at_once() -> None:
+    target = Target(tiny_model("llama"))
+    decoder = Decoder(target, PromptLookup(), 3)
+    other = tiny_model("llama", seed=9).lm_head
+    before = decoder.generate(PROMPT, max_new_tokens=12).new_tokens
+    target.model.set_output_embeddings(other)
+    want = text_of_generate(target.model)
+    assert decoder.generate(PROMPT, max_new_tokens=12, stop_tokens=()).new_tokens == [want]
+    assert [want] != before
+
+
+def test_threads_share_a_model_with_hooks() -> None:
+    model = hooked()
+    want = text_of_generate(model)
+
+    def decode(_) -> list[list[int]]:
+        decoder = Decoder(Target(model), PromptLookup(), 3)
+        return decoder.generate(PROMPT, max_new_tokens=12, stop_tokens=()).new_tokens
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(texts == [want] for texts in pool.map(decode, range(24)))
+
+
 def test_states_of_layers_are_read_beside_the_models_own_forward() -> None:
     tokens = torch.tensor([PROMPT])
     found = []
@@ -125,15 +207,14 @@ def test_states_of_layers_are_read_beside_the_models_own_forward() -> None:
 
 def test_a_known_forward_is_not_run_whole(monkeypatch) -> None:
     """Body and head alone skip the logits of prompts."""
-    model = Same(tiny_model("llama").config).eval()
-    for one in (model, tiny_model("gpt2")):
-        monkeypatch.setattr(type(one), "__call__", lambda *_, **__: pytest.fail("run whole"))
-        Decoder(Target(one)).generate(PROMPT, max_new_tokens=2)
+    monkeypatch.setattr(Target, "_whole", lambda *_: pytest.fail("run whole"))
+    for model in (Same(tiny_model("llama").config).eval(), *map(tiny_model, FAMILIES)):
+        Decoder(Target(model)).generate(PROMPT, max_new_tokens=2)
 
 
 def test_a_forward_that_does_not_use_its_head_is_refused() -> None:
     model = tiny_model("llama")
     own = tiny_model("llama")
     model.forward = own.forward
-    with pytest.raises(ValueError, match=r"must call its lm head once, .* got 0 calls"):
+    with pytest.raises(ValueError, match=r"must call its lm head once .* got 0 calls"):
         Decoder(Target(model)).generate(PROMPT)

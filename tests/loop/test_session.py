@@ -237,6 +237,22 @@ def test_what_cannot_be_captured_is_refused(target):
         replaying(Decoder(target, PromptLookup()), 1, 10)
 
 
+# --- seeds ---
+
+
+def test_prompts_admitted_one_by_one_get_seeds_of_their_own(target):
+    decoder = Decoder(target, None)
+    session = decoder.open(3, 40, sampling=Sampling(1.0), stop_tokens=())
+    for place in range(3):
+        session.admit([1, 2, 3], first=place, max_new_tokens=12)
+    while not all(session.done):
+        session.step()
+    assert len({tuple(text) for text in session.texts}) == 3
+    together = decoder.generate([[1, 2, 3]] * 3, max_new_tokens=12, sampling=Sampling(1.0),
+                                stop_tokens=())  # fmt: skip
+    assert session.texts == together.sequences
+
+
 # --- a drafter is one session's ---
 
 

@@ -102,6 +102,7 @@ class Session:
             settings, rows, capacity + 1, self.sampling, looks=self.look_every == 1
         )
         self.longest = 0  # at least the largest of the lengths
+        self.admitted = 0  # prompts, so far
         self._stop_tokens = frozenset(stops)
 
     @property
@@ -152,7 +153,7 @@ class Session:
         *,
         first: int = 0,
         max_new_tokens: int | Sequence[int] = 128,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
         sampling: Sampling | Sequence[Sampling] | None = None,
     ) -> None:
         """Read prompts into the places first, first + 1, ..., which have to be free.
@@ -162,6 +163,8 @@ class Session:
             first: place of the first of them.
             max_new_tokens: at least 1; one number, or one for each prompt.
             seed: one int, from which each prompt gets its own (see `row_seeds`), or one for each.
+                The same seed gives the same prompt the same text. None: each prompt of the session
+                gets another one, in the order in which they are admitted.
             sampling: of all these rows, or one for each; None: the session's.
 
         Raises:
@@ -178,7 +181,10 @@ class Session:
             for one in per_prompt("sampling", sampling, (Sampling, type(None)), n)
         ]
         places = range(first, first + n)
-        seeds = row_seeds(seed, n)
+        if seed is None:
+            seeds = row_seeds(0, self.admitted + n)[self.admitted :]
+        else:
+            seeds = row_seeds(seed, n)
         rows = slice(places.start, places.stop)
         limits = [
             min(len(row) + more, self.target.context_limit) - 1
@@ -197,6 +203,7 @@ class Session:
             self.drafting.prefill(rows, tokens, counts, part)
         self.rows.admit(rows, tokens, counts, limits, seeds)
         self.host.admit(places, texts, limits)
+        self.admitted += n
 
     @torch.inference_mode()
     def abort(self, place: int) -> None:

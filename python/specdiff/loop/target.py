@@ -10,11 +10,15 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
@@ -64,12 +68,12 @@ class Target:
         compile: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.head = head_of(model)
+        head = head_of(model)
         check_supported(model)
         self.attention = set_attention(model, attention)
         self.model = model.eval()
         self.tokenizer: Any = tokenizer
-        self.vocab_size: int = self.head.weight.shape[0]
+        self.vocab_size: int = head.weight.shape[0]
         self.hidden_size: int = model.config.hidden_size
         self.layer_count: int = model.config.num_hidden_layers
         self.context_limit: int = model.config.max_position_embeddings
@@ -125,6 +129,11 @@ class Target:
         if accelerate:
             fast_layers.accelerate(model)
         return cls(model, attention=attention, compile=compile, tokenizer=tokenizer)
+
+    @property
+    def head(self) -> Any:
+        """The lm head."""
+        return self.model.get_output_embeddings()
 
     @property
     def device(self) -> torch.device:
@@ -206,18 +215,28 @@ class Target:
         self, tokens: Tensor, cache: RowCache, start: int | None, layers: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """`forward` by the model's own, where that may be more than body and lm head."""
-        inputs, last = self._inputs(tokens, cache, start), []
-        hook = self.head.register_forward_pre_hook(lambda _, given: last.append(given[0]))
+        inputs, thread = self._inputs(tokens, cache, start), get_ident()
+        last: list[Tensor] = []  # what the lm head is given
+
+        def heard(module: Any, given: tuple[Any, ...]) -> None:
+            if get_ident() == thread:  # others may decode with this model
+                last.append(given[0])
+
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            inputs["logits_to_keep"] = 0  # of all tokens
+        hook = self.head.register_forward_pre_hook(heard)
         try:
             self.recorder.want(layers)
-            logits = self.model(**inputs).logits
+            out = self.model(**inputs)
             streams = self.recorder.take()
         finally:
             hook.remove()
-        if len(last) != 1 or last[0].shape[:2] != tokens.shape:
+        logits = out[0] if isinstance(out, tuple) else out.logits
+        if len(last) != 1 or not logits.shape[:2] == last[0].shape[:2] == tokens.shape:
             raise ValueError(
-                f"the forward of {type(self.model).__name__} must call its lm head once, on the "
-                f"states of all tokens, got {len(last)} calls: drafters read these states"
+                f"the forward of {type(self.model).__name__} must call its lm head once and return "
+                f"logits of all {tokens.shape[1]} tokens, got {len(last)} calls and logits of "
+                f"shape {list(logits.shape)}: drafters read the states, and verification all rows"
             )
         return logits, torch.cat((*streams, last[0]), -1)
 
@@ -334,12 +353,30 @@ def head_of(model: Any) -> Any:
 def computes_more(model: PreTrainedModel) -> bool:
     """Whether a model's forward may be more than its body and its lm head: that of somebody's own
     class or a replaced one, or one with hooks."""
+    kind = type(model)
     return bool(
         "forward" in vars(model)
         or model._forward_hooks
         or model._forward_pre_hooks
-        or not type(model).forward.__module__.startswith("transformers.models.")
+        or has_global_hooks()
+        or kind.__call__ is not nn.Module.__call__
+        or not is_transformers(kind.forward)
     )
+
+
+def has_global_hooks() -> bool:
+    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
+
+
+@cache
+def is_transformers(function: Any) -> bool:
+    """Whether a function, and each that it wraps, was written in transformers."""
+    home = str(Path(transformers.__file__).parent)
+    while function is not None:
+        if not function.__code__.co_filename.startswith(home):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def check_supported(model: PreTrainedModel) -> None:
