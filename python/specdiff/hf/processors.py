@@ -200,27 +200,23 @@ class Processing:
     ) -> None:
         self.alone = [*takewhile(lambda one: type(one) in ROW_ALONE, listed)]
         rest = listed[len(self.alone) :]
-        self.lengths = [len(prompt) for prompt in prompts]
+        several, keeps = len(prompts) > 1, not all(map(is_stateless, rest))
         self.rigid: str | None = None
         try:
-            copied(rest)
+            copied(rest if keeps else [])
         except Uncopyable as error:
             self.rigid = str(error)
-            if len(prompts) > 1:
+            if several:
                 raise ValueError(
                     f"a logits processor keeps {error}, which cannot be copied, as a batch needs "
                     "it: decode the rows one by one, or give it a method fork()"
                 ) from error
-        several, ends = len(prompts) > 1, frozenset(stops)
-        self.chains = [
-            Chain(
-                [of_row(one, b) for one in (copied(rest) if several else rest)],
-                padded[b][: len(padded[b]) - length],
-                ends,
-            )
-            for b, length in enumerate(self.lengths)
-            if rest
-        ]
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.chains: list[Chain] = []  # of each sequence, if there is anything behind `alone`
+        for b, length in enumerate(self.lengths if rest else []):
+            own = copied(rest) if several and keeps else rest
+            padding = padded[b][: len(padded[b]) - length]
+            self.chains.append(Chain([of_row(one, b) for one in own], padding, frozenset(stops)))
 
     def __call__(self, texts: list[list[int]], drafted: Tensor, logits: Tensor) -> Tensor:
         """logits [B, K + 1, V] in any float dtype -> processed scores in f32"""

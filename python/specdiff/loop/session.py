@@ -377,11 +377,15 @@ class Session:
                 f"{len(done)}: open it with more rows"
             )
         if taken := [b for b in places if not done[b]]:
-            raise ValueError(f"place {taken[0]} is taken: wait until done[{taken[0]}]")
+            free = [b for b, over in enumerate(done) if over]
+            raise ValueError(
+                f"place {taken[0]} is taken: wait until done[{taken[0]}], or pass first=, the "
+                f"first of some free places; free are {free}"
+            )
         if max(limits) > self.capacity:
             raise ValueError(
                 f"a row of up to {max(limits) + 1} tokens does not fit a session of capacity "
-                f"{self.capacity}: open it with a larger one, or lower max_new_tokens"
+                f"{self.capacity + 1}: open it with a larger one, or lower max_new_tokens"
             )
         if not self.has_room(*(limit + 1 for limit in limits)):
             raise ValueError(

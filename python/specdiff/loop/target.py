@@ -25,7 +25,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from ..download import target_folder
 from ..models import load_causal, load_tokenizer
 from . import attention, fast_layers
-from .arguments import whole_number
+from .arguments import token_ids, whole_number
 from .cache import PagedRowCache, RowCache
 from .recorder import Recorder
 
@@ -470,4 +470,4 @@ def stop_tokens(model: PreTrainedModel) -> tuple[int, ...]:
         eos = model.config.eos_token_id
     if eos is None:
         return ()
-    return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    return token_ids("eos_token_id of the model", eos if isinstance(eos, (list, tuple)) else [eos])

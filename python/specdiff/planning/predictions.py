@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import naming
 from ..loop.decoder import Decoder
 from ..loop.sampling import Sampling
 from ..theory import needed_acceptance, needed_draft_cost, speed_up, tokens_per_round
@@ -155,7 +156,8 @@ def draw(rows: Sequence[Prediction], measured: dict[Plan, float], title: str, pa
     figure.legend(loc="outside right upper", frameon=False)
     part = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        figure.savefig(part, dpi=150)
-        part.replace(path)
+        with naming(path):
+            figure.savefig(part, dpi=150)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)

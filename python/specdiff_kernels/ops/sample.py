@@ -47,9 +47,11 @@ def sample(
         logits: [N, V], the logits that `distribution` was made from.
         distribution: RowDistribution of the N rows.
         seed, round, slot: i64 [N]; with `purpose` they key Philox4x32-10, so that a draw depends
-            on its own sequence alone. slot defaults to 0. An integer `seed` gives each row its own,
-            by `row_seeds`; an integer `round` or `slot` is that of all rows. Where the distribution
-            lies on a CPU, and all its rows are greedy, seed and round may be left out.
+            on its own sequence alone. Token i of a draft has slot i: tokens that share a slot share
+            their noise, and the draft would bias the output. A slot of None is 0. An integer `seed`
+            gives each row its own, by `row_seeds`; an integer `round` or `slot` is that of all
+            rows. Where the distribution lies on a CPU, and all its rows are greedy, seed and round
+            may be left out.
         purpose: a `Purpose`; two uses of randomness never share one.
         position: i64 [N] or an integer, absolute positions in their sequences, in place of round,
             slot and purpose, for a coupled draw; see `verify`.
