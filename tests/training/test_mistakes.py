@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -277,6 +277,14 @@ def test_a_line_is_a_prompt(folder, tmp_path, ending):
 # --- Ctrl-C
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """As in a terminal; a job in the background may ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("moment", "message"),
     [
@@ -286,7 +294,7 @@ def test_a_line_is_a_prompt(folder, tmp_path, ending):
         ("Log.write", "stopped; the same command goes on from {out}/checkpoint.safetensors"),
     ],
 )
-def test_ctrl_c(folder, tmp_path, monkeypatch, moment, message):
+def test_ctrl_c(folder, tmp_path, monkeypatch, ctrl_c, moment, message):
     """While states are computed, before the first step, after the last, and between."""
     config = write(folder, "interrupted.toml", PARALLEL)
     with monkeypatch.context() as patch:
@@ -311,7 +319,7 @@ def interrupted(owner: object, name: str) -> Callable:
     return run
 
 
-def test_ctrl_c_while_sampling(folder, tmp_path, monkeypatch):
+def test_ctrl_c_while_sampling(folder, tmp_path, monkeypatch, ctrl_c):
     command = commands(folder, tmp_path)["samples"]
     with monkeypatch.context() as patch:
         patch.setattr(Session, "step", interrupted(Session, "step"))
