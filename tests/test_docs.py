@@ -36,7 +36,7 @@ def test_readme_example(tiny_tokenizer):
     names: dict = {"model": model, "tokenizer": tiny_tokenizer}
     for code in re.findall(r"```python\n(.*?)```", README, re.S):
         exec(code, names)
-    assert names["text"].shape[0] == 2 and names["text"].shape[1] > 20
+    assert names["ids"].shape[0] == 2 and names["ids"].shape[1] > 20
     verified = names["verified"]  # by the block rule
     assert verified.emitted.shape == (names["B"], names["K"] + 1)
     assert torch.equal((verified.emitted >= 0).sum(-1), verified.accepted + 1)

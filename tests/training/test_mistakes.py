@@ -194,7 +194,6 @@ def test_without_a_package(folder, tmp_path, monkeypatch, missing, message):
 def finished(folder, tmp_path_factory) -> Path:
     """Folders of short runs: parallel, sedd, samples."""
     made = tmp_path_factory.mktemp("finished")
-    write(folder, "lines.txt", "w3 w4\nw5\n")
     for command in commands(folder, made).values():
         done = specdiff(*command)
         assert done.exit_code == 0, done.output
@@ -204,7 +203,8 @@ def finished(folder, tmp_path_factory) -> Path:
 def commands(folder: Path, out: Path) -> dict[str, list[object]]:
     parallel = write(folder, "parallel.toml", PARALLEL)
     sedd = write(folder, "sedd.toml", SEDD)
-    target = ["--target", folder / "target", "--prompts", folder / "lines.txt", "--device", "cpu"]
+    lines = write(folder, "lines.txt", "w3 w4\nw5\n")
+    target = ["--target", folder / "target", "--prompts", lines, "--device", "cpu"]
     sizes = ["--conversations", 4, "--batch", 2, "--max-length", 20]
     return {
         "parallel": ["train", parallel, "--out", out / "parallel", "--minutes", 0],
