@@ -10,7 +10,6 @@ import copy
 import random
 import re
 from collections import deque
-from contextlib import suppress
 from enum import Enum
 from functools import partial
 from logging import Logger
@@ -71,12 +70,12 @@ def copied(value: Any, known: Known | None = None) -> Any:
         if (new := value.fork()) is value:
             raise Uncopyable(f"a {kind.__name__} whose fork() returns itself")
         return noted(new)
-    if isinstance(value, GENERATORS) or "__deepcopy__" in vars(kind):
-        return noted(copy.deepcopy(value))
     if isinstance(value, torch.Generator):
         return noted(value.clone_state())
     if isinstance(value, Tensor):
         return noted(value.detach().clone().requires_grad_(value.requires_grad))
+    if isinstance(value, GENERATORS) or hasattr(kind, "__deepcopy__"):
+        return noted(copy.deepcopy(value))
     if isinstance(value, FunctionType):
         return function_copied(value, known)
     if isinstance(value, MethodType):
@@ -126,8 +125,11 @@ def function_copied(function: FunctionType, known: Known) -> FunctionType:
     new = FunctionType(code, function.__globals__, name, None, cells or None)
     known[id(function)] = function, new  # before its cells are filled: it may close over itself
     for cell in fresh:
-        with suppress(ValueError):  # nothing was assigned yet
-            known[id(cell)][1].cell_contents = copied(cell.cell_contents, known)
+        try:
+            content = cell.cell_contents
+        except ValueError:  # nothing was assigned yet
+            continue
+        known[id(cell)][1].cell_contents = copied(content, known)
     new.__defaults__ = copied(function.__defaults__, known)
     new.__kwdefaults__ = copied(function.__kwdefaults__, known)
     vars(new).update(copied(vars(function), known))
