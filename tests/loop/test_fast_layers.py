@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.nn.utils.prune import l1_unstructured, remove
@@ -15,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from specdiff import Decoder, Target
 from specdiff.drafters import Autoregressive, PromptLookup, load_drafter
 from specdiff.loop.fast_layers import accelerate, is_accelerated, restore
-from specdiff_kernels import use_backend
+from specdiff.loop.memory import HUGE, Store
+from specdiff_kernels import pack_weight, use_backend
 from tests.operators import Operators
 from tests.tiny import FAMILIES, tiny_model
 
@@ -436,7 +439,7 @@ def test_copies_are_models_of_their_own(family, copied, how):
     model = accelerate(tiny_model(family), **how)
     before = logits(model)
     other = copied(model)
-    assert not any(hasattr(m.forward.args[1], "weight") for m in other.modules() if packs(m))
+    assert not any(len(m.forward.args[1].weight.packs) for m in other.modules() if packs(m))
     assert torch.equal(logits(other), before)
     for parameter in other.parameters():
         parameter.data.mul_(1.5)
@@ -539,3 +542,44 @@ def test_a_drafter_follows_its_target(tmp_path):
     for model, expected in ((tiny_model("llama"), False), (accelerate(tiny_model("llama")), True)):
         drafter = load_drafter(tmp_path, Target(model))
         assert is_accelerated(drafter.model.model) == expected
+
+
+# --- memory
+
+
+def test_pieces_of_a_store_begin_in_a_huge_page_and_never_overlap():
+    store = Store()
+    shapes = [(3, 5), (1000, 7), (1,), (600, 576), (20_000_000,), (2, 2)]
+    pieces = [store.take(shape, torch.float32) for shape in shapes]
+    pieces += [store.take((3, 16), torch.bfloat16)]
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in pieces)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert all(start % 64 == 0 for start, _ in spans)
+    assert pieces[0].data_ptr() % HUGE == 0 and pieces[4].data_ptr() % HUGE == 0
+    assert [tuple(x.shape) for x in pieces[:-1]] == shapes
+
+
+def test_a_weight_that_changes_is_packed_where_it_was():
+    """Or each merge of an adapter would take the memory of a model."""
+    layer = accelerate(nn.Sequential(nn.Linear(20, 30))).eval()
+    packed = lambda: layer[0].forward.args[1].weight.packs
+    with torch.inference_mode():
+        layer(torch.ones(1, 20))
+        before = packed().data_ptr()
+    with torch.no_grad():
+        layer[0].weight.mul_(2)
+        got = layer(torch.ones(1, 20))
+        assert packed().data_ptr() == before
+        assert torch.equal(got, accelerate(copy.deepcopy(restore(layer)))(torch.ones(1, 20)))
+    two = copy.deepcopy(accelerate(nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 20))))
+    assert two[0].forward.args[1].store is two[1].forward.args[1].store
+
+
+def test_packs_go_where_they_are_told():
+    weight, place = torch.randn(20, 3), torch.empty(2, 3, 16)
+    packed = pack_weight(weight, out=place)
+    assert packed.packs is place and torch.equal(place, pack_weight(weight).packs)
+    with pytest.raises(ValueError, match=r"out: expected shape \[.*2.*\], got \[1, 3, 16\]"):
+        pack_weight(weight, out=torch.empty(1, 3, 16))
+    with pytest.raises(ValueError, match="out: expected contiguous memory"):
+        pack_weight(weight, out=torch.empty(2, 16, 3).transpose(1, 2))

@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from specdiff_kernels import PackedWeight, pack_weight
 from specdiff_kernels.backends import find
-from specdiff_kernels.ops.skinny_linear import unchecked
+from specdiff_kernels.ops.skinny_linear import packed_shape, unchecked
+
+from .memory import Store
 
 LAYERS = (nn.Linear, Conv1D)  # and no subclass, which may compute something else
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,9 +27,9 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
     whether it is decoded alone, verified among K + 1 or read with its prompt. Attention is torch's
     own and may round differently.
 
-    Each layer packs a copy of its weight when it is first used and keeps the weight too: linear
-    layers take twice the memory. A forward that needs gradients, or is not in fp32 on a CPU, goes
-    the usual way.
+    Each layer packs a copy of its weight when it is first used, in huge pages, and keeps the weight
+    too: linear layers take twice the memory. A forward that needs gradients, or is not in fp32 on a
+    CPU, goes the usual way.
 
     Args:
         model: any module.
@@ -51,13 +53,14 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
     if bf16 and not packed:
         raise ValueError("bf16: a rounded weight is a copy, which is packed: leave packed=True")
     restore(model)
+    store = Store()
     module: Any
     for module in model.modules():
         if type(module) not in LAYERS or "forward" in vars(module) or not usable(module.weight):
             continue
         if type(module) is Conv1D and not packed:  # [in, out]: laid out as [out, in], seen as ever
             module.weight.data = module.weight.data.t().contiguous().t()
-        copy = Packed(torch.bfloat16 if bf16 else torch.float32) if packed else None
+        copy = Packed(torch.bfloat16 if bf16 else torch.float32, store) if packed else None
         module.forward = partial(linear, module, copy)
     return model
 
@@ -104,10 +107,11 @@ def learns(*tensors: Tensor | None) -> bool:
 class Packed:
     """A weight's packed copy, made anew when writes were counted or its fingerprint differs."""
 
-    __slots__ = ("dtype", "fingerprint", "key", "weight")
+    __slots__ = ("dtype", "fingerprint", "key", "store", "weight")
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, store: Store) -> None:
+        self.dtype, self.store = dtype, store
+        self.weight = PackedWeight(torch.empty(0, dtype=dtype), 0)
         self.fingerprint = find("fingerprint", "cpu", None)  # the same of every backend
         self.key: tuple[int, int] | None = None
 
@@ -118,11 +122,14 @@ class Packed:
             version = 0
         key = (version, self.fingerprint(weight))
         if key != self.key:
-            self.weight, self.key = pack_weight(weight, self.dtype), key
+            shape, place = packed_shape(*weight.shape), self.weight.packs
+            if place.shape != shape:
+                place = self.store.take(shape, self.dtype)
+            self.weight, self.key = pack_weight(weight, self.dtype, out=place), key
         return self.weight
 
-    def __reduce__(self) -> tuple[type[Packed], tuple[torch.dtype]]:
-        return Packed, (self.dtype,)  # a copied or saved model packs for itself
+    def __reduce__(self) -> tuple[type[Packed], tuple[torch.dtype, Store]]:
+        return Packed, (self.dtype, self.store)  # a copied or saved model packs for itself
 
 
 def linear(module: Any, copy: Packed | None, x: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ WEIGHTS = (torch.float32, torch.bfloat16)
 PACK = 16  # rows of the weight side by side
 
 
-def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
+def pack_weight(
+    weight: Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
+) -> PackedWeight:
     """A copy of a weight, laid out for `skinny_linear`: 16 rows side by side, column after column.
 
     As much memory as the weight, rounded up to whole packs, or half of it as bf16.
@@ -34,6 +36,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
     Args:
         weight: f32 or bf16 [N, K], any strides.
         dtype: of the copy, torch.float32 or torch.bfloat16; None: the weight's.
+        out: contiguous [ceil(N / 16), K, 16] of that dtype, memory for the copy; None: new.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape or dtype.
@@ -49,8 +52,18 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
         raise TypeError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
     N, K = weight.shape
     rows = F.pad(weight.detach().to(dtype), (0, 0, 0, -N % PACK))
-    packs = rows.view(rows.shape[0] // PACK, PACK, K).transpose(1, 2).contiguous()
-    return PackedWeight(packs, N)
+    packs = rows.view(rows.shape[0] // PACK, PACK, K).transpose(1, 2)
+    if out is None:
+        return PackedWeight(packs.contiguous(), N)
+    check_tensor("out", out, packed_shape(N, K), ("packs", "K", f"{PACK}"), (dtype,), device)
+    if not out.is_contiguous():
+        raise ValueError("out: expected contiguous memory, got a strided view")
+    return PackedWeight(out.copy_(packs), N)
+
+
+def packed_shape(N: int, K: int) -> tuple[int, int, int]:
+    """Of the copy of a weight [N, K]."""
+    return -(-N // PACK), K, PACK
 
 
 def skinny_linear(
@@ -97,7 +110,7 @@ def skinny_linear(
     if isinstance(weight, PackedWeight):
         weight, N = weight
         N = N if type(N) is int else integer("weight.rows", N)
-        shape = (-(-N // PACK), x.shape[1], PACK)
+        shape = packed_shape(N, x.shape[1])
         check_tensor("weight.packs", weight, shape, ("packs", "K", f"{PACK}"), WEIGHTS, device)
         weight = weight.contiguous()
     else:
