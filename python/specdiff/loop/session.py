@@ -102,7 +102,7 @@ class Session:
             settings, rows, capacity + 1, self.sampling, looks=self.look_every == 1
         )
         self.longest = 0  # at least the largest of the lengths
-        self.admitted = 0  # prompts, so far
+        self.next_seed = 0  # of a prompt that comes without one
         self._stop_tokens = frozenset(stops)
 
     @property
@@ -181,10 +181,8 @@ class Session:
             for one in per_prompt("sampling", sampling, (Sampling, type(None)), n)
         ]
         places = range(first, first + n)
-        if seed is None:
-            seeds = row_seeds(0, self.admitted + n)[self.admitted :]
-        else:
-            seeds = row_seeds(seed, n)
+        *own, next_seed = row_seeds(self.next_seed, n + 1)
+        seeds = own if seed is None else row_seeds(seed, n)
         rows = slice(places.start, places.stop)
         limits = [
             min(len(row) + more, self.target.context_limit) - 1
@@ -203,7 +201,7 @@ class Session:
             self.drafting.prefill(rows, tokens, counts, part)
         self.rows.admit(rows, tokens, counts, limits, seeds)
         self.host.admit(places, texts, limits)
-        self.admitted += n
+        self.next_seed = next_seed
 
     @torch.inference_mode()
     def abort(self, place: int) -> None:
