@@ -46,8 +46,10 @@ ISA_FLAGS = {
 PER_ISA = {
     # scheduled before registers are assigned, which keeps the vectors of lanes.h side by side
     os.path.join("csrc", "cpu", "tile.cpp"): ["-fschedule-insns"],
-    # no part of the distribution, so it may contract
+    # no part of the distribution, so they may contract
     os.path.join("csrc", "cpu", "product.cpp"): ["-ffp-contract=fast"],
+    os.path.join("csrc", "cpu", "attention.cpp"): ["-ffp-contract=fast"],
+    os.path.join("csrc", "cpu", "tokens.cpp"): ["-ffp-contract=fast"],
     os.path.join("csrc", "cpu", "divergence.cpp"): ["-ffp-contract=fast", "-fschedule-insns"],
 }
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []

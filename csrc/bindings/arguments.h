@@ -113,6 +113,47 @@ inline void read(Arguments& in, CommitParams& p) {
   in(p.new_lengths, p.kept, p.new_finished, p.last);
 }
 
+inline void read(Arguments& in, KeyValues& c) {
+  in(c.keys, c.values, c.dtype, c.key_row, c.key_head, c.key_position);
+  in(c.value_row, c.value_head, c.value_position, c.slots, c.tables, c.columns, c.block_size,
+     c.blocks);
+}
+
+inline void read(Arguments& in, AttentionParams& p) {
+  in(p.query, p.batch, p.queries, p.heads, p.kv_heads, p.size);
+  in(p.query_row, p.query_query, p.query_head);
+  read(in, p.cache);
+  in(p.lengths, p.first, p.parents, p.sinks, p.window, p.out);
+}
+
+inline void read(Arguments& in, Norm& norm) {
+  int kind;
+  in(norm.weight, norm.bias, kind);
+  norm.kind = static_cast<NormKind>(kind);
+}
+
+inline void read(Arguments& in, Weight& weight) {
+  in(weight.data, weight.dtype, weight.packed, weight.n, weight.stride, weight.bias);
+}
+
+inline void read(Arguments& in, DecoderLayer& layer) {
+  int activation;
+  in(layer.hidden, layer.heads, layer.kv_heads, layer.size, layer.inner);
+  read(in, layer.attention_norm);
+  read(in, layer.mlp_norm);
+  for (Weight& weight : layer.qkv) read(in, weight);
+  for (Weight* weight : {&layer.output, &layer.gate, &layer.up, &layer.down}) read(in, *weight);
+  in(activation, layer.window);
+  layer.activation = static_cast<Activation>(activation);
+}
+
+inline void read(Arguments& in, DecoderLayerParams& p) {
+  in(p.before, p.after, p.x, p.batch, p.queries, p.cos, p.sin, p.rotary, p.rotary_row, p.query);
+  in(p.slots);
+  read(in, p.cache);
+  in(p.lengths, p.first, p.parents, p.out);
+}
+
 template <class Params>
 Params params(const Numbers& numbers) {
   Arguments in(numbers);

@@ -66,11 +66,51 @@ void commit(const Numbers& arguments, int threads) {
 
 void skinny_linear(Address x, int64_t m, int64_t k, int64_t x_stride, Address weight, int dtype,
                    bool packed, int64_t n, int64_t weight_stride, Address bias, Address out,
-                   Address x_columns, int threads) {
+                   Address scratch, int threads) {
   py::gil_scoped_release release;
-  cpu::skinny_linear({pointer<const float>(x), m, k, x_stride, pointer<const void>(weight), dtype,
-                      packed, n, weight_stride, pointer<const float>(bias), pointer<float>(out),
-                      pointer<float>(x_columns), threads});
+  cpu::skinny_linear(
+      {pointer<const float>(x), m, k, x_stride,
+       {pointer<const void>(weight), dtype, packed, n, weight_stride, pointer<const float>(bias)},
+       pointer<float>(out), pointer<float>(scratch), threads});
+}
+
+void cached_attention(const Numbers& arguments, float scale, float softcap, int threads) {
+  AttentionParams p = params<AttentionParams>(arguments);
+  p.scale = scale;
+  p.softcap = softcap;
+  p.threads = threads;
+  py::gil_scoped_release release;
+  cpu::cached_attention(p);
+}
+
+void row_norm(Address x, int64_t m, int64_t k, const Numbers& norm, float epsilon, float offset,
+              Address out, int threads) {
+  Norm of = params<Norm>(norm);
+  of.epsilon = epsilon;
+  of.offset = offset;
+  py::gil_scoped_release release;
+  cpu::normalise(of, pointer<const float>(x), m, k, pointer<float>(out), threads);
+}
+
+// A layer's weights and shape by themselves, since they stay while tokens come and go.
+DecoderLayer make_layer(const Numbers& arguments, const std::vector<float>& numbers) {
+  DecoderLayer layer = params<DecoderLayer>(arguments);
+  if (numbers.size() != 6) throw std::length_error("six numbers, see DecoderLayer");
+  layer.attention_norm.epsilon = numbers[0];
+  layer.attention_norm.offset = numbers[1];
+  layer.mlp_norm.epsilon = numbers[2];
+  layer.mlp_norm.offset = numbers[3];
+  layer.scale = numbers[4];
+  layer.softcap = numbers[5];
+  return layer;
+}
+
+void decoder_layer(const DecoderLayer& layer, const Numbers& arguments, int threads) {
+  DecoderLayerParams p = params<DecoderLayerParams>(arguments);
+  p.layer = &layer;
+  p.threads = threads;
+  py::gil_scoped_release release;
+  cpu::decoder_layer(p);
 }
 
 uint64_t fingerprint(Address weight, int64_t rows, int64_t columns, int64_t row_stride,
@@ -106,6 +146,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("verify", &verify);
   m.def("commit", &commit);
   m.def("skinny_linear", &skinny_linear);
+  m.def("skinny_linear_scratch", &cpu::skinny_linear_scratch);
+  m.def("cached_attention", &cached_attention);
+  m.def("row_norm", &row_norm);
+  py::class_<DecoderLayer>(m, "DecoderLayer").def(py::init(&make_layer));
+  m.def("decoder_layer", &decoder_layer);
   m.def("fingerprint", &fingerprint);
   m.def("isa", [] { return cpu::kernels().isa; }, "Instruction set in use.");
   m.def("supported_isas", &supported_isas, "Instruction sets that this processor has.");

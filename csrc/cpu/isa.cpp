@@ -3,45 +3,55 @@
 #include <cstring>
 
 #include "divergence.h"
-#include "product.h"
+#include "forward.h"
 #include "tile.h"
 
 namespace specdiff::cpu {
 
-extern const TileKernels kernels_plain;
-extern const Product product_plain;
-extern const DivergenceKernels divergence_plain;
+// What each instruction set has.
+#define SPECDIFF_KERNELS(isa)                              \
+  extern const TileKernels kernels_##isa;                  \
+  extern const DivergenceKernels divergence_##isa;         \
+  extern const decltype(Forward::multiply) multiply_##isa; \
+  extern const decltype(Forward::attend) attend_##isa;     \
+  extern const decltype(Forward::merge) merge_##isa;       \
+  extern const decltype(Forward::normalise) normalise_##isa; \
+  extern const decltype(Forward::rotate) rotate_##isa;
+
+SPECDIFF_KERNELS(plain)
 #ifndef SPECDIFF_ONLY_PLAIN
-extern const TileKernels kernels_avx2, kernels_avx512;
-extern const Product product_avx2, product_avx512;
-extern const DivergenceKernels divergence_avx2, divergence_avx512;
+SPECDIFF_KERNELS(avx2)
+SPECDIFF_KERNELS(avx512)
 #endif
 
 namespace {
 
 struct Isa {
   const TileKernels* kernels;
-  const Product* product;
   const DivergenceKernels* divergence;
+  Forward forward;
   bool (*supported)();
 };
+
+#define SPECDIFF_ISA_OF(isa) \
+  &kernels_##isa, &divergence_##isa, {multiply_##isa, attend_##isa, merge_##isa, normalise_##isa, rotate_##isa}
 
 const Isa kIsas[] = {
 // best first
 #ifndef SPECDIFF_ONLY_PLAIN
-    {&kernels_avx512, &product_avx512, &divergence_avx512,
+    {SPECDIFF_ISA_OF(avx512),
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
               __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
      }},
-    {&kernels_avx2, &product_avx2, &divergence_avx2,
+    {SPECDIFF_ISA_OF(avx2),
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
               __builtin_cpu_supports("fma");
      }},
 #endif
-    {&kernels_plain, &product_plain, &divergence_plain, [] { return true; }},
+    {SPECDIFF_ISA_OF(plain), [] { return true; }},
 };
 
 std::atomic<const Isa*> in_use{nullptr};
@@ -76,7 +86,7 @@ const Isa& isa() {
 }  // namespace
 
 const TileKernels& kernels() { return *isa().kernels; }
-Product product() { return *isa().product; }
+const Forward& forward() { return isa().forward; }
 const DivergenceKernels& divergence() { return *isa().divergence; }
 
 }  // namespace specdiff::cpu

@@ -1,4 +1,5 @@
-// The ops. They allocate nothing, write every output, and may be called from any thread.
+// The ops. They write every output, and may be called from any thread. They allocate nothing, but
+// for attention and decoder layers, which keep memory for each thread that calls them.
 #pragma once
 
 #include "specdiff/params.h"
@@ -12,7 +13,13 @@ void sample(const SampleParams& params);
 void denoise_step(const DenoiseStepParams& params);
 void verify(const VerifyParams& params);
 void commit(const CommitParams& params);
-void skinny_linear(SkinnyLinearParams params);
+void skinny_linear(const SkinnyLinearParams& params);
+int64_t skinny_linear_scratch(int64_t m, int64_t k);  // floats
+void cached_attention(const AttentionParams& params);
+void decoder_layer(const DecoderLayerParams& params);
+
+// Rows x [m, k] -> out [m, k].
+void normalise(const Norm& norm, const float* x, int64_t m, int64_t k, float* out, int threads);
 
 // See reference/fingerprint.py.
 uint64_t fingerprint(const int32_t* weight, int64_t rows, int64_t columns, int64_t row_stride,

@@ -1,7 +1,7 @@
 #include <algorithm>
 
+#include "forward.h"
 #include "ops.h"
-#include "product.h"
 #include "threads.h"
 
 namespace specdiff::cpu {
@@ -9,37 +9,35 @@ namespace {
 
 constexpr int64_t kRowsPerItem = 6 * kPack;  // neighbouring rows of the weight, read by one thread
 
-// x [m, k] -> columns [k, m], four rows at a time.
-void turn(const SkinnyLinearParams& p) {
-  int64_t m = 0;
-  for (; m + 4 <= p.m; m += 4) {
-    const float* x = p.x + m * p.x_stride;
-    float* to = p.x_columns + m;
-    for (int64_t k = 0; k < p.k; ++k, ++x, to += p.m) {
-      to[0] = x[0];
-      to[1] = x[p.x_stride];
-      to[2] = x[2 * p.x_stride];
-      to[3] = x[3 * p.x_stride];
+// x [m, k] in panels.
+Rows lay_out(const SkinnyLinearParams& p) {
+  if (p.m == 1) return plain_rows(const_cast<float*>(p.x), 0);  // as it is
+  const Rows rows = in_panels(p.scratch, p.m, p.k);
+  for (int64_t k = 0; k < p.k; k += rows.length) {
+    const int64_t count = std::min(p.k - k, rows.length);
+    for (int64_t m = 0; m < p.m; ++m) {
+      const float* from = p.x + m * p.x_stride + k;
+      std::copy(from, from + count, at(rows, m, k));
     }
   }
-  for (; m < p.m; ++m) {
-    for (int64_t k = 0; k < p.k; ++k) p.x_columns[k * p.m + m] = p.x[m * p.x_stride + k];
-  }
+  return rows;
 }
 
 }  // namespace
 
-void skinny_linear(SkinnyLinearParams p) {
-  const Product multiply = product();
-  if (p.m == 1) {
-    p.x_columns = const_cast<float*>(p.x);  // as it is
-  } else {
-    turn(p);
-  }
-  const int64_t items = (p.n + kRowsPerItem - 1) / kRowsPerItem;
-  parallel_for(items, p.n * p.k, p.threads, [&](int64_t item, int) {
+int64_t skinny_linear_scratch(int64_t m, int64_t k) { return m > 1 ? panels_size(m, k) : 0; }
+
+void skinny_linear(const SkinnyLinearParams& p) {
+  Product product = {};
+  product.x = lay_out(p);
+  product.m = p.m;
+  product.k = p.k;
+  product.weight = p.weight;
+  product.out = plain_rows(p.out, p.weight.n);
+  const int64_t n = p.weight.n, items = (n + kRowsPerItem - 1) / kRowsPerItem;
+  parallel_for(items, n * p.k, p.threads, [&](int64_t item, int) {
     const int64_t first = item * kRowsPerItem;
-    multiply(p, first, std::min(first + kRowsPerItem, p.n));
+    forward().multiply(product, first, std::min(first + kRowsPerItem, n));
   });
 }
 

@@ -5,11 +5,11 @@
 #include <atomic>
 #include <cstdint>
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
 #include <thread>
 #include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
 #endif
 
 namespace specdiff::cpu {
@@ -38,5 +38,78 @@ void parallel_for(int64_t items, int64_t elements, int threads, const Body& body
   for (std::thread& helper : helpers) helper.join();
 #endif
 }
+
+// Threads that go through stages together: each shares out its items, and ends when all are done.
+class Team {
+ public:
+  explicit Team(int threads) : threads_(threads) {}
+
+  // Calls body(item) for every item < items.
+  template <class Body>
+  void each(int64_t items, const Body& body) {
+    if (threads_ == 1) {
+      for (int64_t item = 0; item < items; ++item) body(item);
+      return;
+    }
+    std::atomic<int64_t>& next = next_[stage() % kStages];
+    for (int64_t item = next++; item < items; item = next++) body(item);
+    wait();
+    // all have left the stage before the last, so its counter can serve again
+    next_[(stage() + kStages - 1) % kStages].store(0, std::memory_order_relaxed);
+    ++stage();
+  }
+
+  // Runs body() on all threads.
+  template <class Body>
+  void run(const Body& body) {
+    if (threads_ == 1) return body();
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads_)
+    {
+#pragma omp single
+      threads_ = omp_get_num_threads();
+      stage() = 0;
+      body();
+    }
+#else
+    std::vector<std::thread> helpers;
+    const auto work = [&] {
+      stage() = 0;
+      body();
+    };
+    for (int thread = 1; thread < threads_; ++thread) helpers.emplace_back(work);
+    work();
+    for (std::thread& helper : helpers) helper.join();
+#endif
+  }
+
+ private:
+  static constexpr int kStages = 4;
+
+  static int& stage() {  // that this thread is in
+    static thread_local int number;
+    return number;
+  }
+
+  // Until all threads have come here.
+  void wait() {
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+      waiting_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int tries = 0; round_.load(std::memory_order_acquire) == round; ++tries) {
+      if (tries > kSpins) std::this_thread::yield();
+    }
+  }
+
+  static constexpr int kSpins = 2000;
+
+  int threads_;
+  std::atomic<int64_t> next_[kStages]{};
+  std::atomic<int> waiting_{0};
+  std::atomic<int64_t> round_{0};
+};
 
 }  // namespace specdiff::cpu

@@ -225,16 +225,91 @@ struct CommitParams {
   int32_t threads;
 };
 
-// out [m, n] = x [m, k] weight[n, k]^T + bias [n]; rows contiguous, strides in elements.
+// A linear layer [n, k] -> y = x weight^T + bias, rows contiguous, stride in elements.
+struct Weight {
+  const void* data;  // f32 or bf16, [n, k], or packed: [ceil(n / 16), k, 16]
+  int32_t dtype, packed;
+  int64_t n, stride;  // stride: between rows, unless packed
+  const float* bias;  // or null
+};
+
 struct SkinnyLinearParams {
   const float* x;
   int64_t m, k, x_stride;
-  const void* weight;  // f32 or bf16, [n, k], or packed: [ceil(n / 16), k, 16]
-  int32_t weight_dtype, packed;
-  int64_t n, weight_stride;  // between rows, unless packed
-  const float* bias;         // or null
-  float* out;
-  float* x_columns;  // scratch [k, m]
+  Weight weight;
+  float* out;      // [m, n]
+  float* scratch;  // where x is laid out anew: rows of 256 for each 256 columns
+  int32_t threads;
+};
+
+enum class NormKind : int32_t { kRms, kLayer };
+
+// x / rms(x) (weight + offset), or (x - mean) / deviation weight + bias.
+struct Norm {
+  const float* weight;
+  const float* bias;  // or null
+  float epsilon, offset;
+  NormKind kind;
+};
+
+enum class Activation : int32_t { kNone, kSilu, kGeluTanh, kGelu, kRelu };
+
+// Keys and values of rows, strides in elements; without tables [rows, heads, positions, size], else
+// [blocks, positions in a block, heads, size].
+struct KeyValues {
+  char* keys;
+  char* values;
+  int32_t dtype;
+  int64_t key_row, key_head, key_position;
+  int64_t value_row, value_head, value_position;
+  int64_t slots;          // entries that a row can have
+  const int32_t* tables;  // [batch, columns], or null
+  int64_t columns, block_size, blocks;
+};
+
+struct AttentionParams {
+  const float* query;  // [batch, queries, heads, size]
+  int64_t batch, queries, heads, kv_heads, size;
+  int64_t query_row, query_query, query_head;  // strides
+  KeyValues cache;
+  const int64_t* lengths;  // [batch]
+  const int64_t* first;    // [batch], or null
+  const int64_t* parents;  // [batch, queries], or null: each query follows the one before
+  const float* sinks;      // [heads], or null
+  int64_t window;          // 0: none
+  float scale, softcap;    // softcap 0: none
+  float* out;              // [batch, queries, heads, size]
+  int32_t threads;
+};
+
+// What a decoder layer is, apart from its tokens: a norm, attention, a norm, an MLP, each half added
+// to what came in.
+struct DecoderLayer {
+  int64_t hidden, heads, kv_heads, size, inner;
+  Norm attention_norm, mlp_norm;
+  Weight qkv[3];  // or all in the first
+  Weight output, gate, up, down;
+  Activation activation;
+  int64_t window;
+  float scale, softcap;
+};
+
+// One layer's forward over tokens [batch, queries], in two parts that may be one call.
+struct DecoderLayerParams {
+  const DecoderLayer* layer;
+  bool before, after;  // attention's keys and values are at hand
+  const float* x;      // [batch, queries, hidden]
+  int64_t batch, queries;
+  const float* cos;  // [batch or 1, queries, rotary], or null: no rotary positions
+  const float* sin;
+  int64_t rotary, rotary_row;  // columns, and the stride between rows of the batch
+  float* query;                // [batch, queries, heads, size]
+  const int64_t* slots;        // [batch, queries], where their keys and values go
+  KeyValues cache;
+  const int64_t* lengths;
+  const int64_t* first;
+  const int64_t* parents;
+  float* out;  // as x
   int32_t threads;
 };
 

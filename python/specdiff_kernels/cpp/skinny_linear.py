@@ -15,9 +15,10 @@ from ..inputs import SkinnyLinearInputs
 def skinny_linear(inputs: SkinnyLinearInputs, *, out: Tensor) -> None:
     x, weight, N, bias = inputs
     M, K = x.shape
-    columns = x.new_empty(K, M) if M > 1 else None  # where x is turned
+    # where x is laid out anew
+    scratch = x.new_empty(_C.skinny_linear_scratch(M, K)) if M > 1 else None
     _C.skinny_linear(
         x.data_ptr(), M, K, x.stride(0),
         weight.data_ptr(), DTYPES[weight.dtype], weight.ndim == 3, N, weight.stride(0),
-        address(bias), out.data_ptr(), address(columns), torch.get_num_threads(),
+        address(bias), out.data_ptr(), address(scratch), torch.get_num_threads(),
     )  # fmt: skip

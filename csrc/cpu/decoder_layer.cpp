@@ -1,0 +1,171 @@
+// A decoder layer in one call: threads pass from stage to stage together, so that little time goes
+// by between the reading of one weight and of the next.
+#include <algorithm>
+#include <vector>
+
+#include "attention_plan.h"
+#include "ops.h"
+#include "threads.h"
+
+namespace specdiff::cpu {
+namespace {
+
+// What is between the stages; it stays for the next call of the same thread.
+struct Memory {
+  std::vector<float> normed, qkv, mixed, stream, inner;
+  AttentionMemory attention;
+};
+
+float* room(std::vector<float>& memory, int64_t size) {
+  if (int64_t(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+Product product_of(const Rows& x, int64_t m, int64_t k, const Weight& weight, const Rows& out) {
+  Product product = {};
+  product.x = x;
+  product.m = m;
+  product.k = k;
+  product.weight = weight;
+  product.out = out;
+  return product;
+}
+
+// All outputs of some products, a few packs at a time.
+template <int N>
+void multiply(Team& team, const Product (&products)[N], int count, int threads) {
+  int64_t packs = 0;
+  for (int i = 0; i < count; ++i) packs += (products[i].weight.n + kPack - 1) / kPack;
+  const int64_t step = std::min<int64_t>(4, std::max<int64_t>(1, packs / (4 * threads))) * kPack;
+  int64_t items[N], total = 0;
+  for (int i = 0; i < count; ++i) total += items[i] = (products[i].weight.n + step - 1) / step;
+  team.each(total, [&](int64_t item) {
+    int i = 0;
+    for (; item >= items[i]; ++i) item -= items[i];
+    forward().multiply(products[i], item * step,
+                       std::min((item + 1) * step, products[i].weight.n));
+  });
+}
+
+void normalise(Team& team, const Norm& norm, const float* x, int64_t m, int64_t k,
+               const Rows& out) {
+  team.each(m, [&](int64_t row) { forward().normalise(norm, x + row * k, k, out, row); });
+}
+
+class Layer {
+ public:
+  Layer(const DecoderLayerParams& p, Memory& memory)
+      : p_(p),
+        layer_(*p.layer),
+        m_(p.batch * p.queries),
+        width_((layer_.heads + 2 * layer_.kv_heads) * layer_.size),
+        memory_(memory),
+        normed_(in_panels(room(memory.normed, panels_size(m_, layer_.hidden)), m_, layer_.hidden)),
+        qkv_(p.before ? room(memory.qkv, m_ * width_) : nullptr) {
+    if (!p.after) return;
+    const int64_t mixed = layer_.heads * layer_.size;
+    mixed_ = in_panels(room(memory.mixed, panels_size(m_, mixed)), m_, mixed);
+    inner_ = in_panels(room(memory.inner, panels_size(m_, layer_.inner)), m_, layer_.inner);
+    stream_ = room(memory.stream, m_ * layer_.hidden);
+    const int64_t row = p.queries * mixed;
+    attention_ = {p.query,   p.batch,     p.queries, layer_.heads, layer_.kv_heads, layer_.size,
+                  row,       mixed,       layer_.size, p.cache,    p.lengths,       p.first,
+                  p.parents, nullptr,     layer_.window, 1.0f,     layer_.softcap,  nullptr,
+                  p.threads};
+    plan_ = memory.attention.plan(attention_, mixed_);
+  }
+
+  void run(Team& team) const {
+    if (p_.before) before(team);
+    if (p_.after) after(team);
+  }
+
+ private:
+  // Queries, keys and values.
+  void before(Team& team) const {
+    normalise(team, layer_.attention_norm, p_.x, m_, layer_.hidden, normed_);
+    Product products[3];
+    int count = 0;
+    for (int64_t column = 0; count < 3 && layer_.qkv[count].data; ++count) {
+      products[count] = product_of(normed_, m_, layer_.hidden, layer_.qkv[count],
+                                   plain_rows(qkv_ + column, width_));
+      column += layer_.qkv[count].n;
+    }
+    multiply(team, products, count, p_.threads);
+    team.each(m_, [&](int64_t m) { place(m); });
+  }
+
+  // A token's queries, keys and values, turned and where they belong.
+  void place(int64_t m) const {
+    const int64_t size = layer_.size, b = m / p_.queries, q = m % p_.queries;
+    const float* cos = p_.cos ? p_.cos + b * p_.rotary_row + q * p_.rotary : nullptr;
+    const float* sin = p_.cos ? p_.sin + b * p_.rotary_row + q * p_.rotary : nullptr;
+    const float* from = qkv_ + m * width_;
+    for (int64_t head = 0; head < layer_.heads; ++head, from += size) {
+      forward().rotate(from, size, cos, sin, p_.rotary / 2, layer_.scale,
+                       p_.query + (m * layer_.heads + head) * size);
+    }
+    const KeyValues& c = p_.cache;
+    const int64_t slot = p_.slots[m];
+    const int64_t row = c.tables ? slot / c.block_size : b;
+    const int64_t position = c.tables ? slot % c.block_size : slot;
+    float* key = reinterpret_cast<float*>(c.keys) + row * c.key_row + position * c.key_position;
+    float* value =
+        reinterpret_cast<float*>(c.values) + row * c.value_row + position * c.value_position;
+    for (int64_t head = 0; head < layer_.kv_heads; ++head, from += size) {
+      forward().rotate(from, size, cos, sin, p_.rotary / 2, 1.0f, key + head * c.key_head);
+      std::copy_n(from + layer_.kv_heads * size, size, value + head * c.value_head);
+    }
+  }
+
+  // Attention and what follows it.
+  void after(Team& team) const {
+    team.each(plan_.items, [&](int64_t item) { forward().attend(attention_, plan_, item); });
+    if (plan_.split) {
+      team.each(plan_.merges, [&](int64_t item) { forward().merge(attention_, plan_, item); });
+    }
+    const int64_t hidden = layer_.hidden;
+    Product out[1] = {product_of(mixed_, m_, layer_.heads * layer_.size, layer_.output,
+                                 plain_rows(stream_, hidden))};
+    out[0].residual = p_.x;
+    out[0].residual_stride = hidden;
+    multiply(team, out, 1, p_.threads);
+    normalise(team, layer_.mlp_norm, stream_, m_, hidden, normed_);
+    Product up[1] = {product_of(normed_, m_, hidden, layer_.up, inner_)};
+    up[0].gate = layer_.gate;
+    up[0].activation = layer_.activation;
+    multiply(team, up, 1, p_.threads);
+    Product down[1] = {
+        product_of(inner_, m_, layer_.inner, layer_.down, plain_rows(p_.out, hidden))};
+    down[0].residual = stream_;
+    down[0].residual_stride = hidden;
+    multiply(team, down, 1, p_.threads);
+  }
+
+  const DecoderLayerParams& p_;
+  const DecoderLayer& layer_;
+  int64_t m_, width_;
+  Memory& memory_;
+  Rows normed_, mixed_{}, inner_{};
+  float *qkv_, *stream_ = nullptr;
+  AttentionParams attention_{};
+  AttentionPlan plan_{};
+};
+
+}  // namespace
+
+void decoder_layer(const DecoderLayerParams& p) {
+  thread_local Memory memory;
+  if (p.batch * p.queries == 0) return;
+  const Layer layer(p, memory);
+  Team team(p.layer->hidden * p.layer->inner <= kElementsPerThread / 4 ? 1 : p.threads);
+  team.run([&] { layer.run(team); });
+}
+
+void normalise(const Norm& norm, const float* x, int64_t m, int64_t k, float* out, int threads) {
+  parallel_for(m, m * k, threads, [&](int64_t row, int) {
+    forward().normalise(norm, x + row * k, k, plain_rows(out, k), row);
+  });
+}
+
+}  // namespace specdiff::cpu

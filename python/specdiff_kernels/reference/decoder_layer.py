@@ -1,0 +1,98 @@
+"""A decoder layer, token by token where a sum is made."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..inputs import CachedAttentionInputs, SkinnyLinearInputs
+from ..ops.decoder_layer import DecoderLayer, LayerCall, Linear, Norm
+from .cached_attention import cached_attention
+from .skinny_linear import skinny_linear
+
+ACTIVATE = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -> None:
+    """x += attention(norm(x)); x += mlp(norm(x)).
+
+    The MLP is down(activation(gate(y)) up(y)), without a gate down(activation(up(y))).
+    """
+    x, query = call.x, call.query
+    B, Q, _ = x.shape
+    if call.before:
+        inputs = normed(x, layer.attention_norm)
+        parts = torch.cat([linear(inputs, part) for part in layer.qkv], -1)
+        heads = parts.view(B, Q, -1, layer.size).split(
+            [layer.heads, layer.kv_heads, layer.kv_heads], 2
+        )
+        query.copy_(layer.scale * rotated(heads[0], call.rotation))
+        put(call.keys, rotated(heads[1], call.rotation), call)
+        put(call.values, heads[2], call)
+    if not call.after or out is None or call.lengths is None:
+        return
+    mixed = torch.empty_like(query)
+    attention = CachedAttentionInputs(
+        query, call.keys, call.values, call.lengths, call.tables, call.first, None, None,
+        1.0, layer.window or 0, layer.softcap or 0.0,
+    )  # fmt: skip
+    cached_attention(attention, out=mixed)
+    stream = linear(mixed.flatten(2), layer.output) + x
+    inputs = normed(stream, layer.mlp_norm)
+    activate = ACTIVATE[layer.activation]
+    inner = linear(inputs, layer.up)
+    if layer.gate is None:
+        inner = activate(inner)
+    else:
+        inner = activate(linear(inputs, layer.gate)) * inner
+    out.copy_(linear(inner, layer.down) + stream)
+
+
+def linear(x: Tensor, of: Linear) -> Tensor:
+    """[B, Q, K] -> [B, Q, N]"""
+    packs, N = of.weight
+    out = x.new_empty(*x.shape[:-1], N)
+    inputs = SkinnyLinearInputs(x.reshape(-1, x.shape[-1]), packs, N, of.bias)
+    skinny_linear(inputs, out=out.view(-1, N))
+    return out
+
+
+def rotated(x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The first columns of each head turned, halves against each other. [B, Q, heads, size]"""
+    if rotation is None:
+        return x
+    cos, sin = (part[:, :, None] for part in rotation)
+    turning, rest = x.tensor_split([cos.shape[-1]], -1)
+    low, high = turning.chunk(2, -1)
+    return torch.cat((turning * cos + torch.cat((-high, low), -1) * sin, rest), -1)
+
+
+def put(store: Tensor, new: Tensor, call: LayerCall) -> None:
+    """New entries [B, Q, heads, size] into their slots."""
+    slots = call.slots
+    if slots is None:
+        raise ValueError("slots is None, but the call writes keys and values")
+    if call.tables is not None:
+        store[slots // store.shape[1], slots % store.shape[1]] = new
+    else:
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        store.transpose(1, 2)[rows, slots] = new
+
+
+def row_norm(x: Tensor, norm: Norm, *, out: Tensor) -> None:
+    for row, result in zip(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
+        result.copy_(normed(row.clone(), norm))
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    if norm.kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
+    scaled = F.rms_norm(x, x.shape[-1:], norm.weight + norm.offset, norm.epsilon)
+    return scaled if norm.bias is None else scaled + norm.bias
