@@ -11,6 +11,7 @@ from importlib import metadata
 from .backends import BackendError, available_backends, use_backend, workspace_size
 from .fields import MAX_VOCABULARY
 from .lenience import check_lenience
+from .ops.cached_attention import cached_attention
 from .ops.commit import commit
 from .ops.denoise_step import denoise_step
 from .ops.row_distribution import row_distribution
@@ -61,6 +62,7 @@ __all__ = [
     "Status",
     "Verified",
     "available_backends",
+    "cached_attention",
     "check_lenience",
     "check_names",
     "check_status",

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fields import MAX_VOCABULARY, Array, Layout, Record, Scalar, Sizes
+from .fields import MAX_VOCABULARY, Array, Layout, Range, Record, Scalar, Sizes
 from .seeds import seeds_for
 
 INT64 = (torch.int64,)
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (int, float)
+SUMS: dict[Any, str] = {"K1": "K+1", "GH": "G*H"}  # words of shapes that are no names
 
 
 def check_shape(
@@ -84,7 +85,7 @@ def in_words(shape: Sequence[int | None], words: Sequence[str]) -> str:
     """A shape as messages have it, such as [B=2, K+1=5, V]."""
     sizes = []
     for size, word in zip_longest(shape, words):
-        word = "K+1" if word == "K1" else word
+        word = SUMS.get(word, word)
         if size is None:
             sizes.append(f"{word}")
         else:
@@ -130,6 +131,33 @@ def scalar(name: str, kind: type, value: Any) -> Any:
         raise ValueError(f"{name}: expected {expected}, got {described(value)}") from None
 
 
+def one_number(
+    name: str,
+    value: Any,
+    kind: type,
+    allowed: str,
+    low: float,
+    high: float,
+    zero: bool = False,
+    spread: bool = False,
+) -> Any:
+    """The value of a `Scalar` with a `Range`; None stands for 0."""
+    if value is None:
+        return kind(0)
+    if not within(value, kind, low, high, zero):
+        raise ValueError(f"{name}: expected {allowed}, got {described(value)}")
+    return value if type(value) is kind else kind(value)
+
+
+def within(value: Any, kind: type, low: float, high: float, zero: bool) -> bool:
+    """Whether it is an integer or a float of a `Range`."""
+    plain = type(value) in NUMBERS  # NumPy's and the like become so; a compiler's are symbols
+    inside = (plain or isinstance(value, Real)) and (low <= value <= high or (zero and value == 0))
+    if inside and kind is int:
+        inside = type(value) is int or isinstance(value, Integral)
+    return inside
+
+
 def refuse(name: str, expected: str, got: Any) -> None:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -157,6 +185,7 @@ def checker(layout: Layout[Record], prefix: str = "", into: bool = False) -> Cal
     scope: dict[str, Any] = dict(
         PLAIN=PLAIN, Tensor=Tensor, new=tuple.__new__, bound=bound,
         refuse=refuse, expect_record=expect_record, number_for_all=number_for_all, scalar=scalar,
+        one_number=one_number,
     )  # fmt: skip
     words = {word for _, _, spec in layout.leaves for word in getattr(spec, "shape", ())}
     names = [name for name, *_ in layout.fields]
@@ -193,7 +222,10 @@ def check_lines(
                 yield indent + line
             yield f"{indent}{variable} = {variable}_record"
         elif isinstance(spec, Scalar):
-            if not spec.choices:
+            if spec.number is not None:
+                value = f"{variable}, {spec.kind.__name__}, {literals(spec.number)}"
+                yield f"{variable} = one_number({shown}, {value})"
+            elif not spec.choices:
                 kind = constant(spec.kind)
                 value = f"scalar({shown}, {kind}, {variable})"
                 yield f"if type({variable}) is not {kind}: {variable} = {value}"
@@ -216,9 +248,7 @@ def array_lines(
     found = "_" if whole else ", ".join(w if w.isidentifier() else "_" for w in words) + ","
     indent = ""
     if spec.number is not None:
-        # in the text: PyTorch's compiler takes a float from elsewhere for one that may change, and
-        # begins again for each
-        bounds = ", ".join("1e999" if item == float("inf") else repr(item) for item in spec.number)
+        bounds = literals(spec.number)
         number = f"number_for_all({shown}, {x}, {bounds}, {dtypes}[0], {shape}, device)"
         yield f"if not isinstance({x}, Tensor): {x} = {number}"
         yield "else:"
@@ -242,6 +272,12 @@ def array_lines(
         yield f"    refuse({shown}, {allowed!r}, {words[-1]})"
 
 
+def literals(number: Range) -> str:
+    """A range in the text of a check: PyTorch's compiler takes a float from elsewhere for one that
+    may change, and begins again for each."""
+    return ", ".join("1e999" if item == float("inf") else repr(item) for item in number)
+
+
 def columns(name: str, ids: Tensor | None, V: int, device: torch.device) -> int:
     """How many columns a draft's logits have: one for each id, or the target's V."""
     if ids is None:
@@ -263,13 +299,10 @@ def number_for_all(
 ) -> Tensor:
     """A number that may stand for all entries, as a tensor; see `Range`."""
     kind: type = int if dtype == torch.int64 else float
-    plain = type(value) in NUMBERS  # NumPy's and the like become so; a compiler's are symbols
-    inside = (plain or isinstance(value, Real)) and (low <= value <= high or (zero and value == 0))
-    if inside and kind is int:
-        inside = type(value) is int or isinstance(value, Integral)
-    if not inside:
+    if not within(value, kind, low, high, zero):
         tensor = f"a tensor {list(shape)} {str(dtype).removeprefix('torch.')}"
         raise ValueError(f"{name}: expected {allowed}, or {tensor}, got {described(value)}")
+    plain = type(value) in NUMBERS
     if spread:
         return seeds_for(value if plain else kind(value), shape[0], device)
     as_is = plain and -(2**63) <= value < 2**63  # an int beyond is a float's affair
@@ -316,6 +349,13 @@ def overlap(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors share memory, as far as it can be looked at."""
     (first, last), (start, end) = memory(a), memory(b)
     return start < last and first < end
+
+
+def check_apart(out: Tensor, **inputs: Tensor | None) -> None:
+    """Raise if `out` shares memory with an input, which is read while `out` is written."""
+    for name, tensor in inputs.items():
+        if overlap(out, tensor):
+            raise ValueError(f"out: expected memory of its own, got some of {name}'s")
 
 
 ordered: tuple[Any, Any, int] = (lambda: None, None, 0)  # ids last found to increase, state, end

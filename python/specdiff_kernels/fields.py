@@ -34,7 +34,7 @@ MAX_VOCABULARY = 2**19 - 1  # 2^19 weights of 2^44 would overflow an int64 total
 
 
 class Range(NamedTuple):
-    """Numbers that may stand for all entries of a tensor."""
+    """Numbers that a scalar may be, or that may stand for all entries of a tensor."""
 
     allowed: str
     low: float
@@ -73,6 +73,7 @@ class Scalar(NamedTuple):
     kind: type = int
     schema: str = "SymInt"  # or `torch.compile` makes a graph for each value
     choices: tuple[str, ...] = ()
+    number: Range | None = None  # which it may be, where it is given
     size: str = ""  # the word of shapes that it stands for
 
 
@@ -97,6 +98,7 @@ BOOL = _array(torch.bool)
 FLOATS = _array(torch.float32, torch.bfloat16, torch.float16)
 Logits = _array(torch.float32, torch.bfloat16, torch.float16, rows=True, is_logits=True)
 WEIGHTS = _array(torch.float32, torch.bfloat16, rows=True)
+CACHE = _array(torch.float32, torch.bfloat16, torch.float16, rows=True)
 SIZE, FLAG = Scalar(), Scalar(bool, "bool")
 
 

@@ -6,18 +6,35 @@ from typing import Annotated, NamedTuple
 
 from torch import Tensor
 
-from .fields import BOOL, F32, F64, FLAG, I64, SIZE, WEIGHTS, Group, Logits, Range, Scalar
+from .fields import (
+    BOOL,
+    CACHE,
+    F32,
+    F64,
+    FLAG,
+    I32,
+    I64,
+    SIZE,
+    WEIGHTS,
+    Group,
+    Logits,
+    Range,
+    Scalar,
+)
 from .pages import Pages
 from .records import RULES, Record
 from .reveal import Reveal
 from .types import OTHER_VOCABULARY, Draft, Lenience, RowDistribution
 
-# numbers that may stand for all rows
+# numbers that a scalar may be, or that may stand for all rows
 TEMPERATURES = Range("0 or a number in [2^-95, 2^95]", 2.0**-95, 2.0**95, zero=True)
 TOP_KS = Range("an integer in [0, 2^63) (0: off)", 0, 2**63 - 1)
 TOP_PS = Range("a number in [2^-149, 1]", 2.0**-149, 1)
 SHARES = Range("a number in [0, 1]", 0, 1)
 COUNTS = Range("an integer in [-2^63, 2^63)", -(2**63), 2**63 - 1)
+SCALES = Range("a number in (-2^128, 2^128)", -(2.0**128 - 2.0**104), 2.0**128 - 2.0**104)
+CAPS = Range("a number in [2^-126, 2^128)", 2.0**-126, 2.0**128 - 2.0**104)
+WINDOWS = Range("an integer in [1, 2^63)", 1, 2**63 - 1)
 SEEDS = Range("an integer in [-2^63, 2^64)", -(2**63), 2**64 - 1, spread=True)
 
 
@@ -121,3 +138,17 @@ class SkinnyLinearInputs(NamedTuple):
     weight: Annotated[Tensor, WEIGHTS("weight")]  # [N, K], or packed [ceil(N / 16), K, 16]
     N: Annotated[int, Scalar(size="N")]
     bias: Annotated[Tensor | None, F32("N")]
+
+
+class CachedAttentionInputs(NamedTuple):
+    query: Annotated[Tensor, F32("B Q GH D", rows=True)]
+    keys: Annotated[Tensor, CACHE("keys")]  # [B, H, S, D], or with tables [blocks, size, H, D]
+    values: Annotated[Tensor, CACHE("values")]
+    lengths: Annotated[Tensor, I64("B")]
+    tables: Annotated[Tensor | None, I32("B M")]
+    first: Annotated[Tensor | None, I64("B")]
+    parents: Annotated[Tensor | None, I64("B Q")]
+    sinks: Annotated[Tensor | None, F32("GH")]
+    scale: Annotated[float, Scalar(float, "float", number=SCALES)]
+    window: Annotated[int, Scalar(number=WINDOWS)]  # 0: none
+    softcap: Annotated[float, Scalar(float, "float", number=CAPS)]  # 0: none

@@ -18,6 +18,7 @@ from specdiff_kernels import (
     BackendError,
     available_backends,
     backends,
+    cached_attention,
     row_distribution,
     row_divergence,
     skinny_linear,
@@ -103,6 +104,9 @@ def test_what_triton_cannot_do_is_said(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match="'triton' was asked for, but it has no skinny_linear"):
         skinny_linear(LOGITS, LOGITS, backend="triton")
+    cache = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(BackendError, match="'triton' was asked for, but it has no cached_attent"):
+        cached_attention(cache, cache, cache, torch.zeros(1).long(), backend="triton")
     with pytest.raises(BackendError, match="'triton' was asked for, but it has no row_divergence"):
         row_divergence(LOGITS, LOGITS, backend="triton")
 

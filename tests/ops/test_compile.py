@@ -20,6 +20,7 @@ from specdiff_kernels import (
     Lenience,
     Pages,
     Reveal,
+    cached_attention,
     commit,
     denoise_step,
     row_distribution,
@@ -33,7 +34,7 @@ from specdiff_kernels.ops.row_divergence import BACKWARD
 from .helpers import installed
 
 B, K, V = 2, 3, 9
-NO_WORKSPACE = (commit, row_divergence, skinny_linear)
+NO_WORKSPACE = (cached_attention, commit, row_divergence, skinny_linear)
 
 OVERLOADS = sorted(
     name.removeprefix("specdiff::") + ("" if name.endswith(".out") else ".default")
@@ -43,8 +44,9 @@ OVERLOADS = sorted(
 
 
 def test_every_op_has_both_overloads():
-    ops = ("commit", "denoise_step", "row_divergence", "row_divergence_backward",
-           "row_distribution", "sample", "skinny_linear", "verify")  # fmt: skip
+    ops = ("cached_attention", "commit", "denoise_step", "row_divergence",
+           "row_divergence_backward", "row_distribution", "sample", "skinny_linear",
+           "verify")  # fmt: skip
     assert sorted(f"{op}.{form}" for op in ops for form in ("default", "out")) == OVERLOADS
 
 
@@ -100,6 +102,13 @@ def every_call() -> Iterator[partial]:
 
     yield partial(skinny_linear, pool, target[0])
     yield partial(skinny_linear, pool, target[0], torch.ones(K + 1), **forced)
+
+    query, cache = torch.randn(B, K, 4, V), torch.randn(B, 2, 8, V)
+    blocks, sinks = torch.randn(9, 2, 2, V), torch.zeros(4)
+    yield partial(cached_attention, query, cache, cache.flip(0), lengths)
+    yield partial(cached_attention, query, blocks, blocks.flip(0), lengths, first=row, sinks=sinks,
+                  tables=torch.arange(4 * B).view(B, 4).int(), parents=torch.full((B, K), -1),
+                  scale=0.5, window=2, softcap=3.0, **forced)  # fmt: skip
 
     drafted = row_divergence, pool, pool[:, :K], torch.arange(K), torch.ones(B * K)
     yield partial(row_divergence, pool, pool.flip(0))
@@ -238,8 +247,10 @@ def one_round(hidden, head, pool, lengths, key, pages, path, caches):
                        release=pages is not None, path=path, caches=caches)  # fmt: skip
     bonus = sample(target[:, -1], row_distribution(target[:, -1]), **key)
     distance = row_divergence(target[:, :-1].flatten(0, 1), pool)
+    cache = hidden[:, None, :, :4], hidden[:, None, :, 4:]
+    context = cached_attention(hidden.view(B, K + 1, 2, 4), *cache, lengths * 0, window=K)
     return (draft.tokens, draft.distribution, draft.entropy.nan_to_num(), verified, committed,
-            bonus, missing, distance)  # fmt: skip
+            bonus, missing, distance, context)  # fmt: skip
 
 
 def assert_like_eager(compiled, *size) -> None:
@@ -315,6 +326,21 @@ def test_numbers_may_be_symbols():
         with torch._dynamo.config.patch(error_on_recompile=i > 1):
             have = compiled(logits, heat, top_k)
         assert torch.equal(have.total, row_distribution(logits, heat, top_k).total)
+
+
+def test_numbers_of_attention_may_be_symbols():
+    """Its scale too follows the sizes, if none is given."""
+    torch._dynamo.reset()
+    compiled = torch.compile(cached_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    forced = {"backend": "reference"}
+    for i, (D, heat) in enumerate([(5, 0.5), (6, 0.25), (7, 2.0)]):
+        call = torch.randn(2, 3, 4, D), *torch.randn(2, 2, 2, 11, D), torch.tensor([4, 8])
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            have = compiled(*call, window=i + 2, softcap=heat, **forced)
+        assert torch.equal(have, cached_attention(*call, window=i + 2, softcap=heat, **forced))
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        have = compiled(*call, scale=0.5, **forced)
+    assert torch.equal(have, cached_attention(*call, scale=0.5, **forced))
 
 
 def test_a_cache_listed_twice_is_moved_once_by_compiled_code_too():

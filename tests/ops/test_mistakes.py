@@ -18,6 +18,7 @@ from specdiff_kernels import (
     Reveal,
     Verified,
     available_backends,
+    cached_attention,
     check_lenience,
     check_status,
     choose_record,
@@ -65,6 +66,12 @@ def denoising(**change: Any) -> Callable[[], Any]:
 
 def committing(**change: Any) -> Callable[[], Any]:
     return lambda: commit(**{"lengths": LENGTHS, "emitted": TOKENS} | change)
+
+
+def attending(**change: Any) -> Callable[[], Any]:
+    query, cache = torch.zeros(B, K, 4, 8), torch.zeros(B, 2, 12, 8)
+    good = {"query": query, "keys": cache, "values": cache, "lengths": LENGTHS}
+    return lambda: cached_attention(**good | change)
 
 
 def sequential(**change: Any) -> Callable[[], Any]:
@@ -131,6 +138,18 @@ SHAPES = {
         path=torch.arange(K).repeat(B, 1), caches=[POOL]
     ),
     "weight: expected shape [N, K=9], got [4, 8]": lambda: skinny_linear(POOL, torch.zeros(4, 8)),
+    "query: expected shape [B, Q, G*H, D], got [6, 9]": attending(query=POOL),
+    "keys: expected shape [B=2, H, S, D=8], got [2, 2, 12, 9]": attending(
+        keys=torch.zeros(B, 2, 12, 9)
+    ),
+    "keys: expected shape [blocks, block_size, H, D=8], got [6, 9]": attending(
+        keys=POOL, tables=TOKENS.int()
+    ),
+    "values: expected shape [B=2, H=2, S=12, D=8], got [2, 2, 11, 8]": attending(
+        values=torch.zeros(B, 2, 11, 8)
+    ),
+    "parents: expected shape [B=2, Q=3], got [2, 4]": attending(parents=torch.zeros(B, 4).long()),
+    "sinks: expected shape [G*H=4], got [2]": attending(sinks=torch.zeros(2)),
     "lengths: expected shape [B=2], got [3]": lambda: pages().reserve(i64(1, 2, 3)),
     "tokens: expected shape [B, K], got [2]": lambda: Draft.guesses(LENGTHS),
     "logits: expected shape [R, Vd], got [2, 4, 9]": lambda: Draft.masked(B, K, TARGET),
@@ -266,6 +285,14 @@ VALUES = {
     "device: expected 'cpu', 'cuda' or the like, got None": lambda: workspace_size(
         9, V, device=None
     ),
+    "query: expected a D in [1, 256], got 300": attending(query=torch.zeros(B, K, 4, 300)),
+    "query: expected a multiple of the keys' H=2 heads, got 3; keys are [B, H, S, D]": attending(
+        query=torch.zeros(B, K, 3, 8)
+    ),
+    "window: expected an integer in [1, 2^63), got 0": attending(window=0),
+    "window: expected an integer in [1, 2^63), got '9'": attending(window="9"),
+    "softcap: expected a number in [2^-126, 2^128), got -1.0": attending(softcap=-1.0),
+    "scale: expected a number in (-2^128, 2^128), got a tensor [2]": attending(scale=LENGTHS),
     "weight.rows: expected an integer >= 0, got 'a'": lambda: skinny_linear(
         POOL, PackedWeight(torch.zeros(1, V, 16), "a")
     ),
@@ -324,6 +351,11 @@ KINDS = {
     "weight: expected a tensor, got None": lambda: skinny_linear(POOL, None),
     "bias: expected a tensor, got list": lambda: skinny_linear(POOL, POOL, [0.0] * 6),
     "out: expected a tensor, got int": lambda: skinny_linear(POOL, POOL, out=1),
+    "query: expected a tensor, got list; convert": attending(query=[[1.0]]),
+    "values: expected a tensor, got None": attending(values=None),
+    "tables: expected a tensor, got Pages": attending(
+        keys=torch.zeros(5, 4, 2, 8), values=torch.zeros(5, 4, 2, 8), tables=pages()
+    ),
     "weight: expected a tensor, got list": lambda: pack_weight([[1.0]]),
     "dtype: expected torch.float32 or torch.bfloat16, got float32": lambda: pack_weight(
         POOL, "float32"

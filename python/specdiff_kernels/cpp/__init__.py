@@ -8,6 +8,7 @@ import specdiff_kernels._C as _C
 
 from ..backends import BackendError, functions_of, no_workspace
 from . import (
+    cached_attention,
     commit,
     denoise_step,
     fingerprint,
@@ -28,6 +29,7 @@ if isa := os.environ.get("SPECDIFF_CPU_ISA"):
 
 
 FUNCTIONS = functions_of(
+    cached_attention,
     commit,
     denoise_step,
     fingerprint,

@@ -23,7 +23,7 @@ from ..fields import (
 )
 
 LIBRARY = torch.library.Library("specdiff", "DEF")
-NO_TENSORS = (type(None), int, bool, str)
+NO_TENSORS = (type(None), int, float, bool, str)
 Inputs = TypeVar("Inputs", bound=tuple)
 
 

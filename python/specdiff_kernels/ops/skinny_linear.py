@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import implementation
-from ..checks import check_constant, check_tensor, device_of, integer, overlap
+from ..checks import check_apart, check_constant, check_tensor, device_of, integer
 from ..fields import F32, Sizes
 from ..inputs import SkinnyLinearInputs
 from ..types import PackedWeight
@@ -141,10 +141,3 @@ def unchecked(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> 
     multiply = implementation("skinny_linear", x.device, None)
     multiply(SkinnyLinearInputs(x.view(-1, K), tensor, N, bias), out=out.view(-1, N))
     return out
-
-
-def check_apart(out: Tensor, **inputs: Tensor | None) -> None:
-    """Raise if `out` shares memory with an input, which is read while `out` is written."""
-    for name, tensor in inputs.items():
-        if overlap(out, tensor):
-            raise ValueError(f"out: expected memory of its own, got some of {name}'s")

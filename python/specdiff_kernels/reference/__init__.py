@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..backends import functions_of, no_workspace
 from . import (
+    cached_attention,
     commit,
     denoise_step,
     fingerprint,
@@ -15,6 +16,7 @@ from . import (
 )
 
 FUNCTIONS = functions_of(
+    cached_attention,
     commit,
     denoise_step,
     fingerprint,
