@@ -101,7 +101,7 @@ def test_what_is_measured_and_saved(tmp_path, tiny_tokenizer, monkeypatch):
     assert content["reading_ms"] > 0 and content["reading_half_ms"] > 0
     assert f"instructions: {content['isa']} of the kernels" in " ".join(said.get().split())
     assert json.loads(json.dumps(content)) == content
-    with pytest.raises(typer.BadParameter, match="--prefix must be at most 479 .*, got 480"):
+    with pytest.raises(typer.BadParameter, match=r"--prefix must be at most 479 .*, got 480"):
         bench_forward.main(str(folder), 1, 480)
 
 
