@@ -34,25 +34,29 @@ console = Console(width=110)
 class Case:
     """A drafter after a prefix, at some K."""
 
-    def __init__(self, target: Target, name: str, k: int, *, head: bool = True) -> None:
+    def __init__(
+        self, target: Target, name: str, k: int, *, head: bool = True, prefix: int = PREFIX
+    ) -> None:
         self.drafter: Any = load_drafter(name, target)
         self.drafter.correction = self.drafter.correction if head else None
-        self.name, self.k, self.head = name, k, head
+        self.name, self.k, self.head, self.prefix = name, k, head, prefix
         width = (len(self.drafter.target_layers) + 1) * target.hidden_size
         generator = torch.Generator().manual_seed(0)
-        self.states = torch.randn(1, PREFIX, width, generator=generator)
-        self.tokens = torch.randint(target.vocab_size, (1, PREFIX), generator=generator)
+        self.states = torch.randn(1, prefix, width, generator=generator)
+        self.tokens = torch.randint(target.vocab_size, (1, prefix), generator=generator)
         self.ms: list[float] = []
 
     @torch.inference_mode()
-    def run(self) -> None:
+    def run(self) -> float:
+        """ms of another draft."""
         drafter, one = self.drafter, torch.ones(1, dtype=torch.int64)
-        drafter.start(1, PREFIX + NEWS + 1, Sampling(1.0))
-        drafter.read(slice(0, 1), News(self.tokens, PREFIX * one, self.states))
+        drafter.start(1, self.prefix + NEWS + 1, Sampling(1.0))
+        drafter.read(slice(0, 1), News(self.tokens, self.prefix * one, self.states))
         news = News(self.tokens[:, :NEWS], NEWS * one, self.states[:, :NEWS])
         start = time.perf_counter()
         drafter.draft(news, self.k, self.k * one, Draws(one, one))
         self.ms.append(1e3 * (time.perf_counter() - start))
+        return self.ms[-1]
 
     @property
     def median(self) -> float:
