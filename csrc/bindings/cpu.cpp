@@ -118,6 +118,28 @@ uint64_t fingerprint(Address weight, int64_t rows, int64_t columns, int64_t row_
   return cpu::fingerprint(pointer<const int32_t>(weight), rows, columns, row_stride, column_stride);
 }
 
+// One fingerprint of several weights, whose places were handed over before: address, rows, columns
+// and the two strides of each.
+class Fingerprints {
+ public:
+  explicit Fingerprints(const std::vector<Numbers>& places) : places_(places) {
+    for (const Numbers& place : places) {
+      if (place.size() != 5) throw std::length_error("five numbers for each weight");
+    }
+  }
+
+  uint64_t operator()() const {
+    uint64_t total = 0;
+    for (const Numbers& p : places_) {
+      total = total * 0x9E3779B97F4A7C15 + fingerprint(Address(p[0]), p[1], p[2], p[3], p[4]);
+    }
+    return total;
+  }
+
+ private:
+  std::vector<Numbers> places_;
+};
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (int i = 0; i < cpu::isa_count(); ++i) {
@@ -152,6 +174,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<DecoderLayer>(m, "DecoderLayer").def(py::init(&make_layer));
   m.def("decoder_layer", &decoder_layer);
   m.def("fingerprint", &fingerprint);
+  py::class_<Fingerprints>(m, "Fingerprints")
+      .def(py::init<const std::vector<Numbers>&>())
+      .def("__call__", &Fingerprints::operator());
   m.def("isa", [] { return cpu::kernels().isa; }, "Instruction set in use.");
   m.def("supported_isas", &supported_isas, "Instruction sets that this processor has.");
   m.def("use_isa", &use_isa, "Switch to another instruction set, for tests.");

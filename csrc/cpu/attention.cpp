@@ -12,7 +12,9 @@
 namespace specdiff::cpu {
 namespace {
 
-constexpr int kBlock = 64;  // positions
+constexpr int kBlock = 64;       // positions
+constexpr int64_t kTerms = 64;   // of a score that are added up by themselves, for accuracy
+constexpr int64_t kFar = int64_t(1) << 61;  // lengths beyond it count as that: no sum overflows
 constexpr int kMostX = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -109,7 +111,10 @@ uint64_t score(const Entries& entries, int64_t first, int64_t count, int a, int 
       float* to[] = {t.scores[i] + c * kPack};
       const auto multiply = tile_of<float, 1>(end - c, std::make_integer_sequence<int, kMostX>{});
       const char* const nothing[] = {reinterpret_cast<const char*>(t.query + c * kPanel)};
-      multiply(pack, nothing, 0, t.query + c * kPanel, size, to);
+      for (int64_t d = 0; d < size; d += kTerms) {
+        const float* const columns[] = {pack[0] + d * kPack};
+        multiply(columns, nothing, 0, t.query + c * kPanel + d, std::min(size - d, kTerms), to);
+      }
     }
   }
   return there;
@@ -134,9 +139,7 @@ bool weigh(int c, int low, int high, uint64_t there, float softcap, int64_t size
       continue;
     }
     s[i] = load(t.scores[first / kPack] + c * kPack + first % kPack);
-    if (softcap > 0) {  // softcap tanh(s / softcap)
-      s[i] = softcap - 2.0f * softcap / (exponential(s[i] * (2.0f / softcap)) + 1.0f);
-    }
+    if (softcap > 0) s[i] = tanh_of(s[i] / softcap) * softcap;
     const Ints j = lane_numbers() + first;
     s[i] = (j >= low) & (j < high) ? s[i] : all(-kInfinity);
     if (there != ~uint64_t(0)) {
@@ -344,8 +347,8 @@ void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t it
   const Place place = place_of(p, plan, plan.split ? item / plan.spans : item);
   const int64_t group = p.heads / p.kv_heads, b = place.batch, size = p.size;
   const int rows = int(place.last - place.first);
-  const int64_t length = std::max<int64_t>(p.lengths[b], 0);
-  const int64_t start = p.first ? std::max<int64_t>(p.first[b], 0) : 0;
+  const int64_t length = std::min(std::max<int64_t>(p.lengths[b], 0), kFar);
+  const int64_t start = p.first ? std::min(std::max<int64_t>(p.first[b], 0), kFar) : 0;
   const int64_t bytes = sizeof(T), slots = std::max<int64_t>(p.cache.slots - start, 0);
   const int64_t key_row = p.cache.tables ? 0 : b * p.cache.key_row;
   const int64_t value_row = p.cache.tables ? 0 : b * p.cache.value_row;
@@ -364,7 +367,7 @@ void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t it
     for (int64_t d = 0; d < size; ++d) t.query[c * kPanel + d] = from[d] * p.scale;
     const int64_t depth = plan.depths ? plan.depths[b * p.queries + query] : query;
     const int64_t position = entries.prefix + depth;
-    t.low[c] = p.window > 0 ? std::max<int64_t>(position + 1 - p.window, 0) : 0;
+    t.low[c] = p.window > 0 ? std::max<int64_t>(position - p.window + 1, 0) : 0;
     t.high[c] = std::min(position + 1, slots);
     high = std::max(high, t.high[c]);
     t.most[c] = -kInfinity;

@@ -12,7 +12,7 @@ namespace {
 
 // What is between the stages; it stays for the next call of the same thread.
 struct Memory {
-  std::vector<float> normed, qkv, mixed, stream, inner;
+  std::vector<float> normed, qkv, query, mixed, stream, inner;
   AttentionMemory attention;
 };
 
@@ -59,16 +59,16 @@ class Layer {
         layer_(*p.layer),
         m_(p.batch * p.queries),
         width_((layer_.heads + 2 * layer_.kv_heads) * layer_.size),
-        memory_(memory),
         normed_(in_panels(room(memory.normed, panels_size(m_, layer_.hidden)), m_, layer_.hidden)),
-        qkv_(p.before ? room(memory.qkv, m_ * width_) : nullptr) {
+        qkv_(p.before ? room(memory.qkv, m_ * width_) : nullptr),
+        query_(p.query ? p.query : room(memory.query, m_ * layer_.heads * layer_.size)) {
     if (!p.after) return;
     const int64_t mixed = layer_.heads * layer_.size;
     mixed_ = in_panels(room(memory.mixed, panels_size(m_, mixed)), m_, mixed);
     inner_ = in_panels(room(memory.inner, panels_size(m_, layer_.inner)), m_, layer_.inner);
     stream_ = room(memory.stream, m_ * layer_.hidden);
     const int64_t row = p.queries * mixed;
-    attention_ = {p.query,   p.batch,     p.queries, layer_.heads, layer_.kv_heads, layer_.size,
+    attention_ = {query_,   p.batch,     p.queries, layer_.heads, layer_.kv_heads, layer_.size,
                   row,       mixed,       layer_.size, p.cache,    p.lengths,       p.first,
                   p.parents, nullptr,     layer_.window, 1.0f,     layer_.softcap,  nullptr,
                   p.threads};
@@ -103,7 +103,7 @@ class Layer {
     const float* from = qkv_ + m * width_;
     for (int64_t head = 0; head < layer_.heads; ++head, from += size) {
       forward().rotate(from, size, cos, sin, p_.rotary / 2, layer_.scale,
-                       p_.query + (m * layer_.heads + head) * size);
+                       query_ + (m * layer_.heads + head) * size);
     }
     const KeyValues& c = p_.cache;
     const int64_t slot = p_.slots[m];
@@ -145,9 +145,8 @@ class Layer {
   const DecoderLayerParams& p_;
   const DecoderLayer& layer_;
   int64_t m_, width_;
-  Memory& memory_;
   Rows normed_, mixed_{}, inner_{};
-  float *qkv_, *stream_ = nullptr;
+  float *qkv_, *query_, *stream_ = nullptr;
   AttentionParams attention_{};
   AttentionPlan plan_{};
 };

@@ -118,26 +118,30 @@ void packed(const Product& p, int64_t first, int64_t last) {
   if (!gate) at_once(std::integral_constant<int, 1>{});
 }
 
-// Outputs n, ..., n + rows - 1 of a weight that is used where it lies.
+// Outputs n, ..., n + rows - 1 of weights that are used where they lie.
 template <class T>
-void where_it_lies(const Product& p, int64_t n, int64_t rows) {
-  alignas(64) float totals[kGroup * kPack];
+void where_they_lie(const Product& p, int64_t n, int64_t rows) {
+  alignas(64) float totals[2][kGroup * kPack];  // of the weight and the gate
   alignas(64) float turned[kPanel * kPack];
+  const Weight* weights[] = {&p.weight, &p.gate};
   const int64_t length = p.x.length < p.k ? p.x.length : panel_length(p.k);
   for (int64_t m = 0; m < p.m; m += kGroup) {
     const int64_t group = std::min<int64_t>(p.m - m, kGroup);
-    std::fill(totals, totals + group * kPack, 0.0f);
-    for (int64_t k = 0; k < p.k; k += length) {
-      const int64_t count = std::min(p.k - k, length);
-      const T* from = static_cast<const T*>(p.weight.data) + n * p.weight.stride + k;
-      pack_columns(from, p.weight.stride, rows, count, turned);
-      const float* packs[] = {turned};
-      const char* ahead[] = {reinterpret_cast<const char*>(from + kPack * p.weight.stride)};
-      multiply_panel<1, kMostX>(packs, ahead, at(p.x, m, k), group, count, totals, 0);
+    for (int i = 0; i < (p.gate.data ? 2 : 1); ++i) {
+      const Weight& weight = *weights[i];
+      std::fill(totals[i], totals[i] + group * kPack, 0.0f);
+      for (int64_t k = 0; k < p.k; k += length) {
+        const int64_t count = std::min(p.k - k, length);
+        const T* from = static_cast<const T*>(weight.data) + n * weight.stride + k;
+        pack_columns(from, weight.stride, rows, count, turned);
+        const float* packs[] = {turned};
+        const char* ahead[] = {reinterpret_cast<const char*>(from + kPack * weight.stride)};
+        multiply_panel<1, kMostX>(packs, ahead, at(p.x, m, k), group, count, totals[i], 0);
+      }
     }
     float* out = at(p.out, m, n);
     for (int64_t i = 0; i < group; ++i, out += p.out.row_stride) {
-      finish(p, m + i, n, rows, out, totals + i * kPack, nullptr);
+      finish(p, m + i, n, rows, out, totals[0] + i * kPack, totals[1] + i * kPack);
     }
   }
 }
@@ -146,7 +150,7 @@ template <class T>
 void multiply(const Product& p, int64_t first, int64_t last) {
   if (p.weight.packed) return packed<T>(p, first, last);
   for (int64_t n = first; n < last; n += kPack) {
-    where_it_lies<T>(p, n, std::min(last - n, kPack));
+    where_they_lie<T>(p, n, std::min(last - n, kPack));
   }
 }
 

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 
 #include <thread>
 #include <vector>
@@ -91,25 +93,37 @@ class Team {
     return number;
   }
 
-  // Until all threads have come here.
+  // Until all threads have come here: awake for a while, as most stages are short, then asleep.
   void wait() {
-    const int64_t round = round_.load(std::memory_order_relaxed);
-    if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    const int64_t round = round_.load();
+    if (waiting_.fetch_add(1) + 1 == threads_) {
       waiting_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
+      round_.store(round + 1);
+      if (asleep_.load() == 0) return;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return wake_.notify_all();
     }
-    for (int tries = 0; round_.load(std::memory_order_acquire) == round; ++tries) {
-      if (tries > kSpins) std::this_thread::yield();
+    for (int tries = 0; tries < kTries; ++tries) {
+      if (round_.load(std::memory_order_acquire) != round) return;
+#if defined(__x86_64__) || defined(__i386__)
+      __builtin_ia32_pause();
+#endif
     }
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++asleep_;
+    wake_.wait(lock, [&] { return round_.load() != round; });
+    --asleep_;
   }
 
-  static constexpr int kSpins = 2000;
+  static constexpr int kTries = 4000;  // some 50 to 150 us
 
   int threads_;
   std::atomic<int64_t> next_[kStages]{};
   std::atomic<int> waiting_{0};
   std::atomic<int64_t> round_{0};
+  std::atomic<int> asleep_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
 };
 
 }  // namespace specdiff::cpu

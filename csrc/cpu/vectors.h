@@ -130,11 +130,12 @@ inline float total_of(Floats x) {
   return lanes[0];
 }
 
-// exp(x) with a relative error of 2e-7; 0 below -87, exp(88) above 88; NaN of NaN.
-inline Floats exponential(Floats x) {
+// exp(x) = (1 + rest) scale, from -87 to 88.
+struct Power {
+  Floats rest, scale;
+};
+inline Power power_of(Floats x) {
   const Floats magic = all(0x1.8p23f);  // makes the low bits the nearest integer
-  const Floats low = x;
-  x = x > 88.0f ? all(88.0f) : x;
   const Floats shifted = x * 1.44269504f + magic, n = shifted - magic;
   Floats f = x - n * 0x1.62e4p-1f;
   f = f - n * 1.42860677e-6f;
@@ -144,10 +145,21 @@ inline Floats exponential(Floats x) {
   p = p * f + 1.6666666e-1f;
   p = p * f + 0.5f;
   p = p * f;
-  p = p * f + f;
-  p = p + 1.0f;
-  p = p * Floats((Words(shifted) << 23) + (uint32_t(127) << 23));
-  return low < -87.0f ? Floats{} : p;
+  return {p * f + f, Floats((Words(shifted) << 23) + (uint32_t(127) << 23))};
+}
+
+// exp(x) with a relative error of 2e-7; 0 below -87, exp(88) above 88; NaN of NaN.
+inline Floats exponential(Floats x) {
+  const Power power = power_of(x > 88.0f ? all(88.0f) : x);
+  return x < -87.0f ? Floats{} : (power.rest + 1.0f) * power.scale;
+}
+
+// tanh(x), relative to itself; NaN of NaN.
+inline Floats tanh_of(Floats x) {
+  const Floats twice = x * 2.0f;
+  const Power power = power_of(twice > 40.0f ? all(40.0f) : twice < -40.0f ? all(-40.0f) : twice);
+  const Floats less_one = power.rest * power.scale + (power.scale - 1.0f);  // exp(2 x) - 1
+  return less_one / (less_one + 2.0f);
 }
 
 }  // namespace

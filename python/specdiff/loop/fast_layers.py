@@ -6,16 +6,30 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from specdiff_kernels import PackedWeight, pack_weight
-from specdiff_kernels.backends import find
-from specdiff_kernels.ops.skinny_linear import packed_shape, unchecked
+from specdiff_kernels import PackedWeight
+from specdiff_kernels.ops.decoder_layer import row_norm
+from specdiff_kernels.ops.registry import watched
+from specdiff_kernels.ops.skinny_linear import unchecked
 
+from . import decoder_layers
+from .decoder_layers import LAYERS as DECODER_LAYERS
+from .decoder_layers import NORMS, FastLayer, fault_of
 from .memory import Store
+from .packed import Packed, usable, version_of
 
-LAYERS = (nn.Linear, Conv1D)  # and no subclass, which may compute something else
+LINEAR = (nn.Linear, Conv1D)  # and no subclass, which may compute something else
+ROTARY = (
+    LlamaRotaryEmbedding, MistralRotaryEmbedding, Qwen2RotaryEmbedding, GemmaRotaryEmbedding,
+)  # fmt: skip
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # one rescaling for the whole batch
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -56,12 +70,22 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
     store = Store()
     module: Any
     for module in model.modules():
-        if type(module) not in LAYERS or "forward" in vars(module) or not usable(module.weight):
+        kind = type(module)
+        if "forward" in vars(module):
             continue
-        if type(module) is Conv1D and not packed:  # [in, out]: laid out as [out, in], seen as ever
-            module.weight.data = module.weight.data.t().contiguous().t()
-        copy = Packed(torch.bfloat16 if bf16 else torch.float32, store) if packed else None
-        module.forward = partial(linear, module, copy)
+        if kind in LINEAR and usable(module.weight):
+            if kind is Conv1D and not packed:  # [in, out]: laid out as [out, in], seen as ever
+                module.weight.data = module.weight.data.t().contiguous().t()
+            copy = Packed(torch.bfloat16 if bf16 else torch.float32, store) if packed else None
+            module.forward = partial(linear, module, copy)
+        elif kind in NORMS and usable(module.weight):
+            module.forward = partial(norm, module)
+        elif kind in DECODER_LAYERS and fault_of(module) is None:
+            module.forward = partial(decoder_layers.layer, module, FastLayer(weight_of))
+    if is_accelerated(model):
+        for module in model.modules():
+            if type(module) in ROTARY and module.rope_type not in LENGTH_DEPENDENT:
+                module.forward = partial(rotary, module, RotaryTable())
     return model
 
 
@@ -83,14 +107,7 @@ def is_accelerated(model: nn.Module) -> bool:
 
 def swapped(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func is linear
-
-
-def usable(tensor: Tensor) -> bool:
-    """Whether it is fp32 in memory; a subclass, as of quantised weights, may only say so."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter) and tensor.dtype is torch.float32 and tensor.is_cpu
-    )
+    return isinstance(forward, partial) and forward.func in FORWARDS
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -104,32 +121,13 @@ def learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-class Packed:
-    """A weight's packed copy, made anew when writes were counted or its fingerprint differs."""
-
-    __slots__ = ("dtype", "fingerprint", "key", "store", "weight")
-
-    def __init__(self, dtype: torch.dtype, store: Store) -> None:
-        self.dtype, self.store = dtype, store
-        self.weight = PackedWeight(torch.empty(0, dtype=dtype), 0)
-        self.fingerprint = find("fingerprint", "cpu", None)  # the same of every backend
-        self.key: tuple[int, int] | None = None
-
-    def of(self, weight: Tensor) -> PackedWeight:
-        try:
-            version = weight._version
-        except RuntimeError:  # an inference tensor counts none; asking first takes longer
-            version = 0
-        key = (version, self.fingerprint(weight))
-        if key != self.key:
-            shape, place = packed_shape(*weight.shape), self.weight.packs
-            if place.shape != shape:
-                place = self.store.take(shape, self.dtype)
-            self.weight, self.key = pack_weight(weight, self.dtype, out=place), key
-        return self.weight
-
-    def __reduce__(self) -> tuple[type[Packed], tuple[torch.dtype, Store]]:
-        return Packed, (self.dtype, self.store)  # a copied or saved model packs for itself
+def weight_of(module: Any) -> PackedWeight | Tensor:
+    """The weight that a linear layer multiplies with, [out, in]."""
+    weight = module.weight.t() if type(module) is Conv1D else module.weight
+    if swapped(module) and module.forward.args[1] is not None:
+        packed: PackedWeight = module.forward.args[1].of(weight)
+        return packed
+    return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 def linear(module: Any, copy: Packed | None, x: Tensor) -> Tensor:
@@ -151,3 +149,59 @@ def linear(module: Any, copy: Packed | None, x: Tensor) -> Tensor:
     if isinstance(weight, Tensor) and weight.stride(1) != 1:
         weight = weight.contiguous()
     return unchecked(x.contiguous(), weight, bias if bias is None else bias.contiguous())
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    """The forward of a swapped norm. x [..., d] -> [..., d]"""
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    if (
+        torch.compiler.is_compiling()
+        or not (usable(x) and usable(weight) and (bias is None or usable(bias)))
+        or x.shape[-1:] != weight.shape
+        or watched((x, weight, bias))
+    ):
+        return type(module).forward(module, x)
+    return row_norm(x.contiguous(), NORMS[type(module)](module))
+
+
+class RotaryTable:
+    """Cosines and sines by position, made 256 positions at a time, so that each has one value."""
+
+    rows = 256
+
+    def __init__(self) -> None:
+        self.key: tuple[int, int] | None = None
+        self.parts: tuple[Tensor, ...] = ()
+
+    def __reduce__(self) -> tuple[type[RotaryTable], tuple[()]]:
+        return RotaryTable, ()
+
+    def of(self, module: Any, x: Tensor, longest: int) -> tuple[Tensor, ...]:
+        """cos and sin [positions, columns] up to a position."""
+        key = (module.inv_freq.data_ptr(), version_of(module.inv_freq))
+        if key != self.key:
+            self.key, self.parts = key, ()
+        have = len(self.parts[0]) if self.parts else 0
+        if longest >= have:
+            end = max(longest + 1, 2 * have)
+            like, new = x.detach()[:1, :1], []
+            for start in range(have, end, self.rows):
+                positions = torch.arange(start, start + self.rows)[None]
+                new.append([part[0] for part in type(module).forward(module, like, positions)])
+            joined = zip(*([self.parts] if self.parts else []), *new, strict=True)
+            self.parts = tuple(torch.cat(parts) for parts in joined)
+        return self.parts
+
+
+def rotary(module: Any, table: RotaryTable, x: Tensor, position_ids: Tensor) -> Any:
+    """The forward of swapped rotary positions. -> cos and sin [B, Q, columns]"""
+    if torch.compiler.is_compiling() or not usable(x) or watched((x, position_ids)):
+        return type(module).forward(module, x, position_ids)
+    if position_ids.numel() == 0 or int(position_ids.min()) < 0:
+        return type(module).forward(module, x, position_ids)
+    parts = table.of(module, x, int(position_ids.max()))
+    return tuple(F.embedding(position_ids, part) for part in parts)
+
+
+FORWARDS = (linear, norm, rotary, decoder_layers.layer)

@@ -10,6 +10,7 @@ from ..backends import BackendError, functions_of, no_workspace
 from . import (
     cached_attention,
     commit,
+    decoder_layer,
     denoise_step,
     fingerprint,
     row_distribution,
@@ -31,6 +32,7 @@ if isa := os.environ.get("SPECDIFF_CPU_ISA"):
 FUNCTIONS = functions_of(
     cached_attention,
     commit,
+    decoder_layer,
     denoise_step,
     fingerprint,
     row_distribution,
@@ -40,5 +42,7 @@ FUNCTIONS = functions_of(
     verify,
 ) | {
     "row_divergence_backward": row_divergence.row_divergence_backward,
+    "row_norm": decoder_layer.row_norm,
+    "watch": fingerprint.watch,
     "workspace_size": no_workspace,
 }

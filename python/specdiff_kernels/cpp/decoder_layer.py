@@ -29,12 +29,13 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
     else:
         key_row, key_position, key_head, _ = keys.stride()
         value_row, value_position, value_head, _ = values.stride()
-        columns, size = tables.shape[1], keys.shape[1]
-        pages = (columns * size, tables.data_ptr(), columns, size, keys.shape[0])
+        blocks, size = keys.shape[:2]
+        slots_a_row = tables.shape[1] * size
+        pages = (slots_a_row, tables.data_ptr(), tables.stride(0), size, blocks)
     _C.decoder_layer(
         layer.native,
         [
-            before, after, x.data_ptr(), B, Q, cos, sin, rotary, turns, query.data_ptr(),
+            before, after, x.data_ptr(), B, Q, cos, sin, rotary, turns, address(query),
             address(slots), keys.data_ptr(), values.data_ptr(), 0,
             key_row, key_head, key_position, value_row, value_head, value_position, *pages,
             address(lengths), address(first), 0, address(out),
@@ -52,7 +53,8 @@ def native(layer: DecoderLayer) -> Any:
     """Its addresses and sizes, read once. The tensors stay with the layer."""
     of_qkv = [weight(linear, layer.hidden) for linear in layer.qkv]
     of_qkv += [NO_WEIGHT] * (3 - len(of_qkv))
-    mixed, inner = layer.heads * layer.size, layer.up.weight.rows
+    mixed = layer.heads * layer.size
+    inner = layer.inner
     gate = NO_WEIGHT if layer.gate is None else weight(layer.gate, layer.hidden)
     return _C.DecoderLayer(
         [
@@ -70,8 +72,10 @@ def native(layer: DecoderLayer) -> Any:
 
 
 def weight(linear: Linear, columns: int) -> list[int]:
-    packs, rows = linear.weight
-    return [packs.data_ptr(), DTYPES[packs.dtype], True, rows, columns, address(linear.bias)]
+    of, bias = linear.weight, address(linear.bias)
+    if isinstance(of, Tensor):
+        return [of.data_ptr(), DTYPES[of.dtype], False, of.shape[0], of.stride(0), bias]
+    return [of.packs.data_ptr(), DTYPES[of.packs.dtype], True, of.rows, columns, bias]
 
 
 def norm_numbers(norm: Norm) -> list[int]:

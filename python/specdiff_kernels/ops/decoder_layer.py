@@ -18,6 +18,7 @@ from ..types import PackedWeight
 
 ACTIVATIONS = ("none", "silu", "gelu_tanh", "gelu", "relu")  # as csrc/ numbers them
 NORMS = ("rms", "layer")
+MOST_COLUMNS = 256  # of a head
 
 
 class Norm(NamedTuple):
@@ -33,7 +34,7 @@ class Norm(NamedTuple):
 class Linear(NamedTuple):
     """x weight^T + bias, bias f32 [N] or None."""
 
-    weight: PackedWeight
+    weight: PackedWeight | Tensor  # f32 or bf16; a tensor [N, K], rows contiguous, where it lies
     bias: Tensor | None
 
 
@@ -75,6 +76,12 @@ class DecoderLayer:
     def hidden(self) -> int:
         return self.attention_norm.weight.shape[0]
 
+    @property
+    def inner(self) -> int:
+        """Columns between up and down."""
+        weight = self.up.weight
+        return weight.shape[0] if isinstance(weight, Tensor) else weight.rows
+
 
 class LayerCall(NamedTuple):
     """Tokens [B, Q] and where a layer finds and leaves what belongs to them.
@@ -84,7 +91,7 @@ class LayerCall(NamedTuple):
     """
 
     x: Tensor  # f32 [B, Q, d]
-    query: Tensor  # f32 [B, Q, heads, size], kept between the two parts
+    query: Tensor | None  # f32 [B, Q, heads, size], kept between the two parts if they are two
     rotation: tuple[Tensor, Tensor] | None  # cos and sin, f32 [B or 1, Q, R]; R columns turn
     slots: Tensor | None  # i64 [B, Q], where keys and values go; for a pool, counted through it
     keys: Tensor  # f32 [B, kv_heads, S, size], or a pool [blocks, block_size, kv_heads, size]

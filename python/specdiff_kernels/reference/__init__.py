@@ -6,6 +6,7 @@ from ..backends import functions_of, no_workspace
 from . import (
     cached_attention,
     commit,
+    decoder_layer,
     denoise_step,
     fingerprint,
     row_distribution,
@@ -18,6 +19,7 @@ from . import (
 FUNCTIONS = functions_of(
     cached_attention,
     commit,
+    decoder_layer,
     denoise_step,
     fingerprint,
     row_distribution,
@@ -27,5 +29,7 @@ FUNCTIONS = functions_of(
     verify,
 ) | {
     "row_divergence_backward": row_divergence.row_divergence_backward,
+    "row_norm": decoder_layer.row_norm,
+    "watch": fingerprint.watch,
     "workspace_size": no_workspace,
 }

@@ -27,6 +27,8 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
     """
     x, query = call.x, call.query
     B, Q, _ = x.shape
+    if query is None:
+        query = x.new_empty(B, Q, layer.heads, layer.size)
     if call.before:
         inputs = normed(x, layer.attention_norm)
         parts = torch.cat([linear(inputs, part) for part in layer.qkv], -1)
@@ -57,9 +59,9 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
 
 def linear(x: Tensor, of: Linear) -> Tensor:
     """[B, Q, K] -> [B, Q, N]"""
-    packs, N = of.weight
+    weight, N = (of.weight, len(of.weight)) if isinstance(of.weight, Tensor) else of.weight
     out = x.new_empty(*x.shape[:-1], N)
-    inputs = SkinnyLinearInputs(x.reshape(-1, x.shape[-1]), packs, N, of.bias)
+    inputs = SkinnyLinearInputs(x.reshape(-1, x.shape[-1]), weight, N, of.bias)
     skinny_linear(inputs, out=out.view(-1, N))
     return out
 
