@@ -26,6 +26,7 @@ SEQUENCES = 8  # in all draws of a case
 ROUNDS = (Shape(1, 8, 49152), Shape(8, 8, 128256))
 BLOCK, POSITIONS = 16, 512  # paged cache: positions per block, and maximum per sequence
 HEADS, WIDTH = 3, 64  # of SmolLM2-135M's keys and values
+GROUP = 3  # heads of its queries for each
 
 
 # --- the least bytes -----------------------------------------------------------------------------
@@ -87,6 +88,12 @@ def row_divergence_bytes(target: Tensor, draft: Tensor, ids: Tensor | None) -> i
 def skinny_linear_bytes(x: Tensor, weight: Tensor) -> int:
     """Inputs and weights are read once, and outputs written once. [M, K], [N, K]"""
     return x.nbytes + weight.nbytes + 4 * len(x) * len(weight)
+
+
+def cached_attention_bytes(query: Tensor, keys: Tensor, values: Tensor) -> int:
+    """All entries are seen and read once, as the queries; a result is written for each of these.
+    [B, Q, heads, D], [B, H, S, D] twice"""
+    return 2 * query.nbytes + keys.nbytes + values.nbytes
 
 
 # --- cases ---------------------------------------------------------------------------------------
@@ -423,8 +430,53 @@ class SkinnyLinear(Rounded):
         return skinny_linear_bytes(self.x, self.weight)
 
 
+class Cached(NamedTuple):
+    rows: int
+    queries: int
+    entries: int  # of each row before its queries
+
+    def __str__(self) -> str:
+        return f"B={self.rows} Q={self.queries}, {self.entries} entries"
+
+
+class CachedAttention(Rounded):
+    """A layer of SmolLM2-135M with a dense cache."""
+
+    op = "cached_attention"
+    shapes = (Cached(1, 1, 512), Cached(1, 9, 512), Cached(8, 9, 2048))
+
+    def __init__(self, shape: Cached, device: torch.device) -> None:
+        B, Q, entries = shape
+        random = torch.Generator(device).manual_seed(0)
+        draw = partial(torch.randn, generator=random, device=device)
+        self.query = draw(B, Q, GROUP * HEADS, WIDTH)
+        self.keys, self.values = draw(2, B, HEADS, entries + Q, WIDTH)
+        self.lengths = torch.full((B,), entries, device=device)
+
+    @cached_property
+    def caches(self) -> list[tuple[Tensor, Tensor]]:
+        return copies(self.keys, self.values)
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        cache = self.caches[number % len(self.caches)]
+        return partial(sk.cached_attention, self.query, *cache, self.lengths, backend=backend)
+
+    def formula(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        Q, S = self.query.shape[1], self.keys.shape[2]
+        seen = torch.ones(Q, S, dtype=torch.bool, device=self.query.device).tril(S - Q)
+        query, keys, values = (x.to(dtype) for x in (self.query, self.keys, self.values))
+        result = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, seen, enable_gqa=True
+        )
+        return (result.transpose(1, 2),)
+
+    def least_bytes(self) -> float:
+        return cached_attention_bytes(self.query, self.keys, self.values)
+
+
 KINDS: tuple[type[Case], ...] = (
     RowDistribution, Sample, DenoiseStep, Verify, Commit, RowDivergence, SkinnyLinear,
+    CachedAttention,
 )  # fmt: skip
 CASES = [(kind, shape) for kind in KINDS for shape in kind.shapes]
 

@@ -32,6 +32,7 @@ SMALL = {
     "commit": op_cases.Rollback(3, 4, pages=True, caches=2),
     "row_divergence": op_cases.Pair(4, 300, 40),
     "skinny_linear": op_cases.Product(3, 40, 50),
+    "cached_attention": op_cases.Cached(2, 3, 20),
 }
 EXPORTED = {
     name
@@ -212,13 +213,15 @@ def test_what_a_commit_moves():
     assert tree == 232 + 32 + 2 * 2 * 100
 
 
-def test_both_rows_of_a_divergence_and_a_product():
+def test_both_rows_of_a_divergence_a_product_and_attention():
     target, draft, ids = torch.zeros(2, 10), torch.zeros(2, 4), torch.arange(4)
     assert op_cases.row_divergence_bytes(target, draft, ids) == 80 + 32 + 32
     assert op_cases.row_divergence_bytes(target, target, None) == 160
     x, weight = torch.zeros(2, 3), torch.zeros(5, 3)
     assert op_cases.skinny_linear_bytes(x, weight) == 4 * (6 + 15 + 10)
     assert op_cases.skinny_linear_bytes(x, weight.bfloat16()) == 4 * (6 + 10) + 2 * 15
+    query, cache = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 7, 8)
+    assert op_cases.cached_attention_bytes(query, cache, cache) == 4 * 8 * (2 * 8 + 2 * 14)
 
 
 def test_least_bytes_of_a_case(case):
@@ -236,8 +239,10 @@ def test_least_bytes_of_a_case(case):
         wanted = bytes_of_a_commit(case)
     elif case.op == "row_divergence":
         wanted = 4 * 4 * (300 + 40) + 8 * 40
-    else:
+    elif case.op == "skinny_linear":
         wanted = 4 * (3 * 40 + 50 * 40 + 3 * 50)
+    else:
+        wanted = 4 * 64 * 2 * (2 * 3 * 9 + 2 * 3 * 23)
     assert case.least_bytes() == wanted
 
 

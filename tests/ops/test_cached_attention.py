@@ -153,6 +153,19 @@ def test_bits_depend_on_nothing_else(case, options, implementation):
     assert dependences(cached_attention, made(CASES[case], **OPTIONS[options])) == set()
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_prompt_padded_on_the_left_has_its_own_bits(window, implementation):
+    """Queries of the padding are in the same call, and their entries in the cache."""
+    arguments = inputs(2, 20, 2, 1, 8, (0, 0), window=window)
+    expected = cached_attention(**arguments)
+    behind = padded(arguments, 7)
+    for name in ("keys", "values"):
+        behind[name] = behind[name].nan_to_num(3.0)
+    behind["query"] = torch.cat([torch.ones(2, 7, 2, 8), arguments["query"]], 1)
+    result = cached_attention(**behind | {"lengths": i64(0, 0)})
+    assert torch.equal(result[:, 7:], expected) and not result[:, :7].any()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_threads_do_not_matter(case, implementation):
     """To the bit; but in the reference, whose products are torch's."""

@@ -328,19 +328,17 @@ def test_numbers_may_be_symbols():
         assert torch.equal(have.total, row_distribution(logits, heat, top_k).total)
 
 
-def test_numbers_of_attention_may_be_symbols():
-    """Its scale too follows the sizes, if none is given."""
+def test_windows_may_be_symbols_and_scales_have_graphs_of_their_own():
     torch._dynamo.reset()
-    compiled = torch.compile(cached_attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    forced = {"backend": "reference"}
-    for i, (D, heat) in enumerate([(5, 0.5), (6, 0.25), (7, 2.0)]):
+    counter = CompileCounter()
+    compiled = torch.compile(cached_attention, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for D, window, scale in [(5, 7, None), (5, 8, None), (5, 9, 0.5), (6, 9, None), (6, 8, 0.5)]:
         call = torch.randn(2, 3, 4, D), *torch.randn(2, 2, 2, 11, D), torch.tensor([4, 8])
-        with torch._dynamo.config.patch(error_on_recompile=i > 1):
-            have = compiled(*call, window=i + 2, softcap=heat, **forced)
-        assert torch.equal(have, cached_attention(*call, window=i + 2, softcap=heat, **forced))
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        have = compiled(*call, scale=0.5, **forced)
-    assert torch.equal(have, cached_attention(*call, scale=0.5, **forced))
+        options = {"window": window, "scale": scale, "softcap": 2.0, "backend": "reference"}
+        assert torch.equal(compiled(*call, **options), cached_attention(*call, **options))
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 1, 2, 3, 3]
 
 
 def test_a_cache_listed_twice_is_moved_once_by_compiled_code_too():
