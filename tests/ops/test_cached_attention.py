@@ -104,6 +104,24 @@ def test_error_is_at_most_twice_that_of_torch(point, implementation):
     assert_error_at_most_twice_that_of_torch(cached_attention(**arguments), arguments)
 
 
+@pytest.mark.parametrize(
+    ("point", "options"),
+    [
+        ((1, 33, 4, 2, 1, (1,)), {"scale": 0.3, "softcap": 20.0, "dtype": torch.bfloat16}),
+        ((1, 17, 1, 3, 1, (1,)), {"scale": 0.3, "softcap": 20.0, "tree": True}),
+        ((2, 5, 1, 2, 8, (0, 65)), {"window": 7, "softcap": 20.0}),
+        ((2, 5, 3, 2, 256, (600, 1)), {"window": 64, "scale": 0.3}),
+        ((1, 2, 3, 3, 256, (255,)), {"scale": 0.3, "dtype": torch.float16}),
+    ],
+    ids=str,
+)
+def test_error_of_small_capped_scores_and_of_large_ones(point, options, implementation):
+    """Where s / softcap is small, tanh is nearly s / softcap; and scores of many terms, 30 and
+    more, whose error exp multiplies."""
+    arguments = inputs(*point, **options)
+    assert_error_at_most_twice_that_of_torch(cached_attention(**arguments), arguments)
+
+
 def test_keys_or_values_of_fewer_bits_are_found():
     arguments = inputs(2, 9, 3, 2, 64, (64, 257))
     for name in ("keys", "values"):
@@ -273,12 +291,12 @@ def test_rows_may_share_memory(block, implementation):
 @pytest.mark.parametrize("tree", [False, True])
 def test_queries_may_lie_beyond_the_capacity(tree, block, window, implementation):
     """Of a dense cache of S slots, or of tables of M blocks: what exists is seen."""
-    arguments = inputs(6, 4, 2, 1, 8, (20,) * 6, window=window, tree=tree)
+    arguments = inputs(7, 4, 2, 1, 8, (20,) * 7, window=window, tree=tree)
     arguments = paged(arguments, block) if block else arguments
     for name in ("keys", "values"):
         arguments[name] = arguments[name].nan_to_num(0.5)
     S = 27 if block is None else 30
-    arguments["lengths"] = i64(S - 4, S - 3, S - 1, S, S + 3, 2**40)
+    arguments["lengths"] = i64(S - 4, S - 3, S - 1, S, S + 3, 2**40, 2**63 - 1)
     result = cached_attention(**arguments)
     assert result.isfinite().all()
     assert_error_at_most_twice_that_of_torch(result, arguments)
