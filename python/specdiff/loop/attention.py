@@ -18,10 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from specdiff_kernels import cached_attention
+
 from .cache import Window
 
-FLASH, FLEX = "specdiff_fa", "specdiff_flex"  # "flash" in a name is transformers' own
-NAMES = {"flash": FLASH, "flex": FLEX, "sdpa": "sdpa", "eager": "eager"}
+# "flash" in a name is transformers' own
+FLASH, FLEX, CACHED = "specdiff_fa", "specdiff_flex", "specdiff_cached"
+NAMES = {"flash": FLASH, "flex": FLEX, "cached": CACHED, "sdpa": "sdpa", "eager": "eager"}
+OVER_ROWS = ("flash", "flex", "cached")  # which need no mask, but the cache's window
 FLEX_LEAST = 16  # columns of a head, on a GPU
 HALF = (torch.float16, torch.bfloat16)
 
@@ -105,6 +109,78 @@ def flex_attention(
     return mixed.transpose(1, 2)
 
 
+def cached_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    window: Window | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`specdiff_kernels.cached_attention`, for transformers; its sdpa where a gradient is wanted,
+    or a mask is another than that of causal attention.
+
+    query [B, Hq, Q, D]; key and value [B, H, span, D], or the pools [blocks, block_size, H, D] of
+    a paged cache. -> [B, Q, Hq, D]
+    """
+    B, _, Q, _ = query.shape
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    tables = first = None
+    if window is not None and not learns:
+        lengths, tables = window.lengths, window.tables
+    else:
+        seen = None if learns else rows_seen(attention_mask, B, Q, key.shape[2], sliding_window)
+        if seen is None:
+            more = {"scaling": scaling, "sliding_window": sliding_window, **options}
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        lengths, first = seen
+    mixed = cached_attention(
+        query.transpose(1, 2).float(), key, value, lengths, tables=tables, first=first,
+        sinks=s_aux, scale=scaling, window=sliding_window, softcap=softcap,
+    )  # fmt: skip
+    return mixed.to(query.dtype), None
+
+
+def rows_seen(
+    mask: Tensor | None, B: int, Q: int, known: int, window: int | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """Entries before the queries and the first entry seen of each row, i64 [B], from a mask of
+    transformers'; None if it is another than that of causal attention with padding on the left.
+
+    Args:
+        mask: bool or float [B or 1, 1, Q, known], None for causal attention over all entries.
+        known: entries of a row with those of the queries.
+    """
+    if mask is None:
+        return torch.full((B,), known - Q), None
+    results: dict[int | None, Any] = vars(mask).setdefault("specdiff_rows", {})
+    if window not in results:  # a mask serves all layers of a forward
+        results[window] = read_mask(mask, B, Q, known, window)
+    return results[window]
+
+
+def read_mask(
+    mask: Tensor, B: int, Q: int, known: int, window: int | None
+) -> tuple[Tensor, Tensor] | None:
+    if mask.ndim != 4 or mask.shape[1:] != (1, Q, known):
+        return None
+    seen = mask[:, 0] if mask.dtype is torch.bool else mask[:, 0] >= 0  # hidden: far below 0
+    first = seen.any(1).int().argmax(1)
+    keys, queries = torch.arange(known), torch.arange(known - Q, known)[:, None]
+    expected = (keys >= first[:, None, None]) & (keys <= queries)
+    if window is not None:
+        expected &= keys > queries - window
+    if not torch.equal(seen, expected):
+        return None
+    return torch.full((B,), known - Q), first.expand(B).contiguous()
+
+
 def visible_from(lengths: Tensor, sliding_window: int | None) -> Callable[..., Tensor]:
     """Whether query q of row b sees key k, as FlexAttention asks."""
 
@@ -134,9 +210,10 @@ def load_flex(device: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
     return compiled, torch.compile(flex.create_block_mask, dynamic=True)
 
 
-def choose(model: PreTrainedModel) -> str:
+def choose(model: PreTrainedModel, *, accelerated: bool) -> str:
     """The attention to decode ragged rows with: on a GPU flash-attn where it is installed and knows
-    the dtype, else FlexAttention; else the model's own, if it takes masks."""
+    the dtype, else FlexAttention; that of this package with accelerated layers; else the model's
+    own, if it takes masks."""
     own = model.config._attn_implementation
     for name, implementation in NAMES.items():
         if own == implementation and name not in ("sdpa", "eager"):
@@ -145,7 +222,7 @@ def choose(model: PreTrainedModel) -> str:
         if importlib.util.find_spec("flash_attn") is not None and model.dtype in HALF:
             return "flash"
         return "flex" if head_size(model) >= FLEX_LEAST else "sdpa"
-    return own
+    return "cached" if own == "sdpa" and accelerated else own
 
 
 def head_size(model: PreTrainedModel) -> int:
@@ -157,5 +234,6 @@ def head_size(model: PreTrainedModel) -> int:
 
 AttentionInterface.register(FLASH, ragged(flash_attention))
 AttentionInterface.register(FLEX, ragged(flex_attention))
-AttentionMaskInterface.register(FLASH, sdpa_mask)
-AttentionMaskInterface.register(FLEX, sdpa_mask)
+AttentionInterface.register(CACHED, cached_attention_forward)
+for name in (FLASH, FLEX, CACHED):
+    AttentionMaskInterface.register(name, sdpa_mask)

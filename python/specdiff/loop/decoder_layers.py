@@ -32,6 +32,7 @@ from specdiff_kernels.ops.decoder_layer import (
     decoder_layer,
 )
 
+from .attention import rows_seen
 from .cache import RowCache, RowLayer
 from .packed import usable, version_of
 
@@ -141,18 +142,24 @@ class FastLayer:
 
     def ready(self, layer: nn.Module) -> DecoderLayer | None:
         """The native form; None where the layer has to go torch's way."""
-        if self.parents is None or any(children(own) != part for own, part in self.parents):
-            self.look(layer)
-        if self.fault is not None:
+        if self.reason(layer) is not None:
             return None
-        for own, forward in self.inside:
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                return None
-            if own.get("forward") is not forward:
-                return None
         if self.native is None or self.changed():
             self.read()
         return self.native
+
+    def reason(self, layer: nn.Module) -> str | None:
+        """Why the layer has to go torch's way; None: it has not."""
+        if self.parents is None or any(children(own) != part for own, part in self.parents):
+            self.look(layer)
+        if self.fault is not None:
+            return self.fault
+        for own, forward in self.inside:
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return "a module in it has hooks"
+            if own.get("forward") is not forward:
+                return "the forward of a module in it was replaced"
+        return None
 
     def look(self, layer: nn.Module) -> None:
         """Find the layer's parts."""
@@ -365,37 +372,3 @@ def over_any(
         keys=keys, values=values, lengths=lengths, first=first, before=False, after=True
     )
     return decoder_layer(description, after)
-
-
-def rows_seen(
-    mask: Tensor | None, B: int, Q: int, known: int, window: int | None
-) -> tuple[Tensor, Tensor | None] | None:
-    """Entries before the queries and the first entry seen of each row, i64 [B], from a mask of
-    transformers'; None if it is another than that of causal attention with padding on the left.
-
-    Args:
-        mask: bool or float [B or 1, 1, Q, known], None for causal attention over all entries.
-        known: entries of a row with those of the queries.
-    """
-    if mask is None:
-        return torch.full((B,), known - Q), None
-    results: dict[int | None, Any] = vars(mask).setdefault("specdiff_rows", {})
-    if window not in results:  # a mask serves all layers of a forward
-        results[window] = read_mask(mask, B, Q, known, window)
-    return results[window]
-
-
-def read_mask(
-    mask: Tensor, B: int, Q: int, known: int, window: int | None
-) -> tuple[Tensor, Tensor] | None:
-    if mask.ndim != 4 or mask.shape[1:] != (1, Q, known):
-        return None
-    seen = mask[:, 0] if mask.dtype is torch.bool else mask[:, 0] >= 0  # hidden: far below 0
-    first = seen.any(1).int().argmax(1)
-    keys, queries = torch.arange(known), torch.arange(known - Q, known)[:, None]
-    expected = (keys >= first[:, None, None]) & (keys <= queries)
-    if window is not None:
-        expected &= keys > queries - window
-    if not torch.equal(seen, expected):
-        return None
-    return torch.full((B,), known - Q), first.expand(B).contiguous()

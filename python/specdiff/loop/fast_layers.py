@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -103,6 +104,34 @@ def restore(model: Model) -> Model:
 def is_accelerated(model: nn.Module) -> bool:
     """Whether any layer of a model is swapped."""
     return any(swapped(module) for module in model.modules())
+
+
+def left_to_torch(model: Any, layers: Iterable[nn.Module]) -> str | None:
+    """What of a causal language model is computed by torch, with sums that depend on how many
+    tokens there are; None: nothing is.
+
+    Args:
+        layers: the model's decoder layers.
+    """
+    inside = set()
+    for index, layer in enumerate(layers):
+        forward = vars(layer).get("forward")
+        inside.update(layer.modules())
+        if not isinstance(forward, partial) or forward.func is not decoder_layers.layer:
+            known = type(layer) in DECODER_LAYERS
+            fault = fault_of(layer) if known else f"it is a {type(layer).__name__}"
+            return f"layer {index} is torch's: {fault or 'it is not accelerated'}"
+        if (fault := forward.args[1].reason(layer)) is not None:
+            return f"layer {index} is torch's: {fault}"
+    for name, module in model.named_modules():
+        computes = module._parameters and not isinstance(module, nn.Embedding)
+        if module not in inside and not swapped(module) and (computes or is_rotary(module)):
+            return f"{name} is torch's: a {type(module).__name__} that is not accelerated"
+    return None
+
+
+def is_rotary(module: nn.Module) -> bool:
+    return "inv_freq" in module._buffers
 
 
 def swapped(module: nn.Module) -> bool:

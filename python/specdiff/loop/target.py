@@ -39,10 +39,12 @@ class Target:
     Args:
         model: of a model type in SUPPORTED, on one device. It is put into eval mode. A GPT-Neo
             model keeps working by itself: the replaced attention acts only on Target's own masks.
-        attention: "flash" (flash-attn's kernel for caches), "flex" (FlexAttention), "sdpa" or
-            "eager", set by `model.set_attn_implementation`. None: on a GPU the first of flash, flex
-            and sdpa that is installed and knows the dtype, if the model has sdpa; else the model's
-            own. The model used by itself then computes as with sdpa. GPT-Neo has its own alone.
+        attention: "flash" (flash-attn's kernel for caches), "flex" (FlexAttention), "cached"
+            (`specdiff_kernels.cached_attention`), "sdpa" or "eager", set by
+            `model.set_attn_implementation`. None, if the model has sdpa: on a GPU the first of
+            flash, flex and sdpa that is installed and knows the dtype, on a CPU "cached" if the
+            model is accelerated; else the model's own. The model used by itself then computes as
+            with sdpa. GPT-Neo has its own alone.
         compile: whether forwards go through `torch.compile`, made for any sizes. The model itself
             stays as it is.
         tokenizer: of the model. A `Decoder` uses it unless it is given another; the forwards do
@@ -147,6 +149,25 @@ class Target:
     def stop_tokens(self) -> tuple[int, ...]:
         return stop_tokens(self.model)
 
+    @property
+    def inconsistency(self) -> str | None:
+        """Why the logits of a token may be off by a rounding from those that it gets alone, in
+        another batch or after another draft; None: they are the same bits.
+
+        They are the same on a CPU where every layer is accelerated: then greedy text, and coupled
+        text, is that of plain decoding to the last token.
+
+        Example:
+            >>> Target(accelerate(model)).inconsistency
+        """
+        if self.device.type != "cpu":
+            return f"the model is on {self.device}, not on a CPU"
+        if self.body is not self.model.base_model:
+            return "forwards are compiled"
+        if computes_more(self.model):
+            return f"the forward of {type(self.model).__name__} is its own, or has hooks"
+        return fast_layers.left_to_torch(self.model, self.recorder.layers)
+
     def new_cache(
         self, batch: int, capacity: int, *, block_size: int | None = None, blocks: int | None = None
     ) -> RowCache:
@@ -166,7 +187,8 @@ class Target:
             layers, batch, capacity, self.device, block_size=block_size, blocks=blocks
         )
         # flash-attn reads blocks of a multiple of 256 positions where they lie
-        cache.window.gathers = self.attention != "flash" or block_size % 256 != 0
+        in_place = self.attention == "flash" and block_size % 256 == 0
+        cache.window.gathers = not in_place and self.attention != "cached"
         return cache
 
     def forward(
@@ -243,7 +265,7 @@ class Target:
     def _inputs(self, tokens: Tensor, cache: RowCache, start: int | None) -> dict[str, Any]:
         """Arguments of the model, or of its body, for new tokens [B, Q]."""
         positions, span = cache.prepare(tokens.shape[1], start)
-        if self.attention in ("flash", "flex"):
+        if self.attention in attention.OVER_ROWS:
             visible: dict[str, Any] = {"attention_mask": self.no_mask, "window": cache.window}
         else:
             visible = {"attention_mask": self._masks(positions, span)}
@@ -418,7 +440,8 @@ def set_attention(model: PreTrainedModel, wanted: str | None) -> str:
                 "leave it out"
             )
         return "eager"
-    name = attention.choose(model) if wanted is None else wanted
+    accelerated = fast_layers.is_accelerated(model)
+    name = attention.choose(model, accelerated=accelerated) if wanted is None else wanted
     if name not in attention.NAMES:
         raise ValueError(
             f"attention implementation {name!r} takes no per-row mask: pass attention='sdpa', or "
