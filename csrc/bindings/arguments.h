@@ -151,7 +151,7 @@ inline void read(Arguments& in, DecoderLayerParams& p) {
   in(p.before, p.after, p.x, p.batch, p.queries, p.cos, p.sin, p.rotary, p.rotary_row, p.query);
   in(p.slots);
   read(in, p.cache);
-  in(p.lengths, p.first, p.parents, p.out);
+  in(p.lengths, p.first, p.parents, p.limits, p.out);
 }
 
 template <class Params>

@@ -368,7 +368,8 @@ void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t it
     const int64_t depth = plan.depths ? plan.depths[b * p.queries + query] : query;
     const int64_t position = entries.prefix + depth;
     t.low[c] = p.window > 0 ? std::max<int64_t>(position - p.window + 1, 0) : 0;
-    t.high[c] = std::min(position + 1, slots);
+    const int64_t end = p.limits ? p.limits[b * p.queries + query] - start : position + 1;
+    t.high[c] = std::min(end, slots);
     high = std::max(high, t.high[c]);
     t.most[c] = -kInfinity;
     t.total[c] = 0;

@@ -18,7 +18,11 @@ class AttentionMemory {
     plan.out = out;
     int64_t longest = 0;
     for (int64_t b = 0; b < p.batch; ++b) longest = std::max(longest, p.lengths[b]);
-    longest = std::min(std::min(longest, p.cache.slots) + p.queries, p.cache.slots);
+    longest = std::min(longest, p.cache.slots) + p.queries;
+    for (int64_t i = 0; p.limits && i < p.batch * p.queries; ++i) {
+      longest = std::max(longest, p.limits[i]);
+    }
+    longest = std::min(longest, p.cache.slots);
     plan.spans = (longest + kSpan - 1) / kSpan;
     plan.items = heads * plan.tiles;
     plan.split = p.threads > 1 && plan.spans > 1 && plan.items < 4 * p.threads;

@@ -70,7 +70,7 @@ class Layer {
     const int64_t row = p.queries * mixed;
     attention_ = {query_,   p.batch,     p.queries, layer_.heads, layer_.kv_heads, layer_.size,
                   row,       mixed,       layer_.size, p.cache,    p.lengths,       p.first,
-                  p.parents, nullptr,     layer_.window, 1.0f,     layer_.softcap,  nullptr,
+                  p.parents, p.limits,   nullptr,     layer_.window, 1.0f,     layer_.softcap,  nullptr,
                   p.threads};
     plan_ = memory.attention.plan(attention_, mixed_);
   }

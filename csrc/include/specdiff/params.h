@@ -275,6 +275,7 @@ struct AttentionParams {
   const int64_t* lengths;  // [batch]
   const int64_t* first;    // [batch], or null
   const int64_t* parents;  // [batch, queries], or null: each query follows the one before
+  const int64_t* limits;   // [batch, queries], slots before it are seen; null: up to the query's own
   const float* sinks;      // [heads], or null
   int64_t window;          // 0: none
   float scale, softcap;    // softcap 0: none
@@ -309,6 +310,7 @@ struct DecoderLayerParams {
   const int64_t* lengths;
   const int64_t* first;
   const int64_t* parents;
+  const int64_t* limits;
   float* out;  // as x
   int32_t threads;
 };

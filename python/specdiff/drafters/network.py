@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..files import write_atomically
+from ..loop.cache import Entries, OpenCache
+from ..loop.decoder_layers import LAYERS, Family, Shape
 from .head import SequentialHead, scaled
 
 KINDS = {  # model_type in config.json -> name
@@ -142,7 +144,7 @@ class Cache(Protocol):
         """Store k and v of new columns [B, H, Q, D]; return those they attend to [B, H, S, D]."""
 
 
-class PrefixCache:
+class PrefixCache(OpenCache):
     """Keys and values of every layer, updated in place. Each row has its own length.
 
     A block is written directly after its prefix, and the next tokens overwrite it. Entries beyond a
@@ -160,6 +162,7 @@ class PrefixCache:
         self.padding = shape[2] - 1
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.slots = self.lengths[:, None]  # [B, Q], slots that the next forward writes to
+        self.limits = self.slots  # [B, Q], end of the slots that its columns attend to
         self.longest = 0  # at least the largest length
         self.span = 0  # number of slots that the next forward reads
 
@@ -169,6 +172,12 @@ class PrefixCache:
         part.store = [(keys[rows], values[rows]) for keys, values in self.store]
         part.lengths = self.lengths[rows]
         return part
+
+    def entries(self, layer: int, x: Tensor, heads: int, size: int) -> Entries | None:
+        if self.slots.shape != x.shape[:2]:
+            return None
+        keys, values = self.store[layer]
+        return Entries(self.slots, keys, values, None, self.lengths, self.limits)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, H, Q, D] at `slots`; return views [B, H, span, D]."""
@@ -185,27 +194,41 @@ class Layer(nn.Module):
     def __init__(self, config: DraftConfig, index: int) -> None:
         super().__init__()
         d, f = config.hidden_size, config.intermediate_size
-        self.index, self.heads = index, config.heads
+        self.index, self.heads, self.head_size = index, config.heads, d // config.heads
         self.attention_norm = nn.RMSNorm(d, config.norm_eps)
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
         self.mlp_norm = nn.RMSNorm(d, config.norm_eps)
         self.gate_up = nn.Linear(d, 2 * f, bias=False)
+        self.activation = nn.SiLU()
         self.down = nn.Linear(f, d, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Mask,
+        cache: Cache | None,
     ) -> Tensor:
+        """Named as transformers' layers name their arguments. [B, Q, d] -> [B, Q, d]"""
+        x = hidden_states
         B, Q, d = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, Q, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, Q, D]
-        q, k = (rotate(part, rotation).to(v.dtype) for part in (q, k))  # v has autocast's dtype
+        # v has autocast's dtype
+        q, k = (rotate(part, position_embeddings).to(v.dtype) for part in (q, k))
         if cache is not None:
             k, v = cache.update(self.index, k, v)
-        mixed = attend(q, k, v, mask)
+        mixed = attend(q, k, v, attention_mask)
         x = x + self.out(mixed.transpose(1, 2).reshape(B, Q, d))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(self.activation(gate) * up)
+
+
+LAYERS[Layer] = Family(
+    lambda layer: Shape(layer.head_size, layer.head_size**-0.5, layer.index), "attention_norm",
+    ("qkv",), "out", "mlp_norm", "gate_up", "gate_up", "activation", "down",
+)  # fmt: skip
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -221,8 +244,8 @@ def compiled_flex_attention() -> Callable[..., Any]:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding, half-rotation, of [B, H, Q, D] by cos, sin [B, 1, Q, D]."""
-    cos, sin = rotation
+    """Rotary position embedding, half-rotation, of [B, H, Q, D] by cos, sin [B, Q, D]."""
+    cos, sin = (part[:, None] for part in rotation)
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat((-high, low), -1) * sin
 
@@ -334,7 +357,7 @@ class DraftNetwork(nn.Module):
         """
         config = self.config
         turn = frequencies(config.hidden_size // config.heads, config.rope_theta, x.device)
-        angles = (positions[..., None] * turn).repeat(1, 1, 2)[:, None]  # fp32 in every dtype
+        angles = (positions[..., None] * turn).repeat(1, 1, 2)  # fp32 in every dtype
         rotation = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, rotation, mask, cache)

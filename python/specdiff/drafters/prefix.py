@@ -149,7 +149,7 @@ class PrefixDrafter(Drafter):
     def forward(self, cache: PrefixCache, *columns: Columns) -> Tensor:
         """One forward over the concatenated columns. -> final states [B, Q, d]"""
         x, positions, slots, last = (torch.cat(part, 1) for part in zip(*columns, strict=True))
-        cache.slots = slots
+        cache.slots, cache.limits = slots, last + 1
         cache.span = min(cache.longest + self.network.config.block, cache.padding)
         keys = torch.arange(cache.span, device=x.device)
         mask = (keys <= last[:, :, None])[:, None]  # [B, 1, Q, span]

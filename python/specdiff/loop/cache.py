@@ -7,9 +7,10 @@ row's whole capacity; a PagedRowCache takes blocks from a pool as a row grows, a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,26 @@ class Window:
     def empty(cls, batch: int, device: torch.device | str) -> Window:
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         return cls(zeros, zeros[:, None], zeros[:, None])
+
+
+class Entries(NamedTuple):
+    """Where a layer's keys and values lie, and where those of new tokens go."""
+
+    slots: Tensor  # i64 [B, Q], of the new tokens; for a pool, counted through it
+    keys: Tensor  # [B, H, S, D], or a pool [blocks, block_size, H, D]
+    values: Tensor
+    tables: Tensor | None  # i32 [B, M], blocks of a pool that rows hold
+    lengths: Tensor  # i64 [B], entries before the new tokens
+    limits: Tensor | None  # i64 [B, Q], end of what each new token sees; None: its own entry
+
+
+class OpenCache(ABC):
+    """A cache that native layers write to and read where it lies."""
+
+    @abstractmethod
+    def entries(self, layer: int, x: Tensor, heads: int, size: int) -> Entries | None:
+        """Those of a layer, for new tokens x [B, Q, d] with heads [heads, size]; None if the next
+        forward was to bring other tokens."""
 
 
 class RowLayer(CacheLayerMixin):
@@ -112,7 +133,7 @@ class PagedRowLayer(RowLayer):
         return store[window.tables].flatten(1, 2)[:, : window.span].transpose(1, 2)
 
 
-class RowCache(Cache):
+class RowCache(Cache, OpenCache):
     """Preallocated cache of `batch` rows with up to `capacity` tokens each.
 
     A forward over [B, Q] new tokens is: `prepare(Q)`, the model, `set_lengths(...)`. Whatever lies
@@ -186,6 +207,20 @@ class RowCache(Cache):
         window.cached.clear()
         self._place(start)
         return window.positions, window.span
+
+    def entries(self, layer: int, x: Tensor, heads: int, size: int) -> Entries | None:
+        (B, Q, _), window = x.shape, self.window
+        if window.positions.shape != (B, Q):
+            return None
+        part: Any = self.layers[layer]
+        whole = part.whole
+        if not whole.is_initialized:
+            states = x.new_empty(B, heads, Q, size)
+            whole.lazy_initialization(states, states)
+        keys, values = whole.keys, whole.values
+        if window.tables is None:
+            keys, values = keys[part.rows], values[part.rows]
+        return Entries(window.slots, keys, values, window.tables, window.lengths, None)
 
     @property
     def slots(self) -> int:

@@ -32,8 +32,10 @@ from specdiff_kernels.ops.decoder_layer import (
     decoder_layer,
 )
 
+from specdiff_kernels.ops.skinny_linear import PACK
+
 from .attention import rows_seen
-from .cache import RowCache, RowLayer
+from .cache import OpenCache
 from .packed import usable, version_of
 
 CACHES = ("cache", "past_key_values", "layer_past")  # what layers call it
@@ -55,73 +57,88 @@ NORMS: dict[type, Callable[[Any], Norm]] = {
 }
 
 
-class Names(NamedTuple):
-    """Where a layer keeps its parts."""
+class Shape(NamedTuple):
+    """What a layer's attention is beside its weights."""
 
+    size: int  # columns of a head
+    scale: float
+    index: int  # of the layer in a cache
+    window: int | None = None
+    fault: str | None = None  # what is not known here
+
+
+class Family(NamedTuple):
+    """Where layers of a class keep their parts."""
+
+    shape: Callable[[Any], Shape]
     attention_norm: str
-    attention: str
     qkv: tuple[str, ...]
     output: str
     mlp_norm: str
     gate: str | None
-    up: str
+    up: str  # with the gate before it in one layer, if the two are the same
     activation: str
     down: str
+    own: tuple[str, ...] = ()  # modules whose forward has to be the family's
     returns: Callable[[Tensor], Any] = lambda x: x
     windows_in_mask: bool = True  # whether the mask that it is given knows its window
 
     @property
     def linears(self) -> tuple[str, ...]:
         names = (*self.qkv, self.output, self.gate, self.up, self.down)
-        return tuple(name for name in names if name is not None)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
-LLAMA = Names(
-    "input_layernorm", "self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+def llama_shape(layer: Any) -> Shape:
+    attention = layer.self_attn
+    fault = None if attention.is_causal else "its attention is not causal"
+    return Shape(attention.head_dim, attention.scaling, attention.layer_idx, None, fault)
+
+
+def gpt2_shape(layer: Any) -> Shape:
+    attention = layer.attn
+    crossed = attention.is_cross_attention or hasattr(layer, "crossattention")
+    fault = "it has cross-attention" if crossed else None
+    return Shape(attention.head_dim, attention.scaling, attention.layer_idx, None, fault)
+
+
+def gpt_neo_shape(layer: Any) -> Shape:
+    attention = layer.attn.attention
+    window = attention.config.window_size if attention.attention_type == "local" else None
+    return Shape(attention.head_dim, 1.0, attention.layer_id, window)
+
+
+LLAMA = Family(
+    llama_shape, "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.act_fn",
-    "mlp.down_proj",
+    "mlp.down_proj", ("self_attn", "mlp"),
 )  # fmt: skip
-GPT2 = Names(
-    "ln_1", "attn", ("attn.c_attn",), "attn.c_proj", "ln_2", None, "mlp.c_fc", "mlp.act",
-    "mlp.c_proj",
+GPT2 = Family(
+    gpt2_shape, "ln_1", ("attn.c_attn",), "attn.c_proj", "ln_2", None, "mlp.c_fc", "mlp.act",
+    "mlp.c_proj", ("attn", "mlp"),
 )  # fmt: skip
 GPT_NEO = GPT2._replace(
-    attention="attn.attention",
+    shape=gpt_neo_shape,
     qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
     output="attn.attention.out_proj",
+    own=("attn", "attn.attention", "mlp"),
     returns=lambda x: (x, None),
     windows_in_mask=False,
 )
-LAYERS = {
+LAYERS: dict[type, Family] = {
     LlamaDecoderLayer: LLAMA,
-    MistralDecoderLayer: LLAMA,
-    Qwen2DecoderLayer: LLAMA,
     GemmaDecoderLayer: LLAMA,
+    MistralDecoderLayer: LLAMA._replace(
+        shape=lambda layer: llama_shape(layer)._replace(
+            window=layer.self_attn.config.sliding_window
+        )
+    ),
+    Qwen2DecoderLayer: LLAMA._replace(
+        shape=lambda layer: llama_shape(layer)._replace(window=layer.self_attn.sliding_window)
+    ),
     GPT2Block: GPT2,
     GPTNeoBlock: GPT_NEO,
 }
-
-
-class Shape(NamedTuple):
-    """What a layer is beside its weights."""
-
-    size: int
-    scale: float
-    window: int | None
-    index: int  # in a cache
-
-
-def shape_of(layer: nn.Module, attention: Any) -> Shape:
-    size = attention.head_dim
-    if isinstance(layer, GPTNeoBlock):
-        window = attention.config.window_size if attention.attention_type == "local" else None
-        return Shape(size, 1.0, window, attention.layer_id)
-    window = None
-    if isinstance(layer, MistralDecoderLayer):
-        window = attention.config.sliding_window
-    elif isinstance(layer, Qwen2DecoderLayer):
-        window = attention.sliding_window
-    return Shape(size, attention.scaling, window, attention.layer_idx)
 
 
 class FastLayer:
@@ -167,18 +184,18 @@ class FastLayer:
         self.parents = [(m.__dict__, children(m.__dict__)) for m in modules if m._modules]
         self.inside = [(m.__dict__, m.__dict__.get("forward")) for m in modules[1:]]
         self.native = None
-        self.names = names = LAYERS[type(layer)]
+        self.family = family = LAYERS[type(layer)]
         self.fault = fault_of(layer)
         if self.fault is None:
             part = layer.get_submodule
-            self.shape = shape_of(layer, part(names.attention))
-            self.linears = [part(name) for name in names.linears]
-            self.norms = [part(names.attention_norm), part(names.mlp_norm)]
-            self.activation = ACTIVATIONS[type(part(names.activation))]
+            self.shape = family.shape(layer)
+            self.linears = [part(name) for name in family.linears]
+            self.norms = [part(family.attention_norm), part(family.mlp_norm)]
+            self.activation = ACTIVATIONS[type(part(family.activation))]
 
     def read(self) -> None:
         """Take the weights as they are now."""
-        names, (size, scale, window, _) = self.names, self.shape
+        family, shape = self.family, self.shape
         self.tensors = [
             (m._parameters, name, m._parameters[name], address(m._parameters[name]))
             for m in (*self.linears, *self.norms)
@@ -191,23 +208,26 @@ class FastLayer:
         self.seen = self.fingerprint()
         parts = {
             name: Linear(self.weight_of(m), m.bias)
-            for name, m in zip(names.linears, self.linears, strict=True)
+            for name, m in zip(family.linears, self.linears, strict=True)
         }
-        heads = columns_of(parts[names.output]) // size
-        outputs = sum(rows_of(parts[name]) for name in names.qkv)
+        heads = columns_of(parts[family.output]) // shape.size
+        outputs = sum(rows_of(parts[name]) for name in family.qkv)
+        gate, up = None if family.gate is None else parts[family.gate], parts[family.up]
+        if gate is up:
+            gate, up = halves_of(up)
         self.native = DecoderLayer(
             heads,
-            (outputs // size - heads) // 2,
-            size,
+            (outputs // shape.size - heads) // 2,
+            shape.size,
             *(NORMS[type(norm)](norm) for norm in self.norms),
-            tuple(parts[name] for name in names.qkv),
-            parts[names.output],
-            None if names.gate is None else parts[names.gate],
-            parts[names.up],
-            parts[names.down],
+            tuple(parts[name] for name in family.qkv),
+            parts[family.output],
+            gate,
+            up,
+            parts[family.down],
             self.activation,
-            scale,
-            window,
+            shape.scale,
+            shape.window,
         )
 
     def changed(self) -> bool:
@@ -240,26 +260,36 @@ def rows_of(linear: Linear) -> int:
     return weight.shape[0] if isinstance(weight, Tensor) else weight.rows
 
 
+def halves_of(linear: Linear) -> tuple[Linear, Linear]:
+    """Two layers of two that are one, [2 N, K]; N is a multiple of PACK."""
+    weight, N = linear.weight, rows_of(linear) // 2
+    if isinstance(weight, Tensor):
+        parts: Any = weight.split(N)
+    else:
+        parts = [PackedWeight(packs, N) for packs in weight.packs.split(N // PACK)]
+    biases = (None, None) if linear.bias is None else linear.bias.split(N)
+    return Linear(parts[0], biases[0]), Linear(parts[1], biases[1])
+
+
 def fault_of(layer: nn.Module) -> str | None:
     """Why a layer of a class in LAYERS is left to torch; None: it is not."""
-    names, kind, part = LAYERS[type(layer)], type(layer).__name__, layer.get_submodule
-    attention: Any = part(names.attention)
+    family, part = LAYERS[type(layer)], layer.get_submodule
     home = {type(layer).__module__, __package__ + ".target"}  # where a GPT-Neo's is replaced
-    for child in (attention, part("mlp")):
+    for name in family.own:
+        child = part(name)
         if type(child).__module__ not in home or "forward" in vars(child):
-            return f"its {type(child).__name__} is none of transformers'"
-    if getattr(layer, "crossattention", None) is not None:
-        return "it has cross-attention"
-    if not attention.is_causal:
-        return "its attention is not causal"
-    if attention.head_dim > MOST_COLUMNS:
-        return f"its heads have {attention.head_dim} columns, more than {MOST_COLUMNS}"
-    for name in (names.attention_norm, names.mlp_norm):
+            return f"its {name} is a {type(child).__name__} of its own"
+    shape = family.shape(layer)
+    if shape.fault is not None:
+        return shape.fault
+    if shape.size > MOST_COLUMNS:
+        return f"its heads have {shape.size} columns, more than {MOST_COLUMNS}"
+    for name in (family.attention_norm, family.mlp_norm):
         if type(part(name)) not in NORMS or not usable(part(name)._parameters.get("weight")):
             return f"its {name} is no fp32 norm that is known here"
-    if type(part(names.activation)) not in ACTIVATIONS:
-        return f"its activation is a {type(part(names.activation)).__name__}"
-    for name in names.linears:
+    if type(part(family.activation)) not in ACTIVATIONS:
+        return f"its activation is a {type(part(family.activation)).__name__}"
+    for name in family.linears:
         own: Any = part(name)
         bias = own._parameters.get("bias")
         if (
@@ -268,6 +298,9 @@ def fault_of(layer: nn.Module) -> str | None:
             or not (bias is None or usable(bias))
         ):
             return f"its {name} is no fp32 linear layer"
+    up: Any = part(family.up)
+    if family.gate == family.up and up.weight.shape[0] % (2 * PACK) != 0:
+        return f"its {family.up} has {up.weight.shape[0]} rows, no multiple of {2 * PACK}"
     return None
 
 
@@ -286,7 +319,7 @@ def layer(module: Any, fast: FastLayer, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling():
         out = native(module, fast, args, kwargs)
         if out is not None:
-            return fast.names.returns(out)
+            return fast.family.returns(out)
     return type(module).forward(module, *args, **kwargs)
 
 
@@ -310,34 +343,25 @@ def native(
         return None
     x = x.contiguous()
     entries = next((given[name] for name in CACHES if name in given), None)
-    if isinstance(entries, RowCache):
-        return over_rows(description, x, rotation, entries.layers[fast.shape.index])
+    if isinstance(entries, OpenCache):
+        return over_open(description, x, rotation, entries, fast.shape.index)
     if entries is None or type(entries) is DynamicCache:
         mask = given.get("attention_mask")
-        window = description.window if fast.names.windows_in_mask else None
+        window = description.window if fast.family.windows_in_mask else None
         return over_any(description, x, rotation, entries, fast.shape.index, mask, window)
     return None
 
 
-def over_rows(
-    description: DecoderLayer, x: Tensor, rotation: Any, entries: RowLayer
+def over_open(
+    description: DecoderLayer, x: Tensor, rotation: Any, cache: OpenCache, index: int
 ) -> Tensor | None:
     """A layer over a cache of ours, which the native code writes to."""
-    B, Q, _ = x.shape
-    window = entries.window
-    if window.positions.shape != (B, Q):
+    entries = cache.entries(index, x, description.kv_heads, description.size)
+    if entries is None or entries.keys.dtype is not torch.float32:
         return None
-    whole = entries.whole
-    if not whole.is_initialized:
-        shape = (B, description.kv_heads, Q, description.size)
-        whole.lazy_initialization(x.new_empty(shape), x.new_empty(shape))
-    keys, values, tables = whole.keys, whole.values, window.tables
-    if keys.dtype is not torch.float32:
-        return None
-    if tables is None:
-        keys, values = keys[entries.rows], values[entries.rows]
+    slots, keys, values, tables, lengths, limits = entries
     call = LayerCall(
-        x, None, rotation, window.slots, keys, values, tables, window.lengths, None, True, True
+        x, None, rotation, slots, keys, values, tables, lengths, None, limits, True, True
     )
     return decoder_layer(description, call)
 
@@ -363,8 +387,8 @@ def over_any(
     keys, values = x.new_empty(B, kv_heads, Q, size), x.new_empty(B, kv_heads, Q, size)
     slots = torch.arange(Q).expand(B, Q).contiguous()
     before = LayerCall(
-        x, query, rotation, slots, keys, values, None, None, None, True, False
-    )  # fmt: skip
+        x, query, rotation, slots, keys, values, None, None, None, None, True, False
+    )
     decoder_layer(description, before)
     if entries is not None:
         keys, values = entries.update(keys, values, index)

@@ -98,7 +98,8 @@ class LayerCall(NamedTuple):
     values: Tensor  # as keys
     tables: Tensor | None  # i32 [B, M], blocks of a pool that rows hold
     lengths: Tensor | None  # i64 [B], entries before the tokens
-    first: Tensor | None  # i64 [B], first entry seen
+    first: Tensor | None  # i64 [B], first entry seen; None: 0
+    limits: Tensor | None  # i64 [B, Q], end of what a token sees; None: its own entry is the last
     before: bool
     after: bool
 

@@ -45,7 +45,12 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
         query, call.keys, call.values, call.lengths, call.tables, call.first, None, None,
         1.0, layer.window or 0, layer.softcap or 0.0,
     )  # fmt: skip
-    cached_attention(attention, out=mixed)
+    if call.limits is None:
+        cached_attention(attention, out=mixed)
+    else:  # as if the last entry that a token sees were its own
+        for q, limits in enumerate(call.limits.unbind(1)):
+            one = attention._replace(query=query[:, q : q + 1], lengths=limits - 1)
+            cached_attention(one, out=mixed[:, q : q + 1])
     stream = linear(mixed.flatten(2), layer.output) + x
     inputs = normed(stream, layer.mlp_norm)
     activate = ACTIVATE[layer.activation]
