@@ -152,16 +152,16 @@ def test_gpt_neo_reads_a_paged_cache(model):
 
 def test_attention_is_chosen_by_device_dtype_and_what_is_installed(flash_attn, monkeypatch):
     model = tiny_model("llama", head_dim=16)
-    assert attention.choose(model, accelerated=False) == "sdpa"
+    assert attention.choose(model) == "sdpa"
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    assert attention.choose(model, accelerated=False) == "flex"  # fp32
+    assert attention.choose(model) == "flex"  # fp32
     assert attention.choose(tiny_model("llama")) == "sdpa"  # heads of 8
     monkeypatch.setattr(type(model), "dtype", torch.bfloat16)
-    assert attention.choose(model, accelerated=False) == "flash"
+    assert attention.choose(model) == "flash"
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
-    assert attention.choose(model, accelerated=False) == "flex"
+    assert attention.choose(model) == "flex"
     model.config._attn_implementation = "eager"
-    assert attention.choose(model, accelerated=False) == "eager"
+    assert attention.choose(model) == "eager"
 
 
 def test_a_pool_that_is_too_small_says_so(target):

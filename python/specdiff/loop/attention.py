@@ -210,7 +210,7 @@ def load_flex(device: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
     return compiled, torch.compile(flex.create_block_mask, dynamic=True)
 
 
-def choose(model: PreTrainedModel, *, accelerated: bool) -> str:
+def choose(model: PreTrainedModel, accelerated: bool = False) -> str:
     """The attention to decode ragged rows with: on a GPU flash-attn where it is installed and knows
     the dtype, else FlexAttention; that of this package with accelerated layers; else the model's
     own, if it takes masks."""

@@ -441,7 +441,7 @@ def set_attention(model: PreTrainedModel, wanted: str | None) -> str:
             )
         return "eager"
     accelerated = fast_layers.is_accelerated(model)
-    name = attention.choose(model, accelerated=accelerated) if wanted is None else wanted
+    name = attention.choose(model, accelerated) if wanted is None else wanted
     if name not in attention.NAMES:
         raise ValueError(
             f"attention implementation {name!r} takes no per-row mask: pass attention='sdpa', or "
