@@ -12,8 +12,8 @@
 namespace specdiff::cpu {
 namespace {
 
-constexpr int kBlock = 64;       // positions
-constexpr int64_t kTerms = 64;   // of a score that are added up by themselves, for accuracy
+constexpr int kBlock = 64;      // positions
+constexpr int64_t kTerms = 64;  // of a score that are added up by themselves, for accuracy
 constexpr int64_t kFar = int64_t(1) << 61;  // lengths beyond it count as that: no sum overflows
 constexpr int kMostX = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -29,7 +29,7 @@ struct Work {
   alignas(64) float rows[kBlock][kMostSize];
   float most[kTileRows], total[kTileRows], span_most[kTileRows], span_total[kTileRows];
   int64_t low[kTileRows], high[kTileRows];  // positions that a row sees
-  bool seen[kTileRows];                 // whether a row sees anything of the span
+  bool seen[kTileRows];                     // whether a row sees anything of the span
 };
 
 // Where the entries of one row lie.
@@ -67,8 +67,8 @@ struct Entries {
   }
 };
 
-// Positions first, ... as f32 rows of kMostSize, zeros for entries that there are not; returns which
-// there are.
+// Positions first, ... as f32 rows of kMostSize, zeros for entries that there are not; returns
+// which there are.
 template <class T>
 uint64_t gather(const Entries& entries, int64_t first, int64_t count, int64_t size, bool is_key,
                 float (*to)[kMostSize]) {
@@ -263,7 +263,7 @@ void attend_block(const Entries& entries, int64_t first, int a, int b, Work& t) 
     }
     if (from < to) {
       mix_of(end - c, std::make_integer_sequence<int, kMostX>{})(values, step, from, to, size, c,
-                                                                t);
+                                                                 t);
     }
     for (int i = c; i < end; ++i) {
       const int64_t next = from < to ? to : low[i];
@@ -299,8 +299,8 @@ void begin_span(int rows, int64_t size, Work& t) {
 }
 
 // A span's result after those before it.
-void merge_span(float span_most, float span_total, const float* sums, int64_t size, float& most,
-                float& total, float* totals) {
+SPECDIFF_ONE_COPY void merge_span(float span_most, float span_total, const float* sums,
+                                  int64_t size, float& most, float& total, float* totals) {
   const float high = span_most > most ? span_most : most;
   const float kept = exponential(all(most - high))[0];
   const float added = exponential(all(span_most - high))[0];
@@ -311,8 +311,9 @@ void merge_span(float span_most, float span_total, const float* sums, int64_t si
   most = high;
 }
 
-void write(const AttentionParams& p, const AttentionPlan& plan, const Place& place, int64_t row,
-           float most, float total, const float* totals) {
+SPECDIFF_ONE_COPY void write(const AttentionParams& p, const AttentionPlan& plan,
+                             const Place& place, int64_t row, float most, float total,
+                             const float* totals) {
   const int64_t group = p.heads / p.kv_heads;
   const int64_t head = place.head * group + row % group;
   float scale = 1.0f;
@@ -341,8 +342,7 @@ float* partial_of(const AttentionParams& p, const AttentionPlan& plan, int64_t i
 }
 
 template <class T>
-void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t item) {
-  thread_local Work t;
+void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t item, Work& t) {
   const int64_t only = plan.split ? item % plan.spans : -1;
   const Place place = place_of(p, plan, plan.split ? item / plan.spans : item);
   const int64_t group = p.heads / p.kv_heads, b = place.batch, size = p.size;
@@ -359,6 +359,7 @@ void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t it
                   start,
                   length - start,
                   nullptr};
+  const int64_t window = std::min(p.window, 2 * kFar);
   int64_t high = 0;
   for (int c = 0; c < rows; ++c) {
     const int64_t row = place.first + c, query = row / group;
@@ -367,7 +368,7 @@ void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t it
     for (int64_t d = 0; d < size; ++d) t.query[c * kPanel + d] = from[d] * p.scale;
     const int64_t depth = plan.depths ? plan.depths[b * p.queries + query] : query;
     const int64_t position = entries.prefix + depth;
-    t.low[c] = p.window > 0 ? std::max<int64_t>(position - p.window + 1, 0) : 0;
+    t.low[c] = window > 0 ? std::max<int64_t>(position - window + 1, 0) : 0;
     t.high[c] = std::min(position + 1, slots);
     high = std::max(high, t.high[c]);
     t.most[c] = -kInfinity;
@@ -413,9 +414,10 @@ void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t it
 }
 
 void attend(const AttentionParams& p, const AttentionPlan& plan, int64_t item) {
-  if (p.cache.dtype == kFloat32) return attend_tile<float>(p, plan, item);
-  if (p.cache.dtype == kBFloat16) return attend_tile<BFloat16>(p, plan, item);
-  attend_tile<Float16>(p, plan, item);
+  thread_local Work t;
+  if (p.cache.dtype == kFloat32) return attend_tile<float>(p, plan, item, t);
+  if (p.cache.dtype == kBFloat16) return attend_tile<BFloat16>(p, plan, item, t);
+  attend_tile<Float16>(p, plan, item, t);
 }
 
 // One row of a tile.

@@ -244,7 +244,7 @@ struct SkinnyLinearParams {
 
 enum class NormKind : int32_t { kRms, kLayer };
 
-// x / rms(x) (weight + offset), or (x - mean) / deviation weight + bias.
+// x / rms(x), or (x - mean) / deviation, times weight + offset, plus bias.
 struct Norm {
   const float* weight;
   const float* bias;  // or null
@@ -282,8 +282,8 @@ struct AttentionParams {
   int32_t threads;
 };
 
-// What a decoder layer is, apart from its tokens: a norm, attention, a norm, an MLP, each half added
-// to what came in.
+// What a decoder layer is, apart from its tokens: a norm, attention, a norm, an MLP, each half
+// added to what came in.
 struct DecoderLayer {
   int64_t hidden, heads, kv_heads, size, inner;
   Norm attention_norm, mlp_norm;
