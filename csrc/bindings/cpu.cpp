@@ -69,9 +69,14 @@ void skinny_linear(Address x, int64_t m, int64_t k, int64_t x_stride, Address we
                    Address scratch, int threads) {
   py::gil_scoped_release release;
   cpu::skinny_linear(
-      {pointer<const float>(x), m, k, x_stride,
+      {pointer<const float>(x),
+       m,
+       k,
+       x_stride,
        {pointer<const void>(weight), dtype, packed, n, weight_stride, pointer<const float>(bias)},
-       pointer<float>(out), pointer<float>(scratch), threads});
+       pointer<float>(out),
+       pointer<float>(scratch),
+       threads});
 }
 
 void cached_attention(const Numbers& arguments, float scale, float softcap, int threads) {

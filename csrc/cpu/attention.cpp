@@ -12,24 +12,30 @@
 namespace specdiff::cpu {
 namespace {
 
-constexpr int kBlock = 64;       // positions
-constexpr int64_t kTerms = 64;   // of a score that are added up by themselves, for accuracy
+constexpr int kBlock = 64;                  // positions
+constexpr int kScored = 3;                  // rows that meet keys together
 constexpr int64_t kFar = int64_t(1) << 61;  // lengths beyond it count as that: no sum overflows
 constexpr int kMostX = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Entries of a block of positions, one address each.
+struct Block {
+  const float* rows[kBlock];
+  uint64_t there;  // which there are
+};
+
 // Rows of a tile are pairs of a query and a head. Positions count from the first entry seen.
 struct Work {
-  alignas(64) float query[kTileRows * kPanel];
+  alignas(64) float query[kTileRows][kMostSize];
   alignas(64) float weights[kTileRows][kBlock];
   alignas(64) float sums[kTileRows][kMostSize];    // of the span
   alignas(64) float totals[kTileRows][kMostSize];  // of all spans so far
-  alignas(64) float scores[kBlock / kPack][kTileRows * kPack];
-  alignas(64) float turned[kBlock / kPack][kMostSize * kPack];
-  alignas(64) float rows[kBlock][kMostSize];
+  alignas(64) float scores[kTileRows][kBlock];
+  alignas(64) float copies[2][kBlock][kMostSize];  // of keys and of values
+  Block keys, values;
   float most[kTileRows], total[kTileRows], span_most[kTileRows], span_total[kTileRows];
   int64_t low[kTileRows], high[kTileRows];  // positions that a row sees
-  bool seen[kTileRows];                 // whether a row sees anything of the span
+  bool seen[kTileRows];                     // whether a row sees anything of the span
 };
 
 // Where the entries of one row lie.
@@ -57,67 +63,85 @@ struct Entries {
     if (block < 0 || block >= c.blocks) return nullptr;
     return base + block * (is_key ? c.key_row : c.value_row) + slot % c.block_size * step;
   }
-
-  // Whether positions first, ..., first + count - 1 lie one after another.
-  bool together(int64_t first, int64_t count) const {
-    if (path && first + count > prefix) return false;
-    if (!table) return true;
-    const int64_t slot = start + first, size = p.cache.block_size;
-    return slot / size == (slot + count - 1) / size && row<char>(slot, true) != nullptr;
-  }
 };
 
-// Positions first, ... as f32 rows of kMostSize, zeros for entries that there are not; returns which
-// there are.
+// Keys or values of positions first, ..., first + count - 1 as f32: where they lie, if they lie so
+// and no vector of `whole` columns reaches beyond them, else as copies; zeros if there are none.
 template <class T>
-uint64_t gather(const Entries& entries, int64_t first, int64_t count, int64_t size, bool is_key,
-                float (*to)[kMostSize]) {
-  uint64_t there = 0;
+void find(const Entries& entries, int64_t first, int64_t count, bool is_key, int64_t whole,
+          float (*copies)[kMostSize], Block& block) {
+  const int64_t size = entries.p.size;
+  const bool in_place = std::is_same_v<T, float> && size % whole == 0;
+  block.there = ~uint64_t(0);
   for (int64_t j = 0; j < count; ++j) {
     const T* from = entries.row<T>(entries.slot(first + j), is_key);
-    if (from) there |= uint64_t(1) << j;
+    block.rows[j] = copies[j];
+    if (in_place && from) {
+      block.rows[j] = reinterpret_cast<const float*>(from);
+      continue;
+    }
+    if (!from) block.there &= ~(uint64_t(1) << j);
     for (int64_t d = 0; d < size; d += kLanes) {
-      store(to[j] + d, from ? load_some(from + d, std::min<int64_t>(size - d, kLanes)) : Floats{});
+      const int64_t left = std::min<int64_t>(size - d, kLanes);
+      store(copies[j] + d, from ? load_some(from + d, left) : Floats{});
     }
   }
-  return there;
 }
 
-// Scores of rows a <= c < b against positions first, ..., first + count - 1; returns which entries
-// there are.
-template <class T>
-uint64_t score(const Entries& entries, int64_t first, int64_t count, int a, int b, Work& t) {
-  const int64_t size = entries.p.size;
-  uint64_t there = ~uint64_t(0);
-  for (int64_t j = 0; j < count; j += kPack) {
-    const int64_t some = std::min(count - j, kPack);
-    float* turned = t.turned[j / kPack];
-    if (entries.together(first + j, some)) {
-      pack_columns(entries.row<T>(entries.slot(first + j), true), entries.p.cache.key_position,
-                   some, size, turned);
-    } else {
-      there &= gather<T>(entries, first + j, some, size, true, t.rows) << j |
-               ~(((uint64_t(1) << some) - 1) << j);
-      pack_columns(&t.rows[0][0], int64_t(kMostSize), some, size, turned);
+// Products of C rows of queries and K keys, summed up in lanes: sums [C][K].
+template <int C, int K>
+inline void products_of(const float* const* keys, const float (*query)[kMostSize], int64_t size,
+                        Floats (&sums)[C][K]) {
+  each<C>([&](auto c)
+              SPECDIFF_INLINE { each<K>([&](auto k) SPECDIFF_INLINE { sums[c][k] = Floats{}; }); });
+  for (int64_t d = 0; d < size; d += kLanes) {
+    Floats key[K];
+    each<K>([&](auto k) SPECDIFF_INLINE { key[k] = load(keys[k] + d); });
+    each<C>([&](auto c) SPECDIFF_INLINE {
+      const Floats x = load(query[c] + d);
+      each<K>([&](auto k) SPECDIFF_INLINE { sums[c][k] = sums[c][k] + key[k] * x; });
+    });
+  }
+}
+
+// Scores of C rows from c on against kLanes keys, from position j of the block on.
+template <int C>
+void score(const float* const* keys, int64_t size, int c, int j, Work& t) {
+  constexpr int K = C == 1 ? kLanes : std::min(kLanes, kBytes == 64 ? 8 : 4);
+  Floats sums[C][kLanes];
+  for (int k = 0; k < kLanes; k += K) {
+    Floats part[C][K];
+    products_of(keys + k, t.query + c, size, part);
+    for (int i = 0; i < C; ++i) std::copy(part[i], part[i] + K, sums[i] + k);
+  }
+  for (int i = 0; i < C; ++i) {
+    transpose(sums[i]);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) sums[i][lane] = sums[i][lane] + sums[i][lane + half];
+    }
+    store(t.scores[c + i] + j, sums[i][0]);
+  }
+}
+
+using Score = void (*)(const float* const*, int64_t, int, int, Work&);
+template <int... C>
+constexpr Score score_of(int rows, std::integer_sequence<int, C...>) {
+  constexpr Score scores[] = {score<C + 1>...};
+  return scores[rows - 1];
+}
+
+// Has the values of some positions, and the keys of those a block later, on their way.
+void ask_ahead(const Entries& entries, int first, int end, const Work& t) {
+  const int64_t bytes = entries.p.size * sizeof(float);
+  const int64_t further = kBlock * entries.p.cache.key_position * sizeof(float);
+  for (int i = first; i < end; ++i) {
+    const char* value = reinterpret_cast<const char*>(t.values.rows[i]);
+    const char* key = reinterpret_cast<const char*>(t.keys.rows[i]) + further;
+    for (int64_t byte = 0; byte < bytes; byte += kLine) {
+      __builtin_prefetch(value + byte);
+      if (!entries.table) __builtin_prefetch(key + byte);
     }
   }
-  const int packs = int((count + kPack - 1) / kPack);
-  for (int i = 0; i < packs; ++i) std::fill(t.scores[i] + a * kPack, t.scores[i] + b * kPack, 0.0f);
-  for (int i = 0; i < packs; ++i) {
-    const int parts = (b - a + kMostX - 1) / kMostX;
-    for (int part = 0; part < parts; ++part) {
-      const int c = a + (b - a) * part / parts, end = a + (b - a) * (part + 1) / parts;
-      const float* const pack[] = {t.turned[i]};
-      float* to[] = {t.scores[i] + c * kPack};
-      const auto multiply = tile_of<float, 1>(end - c, std::make_integer_sequence<int, kMostX>{});
-      const char* const nothing[] = {reinterpret_cast<const char*>(t.query + c * kPanel)};
-      for (int64_t d = 0; d < size; d += kTerms) {
-        const float* const columns[] = {pack[0] + d * kPack};
-        multiply(columns, nothing, 0, t.query + c * kPanel + d, std::min(size - d, kTerms), to);
-      }
-    }
-  }
-  return there;
 }
 
 inline Ints lane_numbers() {
@@ -138,7 +162,7 @@ bool weigh(int c, int low, int high, uint64_t there, float softcap, int64_t size
       s[i] = all(-kInfinity);
       continue;
     }
-    s[i] = load(t.scores[first / kPack] + c * kPack + first % kPack);
+    s[i] = load(t.scores[c] + first);
     if (softcap > 0) s[i] = tanh_of(s[i] / softcap) * softcap;
     const Ints j = lane_numbers() + first;
     s[i] = (j >= low) & (j < high) ? s[i] : all(-kInfinity);
@@ -180,7 +204,7 @@ bool weigh(int c, int low, int high, uint64_t there, float softcap, int64_t size
 
 // Adds to the sums of C rows their weights times values of positions j, ..., end - 1 of a block.
 template <int C>
-void mix(const float* values, int64_t step, int64_t j, int64_t end, int64_t size, int c, Work& t) {
+void mix(int64_t j, int64_t end, int64_t size, int c, Work& t) {
   constexpr int kWide = C * kVectors <= 6 ? 2 : 1;  // packs of columns at once
   const auto columns = [&](int64_t d, auto packs) SPECDIFF_INLINE {
     constexpr int V = kVectors * packs;
@@ -189,7 +213,7 @@ void mix(const float* values, int64_t step, int64_t j, int64_t end, int64_t size
       each<V>([&](auto v) SPECDIFF_INLINE { sums[i][v] = load(t.sums[c + i] + d + v * kLanes); });
     });
     for (int64_t n = j; n < end; ++n) {
-      const float* row = values + n * step + d;
+      const float* row = t.values.rows[n] + d;
       Floats value[V];
       each<V>([&](auto v) SPECDIFF_INLINE { value[v] = load(row + v * kLanes); });
       each<C>([&](auto i) SPECDIFF_INLINE {
@@ -208,7 +232,7 @@ void mix(const float* values, int64_t step, int64_t j, int64_t end, int64_t size
   for (; d < size; d += kPack) columns(d, std::integral_constant<int, 1>{});
 }
 
-using Mix = void (*)(const float*, int64_t, int64_t, int64_t, int64_t, int, Work&);
+using Mix = void (*)(int64_t, int64_t, int64_t, int, Work&);
 template <int... C>
 constexpr Mix mix_of(int rows, std::integer_sequence<int, C...>) {
   constexpr Mix mixes[] = {mix<C + 1>...};
@@ -226,21 +250,23 @@ void attend_block(const Entries& entries, int64_t first, int a, int b, Work& t) 
   }
   if (!any) return;
   const int64_t size = entries.p.size;
-  const uint64_t there = score<T>(entries, first, count, a, b, t);
-  const float* values = &t.rows[0][0];
-  int64_t step = kMostSize;
-  if (std::is_same_v<T, float> && size % kPack == 0 && entries.together(first, count)) {
-    values = entries.row<float>(entries.slot(first), false);
-    step = entries.p.cache.value_position;
-  } else {
-    gather<T>(entries, first, count, size, false, t.rows);
+  find<T>(entries, first, count, true, kLanes, t.copies[0], t.keys);
+  find<T>(entries, first, count, false, kPack, t.copies[1], t.values);
+  for (int j = int(count); j % kLanes != 0; ++j) t.keys.rows[j] = t.keys.rows[count - 1];
+  for (int j = 0; j < count; j += kLanes) {
+    ask_ahead(entries, j, int(std::min<int64_t>(j + kLanes, count)), t);
+    for (int c = a; c < b;) {
+      const int rows = std::min(b - c, kScored);
+      score_of(rows, std::make_integer_sequence<int, kScored>{})(t.keys.rows + j, size, c, j, t);
+      c += rows;
+    }
   }
   int64_t low[kTileRows], high[kTileRows];
   for (int c = a; c < b; ++c) {
     low[c] = std::max<int64_t>(t.low[c] - first, 0);
     high[c] = std::min<int64_t>(t.high[c] - first, kBlock);
     if (low[c] >= high[c] ||
-        !weigh(c, int(low[c]), int(high[c]), there, entries.p.softcap, size, t)) {
+        !weigh(c, int(low[c]), int(high[c]), t.keys.there, entries.p.softcap, size, t)) {
       low[c] = high[c] = 0;
     }
   }
@@ -259,15 +285,14 @@ void attend_block(const Entries& entries, int64_t first, int a, int b, Work& t) 
     }
     if (from >= to) from = to = 0;  // nothing in common
     for (int i = c; i < end; ++i) {
-      if (low[i] < from) mix<1>(values, step, low[i], from, size, i, t);
+      if (low[i] < from) mix<1>(low[i], from, size, i, t);
     }
     if (from < to) {
-      mix_of(end - c, std::make_integer_sequence<int, kMostX>{})(values, step, from, to, size, c,
-                                                                t);
+      mix_of(end - c, std::make_integer_sequence<int, kMostX>{})(from, to, size, c, t);
     }
     for (int i = c; i < end; ++i) {
       const int64_t next = from < to ? to : low[i];
-      if (next < high[i]) mix<1>(values, step, next, high[i], size, i, t);
+      if (next < high[i]) mix<1>(next, high[i], size, i, t);
     }
     c = end;
   }
@@ -299,8 +324,8 @@ void begin_span(int rows, int64_t size, Work& t) {
 }
 
 // A span's result after those before it.
-void merge_span(float span_most, float span_total, const float* sums, int64_t size, float& most,
-                float& total, float* totals) {
+SPECDIFF_ONE_COPY void merge_span(float span_most, float span_total, const float* sums,
+                                  int64_t size, float& most, float& total, float* totals) {
   const float high = span_most > most ? span_most : most;
   const float kept = exponential(all(most - high))[0];
   const float added = exponential(all(span_most - high))[0];
@@ -311,8 +336,9 @@ void merge_span(float span_most, float span_total, const float* sums, int64_t si
   most = high;
 }
 
-void write(const AttentionParams& p, const AttentionPlan& plan, const Place& place, int64_t row,
-           float most, float total, const float* totals) {
+SPECDIFF_ONE_COPY void write(const AttentionParams& p, const AttentionPlan& plan,
+                             const Place& place, int64_t row, float most, float total,
+                             const float* totals) {
   const int64_t group = p.heads / p.kv_heads;
   const int64_t head = place.head * group + row % group;
   float scale = 1.0f;
@@ -341,8 +367,7 @@ float* partial_of(const AttentionParams& p, const AttentionPlan& plan, int64_t i
 }
 
 template <class T>
-void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t item) {
-  thread_local Work t;
+void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t item, Work& t) {
   const int64_t only = plan.split ? item % plan.spans : -1;
   const Place place = place_of(p, plan, plan.split ? item / plan.spans : item);
   const int64_t group = p.heads / p.kv_heads, b = place.batch, size = p.size;
@@ -359,15 +384,18 @@ void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t it
                   start,
                   length - start,
                   nullptr};
+  const int64_t window = std::min(p.window, 2 * kFar);
   int64_t high = 0;
   for (int c = 0; c < rows; ++c) {
     const int64_t row = place.first + c, query = row / group;
     const float* from = p.query + b * p.query_row + query * p.query_query +
                         (place.head * group + row % group) * p.query_head;
-    for (int64_t d = 0; d < size; ++d) t.query[c * kPanel + d] = from[d] * p.scale;
+    float* to = t.query[c];
+    for (int64_t d = 0; d < size; ++d) to[d] = from[d] * p.scale;
+    std::fill(to + size, to + (size + kPack - 1) / kPack * kPack, 0.0f);
     const int64_t depth = plan.depths ? plan.depths[b * p.queries + query] : query;
     const int64_t position = entries.prefix + depth;
-    t.low[c] = p.window > 0 ? std::max<int64_t>(position - p.window + 1, 0) : 0;
+    t.low[c] = window > 0 ? std::max<int64_t>(position - window + 1, 0) : 0;
     const int64_t end = p.limits ? p.limits[b * p.queries + query] - start : position + 1;
     t.high[c] = std::min(end, slots);
     high = std::max(high, t.high[c]);
@@ -414,9 +442,10 @@ void attend_tile(const AttentionParams& p, const AttentionPlan& plan, int64_t it
 }
 
 void attend(const AttentionParams& p, const AttentionPlan& plan, int64_t item) {
-  if (p.cache.dtype == kFloat32) return attend_tile<float>(p, plan, item);
-  if (p.cache.dtype == kBFloat16) return attend_tile<BFloat16>(p, plan, item);
-  attend_tile<Float16>(p, plan, item);
+  thread_local Work t;
+  if (p.cache.dtype == kFloat32) return attend_tile<float>(p, plan, item, t);
+  if (p.cache.dtype == kBFloat16) return attend_tile<BFloat16>(p, plan, item, t);
+  attend_tile<Float16>(p, plan, item, t);
 }
 
 // One row of a tile.

@@ -37,13 +37,12 @@ void multiply(Team& team, const Product (&products)[N], int count, int threads) 
   int64_t packs = 0;
   for (int i = 0; i < count; ++i) packs += (products[i].weight.n + kPack - 1) / kPack;
   const int64_t step = std::min<int64_t>(4, std::max<int64_t>(1, packs / (4 * threads))) * kPack;
-  int64_t items[N], total = 0;
+  int64_t items[N] = {}, total = 0;
   for (int i = 0; i < count; ++i) total += items[i] = (products[i].weight.n + step - 1) / step;
   team.each(total, [&](int64_t item) {
     int i = 0;
     for (; item >= items[i]; ++i) item -= items[i];
-    forward().multiply(products[i], item * step,
-                       std::min((item + 1) * step, products[i].weight.n));
+    forward().multiply(products[i], item * step, std::min((item + 1) * step, products[i].weight.n));
   });
 }
 
@@ -68,10 +67,10 @@ class Layer {
     inner_ = in_panels(room(memory.inner, panels_size(m_, layer_.inner)), m_, layer_.inner);
     stream_ = room(memory.stream, m_ * layer_.hidden);
     const int64_t row = p.queries * mixed;
-    attention_ = {query_,   p.batch,     p.queries, layer_.heads, layer_.kv_heads, layer_.size,
-                  row,       mixed,       layer_.size, p.cache,    p.lengths,       p.first,
-                  p.parents, p.limits,   nullptr,     layer_.window, 1.0f,     layer_.softcap,  nullptr,
-                  p.threads};
+    attention_ = {query_,        p.batch, p.queries,      layer_.heads, layer_.kv_heads,
+                  layer_.size,   row,     mixed,          layer_.size,  p.cache,
+                  p.lengths,     p.first, p.parents,      p.limits,     nullptr,
+                  layer_.window, 1.0f,    layer_.softcap, nullptr,      p.threads};
     plan_ = memory.attention.plan(attention_, mixed_);
   }
 

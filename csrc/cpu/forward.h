@@ -1,6 +1,7 @@
-// What a model's forward is made of, below the ops: products, attention, norms, rotations. The files
-// product.cpp, attention.cpp and tokens.cpp are compiled once for each instruction set. All of it is
-// row-consistent: what a token gets depends on its own values alone, as each sum has one order.
+// What a model's forward is made of, below the ops: products, attention, norms, rotations. The
+// files product.cpp, attention.cpp and tokens.cpp are compiled once for each instruction set. All
+// of it is row-consistent: what a token gets depends on its own values alone, as each sum has one
+// order.
 #pragma once
 
 #include "specdiff/params.h"
@@ -50,7 +51,7 @@ struct Product {
 
 // How attention is cut into items that threads take. An item is a tile of queries of one row and
 // key head; if it is `split`, over one span of positions alone, and items of `merge` follow.
-constexpr int64_t kTileRows = 48;       // most queries times heads of a tile
+constexpr int64_t kTileRows = 48;   // most queries times heads of a tile
 constexpr int64_t kSpan = 256;      // positions whose sums are made apart from others'
 constexpr int64_t kMostSize = 256;  // columns of a head
 struct AttentionPlan {

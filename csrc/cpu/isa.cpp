@@ -9,12 +9,12 @@
 namespace specdiff::cpu {
 
 // What each instruction set has.
-#define SPECDIFF_KERNELS(isa)                              \
-  extern const TileKernels kernels_##isa;                  \
-  extern const DivergenceKernels divergence_##isa;         \
-  extern const decltype(Forward::multiply) multiply_##isa; \
-  extern const decltype(Forward::attend) attend_##isa;     \
-  extern const decltype(Forward::merge) merge_##isa;       \
+#define SPECDIFF_KERNELS(isa)                                \
+  extern const TileKernels kernels_##isa;                    \
+  extern const DivergenceKernels divergence_##isa;           \
+  extern const decltype(Forward::multiply) multiply_##isa;   \
+  extern const decltype(Forward::attend) attend_##isa;       \
+  extern const decltype(Forward::merge) merge_##isa;         \
   extern const decltype(Forward::normalise) normalise_##isa; \
   extern const decltype(Forward::rotate) rotate_##isa;
 
@@ -33,8 +33,10 @@ struct Isa {
   bool (*supported)();
 };
 
-#define SPECDIFF_ISA_OF(isa) \
-  &kernels_##isa, &divergence_##isa, {multiply_##isa, attend_##isa, merge_##isa, normalise_##isa, rotate_##isa}
+#define SPECDIFF_ISA_OF(isa)                                                 \
+  &kernels_##isa, &divergence_##isa, {                                       \
+    multiply_##isa, attend_##isa, merge_##isa, normalise_##isa, rotate_##isa \
+  }
 
 const Isa kIsas[] = {
 // best first

@@ -34,8 +34,8 @@ inline Floats activate(Floats x, Activation activation) {
 }
 
 // Outputs n, ... of `rows` <= kPack rows of the weight, and of the gate, from their totals [kPack]
-inline void finish(const Product& p, int64_t m, int64_t n, int64_t rows, float* out,
-                   const float* totals, const float* gate_totals) {
+SPECDIFF_ONE_COPY void finish(const Product& p, int64_t m, int64_t n, int64_t rows, float* out,
+                              const float* totals, const float* gate_totals) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int64_t left = std::min<int64_t>(rows - r, kLanes);
     Floats y = load(totals + r);

@@ -10,8 +10,9 @@ namespace {
 constexpr int kVectors = kPack / kLanes;  // of one column of a pack
 
 // Adds to totals [P][C][kPack] the products of `count` columns of P packs with C rows of x, which
-// are kPanel floats apart. Sums begin at 0. Lines from `ahead` on, `pace` bytes for each column, are
-// on their way to the second level of cache: the first has no room for them beside what is in use.
+// are kPanel floats apart. Sums begin at 0. Lines from `ahead` on, `pace` bytes for each column,
+// are on their way to the second level of cache: the first has no room for them beside what is in
+// use.
 template <int C, int P, class T>
 void tile(const T* const (&packs)[P], const char* const (&ahead)[P], int64_t pace, const float* x,
           int64_t count, float* (&totals)[P]) {
@@ -23,8 +24,8 @@ void tile(const T* const (&packs)[P], const char* const (&ahead)[P], int64_t pac
                          SPECDIFF_INLINE { weights[v] = load(packs[p] + k * kPack + v * kLanes); });
       each<C>([&](auto c) SPECDIFF_INLINE {
         const float value = x[c * kPanel + k];
-        each<kVectors>(
-            [&](auto v) SPECDIFF_INLINE { sums[p][c][v] = sums[p][c][v] + weights[v] * value; });
+        each<kVectors>([&](auto v)
+                           SPECDIFF_INLINE { sums[p][c][v] = sums[p][c][v] + weights[v] * value; });
       });
     });
   };
@@ -58,11 +59,9 @@ constexpr Tile<T, P> tile_of(int rows, std::integer_sequence<int, C...>) {
   return tiles[rows - 1];
 }
 
-// Rows of x that P packs together may meet, kMostX being the most for one.
-constexpr int rows_at_once(int most, int P) { return std::max(1, most / P); }
-
-// A panel of P packs by `group` rows of x: totals [P][step], rows of kPack, grow. As many packs go
-// together as leave registers for all rows: few rows alone would wait for each other's sums.
+// A panel of P packs by `group` rows of x, of which kMostX at once are the most for one pack:
+// totals [P][step], rows of kPack, grow. As many packs go together as leave registers for all rows:
+// few rows alone would wait for each other's sums.
 template <int P, int kMostX, class T>
 void multiply_panel(const T* const* packs, const char* const* ahead, const float* x, int64_t group,
                     int64_t count, float* totals, int64_t step) {

@@ -1,5 +1,5 @@
-// Compiled once for each instruction set, with SPECDIFF_ISA naming it: what is done to the values of
-// one token.
+// Compiled once for each instruction set, with SPECDIFF_ISA naming it: what is done to the values
+// of one token.
 #include <cmath>
 
 #include "forward.h"
@@ -14,7 +14,8 @@ inline float sum_of(const float* x, int64_t k, const F& f) {
   Floats sums[4]{};
   int64_t i = 0;
   for (; i + 4 * kLanes <= k; i += 4 * kLanes) {
-    each<4>([&](auto u) SPECDIFF_INLINE { sums[u] = sums[u] + f(load(x + i + u * kLanes), kLanes); });
+    each<4>([&](auto u)
+                SPECDIFF_INLINE { sums[u] = sums[u] + f(load(x + i + u * kLanes), kLanes); });
   }
   for (int u = 0; i < k; i += kLanes, ++u) {
     const int64_t left = std::min<int64_t>(k - i, kLanes);

@@ -17,6 +17,13 @@
 #define SPECDIFF_CONCAT_(a, b) a##b
 #define SPECDIFF_CONCAT(a, b) SPECDIFF_CONCAT_(a, b)
 #define SPECDIFF_INLINE __attribute__((always_inline))
+// For what is called from several places and has to give each the same bits: in a sum of two
+// products a compiler fuses the one or the other, and copies need not agree in which.
+#ifdef __clang__
+#define SPECDIFF_ONE_COPY __attribute__((noinline))
+#else
+#define SPECDIFF_ONE_COPY __attribute__((noipa))
+#endif
 
 namespace specdiff::cpu {
 namespace {

@@ -244,7 +244,7 @@ struct SkinnyLinearParams {
 
 enum class NormKind : int32_t { kRms, kLayer };
 
-// x / rms(x) (weight + offset), or (x - mean) / deviation weight + bias.
+// x / rms(x), or (x - mean) / deviation, times weight + offset, plus bias.
 struct Norm {
   const float* weight;
   const float* bias;  // or null
@@ -275,16 +275,16 @@ struct AttentionParams {
   const int64_t* lengths;  // [batch]
   const int64_t* first;    // [batch], or null
   const int64_t* parents;  // [batch, queries], or null: each query follows the one before
-  const int64_t* limits;   // [batch, queries], slots before it are seen; null: up to the query's own
-  const float* sinks;      // [heads], or null
-  int64_t window;          // 0: none
-  float scale, softcap;    // softcap 0: none
-  float* out;              // [batch, queries, heads, size]
+  const int64_t* limits;  // [batch, queries], slots before it are seen; null: up to the query's own
+  const float* sinks;     // [heads], or null
+  int64_t window;         // 0: none
+  float scale, softcap;   // softcap 0: none
+  float* out;             // [batch, queries, heads, size]
   int32_t threads;
 };
 
-// What a decoder layer is, apart from its tokens: a norm, attention, a norm, an MLP, each half added
-// to what came in.
+// What a decoder layer is, apart from its tokens: a norm, attention, a norm, an MLP, each half
+// added to what came in.
 struct DecoderLayer {
   int64_t hidden, heads, kv_heads, size, inner;
   Norm attention_norm, mlp_norm;

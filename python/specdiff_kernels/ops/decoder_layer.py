@@ -22,7 +22,7 @@ MOST_COLUMNS = 256  # of a head
 
 
 class Norm(NamedTuple):
-    """x / rms(x) (weight + offset), or (x - mean) / deviation weight + bias. f32 [d]"""
+    """x / rms(x), or (x - mean) / deviation, times weight + offset, plus bias. f32 [d]"""
 
     kind: str  # of NORMS
     weight: Tensor

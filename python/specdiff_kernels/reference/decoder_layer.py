@@ -1,6 +1,8 @@
-"""A decoder layer, token by token where a sum is made."""
+"""A decoder layer, token by token where torch's bits may follow how many there are."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
     if query is None:
         query = x.new_empty(B, Q, layer.heads, layer.size)
     if call.before:
-        inputs = normed(x, layer.attention_norm)
+        inputs = by_token(lambda row: normed(row, layer.attention_norm), x)
         parts = torch.cat([linear(inputs, part) for part in layer.qkv], -1)
         heads = parts.view(B, Q, -1, layer.size).split(
             [layer.heads, layer.kv_heads, layer.kv_heads], 2
@@ -52,14 +54,22 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
             one = attention._replace(query=query[:, q : q + 1], lengths=limits - 1)
             cached_attention(one, out=mixed[:, q : q + 1])
     stream = linear(mixed.flatten(2), layer.output) + x
-    inputs = normed(stream, layer.mlp_norm)
+    inputs = by_token(lambda row: normed(row, layer.mlp_norm), stream)
     activate = ACTIVATE[layer.activation]
     inner = linear(inputs, layer.up)
     if layer.gate is None:
-        inner = activate(inner)
+        inner = by_token(activate, inner)
     else:
-        inner = activate(linear(inputs, layer.gate)) * inner
+        inner = by_token(activate, linear(inputs, layer.gate)) * inner
     out.copy_(linear(inner, layer.down) + stream)
+
+
+def by_token(of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of each token's values [d] by themselves. [B, Q, d]"""
+    out = torch.empty_like(x)
+    for row, result in zip(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
+        result.copy_(of(row.clone()))
+    return out
 
 
 def linear(x: Tensor, of: Linear) -> Tensor:
@@ -94,12 +104,12 @@ def put(store: Tensor, new: Tensor, call: LayerCall) -> None:
 
 
 def row_norm(x: Tensor, norm: Norm, *, out: Tensor) -> None:
-    for row, result in zip(x.view(-1, x.shape[-1]), out.view(-1, x.shape[-1]), strict=True):
-        result.copy_(normed(row.clone(), norm))
+    out.copy_(by_token(lambda row: normed(row, norm), x))
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
+    weight = norm.weight + norm.offset
     if norm.kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
-    scaled = F.rms_norm(x, x.shape[-1:], norm.weight + norm.offset, norm.epsilon)
+        return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.epsilon)
+    scaled = F.rms_norm(x, x.shape[-1:], weight, norm.epsilon)
     return scaled if norm.bias is None else scaled + norm.bias
