@@ -12,8 +12,9 @@
 namespace specdiff::cpu {
 namespace {
 
-constexpr int kBlock = 64;                  // positions
-constexpr int kScored = 3;                  // rows that meet keys together
+constexpr int kBlock = 64;  // positions
+constexpr int kAhead = 16;  // positions from the key that is read to the one that is asked for
+constexpr int kScored = 3;  // rows that meet keys together
 constexpr int64_t kFar = int64_t(1) << 61;  // lengths beyond it count as that: no sum overflows
 constexpr int kMostX = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -73,6 +74,14 @@ void find(const Entries& entries, int64_t first, int64_t count, bool is_key, int
   const int64_t size = entries.p.size;
   const bool in_place = std::is_same_v<T, float> && size % whole == 0;
   block.there = ~uint64_t(0);
+  if (in_place && !entries.table && !entries.path) {
+    const KeyValues& c = entries.p.cache;
+    const float* from = reinterpret_cast<const float*>(entries.row<T>(entries.slot(first), is_key));
+    for (int64_t j = 0; j < count; ++j) {
+      block.rows[j] = from + j * (is_key ? c.key_position : c.value_position);
+    }
+    return;
+  }
   for (int64_t j = 0; j < count; ++j) {
     const T* from = entries.row<T>(entries.slot(first + j), is_key);
     block.rows[j] = copies[j];
@@ -130,15 +139,15 @@ constexpr Score score_of(int rows, std::integer_sequence<int, C...>) {
   return scores[rows - 1];
 }
 
-// Has the values of some positions, and the keys of those a block later, on their way.
+// Has the values of some positions, and keys of later ones, on their way.
 void ask_ahead(const Entries& entries, int first, int end, const Work& t) {
   const int64_t bytes = entries.p.size * sizeof(float);
-  const int64_t further = kBlock * entries.p.cache.key_position * sizeof(float);
+  const int64_t further = kAhead * entries.p.cache.key_position * sizeof(float);
   for (int i = first; i < end; ++i) {
     const char* value = reinterpret_cast<const char*>(t.values.rows[i]);
     const char* key = reinterpret_cast<const char*>(t.keys.rows[i]) + further;
     for (int64_t byte = 0; byte < bytes; byte += kLine) {
-      __builtin_prefetch(value + byte);
+      __builtin_prefetch(value + byte, 0, 2);
       if (!entries.table) __builtin_prefetch(key + byte);
     }
   }
@@ -205,7 +214,8 @@ bool weigh(int c, int low, int high, uint64_t there, float softcap, int64_t size
 // Adds to the sums of C rows their weights times values of positions j, ..., end - 1 of a block.
 template <int C>
 void mix(int64_t j, int64_t end, int64_t size, int c, Work& t) {
-  constexpr int kWide = C * kVectors <= 6 ? 2 : 1;  // packs of columns at once
+  constexpr int kFits = 12 / (C * kVectors);  // packs of columns whose sums fit into registers
+  constexpr int kWide = kFits >= 4 ? 4 : kFits >= 2 ? 2 : 1;
   const auto columns = [&](int64_t d, auto packs) SPECDIFF_INLINE {
     constexpr int V = kVectors * packs;
     Floats sums[C][V];
