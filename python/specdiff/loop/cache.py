@@ -18,6 +18,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdiff_kernels import Pages
 
+from .memory import Store
+
 
 @dataclass
 class Window:
@@ -68,17 +70,18 @@ class RowLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, shape: tuple[int, int], window: Window) -> None:
+    def __init__(self, shape: tuple[int, int], window: Window, store: Store) -> None:
         """shape: rows and slots, or blocks and positions in a block"""
         super().__init__()
         self.shape = shape
         self.window = window
+        self.store = store
         self.whole = self
         self.rows = slice(None)
 
     def part(self, rows: slice, window: Window) -> RowLayer:
         """The same memory, for some of the rows."""
-        part = type(self)(self.shape, window)
+        part = type(self)(self.shape, window, self.store)
         part.whole, part.rows = self.whole, rows
         return part
 
@@ -96,9 +99,14 @@ class RowLayer(CacheLayerMixin):
         return self._write(whole.keys, key_states), self._write(whole.values, value_states)
 
     def _allocate(self, states: Tensor) -> Tensor:
-        # zeros: attention multiplies masked entries by 0, which does not silence a NaN
         rows, slots = self.shape
-        return states.new_zeros(rows, states.shape[1], slots, states.shape[-1])
+        return self._zeros((rows, states.shape[1], slots, states.shape[-1]), states)
+
+    def _zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        # attention multiplies masked entries by 0, which does not silence a NaN
+        if like.is_cpu:
+            return self.store.take(shape, like.dtype).zero_()
+        return like.new_zeros(shape)
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
         store, window = store[self.rows], self.window
@@ -122,7 +130,7 @@ class PagedRowLayer(RowLayer):
     """Keys and values [blocks + 1, block_size, H, D]; the extra block takes the padding."""
 
     def _allocate(self, states: Tensor) -> Tensor:
-        return states.new_zeros(*self.shape, states.shape[1], states.shape[-1])
+        return self._zeros((*self.shape, states.shape[1], states.shape[-1]), states)
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
         """The rows' entries are copied to lie together, unless attention reads the pool itself."""
@@ -161,8 +169,9 @@ class RowCache(Cache, OpenCache):
     def __init__(self, layers: int, batch: int, capacity: int, device: torch.device | str) -> None:
         self.capacity = capacity
         self.window = Window.empty(batch, device)
+        store = Store()
         super().__init__(
-            layers=[RowLayer((batch, capacity + 1), self.window) for _ in range(layers)]
+            layers=[RowLayer((batch, capacity + 1), self.window, store) for _ in range(layers)]
         )
 
     @property
@@ -285,9 +294,9 @@ class PagedRowCache(RowCache):
         self.missing = torch.zeros((), dtype=torch.int64, device=device)
         self.capacity = capacity
         self.window = Window.empty(batch, device)
+        shape, store = (blocks + 1, block_size), Store()
         Cache.__init__(
-            self,
-            layers=[PagedRowLayer((blocks + 1, block_size), self.window) for _ in range(layers)],
+            self, layers=[PagedRowLayer(shape, self.window, store) for _ in range(layers)]
         )
 
     @property
