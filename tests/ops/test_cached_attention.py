@@ -317,6 +317,14 @@ def test_lengths_below_zero_count_as_zero(implementation):
     assert torch.equal(cached_attention(**low), cached_attention(**arguments))
 
 
+def test_the_largest_window_is_none(implementation):
+    """Also where the first entry seen is so far away that no query sees any."""
+    arguments = inputs(2, 3, 1, 2, 8, (0, 70), first=i64(2**63 - 1, 5))
+    result = cached_attention(**arguments, window=2**63 - 1)
+    assert torch.equal(result, cached_attention(**arguments))
+    assert not result[0].any() and result[1].all()
+
+
 def test_parents_that_are_none_count_as_the_root(implementation):
     arguments = inputs(1, 5, 2, 1, 8, (20,), tree=True)
     right, wrong = i64(-1, -1, 1, -1, -1)[None], i64(0, -2, 1, 2**62, 4)[None]
