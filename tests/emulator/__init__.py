@@ -6,16 +6,10 @@ beside the backends of the package.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
-import shutil
-import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
@@ -24,18 +18,16 @@ from types import ModuleType
 
 import pybind11
 import pytest
-from filelock import FileLock
 
 import specdiff_kernels
 from build_tools.native import FLAGS
 from specdiff_kernels import backends
+from tests.compiled import COMPILER, compiled
 
 NAME = "cuda-emulated"
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 CSRC = ROOT / "csrc"
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-CACHE = Path(tempfile.gettempdir()) / f"specdiff-emulator-{os.getuid()}"
 EMULATED = [
     *FLAGS,
     "-O2",
@@ -53,42 +45,14 @@ def build(*, races: bool) -> Path:
 
     races: whether ThreadSanitizer watches the kernels.
     """
-    kernels = sorted((CSRC / "cuda").glob("*.cu"))
-    others = [CSRC / "bindings" / "cuda.cpp", HERE / "emulator.cpp"]
-    headers = [*sorted(CSRC.rglob("*.h")), HERE / "emulator.h"]
-    state = hashlib.sha256(repr((ROOT, EMULATED, RACES if races else [], sys.version)).encode())
-    for path in (*kernels, *others, *headers):
-        state.update(path.read_bytes())
-    folder = CACHE / state.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    module = folder / f"emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with FileLock(folder / "lock"):
-        if not module.exists():
-            watched, tell = (["-fsanitize=thread"], RACES) if races else ([], [])
-            units = [*((unit, [*tell, *watched]) for unit in kernels), *((u, tell) for u in others)]
-            compile_units(units, watched, module)
-    return module
-
-
-def compile_units(
-    units: Sequence[tuple[Path, list[str]]], linking: list[str], module: Path
-) -> None:
-    """units: files and their own options"""
+    watched, tell = (["-fsanitize=thread"], RACES) if races else ([], [])
+    units = [(kernel, [*tell, *watched]) for kernel in sorted((CSRC / "cuda").glob("*.cu"))]
+    units += [(other, tell) for other in (CSRC / "bindings" / "cuda.cpp", HERE / "emulator.cpp")]
     folders = [CSRC / "include", HERE, pybind11.get_include(), sysconfig.get_path("include")]
     options = [*EMULATED, *(f"-I{folder}" for folder in folders)]
-
-    def compile_unit(unit: tuple[Path, list[str]]) -> Path:
-        source, own = unit
-        output = module.parent / f"{source.name}.o"
-        command = [COMPILER, *options, *own, "-x", "c++", "-c", source, "-o", output]
-        subprocess.run(command, check=True)
-        return output
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_unit, units))
-    part = module.with_suffix(".part")
-    subprocess.run([COMPILER, "-shared", *linking, *objects, "-o", part], check=True)
-    part.rename(module)
+    headers = [*sorted(CSRC.rglob("*.h")), HERE / "emulator.h"]
+    name = f"emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return compiled(name, units, options, watched, headers)
 
 
 def load_extension(name: str, path: Path) -> ModuleType:

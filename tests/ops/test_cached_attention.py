@@ -92,8 +92,7 @@ def made(case: dict[str, Any], **options: Any) -> dict[str, Any]:
 # --- the formula ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", sampled(24), ids=str)
-def test_error_is_at_most_twice_that_of_torch(point, implementation):
+def assert_point_is_exact(point: dict[str, Any]) -> None:
     options = dict(point)
     padding, block = options.pop("padding"), options.pop("block")
     arguments = inputs(**options)
@@ -102,6 +101,11 @@ def test_error_is_at_most_twice_that_of_torch(point, implementation):
     if block:
         arguments = paged(arguments, block)
     assert_error_at_most_twice_that_of_torch(cached_attention(**arguments), arguments)
+
+
+@pytest.mark.parametrize("point", sampled(24), ids=str)
+def test_error_is_at_most_twice_that_of_torch(point, implementation):
+    assert_point_is_exact(point)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +315,14 @@ def test_lengths_below_zero_count_as_zero(implementation):
     assert torch.equal(cached_attention(**wrong), cached_attention(**arguments))
     low = arguments | {"first": i64(-5, -(2**63))}
     assert torch.equal(cached_attention(**low), cached_attention(**arguments))
+
+
+def test_the_largest_window_is_none(implementation):
+    """Also where the first entry seen is so far away that no query sees any."""
+    arguments = inputs(2, 3, 1, 2, 8, (0, 70), first=i64(2**63 - 1, 5))
+    result = cached_attention(**arguments, window=2**63 - 1)
+    assert torch.equal(result, cached_attention(**arguments))
+    assert not result[0].any() and result[1].all()
 
 
 def test_parents_that_are_none_count_as_the_root(implementation):

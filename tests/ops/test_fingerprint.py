@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from specdiff_kernels.backends import function_of
-from specdiff_kernels.reference.fingerprint import PLACES, RUN, fingerprint, runs
+from specdiff_kernels.reference.fingerprint import PLACES, RUN, fingerprint, runs, watch
 
 native = function_of("cpp", "fingerprint")
+native_watch = function_of("cpp", "watch")
 WIDTHS = (192, 320, 576, 768, 960, 1024, 1536, 2048, 2304, 3072, 4096, 8192, 11008, 14336)
 WIDTHS += (32000, 49152, 50257, 128256, 151936)
 WEIGHTS = {
@@ -31,6 +32,32 @@ WEIGHTS = {
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 def test_backends_agree(weight):
     assert native(weight) == fingerprint(weight) == native(weight)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, len(WEIGHTS)])
+def test_one_number_for_several(count):
+    """That of the fingerprints one after another, whichever backend makes it."""
+    weights = list(WEIGHTS.values())[:count]
+    number = native_watch(weights)
+    assert number() == watch(weights)() == number()
+    expected = 0
+    for weight in weights:
+        expected = (expected * 0x9E3779B97F4A7C15 + native(weight)) % 2**64
+    assert number() == expected
+
+
+def test_a_change_of_any_weight_changes_their_number():
+    weights = [torch.randn(20, 30), torch.randn(40, 33).t(), torch.randn(1, 1)]
+    numbers = [make(weights) for make in (native_watch, watch)]
+    before = [number() for number in numbers]
+    for weight in weights:
+        kept = weight.clone()
+        weight.neg_()
+        after = [number() for number in numbers]
+        assert after[0] == after[1] != before[0]
+        weight.copy_(kept)
+        assert [number() for number in numbers] == before
+    assert native_watch(weights[::-1])() != before[0]
 
 
 def test_of_where_it_lies_and_how():

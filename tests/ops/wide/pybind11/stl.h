@@ -1,0 +1,1 @@
+// see pybind11.h
