@@ -21,7 +21,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMS
 from transformers.pytorch_utils import Conv1D
 
 from specdiff_kernels import PackedWeight
-from specdiff_kernels.arguments import address
 from specdiff_kernels.backends import find
 from specdiff_kernels.ops.decoder_layer import (
     MOST_COLUMNS,
@@ -33,6 +32,7 @@ from specdiff_kernels.ops.decoder_layer import (
 )
 
 from .cache import RowCache, RowLayer
+from .only_packed import OnlyPacked, held, place_of
 from .packed import usable, version_of
 
 CACHES = ("cache", "past_key_values", "layer_past")  # what layers call it
@@ -173,12 +173,13 @@ class FastLayer:
         """Take the weights as they are now."""
         names, (size, scale, window, _) = self.names, self.shape
         self.tensors = [
-            (m._parameters, name, m._parameters[name], address(m._parameters[name]))
+            (m._parameters, name, m._parameters[name], place_of(m._parameters[name]))
             for m in (*self.linears, *self.norms)
             for name in ("weight", "bias")
             if name in m._parameters
         ]
-        self.weights = [m.weight for m in self.linears]
+        weights = [m.weight for m in self.linears]
+        self.weights = [w for w in weights if type(w) is not OnlyPacked]  # read where it is written
         self.versions = [version_of(weight) for weight in self.weights]
         self.fingerprint = self.watch(self.weights)
         self.seen = self.fingerprint()
@@ -206,7 +207,7 @@ class FastLayer:
     def changed(self) -> bool:
         """Whether a tensor is another one, or a weight was written to."""
         for own, name, tensor, where in self.tensors:
-            if own.get(name) is not tensor or address(tensor) != where:
+            if own.get(name) is not tensor or place_of(tensor) != where:
                 return True
         if self.fingerprint() != self.seen:
             return True
@@ -254,10 +255,10 @@ def fault_of(layer: nn.Module) -> str | None:
         return f"its activation is a {type(part(names.activation)).__name__}"
     for name in names.linears:
         own: Any = part(name)
-        bias = own._parameters.get("bias")
+        weight, bias = own._parameters.get("weight"), own._parameters.get("bias")
         if (
             type(own) not in (nn.Linear, Conv1D)
-            or not usable(own._parameters.get("weight"))
+            or not (usable(weight) or held(own, weight))
             or not (bias is None or usable(bias))
         ):
             return f"its {name} is no fp32 linear layer"
