@@ -23,7 +23,7 @@ from specdiff_kernels.ops.skinny_linear import unchecked
 from . import decoder_layers
 from .decoder_layers import LAYERS as DECODER_LAYERS
 from .decoder_layers import NORMS, FastLayer, fault_of
-from .memory import Store
+from .memory import CHUNK, Store, trim
 from .only_packed import OnlyPacked, held, kept, parameter, values_of, with_values
 from .packed import Packed, usable, version_of
 
@@ -35,9 +35,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")  # one rescaling for the whole batch
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(
-    model: Model, *, packed: bool | Literal["only"] = True, bf16: bool = False
-) -> Model:
+def accelerate(model: Model, *, packed: bool | Literal["only"] = True, bf16: bool = False) -> Model:
     """Swap the linear layers of an fp32 model on a CPU for `skinny_linear`, in place.
 
     Forwards of 2 to 9 rows (tokens times batch) then cost little more than one of a single row. A
@@ -60,10 +58,10 @@ def accelerate(
     that is tied to it; make an optimizer afterwards. What reads or writes it finds or leaves the
     true values, and takes an unpacked copy for as long as it runs: `state_dict`, saving, loading
     in place, adapters, training, forwards that go the usual way. Copies and pickles of the model
-    are like it. What asks for the memory of a weight, as NumPy and `torch.compile` do, raises a
-    RuntimeError. A weight that is replaced, by `to(dtype)` or `load_state_dict(assign=True)`, lies
-    unpacked beside a copy until the model is accelerated anew, as does one whose memory is shared
-    with something that is neither a linear layer nor an embedding.
+    are like it. What asks for a weight's memory, as NumPy does, raises a NotImplementedError. A
+    weight that is replaced, by `to(dtype)` or `load_state_dict(assign=True)`, lies unpacked beside
+    a copy until the model is accelerated anew. So does one whose memory is shared with something
+    that is neither a linear layer nor an embedding of the model.
 
     Returns:
         the same model. Its copies follow its weights: each is made again when its weight has
@@ -84,8 +82,8 @@ def accelerate(
         raise ValueError("bf16: a rounded weight is a copy, which is packed: leave packed=True")
     if bf16 and packed == "only":
         raise ValueError(
-            "bf16: packed='only' keeps nothing but the copies, of which `restore` makes the weights: "
-            "leave packed=True"
+            "bf16: `restore` makes the weights of what packed='only' keeps, and these would be "
+            "rounded: leave packed=True"
         )
     restore(model)
     store = Store()
@@ -121,17 +119,28 @@ def keep_packed(model: nn.Module, store: Store) -> None:
             if usable(tensor) and tensor.numel():
                 place = tensor.untyped_storage().data_ptr()
                 uses.setdefault(place, []).append((module, name))
-    for users in uses.values():  # one at a time, so that two copies of the model never exist
+    freed = 0  # bytes since memory was last given back, so that two copies never lie there
+    for users in uses.values():
         weights = {id(module._parameters.get(name)) for module, name in users}
         kinds = {kind_of(module) if name == "weight" else None for module, name in users}
-        if len(weights) > 1 or kinds not in ({Conv1D}, {nn.Linear}, {nn.Linear, nn.Embedding}):
+        weight = users[0][0]._parameters.get(users[0][1])
+        if len(weights) > 1 or weight is None:
             continue
-        weight = users[0][0].weight
+        if kinds not in ({Conv1D}, {nn.Linear}, {nn.Linear, nn.Embedding}):
+            if not weight.is_inference():  # or the file that it was mapped from would stay mapped
+                weight.data = weight.data.clone()
+            continue
         packed = parameter(kept(weight, store, kinds == {Conv1D}), weight.requires_grad)
         packed.grad = weight.grad
         for module, name in users:
             module._parameters[name] = packed
             module.register_state_dict_post_hook(with_values)
+        freed += weight.nbytes
+        del weight
+        if freed >= CHUNK:
+            trim()
+            freed = 0
+    trim()
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:

@@ -55,3 +55,11 @@ def in_huge_pages(size: int) -> Tensor:
         address, length = ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(size // 4096 * 4096)
         ctypes.CDLL(None).madvise(address, length, MADV_HUGEPAGE)
     return part
+
+
+def trim() -> None:
+    """Give the system what malloc keeps of freed memory, where it can: with glibc."""
+    if sys.platform == "linux":
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if give_back is not None:
+            give_back(ctypes.c_size_t(0))

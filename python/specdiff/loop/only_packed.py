@@ -26,11 +26,11 @@ class Step(NamedTuple):
     function: Any
     args: tuple[Any, ...]  # without the tensor
     kwargs: dict[str, Any]
-    index: int | None = None  # of several views
+    number: int | None = None  # of several views
 
     def __call__(self, tensor: Tensor) -> Tensor:
         made: Any = self.function(tensor, *self.args, **self.kwargs)
-        return made if self.index is None else made[self.index]  # type: ignore[no-any-return]
+        return made if self.number is None else made[self.number]
 
 
 class Kept(NamedTuple):
@@ -69,7 +69,7 @@ def kept(weight: Tensor, store: Store, transposed: bool) -> Kept:
 
 def refused(name: str) -> Any:
     def refuse(self: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(
+        raise NotImplementedError(  # which peft expects of a tied embedding without an address
             f"{name}: expected a weight with memory of its own, got one whose values lie packed "
             "(accelerate(packed='only')): clone() it to read, or call specdiff.restore(model) first"
         )
@@ -82,8 +82,8 @@ class OnlyPacked(Tensor):
 
     It has a weight's shape, dtype, gradient and values. An operation on it is given an unpacked
     copy for as long as it runs, and what it writes is packed again, through views as well. Rows
-    are looked up where they lie. What asks for its memory raises a RuntimeError. A tensor that is
-    assigned to `data` is copied.
+    are looked up where they lie. What asks for its memory raises a NotImplementedError. A tensor
+    that is assigned to `data` is copied if it fits, and else it takes the place of the values.
 
     Args:
         kept: the weight's values.
@@ -109,7 +109,7 @@ class OnlyPacked(Tensor):
             like = torch.empty(shape, dtype=packs.dtype, device="meta")
             for step in steps:
                 like = step(like)
-            made: OnlyPacked = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: OnlyPacked = Tensor._make_wrapper_subclass(
                 cls,
                 like.shape,
                 strides=like.stride(),
@@ -121,6 +121,7 @@ class OnlyPacked(Tensor):
         return made
 
     @classmethod
+    @torch.compiler.disable  # a compiler leaves its graph here, but not for layers' own forwards
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -154,12 +155,12 @@ class OnlyPacked(Tensor):
             x, step = args[0], Step(function, tuple(args[1:]), kwargs)
             if isinstance(out, Tensor):
                 return cls(x.kept, (*x.steps, step))
-            return [cls(x.kept, (*x.steps, step._replace(index=i))) for i in range(len(out))]
+            return [cls(x.kept, (*x.steps, step._replace(number=i))) for i in range(len(out))]
         return out
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        alias: Tensor = Tensor.data.__get__(self)  # type: ignore[attr-defined]
+    def data(self) -> Tensor:
+        alias: Tensor = vars(torch._C.TensorBase)["data"].__get__(self)
         return alias
 
     @data.setter
@@ -183,7 +184,7 @@ class OnlyPacked(Tensor):
             torch.utils.swap_tensors(self, plain)
         except RuntimeError as error:
             raise RuntimeError(
-                f"data: a weight that lies packed (accelerate(packed='only')) and is referred to by "
+                f"data: a weight that lies packed (accelerate(packed='only')), referred to by "
                 f"others cannot become {new.dtype} of shape {list(new.shape)} on {new.device}: "
                 "call specdiff.restore(model) first"
             ) from error
@@ -200,7 +201,7 @@ class OnlyPacked(Tensor):
     def tolist(self) -> Any:
         return values_of(self).tolist()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"OnlyPacked({values_of(self)!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
