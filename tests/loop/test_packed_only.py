@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -247,3 +248,17 @@ def test_arguments():
         accelerate(layer, packed="Only")
     with pytest.raises(ValueError, match=r"^bf16: .* leave packed=True"):
         accelerate(layer, packed="only", bf16=True)
+
+
+def test_data_of_another_shape_or_dtype_takes_the_place():
+    layer, x = accelerate(nn.Linear(8, 8, bias=False), packed="only"), torch.randn(2, 8)
+    expected = nn.functional.linear(x, layer.weight[:2].clone())
+    layer.weight.data = layer.weight.data[:2]
+    assert torch.allclose(layer(x), expected)
+    layer.weight.data = torch.ones(3, 8)
+    assert torch.allclose(layer(x), x.sum(1, keepdim=True).expand(2, 3))
+    layer = accelerate(nn.Linear(8, 8), packed="only")
+    watcher = weakref.ref(layer.weight)
+    with pytest.raises(RuntimeError, match=r"^data: .*call specdiff.restore\(model\) first"):
+        layer.double()
+    assert watcher() is layer.weight and type(layer.weight) is OnlyPacked
