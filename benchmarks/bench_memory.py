@@ -4,13 +4,17 @@
 
 The loop must keep keys and values, K + 1 rows of logits per sequence, and the rows that the draft
 was drawn from. The rest is temporary memory of forwards and ops. A second part measures, on a model
-of two narrow layers, whether memory grows over 10,000 rounds.
+of two narrow layers, whether memory grows over 10,000 rounds. A third measures what a process holds
+with the model untouched and accelerated, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import gc
 import resource
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -20,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdiff import Decoder, Session, Target
+from specdiff import Decoder, Session, Target, accelerate
 from specdiff.bench.machine import peak_memory
 from specdiff.drafters import PromptLookup, load_drafter
 
@@ -28,6 +32,12 @@ BATCHES = (1, 8)
 SETTINGS = {"plain": (None, None), "K = 2": ("block-diffusion", 2), "K = 4": ("block-diffusion", 4)}
 PROMPT, NEW, WATCHED = 100, 64, 6  # tokens, tokens, rounds
 ROUNDS = 10_000
+WAYS = {
+    "untouched": lambda model: model,
+    "accelerated, packed=False": lambda model: accelerate(model, packed=False),
+    "accelerated": accelerate,
+    'accelerated, packed="only"': lambda model: accelerate(model, packed="only"),
+}
 MB = 1e-6
 console = Console(width=100)
 
@@ -102,10 +112,43 @@ def blocks_left(session: Session) -> str:
     return f"{int(pages.available) + held} of {len(pages.references)}"
 
 
+def resident(target: str, way: str) -> dict[str, float]:
+    """MB that this process holds after a forward, and the most that it ever held."""
+    start = held()
+    model = Target.load(target, device="cpu", accelerate=False).model
+    with torch.no_grad():
+        WAYS[way](model)(torch.arange(5)[None])
+    gc.collect()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"model": held() - start, "process": held(), "peak": MB * 1024 * most}
+
+
+def held() -> float:
+    """Resident MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return MB * pages * resource.getpagesize()
+
+
+def of_processes(target: str) -> dict[str, dict[str, float]]:
+    """`resident` of each way."""
+    found = {}
+    for way in WAYS:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found[way] = process.submit(resident, target, way).result()
+    return found
+
+
 def main(
     target: Annotated[str, typer.Option(help="a known model's name, or a folder")] = "smollm2-135m",
 ) -> None:
     """Print peaks in MB by setting and batch, then the growth over 10,000 rounds."""
+    processes = of_processes(target)
+    held_by = Table(title="MB of a process with the model, after a forward")
+    for heading in ("", "since the start", "in all", "peak"):
+        held_by.add_column(heading, justify="right" if heading else "left")
+    for way, case in processes.items():
+        held_by.add_row(way, *(f"{x:.0f}" for x in case.values()))
+    console.print(held_by)
     long = growth()
     seen = Target.load(target, device="cpu")
     cases = []
@@ -130,6 +173,7 @@ def main(
         "target": target,
         "cases": cases,
         "growth": long,
+        "processes": processes,
     }
     console.print(f"saved {save('memory', content)}", soft_wrap=True)
 

@@ -134,15 +134,16 @@ def test_a_sum_split_by_the_number_of_tokens_is_found(family, monkeypatch):
 @pytest.mark.parametrize("kind", [{}, {"block_size": 4}], ids=str)
 def test_texts_are_those_of_plain_decoding(family, drafter, kind):
     """Greedy, and coupled at temperature 1, in a batch and alone."""
-    target = Target(accelerate(tiny_model(family)))
-    decoder = Decoder(target, DRAFTERS[drafter](target), **kind)
-    plain = Decoder(target)
-    for sampling in (Sampling(0.0), Sampling(1.0)):
-        more = {"rule": "coupled"} if sampling.temperature else {}
-        settings = {"max_new_tokens": 30, "sampling": sampling, "seed": 7, "stop_tokens": ()}
-        expected = [plain.generate(p, **settings, **more).tokens[0] for p in PROMPTS]
-        assert decoder.generate(PROMPTS, k=4, **settings, **more).tokens == expected
-        assert decoder.generate(PROMPTS[1], k=2, **settings, **more).tokens == expected[1:2]
+    target, seeds = Target(accelerate(tiny_model(family))), [7, 8, 9]
+    for temperature, rule in ((0.0, "token"), (1.0, "coupled")):
+        settings = {"max_new_tokens": 30, "sampling": Sampling(temperature), "stop_tokens": ()}
+        plain = Decoder(target, rule=rule)
+        rows = zip(PROMPTS, seeds, strict=True)
+        expected = [plain.generate([p], seed=[s], **settings).new_tokens[0] for p, s in rows]
+        decoder = Decoder(target, DRAFTERS[drafter](target), k=4, rule=rule)
+        assert decoder.generate(PROMPTS, seed=seeds, **settings, **kind).new_tokens == expected
+        alone = decoder.replace(k=2).generate([PROMPTS[1]], seed=[8], **settings, **kind)
+        assert alone.new_tokens == expected[1:2]
 
 
 def test_what_is_left_to_torch_is_named(family):
@@ -164,7 +165,7 @@ def test_what_is_left_to_torch_is_named(family):
 
 @torch.inference_mode()
 def test_hooks_inside_a_layer_are_called(family):
-    """A layer that somebody looks into goes module by module, with the same values to a rounding."""
+    """A layer that somebody looks into goes module by module, off by a rounding."""
     model = accelerate(tiny_model(family))
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     before = model(tokens).logits

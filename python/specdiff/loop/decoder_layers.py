@@ -21,7 +21,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMS
 from transformers.pytorch_utils import Conv1D
 
 from specdiff_kernels import PackedWeight
-from specdiff_kernels.arguments import address
 from specdiff_kernels.backends import find
 from specdiff_kernels.ops.decoder_layer import (
     MOST_COLUMNS,
@@ -31,11 +30,11 @@ from specdiff_kernels.ops.decoder_layer import (
     Norm,
     decoder_layer,
 )
-
 from specdiff_kernels.ops.skinny_linear import PACK
 
 from .attention import rows_seen
 from .cache import OpenCache
+from .only_packed import OnlyPacked, held, place_of
 from .packed import usable, version_of
 
 CACHES = ("cache", "past_key_values", "layer_past")  # what layers call it
@@ -62,7 +61,7 @@ class Shape(NamedTuple):
 
     size: int  # columns of a head
     scale: float
-    index: int  # of the layer in a cache
+    number: int  # of the layer in a cache
     window: int | None = None
     fault: str | None = None  # what is not known here
 
@@ -187,22 +186,23 @@ class FastLayer:
         self.family = family = LAYERS[type(layer)]
         self.fault = fault_of(layer)
         if self.fault is None:
-            part = layer.get_submodule
+            part: Callable[[str], Any] = layer.get_submodule
             self.shape = family.shape(layer)
-            self.linears = [part(name) for name in family.linears]
-            self.norms = [part(family.attention_norm), part(family.mlp_norm)]
+            self.linears: list[Any] = [part(name) for name in family.linears]
+            self.norms: list[Any] = [part(family.attention_norm), part(family.mlp_norm)]
             self.activation = ACTIVATIONS[type(part(family.activation))]
 
     def read(self) -> None:
         """Take the weights as they are now."""
         family, shape = self.family, self.shape
         self.tensors = [
-            (m._parameters, name, m._parameters[name], address(m._parameters[name]))
+            (m._parameters, name, m._parameters[name], place_of(m._parameters[name]))
             for m in (*self.linears, *self.norms)
             for name in ("weight", "bias")
             if name in m._parameters
         ]
-        self.weights = [m.weight for m in self.linears]
+        weights = [m.weight for m in self.linears]
+        self.weights = [w for w in weights if type(w) is not OnlyPacked]  # read where it is written
         self.versions = [version_of(weight) for weight in self.weights]
         self.fingerprint = self.watch(self.weights)
         self.seen = self.fingerprint()
@@ -216,24 +216,25 @@ class FastLayer:
         if gate is up:
             gate, up = halves_of(up)
         self.native = DecoderLayer(
-            heads,
-            (outputs // shape.size - heads) // 2,
-            shape.size,
-            *(NORMS[type(norm)](norm) for norm in self.norms),
-            tuple(parts[name] for name in family.qkv),
-            parts[family.output],
-            gate,
-            up,
-            parts[family.down],
-            self.activation,
-            shape.scale,
-            shape.window,
+            heads=heads,
+            kv_heads=(outputs // shape.size - heads) // 2,
+            size=shape.size,
+            attention_norm=NORMS[type(self.norms[0])](self.norms[0]),
+            mlp_norm=NORMS[type(self.norms[1])](self.norms[1]),
+            qkv=tuple(parts[name] for name in family.qkv),
+            output=parts[family.output],
+            gate=gate,
+            up=up,
+            down=parts[family.down],
+            activation=self.activation,
+            scale=shape.scale,
+            window=shape.window,
         )
 
     def changed(self) -> bool:
         """Whether a tensor is another one, or a weight was written to."""
         for own, name, tensor, where in self.tensors:
-            if own.get(name) is not tensor or address(tensor) != where:
+            if own.get(name) is not tensor or place_of(tensor) != where:
                 return True
         if self.fingerprint() != self.seen:
             return True
@@ -241,8 +242,7 @@ class FastLayer:
 
     def learns(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (
-            x.requires_grad
-            or any(t is not None and t.requires_grad for _, _, t, _ in self.tensors)
+            x.requires_grad or any(t is not None and t.requires_grad for _, _, t, _ in self.tensors)
         )
 
 
@@ -291,10 +291,10 @@ def fault_of(layer: nn.Module) -> str | None:
         return f"its activation is a {type(part(family.activation)).__name__}"
     for name in family.linears:
         own: Any = part(name)
-        bias = own._parameters.get("bias")
+        weight, bias = own._parameters.get("weight"), own._parameters.get("bias")
         if (
             type(own) not in (nn.Linear, Conv1D)
-            or not usable(own._parameters.get("weight"))
+            or not (usable(weight) or held(own, weight))
             or not (bias is None or usable(bias))
         ):
             return f"its {name} is no fp32 linear layer"
@@ -309,9 +309,9 @@ def has_global_hooks() -> bool:
 
 
 @cache
-def parameters(kind: type) -> tuple[str, ...]:
+def parameters_of(kind: Any) -> tuple[str, ...]:
     """Names of what a layer's forward is given, without the layer itself."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def layer(module: Any, fast: FastLayer, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +327,7 @@ def native(
     module: Any, fast: FastLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     """The native call's result; None where torch has to make it."""
-    given = {**dict(zip(parameters(type(module)), args, strict=False)), **kwargs}
+    given = {**dict(zip(parameters_of(module.__class__), args, strict=False)), **kwargs}
     x = given["hidden_states"]
     if not usable(x) or x.numel() == 0 or has_global_hooks() or module.training:
         return None
@@ -344,11 +344,11 @@ def native(
     x = x.contiguous()
     entries = next((given[name] for name in CACHES if name in given), None)
     if isinstance(entries, OpenCache):
-        return over_open(description, x, rotation, entries, fast.shape.index)
+        return over_open(description, x, rotation, entries, fast.shape.number)
     if entries is None or type(entries) is DynamicCache:
         mask = given.get("attention_mask")
         window = description.window if fast.family.windows_in_mask else None
-        return over_any(description, x, rotation, entries, fast.shape.index, mask, window)
+        return over_any(description, x, rotation, entries, fast.shape.number, mask, window)
     return None
 
 
@@ -386,9 +386,7 @@ def over_any(
     query = x.new_empty(B, Q, heads, size)
     keys, values = x.new_empty(B, kv_heads, Q, size), x.new_empty(B, kv_heads, Q, size)
     slots = torch.arange(Q).expand(B, Q).contiguous()
-    before = LayerCall(
-        x, query, rotation, slots, keys, values, None, None, None, None, True, False
-    )
+    before = LayerCall(x, query, rotation, slots, keys, values, None, None, None, None, True, False)
     decoder_layer(description, before)
     if entries is not None:
         keys, values = entries.update(keys, values, index)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from specdiff_kernels.ops.skinny_linear import unchecked
 from . import decoder_layers
 from .decoder_layers import LAYERS as DECODER_LAYERS
 from .decoder_layers import NORMS, FastLayer, fault_of
-from .memory import Store
+from .memory import CHUNK, Store, trim
+from .only_packed import OnlyPacked, held, kept, parameter, values_of, with_values
 from .packed import Packed, usable, version_of
 
 LINEAR = (nn.Linear, Conv1D)  # and no subclass, which may compute something else
@@ -34,7 +35,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")  # one rescaling for the whole batch
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Model:
+def accelerate(model: Model, *, packed: bool | Literal["only"] = True, bf16: bool = False) -> Model:
     """Swap the linear layers of an fp32 model on a CPU for `skinny_linear`, in place.
 
     Forwards of 2 to 9 rows (tokens times batch) then cost little more than one of a single row. A
@@ -49,8 +50,18 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
     Args:
         model: any module.
         packed: False uses weights where they lie, without a copy and with the same bits, and takes
-            about half as long again for few rows. GPT-2's are transposed in place.
+            about half as long again for few rows. GPT-2's are transposed in place. "only" packs now
+            and keeps nothing but the copies: the model takes as much memory as before. See below.
         bf16: round the copies to bf16, which halves them and the traffic, and changes the logits.
+
+    With packed="only" a weight is a new parameter, whose values lie packed, and so is an embedding
+    that is tied to it; make an optimizer afterwards. What reads or writes it finds or leaves the
+    true values, and takes an unpacked copy for as long as it runs: `state_dict`, saving, loading
+    in place, adapters, training, forwards that go the usual way. Copies and pickles of the model
+    are like it. What asks for a weight's memory, as NumPy does, raises a NotImplementedError. A
+    weight that is replaced, by `to(dtype)` or `load_state_dict(assign=True)`, lies unpacked beside
+    a copy until the model is accelerated anew. So does one whose memory is shared with something
+    that is neither a linear layer nor an embedding of the model.
 
     Returns:
         the same model. Its copies follow its weights: each is made again when its weight has
@@ -60,13 +71,20 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
         accelerate anew; or write to the weight itself under `torch.no_grad()`, which is counted.
 
     Raises:
-        ValueError: bf16 without packed.
+        ValueError: bf16 without packed=True, or packed is none of the three.
 
     Example:
         >>> target = Target(accelerate(model))
     """
+    if packed not in (True, False, "only"):
+        raise ValueError(f"packed: expected True, False or 'only', got {packed!r}")
     if bf16 and not packed:
         raise ValueError("bf16: a rounded weight is a copy, which is packed: leave packed=True")
+    if bf16 and packed == "only":
+        raise ValueError(
+            "bf16: `restore` makes the weights of what packed='only' keeps, and these would be "
+            "rounded: leave packed=True"
+        )
     restore(model)
     store = Store()
     module: Any
@@ -83,6 +101,8 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
             module.forward = partial(norm, module)
         elif kind in DECODER_LAYERS and fault_of(module) is None:
             module.forward = partial(decoder_layers.layer, module, FastLayer(weight_of))
+    if packed == "only":
+        keep_packed(model, store)
     if is_accelerated(model):
         for module in model.modules():
             if type(module) in ROTARY and module.rope_type not in LENGTH_DEPENDENT:
@@ -90,14 +110,64 @@ def accelerate(model: Model, *, packed: bool = True, bf16: bool = False) -> Mode
     return model
 
 
+def keep_packed(model: nn.Module, store: Store) -> None:
+    """Put packed weights in place of those that only linear layers and embeddings use."""
+    uses: dict[int, list[tuple[Any, str]]] = {}
+    tensor: Any
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if usable(tensor) and tensor.numel():
+                place = tensor.untyped_storage().data_ptr()
+                uses.setdefault(place, []).append((module, name))
+    freed = 0  # bytes since memory was last given back, so that two copies never lie there
+    for users in uses.values():
+        weights = {id(module._parameters.get(name)) for module, name in users}
+        kinds = {kind_of(module) if name == "weight" else None for module, name in users}
+        weight = users[0][0]._parameters.get(users[0][1])
+        if len(weights) > 1 or weight is None:
+            continue
+        if kinds not in ({Conv1D}, {nn.Linear}, {nn.Linear, nn.Embedding}):
+            if not weight.is_inference():  # or the file that it was mapped from would stay mapped
+                weight.data = weight.data.clone()
+            continue
+        packed = parameter(kept(weight, store, kinds == {Conv1D}), weight.requires_grad)
+        packed.grad = weight.grad
+        for module, name in users:
+            module._parameters[name] = packed
+            module.register_state_dict_post_hook(with_values)
+        freed += weight.nbytes
+        del weight
+        if freed >= CHUNK:
+            trim()
+            freed = 0
+    trim()
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Of those that may use a weight that lies packed alone."""
+    if isinstance(module, nn.Embedding):
+        return nn.Embedding
+    return type(module) if swapped(module) and type(module) in LINEAR else None
+
+
 def restore(model: Model) -> Model:
     """Undo `accelerate`. Returns the same model."""
+    plain: dict[int, nn.Parameter] = {}
     module: Any
     for module in model.modules():
         if swapped(module):
             del module.forward
-            if type(module) is Conv1D:
+            if type(module) is Conv1D and type(module.weight) is not OnlyPacked:
                 module.weight.data = module.weight.data.contiguous()
+        weight = module._parameters.get("weight")
+        if type(weight) is OnlyPacked:
+            if id(weight) not in plain:
+                plain[id(weight)] = nn.Parameter(values_of(weight), weight.requires_grad)
+                plain[id(weight)].grad = weight.grad
+            module._parameters["weight"] = plain[id(weight)]
+        hooks = module._state_dict_hooks
+        for key in [key for key, hook in hooks.items() if hook is with_values]:
+            del hooks[key]
     return model
 
 
@@ -113,7 +183,7 @@ def left_to_torch(model: Any, layers: Iterable[nn.Module]) -> str | None:
     Args:
         layers: the model's decoder layers.
     """
-    inside = set()
+    inside: set[nn.Module] = set()
     for index, layer in enumerate(layers):
         forward = vars(layer).get("forward")
         inside.update(layer.modules())
@@ -139,11 +209,12 @@ def swapped(module: nn.Module) -> bool:
     return isinstance(forward, partial) and forward.func in FORWARDS
 
 
-def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `unchecked` may have them; what does not fit is torch's, and so is the error."""
-    if bias is not None and not (usable(bias) and bias.shape == weight.shape[:1]):
+def fits(x: Tensor, shape: Sequence[int], bias: Tensor | None) -> bool:
+    """Whether `unchecked` may have them with a weight of that shape; what does not fit is torch's,
+    and so is the error."""
+    if bias is not None and not (usable(bias) and bias.shape == (shape[0],)):
         return False
-    return usable(x) and usable(weight) and x.shape[-1] == weight.shape[1]
+    return usable(x) and x.shape[-1] == shape[1]
 
 
 def learns(*tensors: Tensor | None) -> bool:
@@ -152,6 +223,9 @@ def learns(*tensors: Tensor | None) -> bool:
 
 def weight_of(module: Any) -> PackedWeight | Tensor:
     """The weight that a linear layer multiplies with, [out, in]."""
+    packs = held(module, module.weight)
+    if packs is not None:
+        return packs
     weight = module.weight.t() if type(module) is Conv1D else module.weight
     if swapped(module) and module.forward.args[1] is not None:
         packed: PackedWeight = module.forward.args[1].of(weight)
@@ -167,9 +241,14 @@ def linear(module: Any, copy: Packed | None, x: Tensor) -> Tensor:
     weight, bias = own["weight"], own["bias"]
     if weight is None or x.numel() == 0 or learns(x, weight, bias):
         return type(module).forward(module, x)
+    packs = held(module, weight)
+    if packs is not None:
+        if not fits(x, (packs.rows, packs.packs.shape[1]), bias):
+            return type(module).forward(module, x)
+        return unchecked(x.contiguous(), packs, bias if bias is None else bias.contiguous())
     if type(module) is Conv1D:
         weight = weight.t()
-    if not fits(x, weight, bias):
+    if not (usable(weight) and fits(x, weight.shape, bias)):
         return type(module).forward(module, x)
     if copy is not None and torch.compiler.is_compiling():  # a copy cannot be followed there
         weight = weight.to(copy.dtype)

@@ -82,3 +82,11 @@ def huge_share(tensor: Tensor) -> float | None:
         elif name == "AnonHugePages:":
             huge += min(inside, int(rest.split()[0]) * 1024)
     return huge / total if total else None
+
+
+def trim() -> None:
+    """Give the system what malloc keeps of freed memory, where it can: with glibc."""
+    if sys.platform == "linux":
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if give_back is not None:
+            give_back(ctypes.c_size_t(0))
