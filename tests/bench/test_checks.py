@@ -101,3 +101,5 @@ def test_a_tie_may_part_texts(models, monkeypatch):
         monkeypatch.setitem(ROUNDING, torch.float32, allowed)
         check = same_texts(models.target, prompts, other, plain)
         assert (check.passed, check.identical) == (passed, 2 if passed else 0)
+    monkeypatch.setitem(ROUNDING, torch.float32, gap * 1.01)
+    assert not same_texts(models.target, prompts, other, plain, exact=True).passed

@@ -49,16 +49,19 @@ def same_texts(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     plain: Sequence[Sequence[int]],
+    *,
+    exact: bool = False,
 ) -> Check:
     """Check that new tokens equal those of plain decoding.
 
     At the first difference, the target's logits of the two tokens must be closer than ROUNDING.
     Then either token is greedy, and the rest of the text is not compared. A text that ends early
-    fails.
+    fails. So does any difference where `exact`.
 
     Args:
         prompts: prompt of each text.
         texts, plain: new tokens of each text, and those of plain decoding.
+        exact: whether forwards of 1 and of K + 1 tokens give the same bits.
     """
     identical = 0
     for number, (prompt, text, other) in enumerate(zip(prompts, texts, plain, strict=True)):
@@ -72,7 +75,7 @@ def same_texts(
             return Check("identical", False, len(texts), identical, reason=reason)
         logits = next_logits(target, [*prompt, *other[:at]], 1)[0]
         gap = abs(float(logits[text[at]] - logits[other[at]]))
-        if gap > ROUNDING[target.dtype]:
+        if exact or gap > ROUNDING[target.dtype]:
             reason = (
                 f"text {number} differs from plain decoding from token {at} on: the logits of the "
                 f"two tokens differ by {gap:.2g}"

@@ -23,7 +23,7 @@ from ..loop.stats import STAGES, Stats
 from ..loop.target import Target
 from .checks import Check, follows_distribution, same_texts
 from .machine import peak_memory
-from .methods import PLAIN, Decode, Method, make
+from .methods import PLAIN, THEIRS, Decode, Method, make
 
 WARM_UP = 4  # tokens
 
@@ -218,7 +218,8 @@ def compare(
         case = named(models, condition, method)
         if method in settings:
             setting = settings[method]
-            check = checked(models.target, condition, setting, plain)
+            exact = method.name not in THEIRS and models.target.inconsistency is None
+            check = checked(models.target, condition, setting, plain, exact=exact)
             refused.update({} if check.passed else {method: str(check.reason)})
             case |= figures(setting, plain, staged(setting, condition, models.device))
             case |= {"peak_mb": peaks[method], "check": asdict(check)}
@@ -259,15 +260,18 @@ def named(models: Measured, condition: Condition, method: Method) -> dict[str, A
     }
 
 
-def checked(target: Target, condition: Condition, setting: Setting, plain: Setting) -> Check:
-    """Check all texts of a setting."""
+def checked(
+    target: Target, condition: Condition, setting: Setting, plain: Setting, *, exact: bool
+) -> Check:
+    """Check all texts of a setting. exact: see `same_texts`"""
     sampling = Sampling(condition.temperature)
     batches = condition.batches
     repeated = len(setting.runs) // len(batches)
     prompts = [prompt for batch in batches * repeated for prompt in batch]
     texts = [text for run in setting.runs for text in run.tokens]
     if sampling.greedy:
-        return same_texts(target, prompts, texts, [t for run in plain.runs for t in run.tokens])
+        expected = [text for run in plain.runs for text in run.tokens]
+        return same_texts(target, prompts, texts, expected, exact=exact)
     return follows_distribution(target, prompts, texts, sampling)
 
 

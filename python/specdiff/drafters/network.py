@@ -215,8 +215,8 @@ class Layer(nn.Module):
         B, Q, d = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(B, Q, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, Q, D]
-        # v has autocast's dtype
-        q, k = (rotate(part, position_embeddings).to(v.dtype) for part in (q, k))
+        cos, sin = (part[:, None] for part in position_embeddings)
+        q, k = (rotate(part, (cos, sin)).to(v.dtype) for part in (q, k))  # v has autocast's dtype
         if cache is not None:
             k, v = cache.update(self.index, k, v)
         mixed = attend(q, k, v, attention_mask)
@@ -244,8 +244,8 @@ def compiled_flex_attention() -> Callable[..., Any]:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding, half-rotation, of [B, H, Q, D] by cos, sin [B, Q, D]."""
-    cos, sin = (part[:, None] for part in rotation)
+    """Rotary position embedding, half-rotation, of [B, H, Q, D] by cos, sin [B, 1, Q, D]."""
+    cos, sin = rotation
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat((-high, low), -1) * sin
 

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from specdiff_kernels import cached_attention
+from specdiff_kernels.ops.decoder_layer import MOST_COLUMNS
 
 from .cache import Window
 
@@ -129,13 +130,16 @@ def cached_attention_forward(
     query [B, Hq, Q, D]; key and value [B, H, span, D], or the pools [blocks, block_size, H, D] of
     a paged cache. -> [B, Q, Hq, D]
     """
-    B, _, Q, _ = query.shape
+    B, _, Q, D = query.shape
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     tables = first = None
     if window is not None and not learns:
         lengths, tables = window.lengths, window.tables
     else:
-        seen = None if learns else rows_seen(attention_mask, B, Q, key.shape[2], sliding_window)
+        causal = getattr(module, "is_causal", True) and options.get("is_causal") is not False
+        fits = causal and not learns and query.is_cpu and D == value.shape[3] <= MOST_COLUMNS
+        known = key.shape[2]
+        seen = rows_seen(attention_mask, B, Q, known, sliding_window) if fits else None
         if seen is None:
             more = {"scaling": scaling, "sliding_window": sliding_window, **options}
             return sdpa_attention_forward(module, query, key, value, attention_mask, **more)

@@ -36,16 +36,18 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model, *, packed: bool | Literal["only"] = True, bf16: bool = False) -> Model:
-    """Swap the linear layers of an fp32 model on a CPU for `skinny_linear`, in place.
+    """Swap layers of an fp32 model on a CPU for native ones, in place.
 
-    Forwards of 2 to 9 rows (tokens times batch) then cost little more than one of a single row. A
-    row's product is the same, bit for bit, in every forward: linear layers give a token the same
-    whether it is decoded alone, verified among K + 1 or read with its prompt. Attention is torch's
-    own and may round differently.
+    Linear layers, norms and rotary positions of any model are swapped, and whole decoder layers of
+    GPT-2, GPT-Neo, Llama, Mistral, Qwen2 and Gemma. Forwards of 2 to 9 rows (tokens times batch)
+    then cost little more than one of a single row. A token's result is the same, bit for bit,
+    whether it is decoded alone, verified among K + 1, or read with its prompt or beside other
+    rows; `Target.inconsistency` says where that holds of a whole model. A decoder layer goes
+    module by module where something in it has hooks, was replaced or is not known here.
 
-    Each layer packs a copy of its weight when it is first used, in huge pages, and keeps the weight
-    too: linear layers take twice the memory. A forward that needs gradients, or is not in fp32 on a
-    CPU, goes the usual way.
+    Each linear layer packs a copy of its weight when it is first used, in huge pages, and keeps the
+    weight too: linear layers take twice the memory. A forward that needs gradients, or is not in
+    fp32 on a CPU, goes the usual way.
 
     Args:
         model: any module.
