@@ -30,7 +30,7 @@ from ..loop.chooser import Chooser
 from ..loop.decoder import Decoder
 from ..loop.drafter import Drafter
 from ..loop.fast_layers import is_accelerated
-from ..loop.only_packed import place_of
+from ..loop.only_packed import memory_of
 from ..loop.session import Session
 from ..loop.stats import Stats
 from ..loop.target import Target
@@ -331,7 +331,7 @@ def named_drafter(name: str, target: Target) -> Drafter:
     """
     embedding = target.model.get_input_embeddings().weight
     state = (
-        target.device, target.dtype, is_accelerated(target.model), place_of(embedding),
+        target.device, target.dtype, is_accelerated(target.model), memory_of(embedding).data_ptr(),
         stamped(name),
     )  # fmt: skip
     known = _loaded.setdefault(target.model, {})

@@ -227,7 +227,7 @@ class RowCache(Cache, OpenCache):
             states = x.new_empty(B, heads, Q, size)
             whole.lazy_initialization(states, states)
         keys, values = whole.keys, whole.values
-        if window.tables is None:
+        if part is not whole and window.tables is None:
             keys, values = keys[part.rows], values[part.rows]
         return Entries(window.slots, keys, values, window.tables, window.lengths, None)
 

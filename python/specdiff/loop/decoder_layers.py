@@ -34,7 +34,7 @@ from specdiff_kernels.ops.skinny_linear import PACK
 
 from .attention import rows_seen
 from .cache import OpenCache
-from .only_packed import OnlyPacked, held, place_of
+from .only_packed import OnlyPacked, held, memory_of
 from .packed import usable, version_of
 
 CACHES = ("cache", "past_key_values", "layer_past")  # what layers call it
@@ -150,7 +150,7 @@ class FastLayer:
     def __init__(self, weight_of: Callable[[Any], PackedWeight | Tensor]) -> None:
         self.weight_of = weight_of
         self.watch = find("watch", "cpu", None)
-        self.parents: list[tuple[dict[str, Any], tuple[Any, ...]]] | None = None
+        self.children: list[tuple[Any, ...]] | None = None
         self.native: DecoderLayer | None = None
 
     def __reduce__(self) -> tuple[type[FastLayer], tuple[Any]]:
@@ -165,23 +165,25 @@ class FastLayer:
         return self.native
 
     def reason(self, layer: nn.Module) -> str | None:
-        """Why the layer has to go torch's way; None: it has not."""
-        if self.parents is None or any(children(own) != part for own, part in self.parents):
+        """Why the layer has to go torch's way; None: it has not. Made for each token."""
+        if self.children is None or [tuple(d.values()) for d in self.parents] != self.children:
             self.look(layer)
         if self.fault is not None:
             return self.fault
-        for own, forward in self.inside:
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                return "a module in it has hooks"
-            if own.get("forward") is not forward:
-                return "the forward of a module in it was replaced"
+        if any(self.hooks):
+            return "a module in it has hooks"
+        if [own.get("forward") for own in self.inside] != self.forwards:
+            return "the forward of a module in it was replaced"
         return None
 
     def look(self, layer: nn.Module) -> None:
         """Find the layer's parts."""
         modules = list(layer.modules())
-        self.parents = [(m.__dict__, children(m.__dict__)) for m in modules if m._modules]
-        self.inside = [(m.__dict__, m.__dict__.get("forward")) for m in modules[1:]]
+        self.parents = [m._modules for m in modules if m._modules]
+        self.children = [tuple(d.values()) for d in self.parents]
+        self.hooks = [h for m in modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.inside = [m.__dict__ for m in modules[1:]]
+        self.forwards = [own.get("forward") for own in self.inside]
         self.native = None
         self.family = family = LAYERS[type(layer)]
         self.fault = fault_of(layer)
@@ -196,14 +198,18 @@ class FastLayer:
         """Take the weights as they are now."""
         family, shape = self.family, self.shape
         self.tensors = [
-            (m._parameters, name, m._parameters[name], place_of(m._parameters[name]))
+            (m._parameters, name, m._parameters[name])
             for m in (*self.linears, *self.norms)
             for name in ("weight", "bias")
             if name in m._parameters
         ]
+        known = [tensor for _, _, tensor in self.tensors if tensor is not None]
+        self.packed = [(tensor, tensor.kept) for tensor in known if type(tensor) is OnlyPacked]
+        self.memory = [memory_of(tensor) for tensor in known]
+        self.places = [tensor.data_ptr() for tensor in self.memory]
         weights = [m.weight for m in self.linears]
         self.weights = [w for w in weights if type(w) is not OnlyPacked]  # read where it is written
-        self.versions = [version_of(weight) for weight in self.weights]
+        self.versions = versions_of(self.weights)
         self.fingerprint = self.watch(self.weights)
         self.seen = self.fingerprint()
         parts = {
@@ -232,22 +238,27 @@ class FastLayer:
         )
 
     def changed(self) -> bool:
-        """Whether a tensor is another one, or a weight was written to."""
-        for own, name, tensor, where in self.tensors:
-            if own.get(name) is not tensor or place_of(tensor) != where:
+        """Whether a tensor is another one, or a weight was written to. Made for each token."""
+        for own, name, tensor in self.tensors:
+            if own.get(name) is not tensor:
                 return True
-        if self.fingerprint() != self.seen:
+        if any(vars(tensor).get("kept") is not kept for tensor, kept in self.packed):
             return True
-        return self.versions != [version_of(weight) for weight in self.weights]
+        if [tensor.data_ptr() for tensor in self.memory] != self.places:
+            return True
+        return versions_of(self.weights) != self.versions or self.fingerprint() != self.seen
 
     def learns(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (
-            x.requires_grad or any(t is not None and t.requires_grad for _, _, t, _ in self.tensors)
+            x.requires_grad or any(t is not None and t.requires_grad for _, _, t in self.tensors)
         )
 
 
-def children(attributes: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(attributes["_modules"].values())
+def versions_of(weights: list[Tensor]) -> list[int]:
+    try:
+        return [weight._version for weight in weights]
+    except RuntimeError:  # inference tensors count none
+        return [version_of(weight) for weight in weights]
 
 
 def columns_of(linear: Linear) -> int:

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from specdiff_kernels import PackedWeight, pack_weight
-from specdiff_kernels.arguments import address
 from specdiff_kernels.ops.skinny_linear import packed_shape
 
 from .memory import Store
@@ -281,9 +280,9 @@ def held(module: nn.Module, weight: Any) -> PackedWeight | None:
     return weight.kept.packed if weight.kept.transposed == (type(module) is Conv1D) else None
 
 
-def place_of(tensor: Tensor | None) -> int:
-    """The address of a tensor's values."""
-    return address(tensor.kept.packed.packs if type(tensor) is OnlyPacked else tensor)
+def memory_of(tensor: Tensor) -> Tensor:
+    """Where a tensor's values lie."""
+    return tensor.kept.packed.packs if type(tensor) is OnlyPacked else tensor
 
 
 def with_values(module: nn.Module, states: dict[str, Any], prefix: str, metadata: Any) -> None:
