@@ -350,7 +350,9 @@ def test_attention_without_masks_is_refused():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         Target(model)
-    with pytest.raises(ValueError, match="attention must be one of flash, flex, sdpa, eager"):
+    with pytest.raises(
+        ValueError, match="attention must be one of flash, flex, cached, sdpa, eager"
+    ):
         Target(tiny_model("llama"), attention="fast")
     with pytest.raises(ValueError, match="gpt_neo has no attention interface"):
         Target(tiny_model("gpt_neo"), attention="flex")

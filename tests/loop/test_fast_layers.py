@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from specdiff import Decoder, Target
 from specdiff.drafters import Autoregressive, PromptLookup, load_drafter
 from specdiff.loop.fast_layers import accelerate, is_accelerated, linear, restore
-from specdiff.loop.memory import HUGE, Store
+from specdiff.loop.memory import HUGE, LEAST, Store
 from specdiff_kernels import pack_weight, use_backend
 from tests.operators import Operators
 from tests.tiny import FAMILIES, tiny_model
@@ -561,7 +561,8 @@ def test_pieces_of_a_store_begin_in_a_huge_page_and_never_overlap():
     spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in pieces)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert all(start % 64 == 0 for start, _ in spans)
-    assert pieces[0].data_ptr() % HUGE == 0 and pieces[4].data_ptr() % HUGE == 0
+    large = [x for x in pieces if x.nbytes >= LEAST]  # the others are ordinary memory
+    assert len(large) == 2 and all(x.data_ptr() % HUGE == 0 for x in large)
     assert [tuple(x.shape) for x in pieces[:-1]] == shapes
 
 

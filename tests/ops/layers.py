@@ -216,10 +216,11 @@ def run(
     *,
     block: int | None = None,
     parts: bool = False,
+    limits: Tensor | None = None,
 ) -> Result:
     """Over a copy of the cache, in which nothing but the tokens' slots may change.
 
-    block: positions of a block; None: a dense cache. parts: in two calls.
+    block: positions of a block; None: a dense cache. parts: in two calls. limits: see LayerCall.
     """
     (B, Q, _), S = tokens.x.shape, tokens.keys.shape[2]
     caches = {"keys": tokens.keys.clone(), "values": tokens.values.clone()}
@@ -232,7 +233,7 @@ def run(
     x = tokens.x.clone()
     call = LayerCall(
         x, None, tokens.rotation, slots, caches["keys"], caches["values"], tables, tokens.lengths,
-        tokens.first, True, True,
+        tokens.first, limits, True, True,
     )  # fmt: skip
     if parts:
         query = torch.full((B, Q, layer.heads, layer.size), NAN)

@@ -363,3 +363,20 @@ def test_views_between_sentinels(implementation):
         around = torch.full((5, d), NAN)
         around[1:4] = x
         assert torch.equal(row_norm(around[1:4], inside), row_norm(x, norm))
+
+
+def test_tokens_that_see_as_far_as_they_are_told(implementation):
+    """As in a block that is denoised: all of it. The end of a token's own entries changes nothing,
+    and a longer reach is that of a token that stands so much later in the cache."""
+    shape = Shape(hidden=40, inner=48)
+    layer, tokens = layer_of(shape, packed=True), tokens_of(shape, 5, (70, 3))
+    chain = run(decoder_layer, layer, tokens)
+    own = tokens.positions + 1
+    assert torch.equal(run(decoder_layer, layer, tokens, limits=own)[0], chain[0])
+    whole = own[:, -1:].expand(-1, 5).contiguous()
+    block = run(decoder_layer, layer, tokens, limits=whole, block=16)
+    assert torch.equal(block[0][:, -1], chain[0][:, -1])
+    assert not torch.isclose(block[0][:, 0], chain[0][:, 0]).all()
+    with forced("reference"):
+        expected = run(decoder_layer, layer, tokens, limits=whole)[0]
+    torch.testing.assert_close(block[0], expected, rtol=1e-5, atol=1e-5)
