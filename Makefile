@@ -37,6 +37,7 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	for threads in 1 2; do $(BIN)/python benchmarks/bench_skinny_linear.py --threads $$threads; done
 	$(BIN)/python benchmarks/bench_row_divergence.py
 	for threads in 1 2; do $(BIN)/python benchmarks/bench_forward.py --threads $$threads; done
+	$(BIN)/python benchmarks/prove_text.py
 	$(BENCH) run --method transformers --method transformers-lookup,k=4 --method prompt-lookup \
 	  --method parallel,k=4 --method parallel,k=8 --method parallel --method eagle,k=4 \
 	  --method eagle --method block-diffusion,k=4,steps=1 --k auto --tokens 64 --repetitions 1 \

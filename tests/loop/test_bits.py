@@ -112,6 +112,28 @@ def test_through_transformers_own_cache(family):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}], ids=str)
+def test_generate_of_transformers(family, more, monkeypatch):
+    """Its text in a batch with padding, with every layer native but for GPT-Neo's."""
+    if family == "gpt_neo" and more:
+        pytest.skip("GPT-Neo's own attention takes no static cache")
+    left = []
+    native = decoder_layers.native
+
+    def counted(*given):
+        out = native(*given)
+        left.append(out is None)
+        return out
+
+    monkeypatch.setattr(decoder_layers, "native", counted)
+    model = tiny_model(family)
+    tokens = torch.tensor([[3, 1, 4, 1, 5], [0, 0, 2, 6, 5]])
+    more = {"attention_mask": (tokens > 0).long(), "max_new_tokens": 20, "pad_token_id": 0, **more}
+    expected = model.generate(tokens, do_sample=False, **more)
+    assert torch.equal(accelerate(model).generate(tokens, do_sample=False, **more), expected)
+    assert left and (family == "gpt_neo" or not any(left))
+
+
 def split_by_tokens(x, of):
     """A linear layer whose sums are cut into as many parts as there are tokens."""
     packs, N = of.weight

@@ -159,14 +159,15 @@ def rows_seen(
 
     Args:
         mask: bool or float [B or 1, 1, Q, known], None for causal attention over all entries.
-        known: entries of a row with those of the queries.
+        known: entries of a row with those of the queries, and with room for more.
     """
     if mask is None:
         return torch.full((B,), known - Q), None
     results: dict[int | None, Any] = vars(mask).setdefault("specdiff_rows", {})
     if window not in results:  # a mask serves all layers of a forward
         results[window] = read_mask(mask, B, Q, known, window)
-    return results[window]
+    seen: tuple[Tensor, Tensor | None] | None = results[window]
+    return seen
 
 
 def read_mask(
@@ -176,13 +177,14 @@ def read_mask(
         return None
     seen = mask[:, 0] if mask.dtype is torch.bool else mask[:, 0] >= 0  # hidden: far below 0
     first = seen.any(1).int().argmax(1)
-    keys, queries = torch.arange(known), torch.arange(known - Q, known)[:, None]
+    length = known - Q - int(seen[0, -1].flip(0).int().argmax())  # the last query sees itself last
+    keys, queries = torch.arange(known), torch.arange(length, length + Q)[:, None]
     expected = (keys >= first[:, None, None]) & (keys <= queries)
     if window is not None:
         expected &= keys > queries - window
-    if not torch.equal(seen, expected):
+    if not torch.equal(seen, expected.expand_as(seen)):
         return None
-    return torch.full((B,), known - Q), first.expand(B).contiguous()
+    return torch.full((B,), length), first.expand(B).contiguous()
 
 
 def visible_from(lengths: Tensor, sliding_window: int | None) -> Callable[..., Tensor]:

@@ -356,8 +356,9 @@ def native(
     entries = next((given[name] for name in CACHES if name in given), None)
     if isinstance(entries, OpenCache):
         return over_open(description, x, rotation, entries, fast.shape.number)
-    if entries is None or type(entries) is DynamicCache:
-        mask = given.get("attention_mask")
+    mask = given.get("attention_mask")
+    whole = entries is None or type(entries) is DynamicCache  # all of it is seen without a mask
+    if whole or (isinstance(entries, Cache) and mask is not None):
         window = description.window if fast.family.windows_in_mask else None
         return over_any(description, x, rotation, entries, fast.shape.number, mask, window)
     return None
