@@ -49,10 +49,10 @@ class FastModule(ABC):
         """The native form; None where the module has to go torch's way."""
         if self.reason(module) is not None:
             return None
-        if self.native is not None and self.changed():
-            self.look(module)  # what has changed may not fit any more
-        if self.native is None and self.fault is None:
-            self.read()
+        if self.native is None or self.changed():
+            self.native = None
+            if self.find(module) is None:  # what has changed may not fit any more, or fit again
+                self.read()
         return self.native
 
     def reason(self, module: nn.Module) -> str | None:

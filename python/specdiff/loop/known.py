@@ -91,8 +91,6 @@ def same_code(function: Any, of: Any) -> bool:
     for each in (function, of):
         if type(each) is not FunctionType or not each.__module__.startswith(TRANSFORMERS):
             return False
-        if each.__closure__ or hasattr(each, "__wrapped__"):
-            return False
     return bool(code_of(function) == code_of(of))
 
 
