@@ -186,6 +186,18 @@ def test_a_forward_that_was_replaced_before_is_kept(name):
         assert (after - before).abs().max() < 200 * 2.0**-24 * before.abs().max()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("called", [False, True])
+def test_a_linear_layer_in_it_that_is_restored(called):
+    for model in (other_model("qwen3"), tiny_model("llama")):
+        before = logits(model)
+        accelerate(model)
+        if called:
+            logits(model)
+        restore(model.model.layers[0].mlp.gate_proj)
+        assert (logits(model) - before).abs().max() < 200 * 2.0**-24 * before.abs().max()
+
+
 def test_a_decoder_layer_is_native_with_its_mlp_swapped():
     """Nothing in it is called."""
     model = accelerate(tiny_model("llama"))

@@ -77,6 +77,8 @@ class FastModule(ABC):
         self.forwards = [own.get("forward") for own in self.inside]
         self.native = None
         self.fault = self.find(module)
+        if self.fault is None and any("forward" not in vars(m) for m in self.linears.values()):
+            self.fault = "a linear layer in it was restored"  # and its weight has another form
 
     def read(self) -> None:
         """Take the weights as they are now."""
