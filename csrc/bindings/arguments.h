@@ -136,15 +136,21 @@ inline void read(Arguments& in, Weight& weight) {
   in(weight.data, weight.dtype, weight.packed, weight.n, weight.stride, weight.bias);
 }
 
-inline void read(Arguments& in, DecoderLayer& layer) {
+inline void read(Arguments& in, Mlp& mlp) {
   int activation;
+  for (Weight* weight : {&mlp.gate, &mlp.up, &mlp.down}) read(in, *weight);
+  in(activation);
+  mlp.activation = static_cast<Activation>(activation);
+}
+
+inline void read(Arguments& in, DecoderLayer& layer) {
   in(layer.hidden, layer.heads, layer.kv_heads, layer.size, layer.inner);
   read(in, layer.attention_norm);
   read(in, layer.mlp_norm);
   for (Weight& weight : layer.qkv) read(in, weight);
-  for (Weight* weight : {&layer.output, &layer.gate, &layer.up, &layer.down}) read(in, *weight);
-  in(activation, layer.window);
-  layer.activation = static_cast<Activation>(activation);
+  read(in, layer.output);
+  read(in, layer.mlp);
+  in(layer.window);
 }
 
 inline void read(Arguments& in, DecoderLayerParams& p) {

@@ -97,6 +97,12 @@ void row_norm(Address x, int64_t m, int64_t k, const Numbers& norm, float epsilo
   cpu::normalise(of, pointer<const float>(x), m, k, pointer<float>(out), threads);
 }
 
+void gated_mlp(Address x, int64_t m, int64_t k, const Numbers& mlp, Address out, int threads) {
+  const Mlp of = params<Mlp>(mlp);
+  py::gil_scoped_release release;
+  cpu::gated_mlp(of, pointer<const float>(x), m, k, pointer<float>(out), threads);
+}
+
 // A layer's weights and shape by themselves, since they stay while tokens come and go.
 DecoderLayer make_layer(const Numbers& arguments, const std::vector<float>& numbers) {
   DecoderLayer layer = params<DecoderLayer>(arguments);
@@ -176,6 +182,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("skinny_linear_scratch", &cpu::skinny_linear_scratch);
   m.def("cached_attention", &cached_attention);
   m.def("row_norm", &row_norm);
+  m.def("gated_mlp", &gated_mlp);
   py::class_<DecoderLayer>(m, "DecoderLayer").def(py::init(&make_layer));
   m.def("decoder_layer", &decoder_layer);
   m.def("fingerprint", &fingerprint);

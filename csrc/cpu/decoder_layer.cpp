@@ -1,5 +1,5 @@
-// A decoder layer in one call: threads pass from stage to stage together, so that little time goes
-// by between the reading of one weight and of the next.
+// A decoder layer, or its MLP, in one call: threads pass from stage to stage together, so that
+// little time goes by between the reading of one weight and of the next.
 #include <algorithm>
 #include <vector>
 
@@ -49,6 +49,20 @@ void multiply(Team& team, const Product (&products)[N], int count, int threads) 
 void normalise(Team& team, const Norm& norm, const float* x, int64_t m, int64_t k,
                const Rows& out) {
   team.each(m, [&](int64_t row) { forward().normalise(norm, x + row * k, k, out, row); });
+}
+
+// x [m, k], in panels or one row; inner [m, up.n] is in panels; residual [m, down.n] may be null.
+void multiply_mlp(Team& team, const Mlp& mlp, const Rows& x, int64_t m, int64_t k,
+                  const Rows& inner, const float* residual, float* out, int threads) {
+  Product up[1] = {product_of(x, m, k, mlp.up, inner)};
+  up[0].gate = mlp.gate;
+  up[0].activation = mlp.activation;
+  multiply(team, up, 1, threads);
+  const int64_t n = mlp.down.n;
+  Product down[1] = {product_of(inner, m, mlp.up.n, mlp.down, plain_rows(out, n))};
+  down[0].residual = residual;
+  down[0].residual_stride = n;
+  multiply(team, down, 1, threads);
 }
 
 class Layer {
@@ -130,15 +144,7 @@ class Layer {
     out[0].residual_stride = hidden;
     multiply(team, out, 1, p_.threads);
     normalise(team, layer_.mlp_norm, stream_, m_, hidden, normed_);
-    Product up[1] = {product_of(normed_, m_, hidden, layer_.up, inner_)};
-    up[0].gate = layer_.gate;
-    up[0].activation = layer_.activation;
-    multiply(team, up, 1, p_.threads);
-    Product down[1] = {
-        product_of(inner_, m_, layer_.inner, layer_.down, plain_rows(p_.out, hidden))};
-    down[0].residual = stream_;
-    down[0].residual_stride = hidden;
-    multiply(team, down, 1, p_.threads);
+    multiply_mlp(team, layer_.mlp, normed_, m_, hidden, inner_, stream_, p_.out, p_.threads);
   }
 
   const DecoderLayerParams& p_;
@@ -150,14 +156,32 @@ class Layer {
   AttentionPlan plan_{};
 };
 
+Memory& memory_of_thread() {
+  thread_local Memory memory;
+  return memory;
+}
+
 }  // namespace
 
 void decoder_layer(const DecoderLayerParams& p) {
-  thread_local Memory memory;
   if (p.batch * p.queries == 0) return;
-  const Layer layer(p, memory);
+  const Layer layer(p, memory_of_thread());
   Team team(p.layer->hidden * p.layer->inner <= kElementsPerThread / 4 ? 1 : p.threads);
   team.run([&] { layer.run(team); });
+}
+
+void gated_mlp(const Mlp& mlp, const float* x, int64_t m, int64_t k, float* out, int threads) {
+  if (m == 0) return;
+  Memory& memory = memory_of_thread();
+  const int64_t n = mlp.up.n;
+  const Rows laid = m == 1 ? plain_rows(const_cast<float*>(x), 0)
+                           : in_panels(room(memory.normed, panels_size(m, k)), m, k);
+  const Rows inner = in_panels(room(memory.inner, panels_size(m, n)), m, n);
+  Team team(k * n <= kElementsPerThread / 4 ? 1 : threads);
+  team.run([&] {
+    if (m > 1) team.each(m, [&](int64_t row) { lay_out(x + row * k, k, laid, row); });
+    multiply_mlp(team, mlp, laid, m, k, inner, nullptr, out, threads);
+  });
 }
 
 void normalise(const Norm& norm, const float* x, int64_t m, int64_t k, float* out, int threads) {

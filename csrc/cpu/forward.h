@@ -37,6 +37,9 @@ static inline int64_t panels_size(int64_t rows, int64_t k) {  // floats
   return (k + length - 1) / length * rows * kPanel;
 }
 
+// x [k] -> row `row` of rows.
+void lay_out(const float* x, int64_t k, const Rows& rows, int64_t row);
+
 // out [m, n] = x [m, k] weight^T + bias; with a gate, times activation(x gate^T + gate_bias);
 // without one, activation of that; then the residual is added.
 struct Product {

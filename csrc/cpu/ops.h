@@ -1,5 +1,5 @@
 // The ops. They write every output, and may be called from any thread. They allocate nothing, but
-// for attention and decoder layers, which keep memory for each thread that calls them.
+// for attention, decoder layers and MLPs, which keep memory for each thread that calls them.
 #pragma once
 
 #include "specdiff/params.h"
@@ -20,6 +20,9 @@ void decoder_layer(const DecoderLayerParams& params);
 
 // Rows x [m, k] -> out [m, k].
 void normalise(const Norm& norm, const float* x, int64_t m, int64_t k, float* out, int threads);
+
+// Rows x [m, k] -> out [m, n].
+void gated_mlp(const Mlp& mlp, const float* x, int64_t m, int64_t k, float* out, int threads);
 
 // See reference/fingerprint.py.
 uint64_t fingerprint(const int32_t* weight, int64_t rows, int64_t columns, int64_t row_stride,

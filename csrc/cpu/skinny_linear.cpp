@@ -13,17 +13,17 @@ constexpr int64_t kRowsPerItem = 6 * kPack;  // neighbouring rows of the weight,
 Rows lay_out(const SkinnyLinearParams& p) {
   if (p.m == 1) return plain_rows(const_cast<float*>(p.x), 0);  // as it is
   const Rows rows = in_panels(p.scratch, p.m, p.k);
-  for (int64_t k = 0; k < p.k; k += rows.length) {
-    const int64_t count = std::min(p.k - k, rows.length);
-    for (int64_t m = 0; m < p.m; ++m) {
-      const float* from = p.x + m * p.x_stride + k;
-      std::copy(from, from + count, at(rows, m, k));
-    }
-  }
+  for (int64_t m = 0; m < p.m; ++m) lay_out(p.x + m * p.x_stride, p.k, rows, m);
   return rows;
 }
 
 }  // namespace
+
+void lay_out(const float* x, int64_t k, const Rows& rows, int64_t row) {
+  for (int64_t first = 0; first < k; first += rows.length) {
+    std::copy_n(x + first, std::min(k - first, rows.length), at(rows, row, first));
+  }
+}
 
 int64_t skinny_linear_scratch(int64_t m, int64_t k) { return m > 1 ? panels_size(m, k) : 0; }
 

@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from specdiff_kernels import pack_weight
 from specdiff_kernels.ops.decoder_layer import (
     ACTIVATIONS,
     DecoderLayer,
+    GatedMlp,
     LayerCall,
+    Linear,
     Norm,
     decoder_layer,
+    gated_mlp,
     row_norm,
 )
 from specdiff_kernels.reference import decoder_layer as reference
@@ -380,3 +385,99 @@ def test_tokens_that_see_as_far_as_they_are_told(implementation):
     with forced("reference"):
         expected = run(decoder_layer, layer, tokens, limits=whole)[0]
     torch.testing.assert_close(block[0], expected, rtol=1e-5, atol=1e-5)
+
+
+# --- gated MLPs ----------------------------------------------------------------------------------
+
+WIDTHS = [(9, 5, 9), (40, 300, 24), (576, 700, 576)]  # of inputs, between, of outputs
+
+
+def mlp_of(
+    widths: tuple[int, int, int],
+    *,
+    packed: bool,
+    biases: bool = True,
+    activation: str = "silu",
+    dtype: torch.dtype = torch.float32,
+) -> GatedMlp:
+    draw = torch.Generator().manual_seed(0)
+
+    def linear(N: int, K: int) -> Linear:
+        weight = (torch.randn(N, K, generator=draw) * K**-0.5).to(dtype)
+        bias = torch.randn(N, generator=draw) if biases else None
+        return Linear(pack_weight(weight) if packed else weight, bias)
+
+    K, inner, N = widths
+    return GatedMlp(linear(inner, K), linear(inner, K), linear(N, inner), activation)
+
+
+def mlp_formula(x: Tensor, mlp: GatedMlp, dtype: torch.dtype) -> Tensor:
+    def linear(x: Tensor, of: Linear) -> Tensor:
+        return F.linear(x, of.weight.to(dtype), None if of.bias is None else of.bias.to(dtype))
+
+    activate = reference.ACTIVATE[mlp.activation]
+    return linear(activate(linear(x.to(dtype), mlp.gate)) * linear(x.to(dtype), mlp.up), mlp.down)
+
+
+def assert_mlp_is_exact(result: Tensor, x: Tensor, mlp: GatedMlp) -> None:
+    exact, near = (mlp_formula(x, mlp, dtype) for dtype in (torch.float64, torch.float32))
+    assert rms(result - exact) <= 2 * rms(near - exact) + 2.0**-23 * rms(exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_an_mlp_is_exact_and_a_rows_own(widths, activation, dtype, implementation):
+    options = {"activation": activation, "biases": activation != "relu", "dtype": dtype}
+    packed, lying = (mlp_of(widths, packed=packed, **options) for packed in (True, False))
+    x = torch.randn(2, 9, widths[0], generator=torch.Generator().manual_seed(1)) * 3
+    result = gated_mlp(x, packed)
+    assert result.shape == (2, 9, widths[2])
+    assert_mlp_is_exact(result, x, lying)
+    assert torch.equal(gated_mlp(x, lying), result)
+    for b, q in ((0, 0), (1, 3), (1, 8)):
+        assert torch.equal(gated_mlp(x[b, q].clone(), packed), result[b, q])
+    x[0, 2] = NAN
+    others = torch.arange(18) != 2
+    assert torch.equal(gated_mlp(x, packed).view(18, -1)[others], result.view(18, -1)[others])
+    assert gated_mlp(x[:0], packed).shape == (0, 9, widths[2])
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_an_mlp_of_fewer_bits_is_found(name):
+    mlp, x = mlp_of(WIDTHS[1], packed=False), torch.randn(2, 9, 40)
+    part = getattr(mlp, name)
+    fewer = (part.weight.view(torch.int32) + 2**9 & -(2**10)).view(torch.float32)
+    changed = replace(mlp, **{name: part._replace(weight=fewer)})
+    with pytest.raises(AssertionError):
+        assert_mlp_is_exact(gated_mlp(x, changed), x, mlp)
+
+
+def test_an_mlp_that_looks_at_all_rows_is_found():
+    mlp, x = mlp_of(WIDTHS[1], packed=True), torch.randn(9, 40)
+    with forced("reference"), in_place_of("by_token", of_the_call):
+        assert not torch.equal(gated_mlp(x[3], mlp), gated_mlp(x, mlp)[3])
+
+
+@pytest.mark.parametrize("implementation", ON_CPU[1:])
+def test_threads_and_calls_before_do_not_matter_to_an_mlp(implementation):
+    """But in the reference, whose products are torch's."""
+    mlp, x = mlp_of(WIDTHS[2], packed=True), torch.randn(70, 576)
+    shape, Q, lengths = CASES["gpt2"]
+    with forced(implementation):
+        with threads(1):
+            one = gated_mlp(x, mlp)
+        with threads(3):
+            assert torch.equal(gated_mlp(x, mlp), one)
+            run(decoder_layer, layer_of(shape, packed=True), tokens_of(shape, Q, lengths))
+            assert torch.equal(gated_mlp(x[:9], mlp), one[:9])
+
+
+def test_an_mlp_as_in_a_layer(implementation):
+    """The same bits as a layer's, whose attention and norm are taken away."""
+    layer, tokens = layer_of(TINY, packed=False), tokens_of(TINY, 5, (3,))
+    layer.output.weight.zero_(), layer.output.bias.zero_()
+    mlp = GatedMlp(layer.gate, layer.up, layer.down, layer.activation)
+    expected = run(decoder_layer, layer, tokens).out
+    result = gated_mlp(row_norm(tokens.x, layer.mlp_norm), mlp) + tokens.x
+    assert torch.equal(result, expected)

@@ -283,14 +283,20 @@ struct AttentionParams {
   int32_t threads;
 };
 
+// down(activation(gate(x)) up(x)), without a gate down(activation(up(x))).
+struct Mlp {
+  Weight gate, up, down;  // gate.data null: none
+  Activation activation;
+};
+
 // What a decoder layer is, apart from its tokens: a norm, attention, a norm, an MLP, each half
 // added to what came in.
 struct DecoderLayer {
   int64_t hidden, heads, kv_heads, size, inner;
   Norm attention_norm, mlp_norm;
   Weight qkv[3];  // or all in the first
-  Weight output, gate, up, down;
-  Activation activation;
+  Weight output;
+  Mlp mlp;
   int64_t window;
   float scale, softcap;
 };

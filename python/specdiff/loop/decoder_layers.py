@@ -9,51 +9,31 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
-from transformers import activations as acts
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoBlock
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
-from transformers.pytorch_utils import Conv1D
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from specdiff_kernels import PackedWeight
-from specdiff_kernels.backends import find
 from specdiff_kernels.ops.decoder_layer import (
     MOST_COLUMNS,
     DecoderLayer,
     LayerCall,
     Linear,
-    Norm,
     decoder_layer,
 )
 from specdiff_kernels.ops.skinny_linear import PACK
 
 from .attention import rows_seen
 from .cache import OpenCache
-from .only_packed import OnlyPacked, held, memory_of
-from .packed import usable, version_of
+from .fast_module import FastModule, has_global_hooks
+from .known import ACTIVATIONS, is_fp32_linear, is_fp32_norm, is_itself, read_norm
+from .packed import usable
 
 CACHES = ("cache", "past_key_values", "layer_past")  # what layers call it
-ACTIVATIONS = {
-    nn.SiLU: "silu",
-    acts.SiLUActivation: "silu",
-    acts.NewGELUActivation: "gelu_tanh",
-    acts.GELUTanh: "gelu_tanh",
-    acts.GELUActivation: "gelu",
-    nn.ReLU: "relu",
-}
-NORMS: dict[type, Callable[[Any], Norm]] = {
-    LlamaRMSNorm: lambda m: Norm("rms", m.weight, None, m.variance_epsilon),
-    MistralRMSNorm: lambda m: Norm("rms", m.weight, None, m.variance_epsilon),
-    Qwen2RMSNorm: lambda m: Norm("rms", m.weight, None, m.variance_epsilon),
-    GemmaRMSNorm: lambda m: Norm("rms", m.weight, None, m.eps, 1.0),
-    nn.LayerNorm: lambda m: Norm("layer", m.weight, m.bias, m.eps),
-    nn.RMSNorm: lambda m: Norm("rms", m.weight, None, m.eps or 2.0**-23),
-}
 
 
 class Shape(NamedTuple):
@@ -140,93 +120,34 @@ LAYERS: dict[type, Family] = {
 }
 
 
-class FastLayer:
-    """A layer's native form, made anew when its parts or weights have changed.
+class FastLayer(FastModule):
+    """A decoder layer's native form."""
 
-    Args:
-        weight_of: gives the weight of a linear layer as its products take it.
-    """
-
-    def __init__(self, weight_of: Callable[[Any], PackedWeight | Tensor]) -> None:
-        self.weight_of = weight_of
-        self.watch = find("watch", "cpu", None)
-        self.children: list[tuple[Any, ...]] | None = None
-        self.native: DecoderLayer | None = None
-
-    def __reduce__(self) -> tuple[type[FastLayer], tuple[Any]]:
-        return FastLayer, (self.weight_of,)  # a copied or saved layer makes its own
-
-    def ready(self, layer: nn.Module) -> DecoderLayer | None:
-        """The native form; None where the layer has to go torch's way."""
-        if self.reason(layer) is not None:
-            return None
-        if self.native is None or self.changed():
-            self.read()
-        return self.native
-
-    def reason(self, layer: nn.Module) -> str | None:
-        """Why the layer has to go torch's way; None: it has not. Made for each token."""
-        if self.children is None or [tuple(d.values()) for d in self.parents] != self.children:
-            self.look(layer)
-        if self.fault is not None:
-            return self.fault
-        if any(self.hooks):
-            return "a module in it has hooks"
-        if [own.get("forward") for own in self.inside] != self.forwards:
-            return "the forward of a module in it was replaced"
-        return None
-
-    def look(self, layer: nn.Module) -> None:
-        """Find the layer's parts."""
-        modules = list(layer.modules())
-        self.parents = [m._modules for m in modules if m._modules]
-        self.children = [tuple(d.values()) for d in self.parents]
-        self.hooks = [h for m in modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.inside = [m.__dict__ for m in modules[1:]]
-        self.forwards = [own.get("forward") for own in self.inside]
-        self.native = None
+    def find(self, layer: Any) -> str | None:
         self.family = family = LAYERS[type(layer)]
-        self.fault = fault_of(layer)
-        if self.fault is None:
+        fault = fault_of(layer)
+        if fault is None:
             part: Callable[[str], Any] = layer.get_submodule
             self.shape = family.shape(layer)
-            self.linears: list[Any] = [part(name) for name in family.linears]
-            self.norms: list[Any] = [part(family.attention_norm), part(family.mlp_norm)]
+            self.linears = {name: part(name) for name in family.linears}
+            self.norms = [part(family.attention_norm), part(family.mlp_norm)]
             self.activation = ACTIVATIONS[type(part(family.activation))]
+        return fault
 
-    def read(self) -> None:
-        """Take the weights as they are now."""
+    def make(self, parts: dict[str, Linear]) -> DecoderLayer:
         family, shape = self.family, self.shape
-        self.tensors = [
-            (m._parameters, name, m._parameters[name])
-            for m in (*self.linears, *self.norms)
-            for name in ("weight", "bias")
-            if name in m._parameters
-        ]
-        known = [tensor for _, _, tensor in self.tensors if tensor is not None]
-        self.packed = [(tensor, tensor.kept) for tensor in known if type(tensor) is OnlyPacked]
-        self.memory = [memory_of(tensor) for tensor in known]
-        self.places = [tensor.data_ptr() for tensor in self.memory]
-        weights = [m.weight for m in self.linears]
-        self.weights = [w for w in weights if type(w) is not OnlyPacked]  # read where it is written
-        self.versions = versions_of(self.weights)
-        self.fingerprint = self.watch(self.weights)
-        self.seen = self.fingerprint()
-        parts = {
-            name: Linear(self.weight_of(m), m.bias)
-            for name, m in zip(family.linears, self.linears, strict=True)
-        }
-        heads = columns_of(parts[family.output]) // shape.size
-        outputs = sum(rows_of(parts[name]) for name in family.qkv)
+        heads = parts[family.output].columns // shape.size
+        outputs = sum(parts[name].rows for name in family.qkv)
         gate, up = None if family.gate is None else parts[family.gate], parts[family.up]
         if gate is up:
             gate, up = halves_of(up)
-        self.native = DecoderLayer(
+        attention_norm, mlp_norm = (read_norm(norm) for norm in self.norms)
+        return DecoderLayer(
             heads=heads,
             kv_heads=(outputs // shape.size - heads) // 2,
             size=shape.size,
-            attention_norm=NORMS[type(self.norms[0])](self.norms[0]),
-            mlp_norm=NORMS[type(self.norms[1])](self.norms[1]),
+            attention_norm=attention_norm,
+            mlp_norm=mlp_norm,
             qkv=tuple(parts[name] for name in family.qkv),
             output=parts[family.output],
             gate=gate,
@@ -237,43 +158,10 @@ class FastLayer:
             window=shape.window,
         )
 
-    def changed(self) -> bool:
-        """Whether a tensor is another one, or a weight was written to. Made for each token."""
-        for own, name, tensor in self.tensors:
-            if own.get(name) is not tensor:
-                return True
-        if any(vars(tensor).get("kept") is not kept for tensor, kept in self.packed):
-            return True
-        if [tensor.data_ptr() for tensor in self.memory] != self.places:
-            return True
-        return versions_of(self.weights) != self.versions or self.fingerprint() != self.seen
-
-    def learns(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (
-            x.requires_grad or any(t is not None and t.requires_grad for _, _, t in self.tensors)
-        )
-
-
-def versions_of(weights: list[Tensor]) -> list[int]:
-    try:
-        return [weight._version for weight in weights]
-    except RuntimeError:  # inference tensors count none
-        return [version_of(weight) for weight in weights]
-
-
-def columns_of(linear: Linear) -> int:
-    weight = linear.weight
-    return weight.shape[1] if isinstance(weight, Tensor) else weight.packs.shape[1]
-
-
-def rows_of(linear: Linear) -> int:
-    weight = linear.weight
-    return weight.shape[0] if isinstance(weight, Tensor) else weight.rows
-
 
 def halves_of(linear: Linear) -> tuple[Linear, Linear]:
     """Two layers of two that are one, [2 N, K]; N is a multiple of PACK."""
-    weight, N = linear.weight, rows_of(linear) // 2
+    weight, N = linear.weight, linear.rows // 2
     if isinstance(weight, Tensor):
         parts: Any = weight.split(N)
     else:
@@ -288,7 +176,7 @@ def fault_of(layer: nn.Module) -> str | None:
     home = {type(layer).__module__, __package__ + ".target"}  # where a GPT-Neo's is replaced
     for name in family.own:
         child = part(name)
-        if type(child).__module__ not in home or "forward" in vars(child):
+        if type(child).__module__ not in home or not is_itself(child):
             return f"its {name} is a {type(child).__name__} of its own"
     shape = family.shape(layer)
     if shape.fault is not None:
@@ -296,27 +184,20 @@ def fault_of(layer: nn.Module) -> str | None:
     if shape.size > MOST_COLUMNS:
         return f"its heads have {shape.size} columns, more than {MOST_COLUMNS}"
     for name in (family.attention_norm, family.mlp_norm):
-        if type(part(name)) not in NORMS or not usable(part(name)._parameters.get("weight")):
+        if not is_fp32_norm(part(name)):
             return f"its {name} is no fp32 norm that is known here"
     if type(part(family.activation)) not in ACTIVATIONS:
         return f"its activation is a {type(part(family.activation)).__name__}"
     for name in family.linears:
-        own: Any = part(name)
-        weight, bias = own._parameters.get("weight"), own._parameters.get("bias")
-        if (
-            type(own) not in (nn.Linear, Conv1D)
-            or not (usable(weight) or held(own, weight))
-            or not (bias is None or usable(bias))
-        ):
+        if not is_fp32_linear(part(name)):
             return f"its {name} is no fp32 linear layer"
+    for name in (family.attention_norm, family.mlp_norm, family.activation, *family.linears):
+        if not is_itself(part(name)):
+            return f"its {name} has a forward of its own"
     up: Any = part(family.up)
     if family.gate == family.up and up.weight.shape[0] % (2 * PACK) != 0:
         return f"its {family.up} has {up.weight.shape[0]} rows, no multiple of {2 * PACK}"
     return None
-
-
-def has_global_hooks() -> bool:
-    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
 
 @cache

@@ -20,14 +20,15 @@ from specdiff_kernels.ops.decoder_layer import row_norm
 from specdiff_kernels.ops.registry import watched
 from specdiff_kernels.ops.skinny_linear import unchecked
 
-from . import decoder_layers
+from . import decoder_layers, gated_mlps
 from .decoder_layers import LAYERS as DECODER_LAYERS
-from .decoder_layers import NORMS, FastLayer, fault_of
+from .decoder_layers import FastLayer, fault_of
+from .gated_mlps import FastMlp
+from .known import LINEAR, is_fp32_norm, is_gated_mlp, norm_of
 from .memory import CHUNK, Store, trim
 from .only_packed import OnlyPacked, held, kept, parameter, values_of, with_values
 from .packed import Packed, usable, version_of
 
-LINEAR = (nn.Linear, Conv1D)  # and no subclass, which may compute something else
 ROTARY = (
     LlamaRotaryEmbedding, MistralRotaryEmbedding, Qwen2RotaryEmbedding, GemmaRotaryEmbedding,
 )  # fmt: skip
@@ -38,12 +39,14 @@ Model = TypeVar("Model", bound=nn.Module)
 def accelerate(model: Model, *, packed: bool | Literal["only"] = True, bf16: bool = False) -> Model:
     """Swap layers of an fp32 model on a CPU for native ones, in place.
 
-    Linear layers, norms and rotary positions of any model are swapped, and whole decoder layers of
-    GPT-2, GPT-Neo, Llama, Mistral, Qwen2 and Gemma. Forwards of 2 to 9 rows (tokens times batch)
-    then cost little more than one of a single row. A token's result is the same, bit for bit,
-    whether it is decoded alone, verified among K + 1, or read with its prompt or beside other
-    rows; `Target.inconsistency` says where that holds of a whole model. A decoder layer goes
-    module by module where something in it has hooks, was replaced or is not known here.
+    Linear layers and torch's norms of any model are swapped, norms and gated MLPs of transformers'
+    models where their code is that of Llama's or Gemma's, rotary positions of the following
+    models, and whole decoder layers of GPT-2, GPT-Neo, Llama, Mistral, Qwen2 and Gemma. Forwards
+    of 2 to 9 rows (tokens times batch) then cost little more than one of a single row. A token's
+    result is the same, bit for bit, whether it is decoded alone, verified among K + 1, or read with
+    its prompt or beside other rows; `Target.inconsistency` says where that holds of a whole model.
+    A decoder layer or an MLP goes module by module where something in it has hooks, was replaced or
+    is not known here.
 
     Each linear layer packs a copy of its weight when it is first used, in huge pages, and keeps the
     weight too: linear layers take twice the memory. A forward that needs gradients, or is not in
@@ -99,8 +102,10 @@ def accelerate(model: Model, *, packed: bool | Literal["only"] = True, bf16: boo
                 module.weight.data = module.weight.data.t().contiguous().t()
             copy = Packed(torch.bfloat16 if bf16 else torch.float32, store) if packed else None
             module.forward = partial(linear, module, copy)
-        elif kind in NORMS and usable(module.weight):
+        elif is_fp32_norm(module):
             module.forward = partial(norm, module)
+        elif is_gated_mlp(kind) and gated_mlps.fault_of(module) is None:
+            module.forward = partial(gated_mlps.mlp, module, FastMlp(weight_of))
         elif kind in DECODER_LAYERS and fault_of(module) is None:
             module.forward = partial(decoder_layers.layer, module, FastLayer(weight_of))
     if packed == "only":
@@ -265,14 +270,16 @@ def norm(module: Any, x: Tensor) -> Tensor:
     """The forward of a swapped norm. x [..., d] -> [..., d]"""
     own = module._parameters
     weight, bias = own.get("weight"), own.get("bias")
+    read = norm_of(type(module))
     if (
-        torch.compiler.is_compiling()
+        read is None
+        or torch.compiler.is_compiling()
         or not (usable(x) and usable(weight) and (bias is None or usable(bias)))
         or x.shape[-1:] != weight.shape
         or watched((x, weight, bias))
     ):
         return type(module).forward(module, x)
-    return row_norm(x.contiguous(), NORMS[type(module)](module))
+    return row_norm(x.contiguous(), read(module))
 
 
 class RotaryTable:
@@ -314,4 +321,4 @@ def rotary(module: Any, table: RotaryTable, x: Tensor, position_ids: Tensor) -> 
     return tuple(F.embedding(position_ids, part) for part in parts)
 
 
-FORWARDS = (linear, norm, rotary, decoder_layers.layer)
+FORWARDS = (linear, norm, rotary, gated_mlps.mlp, decoder_layers.layer)

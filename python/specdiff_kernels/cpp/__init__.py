@@ -41,6 +41,7 @@ FUNCTIONS = functions_of(
     skinny_linear,
     verify,
 ) | {
+    "gated_mlp": decoder_layer.gated_mlp,
     "row_divergence_backward": row_divergence.row_divergence_backward,
     "row_norm": decoder_layer.row_norm,
     "watch": fingerprint.watch,

@@ -11,7 +11,7 @@ import specdiff_kernels._C as _C
 
 from ..arguments import address
 from ..fields import DTYPES
-from ..ops.decoder_layer import ACTIVATIONS, NORMS, DecoderLayer, LayerCall, Linear, Norm
+from ..ops.decoder_layer import ACTIVATIONS, NORMS, DecoderLayer, GatedMlp, LayerCall, Linear, Norm
 
 NO_WEIGHT = [0, 0, 0, 0, 0, 0]
 
@@ -88,3 +88,15 @@ def row_norm(x: Tensor, norm: Norm, *, out: Tensor) -> None:
         x.data_ptr(), x.numel() // max(d, 1), d, norm_numbers(norm), norm.epsilon, norm.offset,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def gated_mlp(x: Tensor, mlp: GatedMlp, *, out: Tensor) -> None:
+    K = x.shape[-1]
+    if mlp.native is None:
+        mlp.native = [
+            *weight(mlp.gate, K), *weight(mlp.up, K), *weight(mlp.down, mlp.up.rows),
+            ACTIVATIONS.index(mlp.activation),
+        ]  # fmt: skip
+    _C.gated_mlp(
+        x.data_ptr(), x.numel() // max(K, 1), K, mlp.native, out.data_ptr(), torch.get_num_threads()
+    )

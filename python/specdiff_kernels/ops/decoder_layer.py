@@ -37,6 +37,16 @@ class Linear(NamedTuple):
     weight: PackedWeight | Tensor  # f32 or bf16; a tensor [N, K], rows contiguous, where it lies
     bias: Tensor | None
 
+    @property
+    def rows(self) -> int:
+        weight = self.weight
+        return weight.shape[0] if isinstance(weight, Tensor) else weight.rows
+
+    @property
+    def columns(self) -> int:
+        weight = self.weight
+        return weight.shape[1] if isinstance(weight, Tensor) else weight.packs.shape[1]
+
 
 @dataclass
 class DecoderLayer:
@@ -79,8 +89,23 @@ class DecoderLayer:
     @property
     def inner(self) -> int:
         """Columns between up and down."""
-        weight = self.up.weight
-        return weight.shape[0] if isinstance(weight, Tensor) else weight.rows
+        return self.up.rows
+
+
+@dataclass
+class GatedMlp:
+    """down(activation(gate(x)) up(x)).
+
+    Args:
+        gate, up, down: gate and up have weights of the same shape, both packed or both not.
+        activation: one of ACTIVATIONS.
+    """
+
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation: str
+    native: Any = field(default=None, repr=False)  # a backend's own form of it
 
 
 class LayerCall(NamedTuple):
@@ -126,4 +151,15 @@ def row_norm(x: Tensor, norm: Norm) -> Tensor:
     bit; for a caller who has checked all arguments."""
     out = torch.empty_like(x)
     implementation("row_norm", x.device, None)(x, norm, out=out)
+    return out
+
+
+def gated_mlp(x: Tensor, mlp: GatedMlp) -> Tensor:
+    """A gated MLP of each row of contiguous f32 x [..., K], as f32 [..., N], which depends on that
+    row alone, bit for bit; for a caller who has checked all arguments.
+
+    Source: Shazeer's GLU variants (2002.05202).
+    """
+    out = torch.empty((*x.shape[:-1], mlp.down.rows), dtype=torch.float32, device=x.device)
+    implementation("gated_mlp", x.device, None)(x, mlp, out=out)
     return out

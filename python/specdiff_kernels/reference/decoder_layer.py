@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..inputs import CachedAttentionInputs, SkinnyLinearInputs
-from ..ops.decoder_layer import DecoderLayer, LayerCall, Linear, Norm
+from ..ops.decoder_layer import DecoderLayer, GatedMlp, LayerCall, Linear, Norm
 from .cached_attention import cached_attention
 from .skinny_linear import skinny_linear
 
@@ -55,13 +55,21 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
             cached_attention(one, out=mixed[:, q : q + 1])
     stream = linear(mixed.flatten(2), layer.output) + x
     inputs = by_token(lambda row: normed(row, layer.mlp_norm), stream)
-    activate = ACTIVATE[layer.activation]
-    inner = linear(inputs, layer.up)
-    if layer.gate is None:
+    out.copy_(through_mlp(inputs, layer) + stream)
+
+
+def through_mlp(x: Tensor, mlp: DecoderLayer | GatedMlp) -> Tensor:
+    activate = ACTIVATE[mlp.activation]
+    inner = linear(x, mlp.up)
+    if mlp.gate is None:
         inner = by_token(activate, inner)
     else:
-        inner = by_token(activate, linear(inputs, layer.gate)) * inner
-    out.copy_(linear(inner, layer.down) + stream)
+        inner = by_token(activate, linear(x, mlp.gate)) * inner
+    return linear(inner, mlp.down)
+
+
+def gated_mlp(x: Tensor, mlp: GatedMlp, *, out: Tensor) -> None:
+    out.copy_(through_mlp(x, mlp))
 
 
 def by_token(of: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
