@@ -14,6 +14,15 @@ namespace {
 struct Memory {
   std::vector<float> normed, qkv, query, mixed, stream, inner;
   AttentionMemory attention;
+
+  // Lets go of what a long prompt took.
+  void trim() {
+    for (std::vector<float>* part : {&normed, &qkv, &query, &mixed, &stream, &inner}) {
+      if (part->size() > kKept) std::vector<float>().swap(*part);
+    }
+  }
+
+  static constexpr size_t kKept = size_t(1) << 22;  // floats
 };
 
 float* room(std::vector<float>& memory, int64_t size) {
@@ -168,6 +177,7 @@ void decoder_layer(const DecoderLayerParams& p) {
   const Layer layer(p, memory_of_thread());
   Team team(p.layer->hidden * p.layer->inner <= kElementsPerThread / 4 ? 1 : p.threads);
   team.run([&] { layer.run(team); });
+  memory_of_thread().trim();
 }
 
 void gated_mlp(const Mlp& mlp, const float* x, int64_t m, int64_t k, float* out, int threads) {
@@ -182,6 +192,7 @@ void gated_mlp(const Mlp& mlp, const float* x, int64_t m, int64_t k, float* out,
     if (m > 1) team.each(m, [&](int64_t row) { lay_out(x + row * k, k, laid, row); });
     multiply_mlp(team, mlp, laid, m, k, inner, nullptr, out, threads);
   });
+  memory.trim();
 }
 
 void normalise(const Norm& norm, const float* x, int64_t m, int64_t k, float* out, int threads) {
