@@ -67,6 +67,17 @@ void multiply_panel(const T* const* packs, const char* const* ahead, const float
                     int64_t count, float* totals, int64_t step) {
   constexpr int64_t kColumn = kPack * sizeof(T);  // bytes
   constexpr int kTogether = std::max(1, kMostX / P);
+  if constexpr (!std::is_same_v<T, float>) {
+    if (group > kMostX) {  // or each part of the rows would widen the weight anew
+      alignas(64) float wide[kPanel * kPack];
+      for (int i = 0; i < P; ++i) {
+        for (int64_t k = 0; k < count * kPack; k += kLanes) store(wide + k, load(packs[i] + k));
+        const float* const pack[] = {wide};
+        multiply_panel<1, kMostX>(pack, ahead + i, x, group, count, totals + i * step, step);
+      }
+      return;
+    }
+  }
   if constexpr (P > 1) {
     if (group > kTogether) {
       constexpr int kHalf = P / 2;

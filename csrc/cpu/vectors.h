@@ -56,8 +56,17 @@ struct Float16 {
 
 inline Floats load(const float* x) { return *reinterpret_cast<const AnyFloats*>(x); }
 inline Floats load(const BFloat16* x) {
+  // by name, as GCC widens a vector in halves
+#if defined(__AVX512F__) && !defined(SPECDIFF_BYTES)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return Floats(Words(_mm512_maskz_cvtepu16_epi32(0xffff, halves)) << 16);
+#elif defined(__AVX2__) && !defined(SPECDIFF_BYTES)
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return Floats(Words(_mm256_cvtepu16_epi32(halves)) << 16);
+#else
   const Halves halves = *reinterpret_cast<const AnyHalves*>(x);
   return Floats(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 inline Floats load(const Float16* x) {
   Floats wide;
