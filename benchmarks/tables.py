@@ -145,18 +145,8 @@ def forward() -> list[str]:
         for name in names:
             rows.append([what + name, *(times(measured[name, n] / best) for n in counts)])
     reading = times(whole["reading_ms"] / ways["accelerated", 1])
-    rows.append(["reading the weights alone", reading, *[""] * (len(counts) - 1)])
+    rows.append(["reading the weights alone", reading, *["-"] * (len(counts) - 1)])
     return [*grid(["rows", *map(str, counts)], rows), "", source(layers, whole)]
-
-
-def text() -> list[str]:
-    """Text with drafts against plain text, token by token."""
-    data, rows = result("text_2"), []
-    for case in data["cases"]:
-        share = case["accepted"] / case["drafted"]
-        rows.append([case["setting"], f"{case['tokens']}", f"{case['equal']}", f"{share:.0%}"])
-    head = ["setting", "tokens", "equal to plain text's", "drafted tokens accepted"]
-    return [*grid(head, rows), "", source(data)]
 
 
 def methods() -> list[str]:
@@ -385,7 +375,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         ops,
         instructions,
         forward,
-        text,
         methods,
         lengths,
         steps,
