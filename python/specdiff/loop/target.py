@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
@@ -27,10 +26,10 @@ from ..models import load_causal, load_tokenizer
 from . import attention, fast_layers
 from .arguments import token_ids, whole_number
 from .cache import PagedRowCache, RowCache
+from .fast_module import has_global_hooks
 from .recorder import Recorder
 
 SUPPORTED = ("gemma", "gpt2", "gpt_neo", "llama", "mistral", "qwen2")
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # one rescaling for the whole batch
 
 
 class Target:
@@ -386,10 +385,6 @@ def computes_more(model: PreTrainedModel) -> bool:
     )
 
 
-def has_global_hooks() -> bool:
-    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
-
-
 @cache
 def is_transformers(function: Any) -> bool:
     """Whether a function, and each that it wraps, was written in transformers."""
@@ -416,7 +411,7 @@ def check_supported(model: PreTrainedModel) -> None:
     if getattr(config, "add_cross_attention", False):
         raise ValueError(f"this {kind} model has cross-attention; a target must be decoder-only")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in LENGTH_DEPENDENT_ROPE:
+    if rope in fast_layers.LENGTH_DEPENDENT:
         raise ValueError(
             f"rope type {rope!r} rescales positions by the longest row of the batch, so a row's "
             "text would depend on its batch mates"
