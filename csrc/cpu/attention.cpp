@@ -16,7 +16,6 @@ constexpr int kBlock = 64;  // positions
 constexpr int kAhead = 16;  // positions from the key that is read to the one that is asked for
 constexpr int kScored = 3;  // rows that meet keys together
 constexpr int64_t kFar = int64_t(1) << 61;  // lengths beyond it count as that: no sum overflows
-constexpr int kMostX = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 3;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Entries of a block of positions, one address each.

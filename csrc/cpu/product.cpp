@@ -12,7 +12,6 @@
 namespace specdiff::cpu {
 namespace {
 
-constexpr int kMostX = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 3;  // rows of x in registers
 constexpr int kGroup = 36;  // rows of x that a weight is read once for
 
 inline Floats activate(Floats x, Activation activation) {
@@ -78,7 +77,7 @@ void block(const Product& p, const Stream<T>& stream, int64_t n, int64_t last) {
         const T* next = panel + 1 < panels ? packs[i] + count * kPack : stream.next[i];
         ahead[i] = reinterpret_cast<const char*>(next);
       }
-      multiply_panel<P, kMostX>(packs, ahead, x, group, count, totals[0], kGroup * kPack);
+      multiply_panel<P>(packs, ahead, x, group, count, totals[0], kGroup * kPack);
     }
     const int each = p.gate.data ? 2 : 1;  // packs that give one output
     for (int j = 0; j < P; j += each) {
@@ -136,7 +135,7 @@ void where_they_lie(const Product& p, int64_t n, int64_t rows) {
         pack_columns(from, weight.stride, rows, count, turned);
         const float* packs[] = {turned};
         const char* ahead[] = {reinterpret_cast<const char*>(from + kPack * weight.stride)};
-        multiply_panel<1, kMostX>(packs, ahead, at(p.x, m, k), group, count, totals[i], 0);
+        multiply_panel<1>(packs, ahead, at(p.x, m, k), group, count, totals[i], 0);
       }
     }
     float* out = at(p.out, m, n);

@@ -7,7 +7,8 @@
 namespace specdiff::cpu {
 namespace {
 
-constexpr int kVectors = kPack / kLanes;  // of one column of a pack
+constexpr int kVectors = kPack / kLanes;                          // of one column of a pack
+constexpr int kMostX = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 3;  // rows of x in registers
 
 // Adds to totals [P][C][kPack] the products of `count` columns of P packs with C rows of x, which
 // are kPanel floats apart. Sums begin at 0. Lines from `ahead` on, `pace` bytes for each column,
@@ -62,7 +63,7 @@ constexpr Tile<T, P> tile_of(int rows, std::integer_sequence<int, C...>) {
 // A panel of P packs by `group` rows of x, of which kMostX at once are the most for one pack:
 // totals [P][step], rows of kPack, grow. As many packs go together as leave registers for all rows:
 // few rows alone would wait for each other's sums.
-template <int P, int kMostX, class T>
+template <int P, class T>
 void multiply_panel(const T* const* packs, const char* const* ahead, const float* x, int64_t group,
                     int64_t count, float* totals, int64_t step) {
   constexpr int64_t kColumn = kPack * sizeof(T);  // bytes
@@ -73,7 +74,7 @@ void multiply_panel(const T* const* packs, const char* const* ahead, const float
       for (int i = 0; i < P; ++i) {
         for (int64_t k = 0; k < count * kPack; k += kLanes) store(wide + k, load(packs[i] + k));
         const float* const pack[] = {wide};
-        multiply_panel<1, kMostX>(pack, ahead + i, x, group, count, totals + i * step, step);
+        multiply_panel<1>(pack, ahead + i, x, group, count, totals + i * step, step);
       }
       return;
     }
@@ -81,9 +82,9 @@ void multiply_panel(const T* const* packs, const char* const* ahead, const float
   if constexpr (P > 1) {
     if (group > kTogether) {
       constexpr int kHalf = P / 2;
-      multiply_panel<kHalf, kMostX>(packs, ahead, x, group, count, totals, step);
-      return multiply_panel<kHalf, kMostX>(packs + kHalf, ahead + kHalf, x, group, count,
-                                           totals + kHalf * step, step);
+      multiply_panel<kHalf>(packs, ahead, x, group, count, totals, step);
+      return multiply_panel<kHalf>(packs + kHalf, ahead + kHalf, x, group, count,
+                                   totals + kHalf * step, step);
     }
   }
   const int64_t parts = (group + kTogether - 1) / kTogether;
