@@ -136,6 +136,12 @@ inline void read(Arguments& in, Weight& weight) {
   in(weight.data, weight.dtype, weight.packed, weight.n, weight.stride, weight.bias);
 }
 
+inline void read(Arguments& in, DrawInOrderParams& p) {
+  in(p.codes, p.vocabulary, p.rank, p.inner);
+  read(in, p.weight);
+  in(p.anchor, p.hi, p.ignored, p.drawn);
+}
+
 inline void read(Arguments& in, Mlp& mlp) {
   int activation;
   for (Weight* weight : {&mlp.gate, &mlp.up, &mlp.down}) read(in, *weight);

@@ -1,3 +1,4 @@
+#include "../cpu/forward.h"
 #include "../cpu/ops.h"
 #include "../cpu/tile.h"
 #include "arguments.h"
@@ -55,6 +56,17 @@ void denoise_step(const Numbers& arguments, Address candidates, Address scratch,
   p.threads = threads;
   py::gil_scoped_release release;
   cpu::denoise_step(p);
+}
+
+void draw_in_order(const Numbers& step, const Numbers& correction, Address candidates,
+                   Address scratch, int threads) {
+  DrawInOrderParams p = params<DrawInOrderParams>(correction);
+  p.step = params<DenoiseStepParams>(step);
+  p.step.candidates = pointer<Candidate>(candidates);
+  p.step.scratch = pointer<int64_t>(scratch);
+  p.step.threads = threads;
+  py::gil_scoped_release release;
+  cpu::draw_in_order(p);
 }
 
 void commit(const Numbers& arguments, int threads) {
@@ -176,10 +188,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("row_divergence_backward", &row_divergence_backward);
   m.def("sample", &sample);
   m.def("denoise_step", &denoise_step);
+  m.def("draw_in_order", &draw_in_order);
   m.def("verify", &verify);
   m.def("commit", &commit);
   m.def("skinny_linear", &skinny_linear);
-  m.def("skinny_linear_scratch", &cpu::skinny_linear_scratch);
+  m.def("panels_size", &cpu::panels_size);
   m.def("cached_attention", &cached_attention);
   m.def("row_norm", &row_norm);
   m.def("gated_mlp", &gated_mlp);

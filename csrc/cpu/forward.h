@@ -67,6 +67,9 @@ struct AttentionPlan {
   Rows out;               // a row for each query, heads side by side
 };
 
+// All outputs of a product.
+void multiply(const Product& product, int threads);
+
 struct Forward {
   // Outputs first <= n < last; first is a multiple of kPack, and so is last, or it is the end.
   void (*multiply)(const Product& product, int64_t first, int64_t last);

@@ -11,10 +11,10 @@ void row_divergence(const RowDivergenceParams& params);
 void row_divergence_backward(const RowDivergenceBackwardParams& params);
 void sample(const SampleParams& params);
 void denoise_step(const DenoiseStepParams& params);
+void draw_in_order(const DrawInOrderParams& params);
 void verify(const VerifyParams& params);
 void commit(const CommitParams& params);
 void skinny_linear(const SkinnyLinearParams& params);
-int64_t skinny_linear_scratch(int64_t m, int64_t k);  // floats
 void cached_attention(const AttentionParams& params);
 void decoder_layer(const DecoderLayerParams& params);
 

@@ -25,8 +25,6 @@ void lay_out(const float* x, int64_t k, const Rows& rows, int64_t row) {
   }
 }
 
-int64_t skinny_linear_scratch(int64_t m, int64_t k) { return m > 1 ? panels_size(m, k) : 0; }
-
 void skinny_linear(const SkinnyLinearParams& p) {
   Product product = {};
   product.x = lay_out(p);
@@ -34,8 +32,12 @@ void skinny_linear(const SkinnyLinearParams& p) {
   product.k = p.k;
   product.weight = p.weight;
   product.out = plain_rows(p.out, p.weight.n);
-  const int64_t n = p.weight.n, items = (n + kRowsPerItem - 1) / kRowsPerItem;
-  parallel_for(items, n * p.k, p.threads, [&](int64_t item, int) {
+  multiply(product, p.threads);
+}
+
+void multiply(const Product& product, int threads) {
+  const int64_t n = product.weight.n, items = (n + kRowsPerItem - 1) / kRowsPerItem;
+  parallel_for(items, n * product.k, threads, [&](int64_t item, int) {
     const int64_t first = item * kRowsPerItem;
     forward().multiply(product, first, std::min(first + kRowsPerItem, n));
   });

@@ -233,6 +233,19 @@ struct Weight {
   const float* bias;  // or null
 };
 
+// Positions step.lo, ..., hi - 1, one after another; `step` is that of the first.
+struct DrawInOrderParams {
+  DenoiseStepParams step;
+  const float* codes;  // [vocabulary, rank], of the target's tokens
+  int64_t vocabulary, rank;
+  const float* inner;     // [batch, hi - lo, rank], or null
+  Weight weight;          // [logits.columns, rank]
+  const int64_t* anchor;  // [batch], tokens before position 0
+  int64_t hi;
+  double* ignored;  // [batch, k], for what later steps say of entropies
+  float* drawn;     // in panels: [batch, rank]
+};
+
 struct SkinnyLinearParams {
   const float* x;
   int64_t m, k, x_stride;

@@ -8,11 +8,19 @@ Tokens are then drawn from left to right without another forward. The Markov hea
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specdiff_kernels.ops.decoder_layer import Norm, row_norm
+from specdiff_kernels.ops.registry import watched
+
+from ..loop.packed import usable
+
 FACTOR_STD = 0.01
+EPSILON = 1e-12  # of norms
 
 
 class SequentialHead(nn.Module):
@@ -86,4 +94,11 @@ class SequentialHead(nn.Module):
 
 def scaled(x: Tensor) -> Tensor:
     """Scale each row of [..., d] to a root mean square of 1."""
-    return F.rms_norm(x, x.shape[-1:], eps=1e-12)
+    if torch.compiler.is_compiling() or not usable(x) or x.numel() == 0 or watched((x,)):
+        return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
+    return row_norm(x.contiguous(), unit_norm(x.shape[-1]))
+
+
+@cache
+def unit_norm(d: int) -> Norm:
+    return Norm("rms", torch.ones(d), None, EPSILON)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdiff_kernels import Draft, Reveal, denoise_step
+from specdiff_kernels.ops.draw_in_order import Correction, draw_in_order
 
 from ..loop.drafter import Drafter, Draws, News
-from ..loop.fast_layers import accelerate, is_accelerated, restore
+from ..loop.fast_layers import accelerate, is_accelerated, restore, weight_of
 from ..loop.sampling import RowSampling
 from ..loop.target import Target
 from .head import scaled
@@ -171,15 +172,18 @@ class PrefixDrafter(Drafter):
         if head is None or correction is None:
             reveal = Reveal.all() if hi - lo == draft.tokens.shape[1] else Reveal.chunk(lo, hi)
             return self.reveal(draft, reveal, step, draws, entropies=lo == 0)
-        pool = self.pool(draft)
         inner = None if head.state is None else head.state(scaled(states))  # [B, hi - lo, r]
-        for i in range(lo, hi):
-            before = self.anchor_token if i == 0 else draft.tokens[:, i - 1].clamp(min=0)
-            token = F.embedding(before, self.codes)  # [B, r]
-            code = F.silu(token if inner is None else token + inner[:, i - lo])
-            pool[:, i] += correction(code)
-            draft = self.reveal(draft, Reveal.chunk(i, i + 1), i, draws, entropies=i == 0)
-        return draft
+        return draw_in_order(
+            draft,
+            Correction(self.codes, inner, weight_of(correction)),
+            self.anchor_token,
+            lo,
+            hi,
+            *self.sampling.parameters,
+            entropies=lo == 0,
+            **draws._asdict(),
+            backend=self.backend,
+        )
 
     def reveal(
         self, draft: Draft, reveal: Reveal, step: int, draws: Draws, *, entropies: bool

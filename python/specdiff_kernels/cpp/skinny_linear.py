@@ -16,7 +16,7 @@ def skinny_linear(inputs: SkinnyLinearInputs, *, out: Tensor) -> None:
     x, weight, N, bias = inputs
     M, K = x.shape
     # where x is laid out anew
-    scratch = x.new_empty(_C.skinny_linear_scratch(M, K)) if M > 1 else None
+    scratch = x.new_empty(_C.panels_size(M, K)) if M > 1 else None
     _C.skinny_linear(
         x.data_ptr(), M, K, x.stride(0),
         weight.data_ptr(), DTYPES[weight.dtype], weight.ndim == 3, N, weight.stride(0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,33 +98,15 @@ def denoise_step(
         >>> whole.tokens.tolist(), whole.tau.tolist()
         ([[1, 0]], [[0, 1]])
     """
-    check_draft(draft)
-    device = draft.tokens.device
-    if draft.logits is None:
-        raise ValueError("draft.logits: expected the pool of the model's logits, got None")
-    order = check_reveal(reveal, step)
-    B, K = draft.tokens.shape
-    rows = torch.arange(B * K, device=device).view(B, K) if pool_rows is None else pool_rows
-    V = columns("draft.draft_ids", draft.draft_ids, draft.logits.shape[-1], device)
-    sizes: Sizes = {"B": B, "K": K, "Vd": V, "words": (B, K, 2 if position is None else 1 + V)}
-    if words is None:
-        greedy = None if order in DRAWN else temperature
-        seed, round = random_key(B, greedy, seed=seed, round=round)
-    inputs = OP.check(
-        sizes,
-        device,
+    inputs, sizes = checked(
         draft,
-        rows,
         reveal,
         step,
-        order is Order.ENTROPY or entropies,
         (temperature, top_k, top_p, min_p),
         (words, seed, round, position),
+        pool_rows=pool_rows,
+        entropies=entropies,
     )
-    check_step(inputs.step, inputs.draft.tau)
-    if draft.draft_ids is not None:
-        check_increasing("draft.draft_ids", draft.draft_ids, 2**31)
-    check_pool_rows(pool_rows, sizes)
     results = None
     if out is not None:
         if not isinstance(out, Draft):
@@ -134,13 +117,63 @@ def denoise_step(
         if not entropies and (entropy is draft.entropy or overlap(entropy, draft.entropy)):
             entropy = torch.empty_like(entropy)  # written in its place
         results = Pending(out.tokens, out.tau, out.rows, out.distribution, entropy)
-    results = OP(inputs, sizes, device, backend, results, workspace)
+    results = OP(inputs, sizes, draft.tokens.device, backend, results, workspace)
+    return after_step(draft, results, inputs, entropies=entropies)
+
+
+def checked(
+    draft: Draft,
+    reveal: Reveal,
+    step: int,
+    sampling: tuple[Any, ...],
+    random: tuple[Any, ...],
+    *,
+    pool_rows: Tensor | None,
+    entropies: bool,
+) -> tuple[DenoiseStepInputs, Sizes]:
+    """The arguments of `denoise_step` as kernels take them, and the sizes that they show."""
+    check_draft(draft)
+    device = draft.tokens.device
+    if draft.logits is None:
+        raise ValueError("draft.logits: expected the pool of the model's logits, got None")
+    order = check_reveal(reveal, step)
+    words, seed, round, position = random
+    B, K = draft.tokens.shape
+    rows = torch.arange(B * K, device=device).view(B, K) if pool_rows is None else pool_rows
+    V = columns("draft.draft_ids", draft.draft_ids, draft.logits.shape[-1], device)
+    sizes: Sizes = {"B": B, "K": K, "Vd": V, "words": (B, K, 2 if position is None else 1 + V)}
+    if words is None:
+        greedy = None if order in DRAWN else sampling[0]
+        seed, round = random_key(B, greedy, seed=seed, round=round)
+    inputs = OP.check(
+        sizes,
+        device,
+        draft,
+        rows,
+        reveal,
+        step,
+        order is Order.ENTROPY or entropies,
+        sampling,
+        (words, seed, round, position),
+    )
+    check_step(inputs.step, inputs.draft.tau)
+    if draft.draft_ids is not None:
+        check_increasing("draft.draft_ids", draft.draft_ids, 2**31)
+    check_pool_rows(pool_rows, sizes)
+    return inputs, sizes
+
+
+def after_step(
+    draft: Draft, results: Pending, inputs: DenoiseStepInputs, *, entropies: bool
+) -> Draft:
+    """The draft with what a step has written."""
+    order = inputs.reveal.order
     return draft._replace(
         **results._asdict()
         | {
             "value_dependent": draft.value_dependent or order is Order.CONFIDENCE,
             "final_step": inputs.step if order is Order.ALL else draft.final_step,
-            "coupled": draft.coupled or position is not None,
+            "coupled": draft.coupled or inputs.random.position is not None,
             "entropy": results.entropy if entropies else draft.entropy,
         }
     )

@@ -41,10 +41,10 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        self.library.skinny_linear_scratch.restype = ctypes.c_int64
+        self.library.panels_size.restype = ctypes.c_int64
 
-    def skinny_linear_scratch(self, m: int, k: int) -> int:
-        return int(self.library.skinny_linear_scratch(*words(m, k)))
+    def panels_size(self, m: int, k: int) -> int:
+        return int(self.library.panels_size(*words(m, k)))
 
     def skinny_linear(self, *numbers: int) -> None:
         self.library.skinny_linear(*array(numbers)[:1])

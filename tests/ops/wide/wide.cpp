@@ -32,7 +32,7 @@ Params read(const int64_t* numbers, int64_t count) {
 
 extern "C" {
 
-int64_t skinny_linear_scratch(int64_t m, int64_t k) { return cpu::skinny_linear_scratch(m, k); }
+int64_t panels_size(int64_t m, int64_t k) { return cpu::panels_size(m, k); }
 
 void skinny_linear(const int64_t* n) {
   cpu::skinny_linear({pointer<const float>(n[0]),
