@@ -96,6 +96,19 @@ inline void read(Arguments& in, VerifyParams& p) {
   in(p.lenience, p.amounts, p.parameters, p.random, p.accepted, p.emitted, p.status, p.bias);
 }
 
+inline void read(Arguments& in, BuildTreeParams& p) {
+  int64_t rows;
+  in(p.logits, rows, p.k, p.n, p.shape, p.replacement, p.lengths, p.draft_ids, p.parameters);
+  in(p.random, p.tokens, p.parents, p.rows, p.chances, p.distribution);
+}
+
+inline void read(Arguments& in, VerifyTreeParams& p) {
+  int64_t rows;
+  in(p.target, rows, p.tokens, p.batch, p.n, p.parents, p.rows, p.draft, p.draft_rows);
+  in(p.draft_distribution, p.draft_ids, p.replacement, p.rule, p.parameters, p.random);
+  in(p.accepted, p.emitted, p.path, p.status);
+}
+
 inline void read(Arguments& in, DenoiseStepParams& p) {
   int64_t final_step;
   in(p.tokens, p.batch, p.k, p.tau, p.rows, p.logits, p.pool, p.distribution, p.draft_ids);
@@ -136,10 +149,15 @@ inline void read(Arguments& in, Weight& weight) {
   in(weight.data, weight.dtype, weight.packed, weight.n, weight.stride, weight.bias);
 }
 
+inline void read(Arguments& in, Correction& c) {
+  in(c.codes, c.vocabulary, c.rank, c.inner);
+  read(in, c.weight);
+  in(c.anchor);
+}
+
 inline void read(Arguments& in, DrawInOrderParams& p) {
-  in(p.codes, p.vocabulary, p.rank, p.inner);
-  read(in, p.weight);
-  in(p.anchor, p.hi, p.ignored, p.drawn);
+  read(in, p.correction);
+  in(p.hi, p.ignored, p.drawn);
 }
 
 inline void read(Arguments& in, Mlp& mlp) {

@@ -48,6 +48,27 @@ void verify(const Numbers& arguments, Address prefixes, Address scratch, int thr
   cpu::verify(p);
 }
 
+void build_tree(const Numbers& arguments, int64_t batch, Address base, const Numbers& correction,
+                Address drawn, Address memory, int threads) {
+  BuildTreeParams p = params<BuildTreeParams>(arguments);
+  p.batch = batch;
+  p.base = pointer<const float>(base);
+  if (base) p.correction = params<Correction>(correction);
+  p.drawn = pointer<float>(drawn);
+  p.memory = pointer<int64_t>(memory);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  cpu::build_tree(p);
+}
+
+void verify_tree(const Numbers& arguments, Address scratch, int threads) {
+  VerifyTreeParams p = params<VerifyTreeParams>(arguments);
+  p.scratch = pointer<int64_t>(scratch);
+  p.threads = threads;
+  py::gil_scoped_release release;
+  cpu::verify_tree(p);
+}
+
 void denoise_step(const Numbers& arguments, Address candidates, Address scratch, int threads) {
   static_assert(sizeof(Candidate) == 2 * sizeof(int64_t), "see CANDIDATE_WORDS");
   DenoiseStepParams p = params<DenoiseStepParams>(arguments);
@@ -190,6 +211,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("denoise_step", &denoise_step);
   m.def("draw_in_order", &draw_in_order);
   m.def("verify", &verify);
+  m.def("build_tree", &build_tree);
+  m.def("build_tree_memory", &cpu::build_tree_memory);
+  m.def("verify_tree", &verify_tree);
   m.def("commit", &commit);
   m.def("skinny_linear", &skinny_linear);
   m.def("panels_size", &cpu::panels_size);

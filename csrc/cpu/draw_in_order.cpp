@@ -8,40 +8,36 @@
 #include "threads.h"
 
 namespace specdiff::cpu {
-namespace {
-
-// silu(code of the token before position i + inner) -> row b of `to`.
-void code_of(const DrawInOrderParams& p, const Rows& to, int64_t b, int64_t i) {
-  const DenoiseStepParams& step = p.step;
-  const int64_t* tokens = step.new_tokens + b * step.k;
-  const int64_t token = i == 0 ? p.anchor[b] : std::max<int64_t>(tokens[i - 1], 0);
-  if (token < 0 || token >= p.vocabulary) {
-    throw std::out_of_range("the token before position " + std::to_string(i) + " is " +
-                            std::to_string(token) + ", but correction.codes has " +
-                            std::to_string(p.vocabulary) + " rows");
+void sequential_code(const Correction& c, int64_t token, const float* inner, const Rows& to,
+                     int64_t row) {
+  if (token < 0 || token >= c.vocabulary) {
+    throw std::out_of_range("a token before a position is " + std::to_string(token) +
+                            ", but correction.codes has " + std::to_string(c.vocabulary) + " rows");
   }
-  const float* code = p.codes + token * p.rank;
-  const int64_t positions = p.hi - step.lo;
-  const float* inner = p.inner ? p.inner + (b * positions + i - step.lo) * p.rank : nullptr;
-  for (int64_t r = 0; r < p.rank; ++r) {
+  const float* code = c.codes + token * c.rank;
+  for (int64_t r = 0; r < c.rank; ++r) {
     const float x = inner ? code[r] + inner[r] : code[r];
-    *at(to, b, r) = x / (1 + std::exp(-x));
+    *at(to, row, r) = x / (1 + std::exp(-x));
   }
 }
 
-}  // namespace
-
 void draw_in_order(const DrawInOrderParams& p) {
+  const Correction& c = p.correction;
   DenoiseStepParams step = p.step;
-  const int64_t B = step.batch, K = step.k, n = p.weight.n;
+  const int64_t B = step.batch, K = step.k, n = c.weight.n;
   std::copy_n(step.tokens, B * K, step.new_tokens);  // those drawn before are read
   Product product = {};
-  product.x = B == 1 ? plain_rows(p.drawn, 0) : in_panels(p.drawn, B, p.rank);
+  product.x = B == 1 ? plain_rows(p.drawn, 0) : in_panels(p.drawn, B, c.rank);
   product.m = B;
-  product.k = p.rank;
-  product.weight = p.weight;
+  product.k = c.rank;
+  product.weight = c.weight;
   for (int64_t i = p.step.lo; i < p.hi; ++i) {
-    for (int64_t b = 0; b < B; ++b) code_of(p, product.x, b, i);
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t before =
+          i == 0 ? c.anchor[b] : std::max<int64_t>(step.new_tokens[b * K + i - 1], 0);
+      const int64_t place = b * (p.hi - p.step.lo) + i - p.step.lo;
+      sequential_code(c, before, c.inner ? c.inner + place * c.rank : nullptr, product.x, b);
+    }
     float* logits = static_cast<float*>(const_cast<void*>(step.logits.data)) + i * n;
     product.residual = logits;
     product.residual_stride = K * n;

@@ -70,6 +70,10 @@ struct AttentionPlan {
 // All outputs of a product.
 void multiply(const Product& product, int threads);
 
+// silu(codes[token] + inner), a row of `to`: what a sequential head's weight is multiplied with.
+void sequential_code(const Correction& correction, int64_t token, const float* inner,
+                     const Rows& to, int64_t row);
+
 struct Forward {
   // Outputs first <= n < last; first is a multiple of kPack, and so is last, or it is the end.
   void (*multiply)(const Product& product, int64_t first, int64_t last);

@@ -13,6 +13,9 @@ void sample(const SampleParams& params);
 void denoise_step(const DenoiseStepParams& params);
 void draw_in_order(const DrawInOrderParams& params);
 void verify(const VerifyParams& params);
+void build_tree(const BuildTreeParams& params);
+int64_t build_tree_memory(int64_t n, int64_t columns);  // int64s of each thread
+void verify_tree(const VerifyTreeParams& params);
 void commit(const CommitParams& params);
 void skinny_linear(const SkinnyLinearParams& params);
 void cached_attention(const AttentionParams& params);

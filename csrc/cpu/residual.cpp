@@ -6,7 +6,20 @@
 namespace specdiff::cpu {
 namespace {
 
-// The draft's weights at the target's ids of one tile.
+// The target's logits at n ids; p is 0 at one that it does not have.
+void target_logits(const Row& target, const int64_t* ids, int n, float* out) {
+  const uint64_t columns = uint64_t(target.columns);
+  bool inside = true;
+  for (int i = 0; i < n; ++i) inside &= uint64_t(ids[i]) < columns;
+  if (inside) return target.gather(ids, n, out);
+  for (int i = 0; i < n; ++i) {
+    out[i] =
+        uint64_t(ids[i]) < columns ? target.at(ids[i]) : -std::numeric_limits<float>::infinity();
+  }
+}
+
+}  // namespace
+
 void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e) {
   if (!draft.ids) {
     if (draft.distribution.scale != 0) return tile_weights(draft.row, draft.distribution, tile, e);
@@ -26,20 +39,6 @@ void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e) {
                             : sampled_weight(draft.row.at(column), weigher);
   }
 }
-
-// The target's logits at n ids; p is 0 at one that it does not have.
-void target_logits(const Row& target, const int64_t* ids, int n, float* out) {
-  const uint64_t columns = uint64_t(target.columns);
-  bool inside = true;
-  for (int i = 0; i < n; ++i) inside &= uint64_t(ids[i]) < columns;
-  if (inside) return target.gather(ids, n, out);
-  for (int i = 0; i < n; ++i) {
-    out[i] =
-        uint64_t(ids[i]) < columns ? target.at(ids[i]) : -std::numeric_limits<float>::infinity();
-  }
-}
-
-}  // namespace
 
 int64_t DraftRow::weight_of(int64_t v) const {
   if (distribution.status != kOk) return 0;

@@ -16,6 +16,9 @@ struct DraftRow {
   int64_t weight_of(int64_t v) const;
 };
 
+// Its weights at the target's ids of one tile of n.
+void draft_weights(const DraftRow& draft, int64_t tile, int n, int64_t* e);
+
 class Residual {
  public:
   // Sums W(v) = (a p(v) - q(v))+ in units of 2^-60.

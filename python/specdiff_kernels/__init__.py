@@ -11,6 +11,7 @@ from importlib import metadata
 from .backends import BackendError, available_backends, use_backend, workspace_size
 from .fields import MAX_VOCABULARY
 from .lenience import check_lenience
+from .ops.build_tree import build_tree
 from .ops.cached_attention import cached_attention
 from .ops.commit import commit
 from .ops.denoise_step import denoise_step
@@ -19,10 +20,12 @@ from .ops.row_divergence import row_divergence
 from .ops.sample import sample
 from .ops.skinny_linear import pack_weight, skinny_linear
 from .ops.verify import verify
+from .ops.verify_tree import verify_tree
 from .pages import Pages
 from .records import RECORDS, RULES, Record, check_names, choose_record
 from .reveal import Order, Reveal
 from .seeds import row_seeds
+from .trees import Tree, VerifiedTree
 from .types import (
     Committed,
     DistributionError,
@@ -60,8 +63,11 @@ __all__ = [
     "RowDistribution",
     "RowDivergence",
     "Status",
+    "Tree",
     "Verified",
+    "VerifiedTree",
     "available_backends",
+    "build_tree",
     "cached_attention",
     "check_lenience",
     "check_names",
@@ -77,5 +83,6 @@ __all__ = [
     "skinny_linear",
     "use_backend",
     "verify",
+    "verify_tree",
     "workspace_size",
 ]

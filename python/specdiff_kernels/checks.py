@@ -18,7 +18,7 @@ from .seeds import seeds_for
 INT64 = (torch.int64,)
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = (int, float)
-SUMS: dict[Any, str] = {"K1": "K+1", "GH": "G*H"}  # words of shapes that are no names
+SUMS: dict[Any, str] = {"K1": "K+1", "N1": "N+1", "GH": "G*H"}  # words of shapes that are no names
 
 
 def check_shape(

@@ -24,6 +24,7 @@ from .fields import (
 from .pages import Pages
 from .records import RULES, Record
 from .reveal import Reveal
+from .trees import Tree
 from .types import OTHER_VOCABULARY, Draft, Lenience, RowDistribution
 
 # numbers that a scalar may be, or that may stand for all rows
@@ -85,6 +86,29 @@ class VerifyInputs(NamedTuple):
     rule: Annotated[str, Scalar(str, "str", RULES)]
     record: Annotated[Record, Scalar(Record, "int")]
     lenience: Annotated[Lenience | None, Group("B")]
+    sampling: Annotated[Sampling, Group("B", named=False)]
+    random: Annotated[Randomness, Group("B", named=False)]
+
+
+TREE_RULES = ("rejection", "walk", "coupled", "greedy")
+
+
+class VerifyTreeInputs(NamedTuple):
+    target_logits: Annotated[Tensor, Logits("B N1 V")]
+    tree: Tree
+    rule: Annotated[str, Scalar(str, "str", TREE_RULES)]
+    sampling: Annotated[Sampling, Group("B", named=False)]
+    random: Annotated[Randomness, Group("B", named=False)]
+
+
+class BuildTreeInputs(NamedTuple):
+    logits: Annotated[Tensor, Logits("R Vd")]  # row b K + d: of the token d + 1 behind the root
+    K: Annotated[int, Scalar(size="K")]
+    N: Annotated[int, Scalar(size="N")]
+    shape: Annotated[Tensor | None, I64("N")]
+    replacement: Annotated[bool, FLAG]
+    lengths: Annotated[Tensor | None, I64("B")]
+    draft_ids: Annotated[Tensor | None, I64("Vd")]
     sampling: Annotated[Sampling, Group("B", named=False)]
     random: Annotated[Randomness, Group("B", named=False)]
 

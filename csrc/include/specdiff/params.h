@@ -153,6 +153,71 @@ struct VerifyParams {
   int32_t threads;
 };
 
+// A linear layer [n, k] -> y = x weight^T + bias, rows contiguous, stride in elements.
+struct Weight {
+  const void* data;  // f32 or bf16, [n, k], or packed: [ceil(n / 16), k, 16]
+  int32_t dtype, packed;
+  int64_t n, stride;  // stride: between rows, unless packed
+  const float* bias;  // or null
+};
+
+// Of logits for the token before them, see ops/draw_in_order.py.
+struct Correction {
+  const float* codes;  // [vocabulary, rank], or null: there is none
+  int64_t vocabulary, rank;
+  const float* inner;     // [batch, positions, rank], or null
+  Weight weight;          // [logits.columns, rank]
+  const int64_t* anchor;  // [batch], the tokens before the first position
+};
+
+// See reference/build_tree.py.
+struct BuildTreeParams {
+  Logits logits;  // of nodes' children: row b k + depth, with a correction b (n + 1) + node + 1
+  int64_t k, n;
+  const int64_t* shape;  // [n], or null
+  bool replacement;
+  const int64_t* lengths;    // [batch], or null
+  const int64_t* draft_ids;  // [logits.columns], or null
+  Parameters parameters;     // [batch]
+  Randomness random;         // words [batch, n]
+  int64_t* tokens;           // [batch, n], as parents, rows and chances
+  int64_t* parents;
+  int64_t* rows;
+  double* chances;
+  DistributionArrays distribution;
+  int64_t batch;
+  const float* base;  // [batch k, logits.columns], what is corrected
+  Correction correction;
+  float* drawn;     // [threads, rank]
+  int64_t* memory;  // [threads, build_tree_memory]
+  int32_t threads;
+};
+
+enum TreeRule : int32_t { kTreeRejection, kTreeWalk, kTreeCoupled, kTreeGreedy };
+
+// See trees.py. Row 0 of the target is the root's, row n + 1 that of node n.
+struct VerifyTreeParams {
+  Logits target;
+  int64_t batch, n;
+  const int64_t* tokens;  // [batch, n], as parents and rows
+  const int64_t* parents;
+  const int64_t* rows;
+  Logits draft;  // data null: all nodes are bare guesses
+  int64_t draft_rows;
+  DistributionArrays draft_distribution;
+  const int64_t* draft_ids;  // [draft.columns], increasing, or null
+  bool replacement;
+  int32_t rule;
+  Parameters parameters;  // [batch]
+  Randomness random;      // words [batch, n + 1], coupled [batch, n + 1, columns]
+  int64_t* accepted;
+  int64_t* emitted;  // [batch, n + 1], as path
+  int64_t* path;
+  int32_t* status;
+  int64_t* scratch;  // [threads, 2, target.columns]
+  int32_t threads;
+};
+
 // A masked position that the step may reveal.
 struct Candidate {
   double rank;    // the lowest are revealed first
@@ -225,22 +290,10 @@ struct CommitParams {
   int32_t threads;
 };
 
-// A linear layer [n, k] -> y = x weight^T + bias, rows contiguous, stride in elements.
-struct Weight {
-  const void* data;  // f32 or bf16, [n, k], or packed: [ceil(n / 16), k, 16]
-  int32_t dtype, packed;
-  int64_t n, stride;  // stride: between rows, unless packed
-  const float* bias;  // or null
-};
-
 // Positions step.lo, ..., hi - 1, one after another; `step` is that of the first.
 struct DrawInOrderParams {
   DenoiseStepParams step;
-  const float* codes;  // [vocabulary, rank], of the target's tokens
-  int64_t vocabulary, rank;
-  const float* inner;     // [batch, hi - lo, rank], or null
-  Weight weight;          // [logits.columns, rank]
-  const int64_t* anchor;  // [batch], tokens before position 0
+  Correction correction;  // of positions lo to hi - 1
   int64_t hi;
   double* ignored;  // [batch, k], for what later steps say of entropies
   float* drawn;     // in panels: [batch, rank]

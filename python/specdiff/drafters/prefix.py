@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specdiff_kernels import Draft, Reveal, denoise_step
-from specdiff_kernels.ops.draw_in_order import Correction, draw_in_order
+from specdiff_kernels.corrections import Correction
+from specdiff_kernels.ops.draw_in_order import draw_in_order
 
 from ..loop.drafter import Drafter, Draws, News
 from ..loop.fast_layers import accelerate, is_accelerated, restore, weight_of

@@ -8,6 +8,7 @@ import specdiff_kernels._C as _C
 
 from ..backends import BackendError, functions_of, no_workspace
 from . import (
+    build_tree,
     cached_attention,
     commit,
     decoder_layer,
@@ -19,6 +20,7 @@ from . import (
     sample,
     skinny_linear,
     verify,
+    verify_tree,
 )
 
 if isa := os.environ.get("SPECDIFF_CPU_ISA"):
@@ -31,6 +33,7 @@ if isa := os.environ.get("SPECDIFF_CPU_ISA"):
 
 
 FUNCTIONS = functions_of(
+    build_tree,
     cached_attention,
     commit,
     decoder_layer,
@@ -42,6 +45,7 @@ FUNCTIONS = functions_of(
     sample,
     skinny_linear,
     verify,
+    verify_tree,
 ) | {
     "gated_mlp": decoder_layer.gated_mlp,
     "row_divergence_backward": row_divergence.row_divergence_backward,

@@ -12,20 +12,13 @@ from torch import Tensor
 
 from ..backends import function_of, reason_against, requested
 from ..checks import INT64, check_shape, check_tensor
+from ..corrections import Correction
 from ..inputs import DenoiseStepInputs
 from ..reveal import Reveal
 from ..types import Draft, PackedWeight, Pending
 from .denoise_step import OP, after_step, checked, denoise_step
 from .registry import watched
 from .skinny_linear import skinny_linear
-
-
-class Correction(NamedTuple):
-    """What is added to the logits at position i, after token x: W silu(code[x] + inner[i])."""
-
-    codes: Tensor  # [V, r], of every token
-    inner: Tensor | None  # [B, positions, r]; None: 0
-    weight: PackedWeight | Tensor  # W [Vd, r]; a tensor has rows contiguous
 
 
 class DrawInOrderInputs(NamedTuple):
@@ -82,17 +75,8 @@ def draw_in_order(
     B, K = draft.tokens.shape
     if not 0 <= lo < hi <= K:
         raise ValueError(f"lo, hi: expected 0 <= lo < hi <= K = {K}, got {lo} and {hi}")
-    codes, inner, weight = correction
-    r = codes.shape[-1]
     check_tensor("anchor", anchor, (B,), ("B",), INT64, draft.tokens.device)
-    check_shape("correction.codes", codes, (None, r), ("V", "r"))
-    if inner is not None:
-        check_shape("correction.inner", inner, (B, hi - lo, r), ("B", "positions", "r"))
-    shape = (draft.logits.shape[1], r)
-    if shape_of(weight) != shape:
-        raise ValueError(
-            f"correction.weight: expected [Vd, r] = {list(shape)}, got {list(shape_of(weight))}"
-        )
+    codes, inner, weight = check_correction(correction, B, hi - lo, draft.logits.shape[1])
     sampling, random = (temperature, top_k, top_p, min_p), (words, seed, round, position)
     draws: dict[str, Any] = dict(seed=seed, round=round, position=position, words=words)
     device = anchor.device
@@ -117,6 +101,20 @@ def draw_in_order(
             **draws, backend=backend,
         )  # fmt: skip
     return draft
+
+
+def check_correction(correction: Correction, B: int, positions: int, Vd: int) -> Correction:
+    """Raise unless it fits so many positions and columns."""
+    codes, inner, weight = correction
+    check_shape("correction.codes", codes, (None, None), ("V", "r"))
+    r = codes.shape[1]
+    if inner is not None:
+        check_shape("correction.inner", inner, (B, positions, r), ("B", "positions", "r"))
+    if shape_of(weight) != (Vd, r):
+        raise ValueError(
+            f"correction.weight: expected [Vd, r] = {[Vd, r]}, got {list(shape_of(weight))}"
+        )
+    return correction
 
 
 @cache

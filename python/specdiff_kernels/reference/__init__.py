@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..backends import functions_of, no_workspace
 from . import (
+    build_tree,
     cached_attention,
     commit,
     decoder_layer,
@@ -14,9 +15,11 @@ from . import (
     sample,
     skinny_linear,
     verify,
+    verify_tree,
 )
 
 FUNCTIONS = functions_of(
+    build_tree,
     cached_attention,
     commit,
     decoder_layer,
@@ -27,6 +30,7 @@ FUNCTIONS = functions_of(
     sample,
     skinny_linear,
     verify,
+    verify_tree,
 ) | {
     "gated_mlp": decoder_layer.gated_mlp,
     "row_divergence_backward": row_divergence.row_divergence_backward,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..inputs import Randomness, RowDistributionInputs, VerifyInputs
+from ..inputs import Randomness, RowDistributionInputs, Sampling, VerifyInputs
 from ..lenience import KINDS
 from ..records import Record
 from ..types import DISTRIBUTION, Draft, Lenience, Purpose, RowDistribution, Status, Verified
 from .numerics import ONE, draw, probability, race, race_words, random_word, unit, weights
 from .row_distribution import row_distribution
+
+Fields = TypeVar("Fields", Sampling, RowDistribution)
 
 
 def verify(inputs: VerifyInputs, *, out: Verified) -> None:
@@ -245,6 +247,12 @@ def draft_weights(draft: Draft, i: int, recorded: Tensor, V: int) -> tuple[Tenso
     fault = torch.where(contradiction, int(Status.DRAFT), fault)
     e = torch.where(recorded[:, None], e, one_hot)
     return e, torch.where(recorded & (distribution.status == 0), distribution.total, total), fault
+
+
+def one_row(fields: Fields, row: int) -> Fields:
+    """A record of tensors [N, ...] for a single row, [1, ...]."""
+    rows: list[Any] = [None if x is None else x[row : row + 1] for x in fields]
+    return type(fields)(*rows)
 
 
 def empty_distribution(N: int, device: torch.device) -> RowDistribution:
