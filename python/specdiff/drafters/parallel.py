@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Draft
+from specdiff_kernels import Draft, Tree
 
 from ..loop.drafter import Draws, News, check_length
+from ..loop.trees import Growth
 from .prefix import PrefixDrafter
 
 
@@ -27,16 +28,26 @@ class ParallelDrafter(PrefixDrafter):
 
     kind = "parallel"
 
+    grows = True
+
     @torch.no_grad()
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
+        states = self.states(news, k)  # [B, k, d]
+        draft = self.masked(self.head(states).flatten(0, 1), len(lengths), k, lengths)
+        return self.draw(draft, 0, k, 0, states, draws)
+
+    @torch.no_grad()
+    def tree(self, news: News, k: int, growth: Growth, lengths: Tensor, draws: Draws) -> Tree:
+        return self.grow(self.states(news, k), growth, lengths, draws)
+
+    def states(self, news: News, k: int) -> Tensor:
+        """The network's states at the next k positions, [B, k, d]."""
         check_length(self, k)
-        B = len(lengths)
+        B = len(news.counts)
         columns = [self.commit(news)]
         if k > 1:
             masks = self.network.embed_masks(self.anchor, k - 1)
             columns.append(self.behind(masks, causal=True))
         states = self.forward(self.cache, *columns)
         newest = states[torch.arange(B, device=states.device), self.newest]
-        at = torch.cat((newest[:, None], states[:, news.tokens.shape[1] :]), 1)  # [B, k, d]
-        draft = self.masked(self.head(at).flatten(0, 1), B, k, lengths)
-        return self.draw(draft, 0, k, 0, at, draws)
+        return torch.cat((newest[:, None], states[:, news.tokens.shape[1] :]), 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdiff_kernels import Draft, Reveal, denoise_step
+from specdiff_kernels import Draft, Reveal, Tree, build_tree, denoise_step
 from specdiff_kernels.corrections import Correction
 from specdiff_kernels.ops.draw_in_order import draw_in_order
 
@@ -17,7 +17,8 @@ from ..loop.drafter import Drafter, Draws, News
 from ..loop.fast_layers import accelerate, is_accelerated, restore, weight_of
 from ..loop.sampling import RowSampling
 from ..loop.target import Target
-from .head import scaled
+from ..loop.trees import Growth
+from .head import SequentialHead, scaled
 from .network import DraftNetwork, PrefixCache
 
 D = TypeVar("D", bound="PrefixDrafter")
@@ -173,16 +174,46 @@ class PrefixDrafter(Drafter):
         if head is None or correction is None:
             reveal = Reveal.all() if hi - lo == draft.tokens.shape[1] else Reveal.chunk(lo, hi)
             return self.reveal(draft, reveal, step, draws, entropies=lo == 0)
-        inner = None if head.state is None else head.state(scaled(states))  # [B, hi - lo, r]
         return draw_in_order(
             draft,
-            Correction(self.codes, inner, weight_of(correction)),
+            self.corrections(head, correction, states),
             self.anchor_token,
             lo,
             hi,
             *self.sampling.parameters,
             entropies=lo == 0,
             **draws._asdict(),
+            backend=self.backend,
+        )
+
+    def corrections(
+        self, head: SequentialHead, correction: nn.Linear, states: Tensor
+    ) -> Correction:
+        """What the sequential head adds to the logits at positions with states [B, Q, d]."""
+        inner = None if head.state is None else head.state(scaled(states))  # [B, Q, r]
+        return Correction(self.codes, inner, weight_of(correction))
+
+    def grow(self, states: Tensor, growth: Growth, lengths: Tensor, draws: Draws) -> Tree:
+        """A tree by the logits of positions with states [B, k, d]."""
+        head, correction = self.network.head, self.correction
+        own = None
+        if head is not None and correction is not None:
+            own = self.corrections(head, correction, states)
+        likeliest = growth.shape is None
+        parameters: Any = self.sampling.parameters
+        keys: dict[str, Any] = {"seed": draws.seed, "round": draws.round}
+        if likeliest:  # nothing is drawn, and a greedy row asks for likely tokens, too
+            parameters, keys = self.sampling.without_greedy(), {}
+        return build_tree(
+            self.head(states),
+            growth.nodes,
+            *parameters,
+            shape=growth.shape,
+            correction=own,
+            anchor=self.anchor_token,
+            draft_ids=self.network.draft_ids,
+            lengths=lengths,
+            **keys,
             backend=self.backend,
         )
 

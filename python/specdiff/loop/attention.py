@@ -22,6 +22,7 @@ from specdiff_kernels import cached_attention
 from specdiff_kernels.ops.decoder_layer import MOST_COLUMNS
 
 from .cache import Window
+from .trees import seen_by
 
 # "flash" in a name is transformers' own
 FLASH, FLEX, CACHED = "specdiff_fa", "specdiff_flex", "specdiff_cached"
@@ -97,7 +98,7 @@ def flex_attention(
     attend, make_mask = load_flex(query.device.type)
     if sliding_window not in window.cached:
         sizes = len(query), None, query.shape[2], key.shape[2]
-        visible = visible_from(window.lengths, sliding_window)
+        visible = visible_from(window, sliding_window)
         window.cached[sliding_window] = make_mask(visible, *sizes, device=query.device)
     mixed = attend(
         query,
@@ -132,9 +133,9 @@ def cached_attention_forward(
     """
     B, _, Q, D = query.shape
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    tables = first = None
+    tables = first = parents = None
     if window is not None and not learns:
-        lengths, tables = window.lengths, window.tables
+        lengths, tables, parents = window.lengths, window.tables, window.parents
     else:
         causal = getattr(module, "is_causal", True) and options.get("is_causal") is not False
         fits = causal and not learns and query.is_cpu and D == value.shape[3] <= MOST_COLUMNS
@@ -146,7 +147,7 @@ def cached_attention_forward(
         lengths, first = seen
     mixed = cached_attention(
         query.transpose(1, 2).float(), key, value, lengths, tables=tables, first=first,
-        sinks=s_aux, scale=scaling, window=sliding_window, softcap=softcap,
+        parents=parents, sinks=s_aux, scale=scaling, window=sliding_window, softcap=softcap,
     )  # fmt: skip
     return mixed.to(query.dtype), None
 
@@ -187,15 +188,27 @@ def read_mask(
     return torch.full((B,), length), first.expand(B).contiguous()
 
 
-def visible_from(lengths: Tensor, sliding_window: int | None) -> Callable[..., Tensor]:
+def visible_from(window: Window, sliding_window: int | None) -> Callable[..., Tensor]:
     """Whether query q of row b sees key k, as FlexAttention asks."""
+    lengths, positions = window.lengths, window.positions
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def in_chain(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         position = lengths[b] + q
         seen = k <= position
         return seen if sliding_window is None else seen & (k > position - sliding_window)
 
-    return visible
+    if window.parents is None:
+        return in_chain
+    path, last = seen_by(window.parents), positions.shape[1] - 1
+
+    def in_tree(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        number = (k - lengths[b]).clamp(0, last)  # among the new tokens
+        new = k >= lengths[b]
+        seen = torch.where(new, path[b, q, number] & (k - lengths[b] <= last), True)
+        at = torch.where(new, positions[b, number], k)
+        return seen if sliding_window is None else seen & (at > positions[b, q] - sliding_window)
+
+    return in_tree
 
 
 @cache

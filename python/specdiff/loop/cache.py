@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from specdiff_kernels import Pages
 
 from .memory import Store
+from .trees import depths_of
 
 
 @dataclass
@@ -26,8 +27,9 @@ class Window:
     """Where the next forward writes and what it reads; shared by all layers."""
 
     lengths: Tensor  # i64 [B], valid entries of each row
-    positions: Tensor  # i64 [B, Q], of the new tokens
+    positions: Tensor  # i64 [B, Q], of the new tokens in their texts
     slots: Tensor  # i64 [B, Q], where their entries go
+    parents: Tensor | None = None  # i64 [B, Q], of a tree: the new token that each is behind
     longest: int = 0  # at least the maximum of lengths, known to the host
     room: Tensor | None = None  # i64 [B], positions that a row may take; behind it is padding
     start: int | None = None  # first slot, if it is the same in all rows
@@ -52,6 +54,7 @@ class Entries(NamedTuple):
     tables: Tensor | None  # i32 [B, M], blocks of a pool that rows hold
     lengths: Tensor  # i64 [B], entries before the new tokens
     limits: Tensor | None  # i64 [B, Q], end of what each new token sees; None: its own entry
+    parents: Tensor | None = None  # i64 [B, Q], of a tree: the new token that each is behind
 
 
 class OpenCache(ABC):
@@ -198,23 +201,29 @@ class RowCache(Cache, OpenCache):
         window.lengths, window.longest = lengths, longest
         window.room, window.exact = room, exact
 
-    def prepare(self, queries: int, start: int | None = None) -> tuple[Tensor, int]:
+    def prepare(
+        self, queries: int, start: int | None = None, parents: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """Say that the next forward brings Q tokens per row.
 
         Args:
             queries: Q.
             start: the first position, if it is one and the same for all rows (always so for B = 1).
+            parents: i64 [B, Q], of a tree, see `Target.forward`. Entry lengths[b] + q is token q's
+                all the same.
 
         Returns:
             positions i64 [B, Q] of the new tokens (not clamped), and the span of keys to be read.
         """
         window = self.window
-        window.positions = window.lengths[:, None] + torch.arange(
-            queries, device=window.lengths.device
-        )
+        places = window.lengths[:, None] + torch.arange(queries, device=window.lengths.device)
+        window.parents = parents
+        window.positions = places
+        if parents is not None:
+            window.positions = window.lengths[:, None] + depths_of(parents)
         window.span = min(window.longest + queries, self.slots)
         window.cached.clear()
-        self._place(start)
+        self._place(places, start)
         return window.positions, window.span
 
     def entries(self, layer: int, x: Tensor, heads: int, size: int) -> Entries | None:
@@ -229,20 +238,29 @@ class RowCache(Cache, OpenCache):
         keys, values = whole.keys, whole.values
         if part is not whole and window.tables is None:
             keys, values = keys[part.rows], values[part.rows]
-        return Entries(window.slots, keys, values, window.tables, window.lengths, None)
+        return Entries(
+            window.slots, keys, values, window.tables, window.lengths, None, window.parents
+        )
+
+    def stores(self) -> list[Tensor]:
+        """Keys and values of all layers, as `specdiff_kernels.commit` moves entries of a tree."""
+        layers: Any = self.layers
+        used = [layer.whole for layer in layers if layer.whole.is_initialized]
+        found = [x for layer in used for x in (layer.keys, layer.values)]
+        return found if self.pages is None else [x[: len(self.pages.references)] for x in found]
 
     @property
     def slots(self) -> int:
         """Most entries of a row that attention can read."""
         return self.capacity + 1
 
-    def _place(self, start: int | None) -> None:
-        """Where the new tokens' entries go."""
+    def _place(self, places: Tensor, start: int | None) -> None:
+        """Where the new tokens' entries go: numbers [B, Q] of entries of their rows."""
         window = self.window
-        queries = window.positions.shape[1]
+        queries = places.shape[1]
         if len(window.lengths) == 1 and window.exact:
             start = window.longest
-        window.slots = window.positions.clamp(max=self.capacity)
+        window.slots = places.clamp(max=self.capacity)
         window.start = start if start is not None and start + queries <= self.capacity else None
 
     def part(self, rows: slice) -> Any:
@@ -311,9 +329,9 @@ class PagedRowCache(RowCache):
                 "small: give it more blocks, or admit fewer rows at a time"
             )
 
-    def _place(self, start: int | None) -> None:
+    def _place(self, places: Tensor, start: int | None) -> None:
         window, pages = self.window, self.pages
-        queries, size = window.positions.shape[1], pages.block_size
+        queries, size = places.shape[1], pages.block_size
         wanted = (window.lengths + queries).clamp(max=self.capacity)
         if window.room is not None:
             wanted = torch.minimum(wanted, window.room)
@@ -322,8 +340,8 @@ class PagedRowCache(RowCache):
             self.check()
         nobody = len(pages.references)
         held = torch.where(pages.tables < 0, nobody, pages.tables)  # [B, M]
-        column = window.positions // size
+        column = places // size
         known = column < held.shape[1]
         block = held.gather(1, torch.where(known, column, 0)).where(known, nobody)
-        window.slots = block * size + window.positions % size
+        window.slots = block * size + places % size
         window.tables = held[:, : -(-window.span // size)]

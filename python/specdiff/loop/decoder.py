@@ -25,6 +25,7 @@ from .session import Ends, Process, Session
 from .settings import Settings
 from .stats import Stats, Step
 from .target import Target
+from .trees import growth_of
 
 
 class Tokenizer(Protocol):
@@ -65,6 +66,11 @@ class Decoder:
             "lenient". With "coupled" the text is that of plain decoding under this rule with the
             same seed. With "lenient" the text does not follow the target's distribution exactly:
             the total variation between the two is at most the mean of `Stats.bias`.
+        tree: drafts are trees, with paths of up to k tokens, under rule "token", "greedy" or
+            "coupled". A number of nodes: the likeliest tokens, best first, which is good for greedy
+            text and low temperatures. Or the parent of each place for which a token is drawn, -1
+            for the text's last token: `(-1, -1, 0)` draws two tokens behind the text and one behind
+            the first of them. None: drafts are chains.
         lenience: how lenient the lenient rule is, see `specdiff_kernels.Lenience`; an amount for
             each row of the batch, or one for all.
         record: which recorded distributions count, see `specdiff_kernels.verify`; None: all valid
@@ -90,6 +96,7 @@ class Decoder:
         k: int | Chooser | None = None,
         rule: str = "token",
         *,
+        tree: int | Sequence[int] | None = None,
         lenience: Lenience | None = None,
         record: str | None = None,
         backend: str | None = None,
@@ -115,10 +122,16 @@ class Decoder:
         if drafter is not None:
             most = longest_draft(drafter, k)
             check_fits(target, drafter, most)
+        growth = None
+        if tree is not None and drafter is not None:
+            growth = growth_of(tree, rule)
+            check_grows(drafter, k, record)
         chooser = k if drafter is not None and isinstance(k, Chooser) else None
-        self.settings = Settings(target, drafter, most, chooser, rule, lenience, record, backend)
+        self.settings = Settings(
+            target, drafter, most, chooser, growth, rule, lenience, record, backend
+        )
         self.tokenizer: Tokenizer | None = tokenizer or target.tokenizer
-        self._k, self._tokenizer = k, tokenizer
+        self._k, self._tree, self._tokenizer = k, tree, tokenizer
 
     @property
     def target(self) -> Target:
@@ -142,6 +155,7 @@ class Decoder:
             "drafter": settings.drafter,
             "k": self._k,
             "rule": settings.rule,
+            "tree": self._tree,
             "lenience": settings.lenience,
             "record": settings.record,
             "backend": settings.backend,
@@ -311,6 +325,16 @@ def longest_draft(drafter: Drafter, k: int | Chooser | None) -> int:
     if not isinstance(most, Integral) or isinstance(most, bool):
         raise TypeError(f"k must be an integer, a chooser such as AdaptiveK(), or None, got {k!r}")
     return int(most)
+
+
+def check_grows(drafter: Drafter, k: int | Chooser | None, record: str | None) -> None:
+    """Raise ValueError unless the drafter makes trees, and nothing else speaks against them."""
+    if not drafter.grows:
+        raise ValueError(f"tree: {type(drafter).__name__} drafts chains alone; leave tree out")
+    if isinstance(k, Chooser):
+        raise ValueError(f"tree: k must be a number, got a {type(k).__name__}")
+    if record is not None:
+        raise ValueError(f"tree: all records of a tree count; leave record={record!r} out")
 
 
 def check_fits(target: Target, drafter: Drafter, k: int) -> None:

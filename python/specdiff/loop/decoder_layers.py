@@ -252,9 +252,9 @@ def over_open(
     entries = cache.entries(index, x, description.kv_heads, description.size)
     if entries is None or entries.keys.dtype is not torch.float32:
         return None
-    slots, keys, values, tables, lengths, limits = entries
+    slots, keys, values, tables, lengths, limits, parents = entries
     call = LayerCall(
-        x, None, rotation, slots, keys, values, tables, lengths, None, limits, True, True
+        x, None, rotation, slots, keys, values, tables, lengths, None, limits, True, True, parents
     )
     return decoder_layer(description, call)
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Draft
+from specdiff_kernels import Draft, Tree
 
 from .sampling import RowSampling
+from .trees import Growth
 
 
 class News(NamedTuple):
@@ -77,6 +78,7 @@ class Drafter(ABC):
         reads: whether it is told prompts by `read`, without states. Otherwise they are in the news
             of `draft`, beside what other rows' last round brought.
         capturable: whether its rounds can be captured in CUDA graphs, see `draft`.
+        grows: whether it has `tree`.
 
     Example:
         >>> class Zeros(Drafter):
@@ -94,6 +96,7 @@ class Drafter(ABC):
     target_layers: tuple[int, ...] = ()
     reads: bool = False
     capturable: bool = False
+    grows: bool = False
 
     def start(self, batch: int, capacity: int, sampling: RowSampling) -> None:  # noqa: B027
         """Forget everything.
@@ -139,6 +142,15 @@ class Drafter(ABC):
             a Draft of at most k columns, whose `lengths` are at most those given.
         """
 
+    def tree(self, news: News, k: int, growth: Growth, lengths: Tensor, draws: Draws) -> Tree:
+        """Propose a tree for every row, of paths of up to `lengths[b]` <= k tokens for row b.
+
+        Args:
+            growth: how many nodes, and whether the likeliest tokens are taken or some are drawn.
+            news, k, lengths, draws: as of `draft`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} drafts chains alone: leave tree out")
+
 
 def check_length(drafter: Drafter, k: int) -> None:
     """Raise ValueError unless a drafter can draft k tokens."""
@@ -146,13 +158,17 @@ def check_length(drafter: Drafter, k: int) -> None:
         raise ValueError(f"k must be in [1, {drafter.most}] for this drafter, got {k}")
 
 
-def draft_status(draft: Draft) -> Tensor:
+def draft_status(draft: Draft | Tree) -> Tensor:
     """Why a draft lacks tokens that it was to have: the status of its distributions. i32 [B]
 
     Position i of row b was drawn from row b K + i of the pool, as `denoise_step` has it; a draft
     made otherwise is thought to be sound. `verify` reports such a token, -1, without the reason.
     """
     B, K = draft.tokens.shape
+    if isinstance(draft, Tree):
+        if draft.distribution is None or B == 0:
+            return draft.tokens.new_zeros(B, dtype=torch.int32)
+        return draft.distribution.status.view(B, -1).amax(1)
     if draft.distribution is None or draft.distribution.status.numel() != B * K or K == 0:
         return draft.tokens.new_zeros(B, dtype=torch.int32)
     missing = draft.tokens < 0

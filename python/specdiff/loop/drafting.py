@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdiff_kernels import Draft
+from specdiff_kernels import Draft, Tree
 
 from .cache import RowCache
 from .drafter import Drafter, Draws, News, draft_status, joined
 from .sampling import RowSampling
 from .settings import Settings
+from .trees import depths_of
 
 # the session that each drafter with a state was last started for
 SERVED: WeakKeyDictionary[Drafter, weakref.ref[Drafting]] = WeakKeyDictionary()
@@ -46,6 +47,7 @@ class Drafting:
             settings.target,
         )
         self.k = self.width = settings.k
+        self.growth = settings.tree
         self.looks, self.called = looks, False
         self.layers = () if self.drafter is None else self.drafter.target_layers
         device, hidden = self.target.device, None
@@ -78,8 +80,9 @@ class Drafting:
                 )
             self.drafter.steps = steps
 
-    def draft(self, room: Tensor, draws: Draws, longest: int) -> tuple[Draft, Tensor]:
-        """A draft of at most room [B] tokens a row, and its lengths [B].
+    def draft(self, room: Tensor, draws: Draws, longest: int) -> tuple[Draft | Tree, Tensor]:
+        """A draft of at most room [B] tokens a row, and its lengths [B]; a tree if the settings
+        say so, whose length is that of its longest path.
 
         Where the host looks, a draft that nobody has room for is not made, and its width is that of
         its longest row.
@@ -102,6 +105,18 @@ class Drafting:
         news = self.news if self.looks else self.news._replace(longest=longest)
         if self.missed:
             news, self.missed = joined([*self.missed, news]), []
+        if self.growth is not None:
+            tree = self.drafter.tree(news, self.width, self.growth, room, draws)
+            if self.looks:
+                self.status = draft_status(tree)
+                present = (tree.tokens >= 0).any(0).nonzero()
+                width = int(present.max()) + 1 if len(present) else 0
+                cut = {
+                    name: getattr(tree, name)[:, :width] for name in ("tokens", "parents", "rows")
+                }
+                tree = tree._replace(**cut)
+            depths = (depths_of(tree.parents) + 1).masked_fill(tree.tokens < 0, 0)
+            return tree, depths.amax(1) if depths.shape[1] else torch.zeros_like(room)
         # never narrower for want of room: a row's draft does not depend on that of its batch mates
         draft = self.drafter.draft(news, self.width, room, draws)
         if self.looks:

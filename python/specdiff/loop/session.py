@@ -16,11 +16,15 @@ from torch import Tensor
 
 from specdiff_kernels import (
     Committed,
+    Draft,
+    Tree,
+    Verified,
     check_status,
     commit,
     row_distribution,
     row_seeds,
     verify,
+    verify_tree,
 )
 
 from .arguments import Prompts, as_rows, check_prompts, per_prompt, token_ids, whole_number
@@ -32,6 +36,7 @@ from .rows import DeviceRows, HostRows, Log
 from .sampling import RowSampling, Sampling
 from .settings import Settings
 from .stats import Stats, Step
+from .trees import behind_root
 
 LOOK_EVERY = 8  # rounds, on a GPU
 
@@ -85,10 +90,13 @@ class Session:
         self._captured = Captured(self.target.device) if capture is True else capture or None
         if self._captured is not None:
             self._check_capture()
+        if process is not None and settings.tree is not None:
+            raise ValueError("process sees chains alone: open a decoder without tree")
         device = self.target.device
-        # a forward brings k tokens that may all be padding
+        # a forward brings k tokens that may all be padding, or a tree's nodes, which are not
+        self.more = 0 if settings.tree is None else settings.tree.nodes
         self.cache = self.target.new_cache(
-            rows, capacity + settings.k, block_size=block_size, blocks=blocks
+            rows, capacity + max(settings.k, self.more), block_size=block_size, blocks=blocks
         )
         self.stats = Stats()
         self.sampling = RowSampling(sampling, rows, device)
@@ -140,6 +148,8 @@ class Session:
         drafter = self.settings.drafter
         if self.look_every == 1:
             raise ValueError("capture needs a look_every above 1: the host cannot look at a graph")
+        if self.settings.tree is not None:
+            raise ValueError("capture: trees are built on the host so far; leave tree out")
         if drafter is not None and not drafter.capturable:
             raise ValueError(
                 f"capture: {type(drafter).__name__} waits for the device or keeps new memory; "
@@ -222,7 +232,7 @@ class Session:
             return max(more) <= self.capacity
         rows = zip(self.host.limits, self.host.done, strict=True)
         running = [limit for limit, over in rows if not over]
-        blocks = sum(-(-limit // pages.block_size) for limit in [*running, *more])
+        blocks = sum(-(-(limit + self.more) // pages.block_size) for limit in [*running, *more])
         return blocks <= len(pages.references)
 
     def left(self) -> int:
@@ -263,7 +273,7 @@ class Session:
         cache.set_lengths(
             rows.lengths,
             self.longest,
-            room=rows.limit.masked_fill(rows.finished, 0),
+            room=(rows.limit + self.more).masked_fill(rows.finished, 0),
             exact=self.look_every == 1,
         )
         position = rows.lengths + 1 if settings.rule == "coupled" else None
@@ -276,17 +286,20 @@ class Session:
         with self._time("target"):
             ahead = draft.tokens.clamp(0, target.vocab_size - 1)  # verify reports bad ids
             read = torch.cat([rows.last, ahead], 1)
-            logits, hidden = target.forward(read, cache, layers=self.drafting.layers)
+            parents = behind_root(draft) if isinstance(draft, Tree) else None
+            logits, hidden = target.forward(
+                read, cache, layers=self.drafting.layers, parents=parents
+            )
             if self.process is not None:
                 logits = self.process(self.host.texts, ahead, logits)
         with self._time("verify"):
-            verified = verify(
-                logits, draft, *self.sampling.parameters,
-                rule=settings.rule, lenience=settings.lenience,
-                record=settings.record if self.drafting.called else None,
-                seed=rows.seeds, round=rows.round, position=position, backend=settings.backend,
-            )  # fmt: skip
+            verified, path = self._verify(logits, draft, position)
             status = verified.status.masked_fill(rows.finished, 0)
+            if path is not None:  # what is behind the path is of no more interest
+                at = path.clamp(min=0)[..., None]
+                hidden = hidden.gather(1, at.expand(-1, -1, hidden.shape[2]))
+                if self.logprobs:
+                    logits = logits.gather(1, at.expand(-1, -1, logits.shape[2]))
         with self._time("commit"):
             limit = rows.limit if self.ends is None else self._cut(verified.emitted)
             kept, last = torch.empty_like(rows.lengths), torch.empty_like(rows.lengths)
@@ -294,6 +307,7 @@ class Session:
                 rows.lengths, verified.emitted,
                 stop_tokens=rows.stops, limit=limit, finished=rows.finished,
                 pages=cache.pages, release=cache.pages is not None, backend=settings.backend,
+                path=path, caches=() if path is None else cache.stores(),
                 out=Committed(rows.lengths, kept, rows.finished, last),
             )  # fmt: skip
 
@@ -309,6 +323,30 @@ class Session:
             chances,
             None if settings.lenience is None else verified.bias,
         )
+
+    def _verify(
+        self, logits: Tensor, draft: Draft | Tree, position: Tensor | None
+    ) -> tuple[Verified, Tensor | None]:
+        """What the target's logits say of a draft; and of a tree the accepted path, as `commit`
+        takes it, up to the depth that it can have."""
+        settings, rows = self.settings, self.rows
+        keys: dict[str, Any] = dict(seed=rows.seeds, round=rows.round, position=position)
+        if not isinstance(draft, Tree):
+            return verify(
+                logits, draft, *self.sampling.parameters,
+                rule=settings.rule, lenience=settings.lenience,
+                record=settings.record if self.drafting.called else None,
+                **keys, backend=settings.backend,
+            ), None  # fmt: skip
+        assert settings.tree is not None
+        tree = verify_tree(
+            logits, draft, *self.sampling.parameters, rule=settings.tree.rule, **keys,
+            backend=settings.backend,
+        )  # fmt: skip
+        end = settings.k + 1
+        none = torch.zeros_like(tree.accepted, dtype=torch.float64)
+        verified = Verified(tree.accepted, tree.emitted[:, :end].contiguous(), tree.status, none)
+        return verified, tree.path[:, :end].contiguous()
 
     def _time(self, stage: str) -> AbstractContextManager[None]:
         """Timing waits for the device, so it is for those who look at every round."""

@@ -9,6 +9,7 @@ from specdiff_kernels import Lenience
 from .chooser import Chooser
 from .drafter import Drafter
 from .target import Target
+from .trees import Growth
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Settings:
         drafter: proposes tokens; None: plain decoding.
         k: most tokens of a draft; 0 without a drafter.
         chooser: chooses the length of each draft, up to k; None: always k.
+        tree: how trees are grown, k tokens deep at most; None: drafts are chains.
         rule, lenience, record, backend: arguments of `specdiff_kernels.verify`.
     """
 
@@ -27,6 +29,7 @@ class Settings:
     drafter: Drafter | None
     k: int
     chooser: Chooser | None
+    tree: Growth | None
     rule: str
     lenience: Lenience | None
     record: str | None

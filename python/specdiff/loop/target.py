@@ -25,9 +25,10 @@ from ..download import target_folder
 from ..models import load_causal, load_tokenizer
 from . import attention, fast_layers
 from .arguments import token_ids, whole_number
-from .cache import PagedRowCache, RowCache
+from .cache import PagedRowCache, RowCache, Window
 from .fast_module import has_global_hooks
 from .recorder import Recorder
+from .trees import seen_by
 
 SUPPORTED = ("gemma", "gpt2", "gpt_neo", "llama", "mistral", "qwen2")
 
@@ -191,7 +192,12 @@ class Target:
         return cache
 
     def forward(
-        self, tokens: Tensor, cache: RowCache, *, layers: Sequence[int] = ()
+        self,
+        tokens: Tensor,
+        cache: RowCache,
+        *,
+        layers: Sequence[int] = (),
+        parents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits and states of new tokens, each row continuing at its own length.
 
@@ -202,17 +208,26 @@ class Target:
             tokens: i64 [B, Q].
             cache: as made by `new_cache`.
             layers: whose residual streams are wanted, too; counted from 1, after the embedding.
+            parents: i64 [B, Q], if the tokens are a tree: number of the token that each is behind,
+                below its own; -1: it is behind the row's text so far. A token sees that text and
+                its path, and no other new token. Keys and values of token q are written at
+                lengths[b] + q. Not with flash-attn.
 
         Returns:
             logits [B, Q, V] and states [B, Q, (n + 1) d] in the model's dtype: the streams behind
             the n layers, in this order, and last the input of the lm head, side by side.
 
         Raises:
-            ValueError: the model has no such layer.
+            ValueError: the model has no such layer, or the attention knows no trees.
         """
+        if parents is not None and self.attention == "flash":
+            raise ValueError(
+                "flash-attn's kernel for caches knows no trees: load the target with "
+                'attention="flex" or attention="sdpa"'
+            )
         if computes_more(self.model):
-            return self._whole(tokens, cache, None, layers)
-        states = self.hidden(tokens, cache, layers=layers)
+            return self._whole(tokens, cache, None, layers, parents)
+        states = self.hidden(tokens, cache, layers=layers, parents=parents)
         return self.head(states[..., -self.hidden_size :]), states
 
     def hidden(
@@ -222,21 +237,27 @@ class Target:
         start: int | None = None,
         *,
         layers: Sequence[int] = (),
+        parents: Tensor | None = None,
     ) -> Tensor:
         """`forward` without the lm head: the states alone. `start`: see RowCache.prepare."""
         if computes_more(self.model):
-            return self._whole(tokens, cache, start, layers)[1]
-        inputs = self._inputs(tokens, cache, start)
+            return self._whole(tokens, cache, start, layers, parents)[1]
+        inputs = self._inputs(tokens, cache, start, parents)
         self.recorder.want(layers)
         last = self.body(**inputs).last_hidden_state
         streams = self.recorder.take()
         return torch.cat((*streams, last), -1) if streams else last
 
     def _whole(
-        self, tokens: Tensor, cache: RowCache, start: int | None, layers: Sequence[int]
+        self,
+        tokens: Tensor,
+        cache: RowCache,
+        start: int | None,
+        layers: Sequence[int],
+        parents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """`forward` by the model's own, where that may be more than body and lm head."""
-        inputs, thread = self._inputs(tokens, cache, start), get_ident()
+        inputs, thread = self._inputs(tokens, cache, start, parents), get_ident()
         last: list[Tensor] = []  # what the lm head is given
 
         def heard(module: Any, given: tuple[Any, ...]) -> None:
@@ -261,13 +282,15 @@ class Target:
             )
         return logits, torch.cat((*streams, last[0]), -1)
 
-    def _inputs(self, tokens: Tensor, cache: RowCache, start: int | None) -> dict[str, Any]:
+    def _inputs(
+        self, tokens: Tensor, cache: RowCache, start: int | None, parents: Tensor | None
+    ) -> dict[str, Any]:
         """Arguments of the model, or of its body, for new tokens [B, Q]."""
-        positions, span = cache.prepare(tokens.shape[1], start)
+        positions, _ = cache.prepare(tokens.shape[1], start, parents)
         if self.attention in attention.OVER_ROWS:
             visible: dict[str, Any] = {"attention_mask": self.no_mask, "window": cache.window}
         else:
-            visible = {"attention_mask": self._masks(positions, span)}
+            visible = {"attention_mask": self._masks(cache.window)}
         return {
             "input_ids": tokens,
             "position_ids": positions.clamp(max=self.context_limit - 1),  # padding may run past it
@@ -309,12 +332,21 @@ class Target:
                 before = states[:, -1:]
         cache.set_lengths(counts, longest)
 
-    def _masks(self, positions: Tensor, span: int) -> Tensor | dict[str, Tensor]:
+    def _masks(self, window: Window) -> Tensor | dict[str, Tensor]:
         """Key j is visible to a query at position t iff j <= t, and t - window < j if a layer has
-        a window. [B, Q] -> [B, 1, Q, span], of each kind of layer if there are several."""
-        keys = torch.arange(span, device=positions.device)
-        queries = positions[:, None, :, None]
+        a window; in a tree, of the new keys those on its path. -> [B, 1, Q, span], of each kind of
+        layer if there are several."""
+        keys: Tensor = torch.arange(window.span, device=window.positions.device)
+        queries = window.positions[:, None, :, None]
         seen = keys <= queries
+        if window.parents is not None:
+            number = keys - window.lengths[:, None]  # among the new tokens, [B, span]
+            new = (number >= 0)[:, None, None]
+            number = number.clamp(0, window.positions.shape[1] - 1)
+            path = seen_by(window.parents)
+            path = path.gather(2, number[:, None].expand(-1, path.shape[1], -1))[:, None]
+            seen = torch.where(new, path, seen)
+            keys = torch.where(new, window.positions.gather(1, number)[:, None, None], keys)
         if self.window is None:
             return self._mask(seen)
         near = self._mask(seen & (keys > queries - self.window))

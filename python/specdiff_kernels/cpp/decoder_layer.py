@@ -19,7 +19,8 @@ NO_WEIGHT = [0, 0, 0, 0, 0, 0]
 def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -> None:
     if layer.native is None:
         layer.native = native(layer)
-    x, query, rotation, slots, keys, values, tables, lengths, first, limits, before, after = call
+    (x, query, rotation, slots, keys, values, tables, lengths, first, limits, before, after,
+     parents) = call  # fmt: skip
     cos, sin, rotary, turns = (0, 0, 0, 0) if rotation is None else addresses(*rotation)
     B, Q, _ = x.shape
     if tables is None:
@@ -38,7 +39,7 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
             before, after, x.data_ptr(), B, Q, cos, sin, rotary, turns, address(query),
             address(slots), keys.data_ptr(), values.data_ptr(), 0,
             key_row, key_head, key_position, value_row, value_head, value_position, *pages,
-            address(lengths), address(first), 0, address(limits), address(out),
+            address(lengths), address(first), address(parents), address(limits), address(out),
         ],
         torch.get_num_threads(),
     )  # fmt: skip

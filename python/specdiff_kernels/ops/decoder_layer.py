@@ -127,6 +127,7 @@ class LayerCall(NamedTuple):
     limits: Tensor | None  # i64 [B, Q], end of what a token sees; None: its own entry is the last
     before: bool
     after: bool
+    parents: Tensor | None = None  # i64 [B, Q], as of `cached_attention`; not beside limits
 
 
 def decoder_layer(layer: DecoderLayer, call: LayerCall) -> Tensor | None:

@@ -44,7 +44,7 @@ def decoder_layer(layer: DecoderLayer, call: LayerCall, *, out: Tensor | None) -
         return
     mixed = torch.empty_like(query)
     attention = CachedAttentionInputs(
-        query, call.keys, call.values, call.lengths, call.tables, call.first, None, None,
+        query, call.keys, call.values, call.lengths, call.tables, call.first, call.parents, None,
         1.0, layer.window or 0, layer.softcap or 0.0,
     )  # fmt: skip
     if call.limits is None:
