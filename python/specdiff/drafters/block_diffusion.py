@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specdiff_kernels import Draft
+from specdiff_kernels import Draft, Tree
 
 from ..loop.drafter import Draws, News, check_length
 from ..loop.target import Target
+from ..loop.trees import Growth
 from .network import DraftNetwork
 from .prefix import PrefixDrafter
 from .schedule import chunk
@@ -45,6 +46,7 @@ class BlockDiffusion(PrefixDrafter):
     """
 
     kind = "block-diffusion"
+    grows = True
 
     def __init__(
         self,
@@ -91,6 +93,19 @@ class BlockDiffusion(PrefixDrafter):
             self.pool(draft)[:, lo:hi] = self.head(states)
             draft = self.draw(draft, lo, hi, step, states, draws)
         return draft
+
+    @torch.no_grad()
+    def tree(self, news: News, k: int, growth: Growth, lengths: Tensor, draws: Draws) -> Tree:
+        check_length(self, k)
+        if self.steps != 1:
+            raise ValueError(
+                f"a tree grows from the logits of one reverse step, got steps = {self.steps}: pass "
+                "steps=1, or leave tree out"
+            )
+        committed = self.commit(news)
+        masks = self.network.embed_masks(self.anchor, k)
+        states = self.forward(self.cache, committed, self.behind(masks, causal=False))[:, -k:]
+        return self.grow(states, growth, lengths, draws)
 
     def embed_block(self, tokens: Tensor, revealed: int) -> Tensor:
         """Embed the first `revealed` of tokens [B, k], and masks at the others. -> [B, k, d]"""

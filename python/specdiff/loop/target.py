@@ -341,11 +341,11 @@ class Target:
         seen = keys <= queries
         if window.parents is not None:
             number = keys - window.lengths[:, None]  # among the new tokens, [B, span]
-            new = (number >= 0)[:, None, None]
-            number = number.clamp(0, window.positions.shape[1] - 1)
-            path = seen_by(window.parents)
-            path = path.gather(2, number[:, None].expand(-1, path.shape[1], -1))[:, None]
-            seen = torch.where(new, path, seen)
+            Q = window.positions.shape[1]
+            new, there = ((number >= 0)[:, None, None], (number < Q)[:, None, None])
+            number = number.clamp(0, Q - 1)
+            path = seen_by(window.parents).gather(2, number[:, None].expand(-1, Q, -1))
+            seen = torch.where(new, path[:, None] & there, seen)
             keys = torch.where(new, window.positions.gather(1, number)[:, None, None], keys)
         if self.window is None:
             return self._mask(seen)
