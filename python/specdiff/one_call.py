@@ -28,6 +28,7 @@ def generate(
     *,
     k: int | Chooser | None = None,
     rule: str = "token",
+    tree: int | Sequence[int] | None = None,
     lenience: Lenience | None = None,
     record: str | None = None,
     backend: str | None = None,
@@ -53,7 +54,7 @@ def generate(
         drafter: a Drafter; or a name or a folder for `specdiff.drafters.load_drafter`; None: plain
             decoding.
         prompts: token ids: one prompt, or a batch whose rows may differ in length.
-        k, rule, lenience, record, backend, tokenizer: arguments of `Decoder`.
+        k, rule, tree, lenience, record, backend, tokenizer: arguments of `Decoder`.
         max_new_tokens, sampling, seed, stop_tokens, stop_strings, logprobs, look_every, capture,
             block_size, blocks, process, ends: arguments of `Decoder.generate`.
 
@@ -70,7 +71,7 @@ def generate(
     if isinstance(drafter, (str, Path)):
         drafter = load_drafter(drafter, target, backend=backend)
     decoder = Decoder(
-        target, drafter, k, rule,
+        target, drafter, k, rule, tree=tree,
         lenience=lenience, record=record, backend=backend, tokenizer=tokenizer,
     )  # fmt: skip
     return decoder.generate(

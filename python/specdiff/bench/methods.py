@@ -45,10 +45,11 @@ class Method:
         steps: reverse steps of a diffusion drafter; "auto" together with k; None: its default.
         rule: rule of `specdiff_kernels.verify`; None: `Sampling.rule`.
         model: folder of the assistant model of "assisted".
+        tree: nodes of a tree that each draft is; None: drafts are chains.
 
     Example:
         >>> parse("block-diffusion,k=4,steps=2")
-        Method(name='block-diffusion', k=4, steps=2, rule=None, model=None)
+        Method(name='block-diffusion', k=4, steps=2, rule=None, model=None, tree=None)
     """
 
     name: str
@@ -56,6 +57,7 @@ class Method:
     steps: int | str | None = None
     rule: str | None = None
     model: str | None = None
+    tree: int | None = None
 
     @property
     def drafts(self) -> bool:
@@ -63,15 +65,18 @@ class Method:
 
     def rule_for(self, sampling: Sampling) -> str | None:
         """The rule that judges its drafts; None: specdiff judges none."""
-        return None if self.name in (*OWN, *THEIRS) else self.rule or sampling.rule
+        if self.name in (*OWN, *THEIRS):
+            return None
+        return self.rule or (sampling.rule if self.tree is None else "token")
 
     @property
     def label(self) -> str:
-        return Path(self.name).name
+        name = Path(self.name).name
+        return name if self.tree is None else f"{name} tree {self.tree}"
 
 
 def parse(text: str) -> Method:
-    """Parse a method from NAME[,k=..][,steps=..][,rule=..][,model=..].
+    """Parse a method from NAME[,k=..][,steps=..][,rule=..][,model=..][,tree=..].
 
     Raises:
         ValueError: an option is unknown, out of its range, or belongs to another method.
@@ -80,16 +85,15 @@ def parse(text: str) -> Method:
     given: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
-        if key not in ("k", "steps", "rule", "model") or not value:
+        if key not in ("k", "steps", "rule", "model", "tree") or not value:
             raise ValueError(
-                f"--method {text!r}: expected options k=, steps=, rule= or model=, got {option!r}; "
-                "each method has a --method of its own"
+                f"--method {text!r}: expected options k=, steps=, rule=, model= or tree=, got "
+                f"{option!r}; each method has a --method of its own"
             )
-        if key in ("k", "steps") and value != AUTO:
+        if key == "tree" or (key in ("k", "steps") and value != AUTO):
             if not value.isdecimal() or int(value) < 1:
-                raise ValueError(
-                    f"--method {text!r}: {key} must be auto or at least 1, got {value}"
-                )
+                allowed = "at least 1" if key == "tree" else "auto or at least 1"
+                raise ValueError(f"--method {text!r}: {key} must be {allowed}, got {value}")
             given[key] = int(value)
         else:
             given[key] = value
@@ -104,7 +108,9 @@ def parse(text: str) -> Method:
         )
     if (method.model is not None) != (name == "assisted"):
         raise ValueError(f"--method {text!r}: model=FOLDER is for 'assisted', and only for it")
-    if name in THEIRS and (method.rule or method.steps or method.k == AUTO):
+    if method.tree is not None and method.k == AUTO:
+        raise ValueError(f"--method {text!r}: a tree needs a number k, or none")
+    if name in THEIRS and (method.rule or method.steps or method.tree or method.k == AUTO):
         raise ValueError(f"--method {text!r}: transformers' methods take only a number k")
     return method if method.k is None else planned(method)
 
@@ -169,7 +175,7 @@ def spread(methods: Sequence[Method], ks: Sequence[Any], steps: Sequence[Any]) -
     """
     result: list[Method] = []
     for method in methods:
-        own_k = method.k is not None or not ks or not method.drafts
+        own_k = method.k is not None or not ks or not method.drafts or method.tree is not None
         taken = [method] if own_k else [replace(method, k=k) for k in ks]
         for one in taken:
             own_steps = one.steps is not None or not steps or not one.drafts
@@ -234,8 +240,10 @@ def make(method: Method, models: Models, sampling: Sampling, batch: int) -> Deco
         return plain(method.name, models, sampling)
     steps = method.steps if isinstance(method.steps, int) else None
     drafter = load_drafter(method.name, models.target, steps=steps)
-    decoder = Decoder(models.target, drafter, rule=method.rule or sampling.rule)
+    decoder = Decoder(models.target, drafter, rule=method.rule_for(sampling) or "token")
     k: Any = method.k
+    if method.tree is not None:
+        return ours(decoder.replace(k=k or drafter.most, tree=method.tree), sampling)
     if k == AUTO:
         found = measure(decoder, models.costs_prompts(), batch=batch, sampling=sampling)
         k = Planner(found, steps=None if method.steps in (None, AUTO) else (steps or 1,))

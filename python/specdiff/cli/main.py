@@ -156,6 +156,13 @@ def generate(
     steps: Annotated[
         str, typer.Option(help="Reverse steps of a diffusion drafter; auto: chosen for speed.")
     ] = AUTO,
+    tree: Annotated[
+        int | None,
+        typer.Option(
+            help="Nodes of a tree that each draft is: the likeliest tokens, up to --k deep. Good "
+            "for greedy text and low temperatures. Default: drafts are chains.",
+        ),
+    ] = None,
     rule: Annotated[
         Rule | None,
         typer.Option(
@@ -191,7 +198,9 @@ def generate(
     counts = parse_count("--k", k), parse_count("--steps", steps)
     at_least(1, "--max-new-tokens", max_new_tokens)
     if no_draft:
-        of_drafts = {"--compare": compare, "--record": record, "--lenience": lenience}
+        of_drafts = {
+            "--compare": compare, "--record": record, "--lenience": lenience, "--tree": tree,
+        }  # fmt: skip
         if given := [option for option, value in of_drafts.items() if value]:
             raise ValueError(f"{given[0]} is about drafts: leave it out, or --no-draft")
     rule = rule_of(rule, lenience)
@@ -204,7 +213,7 @@ def generate(
 
         sampling = Sampling(temperature, top_k, top_p, min_p)
         lenient = None if lenience is None else parse_lenience(lenience)
-        rule = rule or Rule(sampling.rule)
+        rule = rule or Rule(sampling.rule if tree is None else "token")
         place = placed(device, dtype, threads)
         plain, tokenizer = load(target, rule.value, lenient, place, not no_accelerate)
         distributions = None if record is None else record.value
@@ -217,7 +226,10 @@ def generate(
             f"{max_new_tokens}",
             err=True,
         )
-    if not no_draft:
+    if tree is not None and decoder.drafter is not None:
+        deepest = decoder.drafter.most or decoder.drafter.block
+        decoder = decoder.replace(k=counts[0] or deepest, tree=tree)
+    elif not no_draft:
         names = named(target, drafter, raw, not no_accelerate)
         with progress.status("measuring what drafts cost here, once for this pair of models"):
             pair = Pair(decoder, tokenizer, names, len(ids), sampling, raw)
