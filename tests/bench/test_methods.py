@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from specdiff import Decoder, Sampling, Stats
 from specdiff.bench.methods import Method, counting, make, ours, parse, spread, until
+from tests.tiny import tiny_network
 
 PROMPTS = [[5, 6, 7, 5, 6]]
 
@@ -18,13 +20,20 @@ def test_names():
     assert parse("sedd,steps=auto").k is None  # which --k may fill
     assert parse("assisted,model=a/b,k=5") == Method("assisted", 5, model="a/b")
     assert parse("models/sedd-small").label == "sedd-small"
+    tree = parse("parallel,tree=16")
+    assert (tree.tree, tree.label) == (16, "parallel tree 16")
+    assert tree.rule_for(Sampling(1.0)) == "token" != parse("parallel").rule_for(Sampling(1.0))
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("parallel,k=0", "k must be auto or at least 1"),
-        ("parallel,K=2", "expected options k=, steps=, rule= or model=, got 'K=2'"),
+        ("parallel,K=2", "expected options k=, steps=, rule=, model= or tree=, got 'K=2'"),
+        ("parallel,tree=0", "tree must be at least 1, got 0"),
+        ("parallel,tree=auto", "tree must be at least 1, got auto"),
+        ("parallel,k=auto,tree=4", "a tree needs a number k, or none"),
+        ("transformers-lookup,tree=4", "only a number k"),
         ("plain,k=2", "plain decoding takes no options"),
         ("assisted,k=2", "model=FOLDER is for 'assisted'"),
         ("parallel,model=x", "'assisted', and only for it"),
@@ -83,6 +92,16 @@ def test_each_decodes_the_greedy_text(text, models, folder):
     assert stats.tokens == len(new[0]) and 0 < stats.target_forwards <= stats.tokens
     if "assisted" in text or "tiny" in text:  # the target itself drafts
         assert stats.target_forwards < stats.tokens
+
+
+def test_trees_decode_the_greedy_text(models, tmp_path):
+    V = models.target.vocab_size
+    tiny_network("parallel", torch.arange(0, V, 2), vocab=V).save(tmp_path)
+    plain = Decoder(models.target).generate(PROMPTS, max_new_tokens=20)
+    for options in ("tree=6", "k=2,tree=6"):
+        decode = make(parse(f"{tmp_path},{options}"), models, Sampling(), 1)
+        assert decode(PROMPTS, 20, 0)[0] == plain.new_tokens
+    assert [m.k for m in spread([parse("parallel,tree=4")], [2, 4], [])] == [None]
 
 
 def test_assisted_generation_samples_with_its_seed(models, folder):

@@ -95,7 +95,10 @@ def test_report(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["run", "--method", "parallel,q=1"], "expected options k=, steps=, rule= or model="),
+        (
+            ["run", "--method", "parallel,q=1"],
+            "expected options k=, steps=, rule=, model=",
+        ),
         (["run", "--temperature", "hot"], "--temperature must be comma-separated numbers"),
         (["run", "--task", "poem"], "task must be one of chat"),
         (["run", "--batch", "3"], "must be in [1, 2], the number of prompts, got 3"),

@@ -25,7 +25,7 @@ from specdiff.cli.report import DecodedRun, LiveText, TextStream, figures, media
 from specdiff.models import encode
 from specdiff.planning.costs import PLAIN, Costs, Plan, measure
 from tests.operators import Operators
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_network
 
 KEYS = [
     "text", "tokens", "target_forwards", "tokens_per_forward", "acceptance", "bias",
@@ -111,6 +111,17 @@ def test_no_draft_is_plain_decoding(result):
     got = result("--no-draft")
     assert got["acceptance"] == []
     assert got["target_forwards"] == got["tokens"] == 24
+
+
+def test_trees_give_the_text_of_plain_decoding(result, tiny_tokenizer, tmp_path):
+    V = len(tiny_tokenizer)
+    tiny_network("parallel", torch.arange(0, V, 2), vocab=V).save(tmp_path)
+    options = {"drafter": str(tmp_path)}
+    assert result("--tree", "5", **options)["text"] == result("--no-draft")["text"]
+    coupled = ("--rule", "coupled", "--temperature", "1")
+    grown = result("--tree", "5", "--k", "2", *coupled, **options)["text"]
+    assert grown == result("--no-draft", *coupled)["text"]
+    assert result("--tree", "5", "--temperature", "1", **options)["tokens"] == 24
 
 
 def test_models_are_accelerated_unless_told_otherwise(result):
@@ -351,6 +362,10 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "a", "--threads", "0"], "--threads must be at least 1"),
         (["--prompt", "caf\udce9"], "--prompt is not UTF-8"),
         (["--prompt", "a", "--no-draft", "--compare"], "--compare is about drafts: leave it out"),
+        (["--prompt", "a", "--no-draft", "--tree", "4"], "--tree is about drafts: leave it out"),
+        (["--prompt", "a", "--tree", "4"], "tree: PromptLookup drafts chains alone"),
+        (["--prompt", "a", "--tree", "4", "--rule", "block"], "rule 'block' judges chains alone"),
+        (["--prompt", "a", "--tree", "0"], "tree must have at least 1 node, got 0"),
         (["--prompt", "a", "--record", "final"], "would bias the output: .* names no final_step"),
         (["--prompt", "a", "--record", "entangled"], "would bias the output: .* the drafter keeps"),
         (["--prompt", "a", "--rule", "coupled", "--record", "one-hot"], "uses no q, got 'one-hot'"),
