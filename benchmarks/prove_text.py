@@ -4,10 +4,11 @@
 
 The messages of the tasks "chat" and "held-out" are prompts as chats first, then as plain texts.
 Each is continued beyond stop tokens, so that all texts have the same length. Plain decoding takes
-one prompt at a time, over a dense cache. The shipped parallel drafter must give the same tokens at
-K = 4 and 8, alone and among 4, with a dense and a paged cache: greedily, and at temperature 1 under
-the coupled rule with the same seeds. After a text's first difference, its other tokens count as
-unequal. The gap is that of the two largest logits there, which for greedy text tells a near tie.
+one prompt at a time, over a dense cache. The shipped parallel drafter must give the same tokens by
+chains of 4 and by trees of 12 nodes, alone and among 4, with a dense and a paged cache: greedily,
+and at temperature 1 under the coupled rule with the same seeds. After a text's first difference,
+its other tokens count as unequal. The gap is that of the two largest logits there, which for greedy
+text tells a near tie.
 
 It takes some ten minutes. The same command resumes where it was stopped, at the
 last finished setting, unless the code has changed. Exit status 1: a text differs.
@@ -52,10 +53,11 @@ console = Console(width=110)
 
 @dataclass(frozen=True)
 class Setting:
-    """How texts are decoded. k: None is plain decoding."""
+    """How texts are decoded. k: None is plain decoding; tree: None has chains for drafts."""
 
     temperature: float
     k: int | None = None
+    tree: int | None = None
     batch: int = 1
     block_size: int | None = None
 
@@ -73,10 +75,16 @@ class Setting:
         if self == self.plain:
             return f"{manner}, plain"
         cache = "dense" if self.block_size is None else "paged"
-        return f"{manner}, K = {self.k}, batch {self.batch}, {cache}"
+        tree = "" if self.tree is None else f", tree of {self.tree}"
+        return f"{manner}, K = {self.k}{tree}, batch {self.batch}, {cache}"
 
 
-SETTINGS = [Setting(*own) for own in product((0.0, 1.0), (4, 8), (1, 4), (None, BLOCK))]
+SETTINGS = [
+    Setting(temperature, *draft, batch, block_size)
+    for temperature, draft, batch, block_size in product(
+        (0.0, 1.0), ((4, None), (8, 12)), (1, 4), (None, BLOCK)
+    )
+]
 
 
 def main(
@@ -187,7 +195,8 @@ def decode(
     stats: Stats | None = None,
 ) -> Texts:
     """New tokens of each prompt, whose seed is its number. Counts of drafts go into `stats`."""
-    decoder = Decoder(target, None if setting.k is None else drafter, setting.k, setting.rule)
+    drafter = None if setting.k is None else drafter
+    decoder = Decoder(target, drafter, setting.k, setting.rule, tree=setting.tree)
     texts: Texts = []
     starts = range(0, len(prompts), setting.batch)
     for start in track(starts, str(setting), console=console, transient=True):

@@ -12,7 +12,8 @@ import torch
 from specdiff import Target, accelerate
 from specdiff.bench.kept import Kept
 from specdiff.drafters import Autoregressive, PromptLookup
-from tests.tiny import PROMPTS, tiny_model
+from tests.loop.test_trees import Planted
+from tests.tiny import PROMPTS, tiny_model, tiny_network
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
@@ -25,8 +26,8 @@ NEW = 12
 class Counting(Target):
     """The mutant: logits depend on how many tokens a forward has."""
 
-    def forward(self, tokens, cache, *, layers=()):
-        logits, states = super().forward(tokens, cache, layers=layers)
+    def forward(self, tokens, cache, **options):
+        logits, states = super().forward(tokens, cache, **options)
         shift = torch.linspace(0, 1, logits.shape[-1])
         return logits + (tokens.shape[1] - 1) * shift, states
 
@@ -39,10 +40,21 @@ def compared(kind: type[Target], setting: Setting) -> dict:
         for parameter in like.parameters():
             parameter += 0.04 * torch.randn(parameter.shape, generator=generator)
     plain = decode(target, None, PROMPTS, NEW, setting.plain)
-    return compare(target, Autoregressive(like), PROMPTS, NEW, setting, plain)
+    drafter = Autoregressive(like) if setting.tree is None else Planted(plain_texts(plain))
+    return compare(target, drafter, PROMPTS, NEW, setting, plain)
 
 
-@pytest.mark.parametrize("setting", SETTINGS[::5], ids=str)  # each K, batch and cache
+def plain_texts(new: list[list[int]]) -> list[list[int]]:
+    return [[*prompt, *more] for prompt, more in zip(PROMPTS, new, strict=True)]
+
+
+# chains and trees; a Planted knows rows of one batch alone
+KINDS = [s for s in SETTINGS[::5] if s.tree is None] + [
+    replace(s, batch=len(PROMPTS), k=6) for s in SETTINGS if s.tree is not None and s.batch == 4
+]
+
+
+@pytest.mark.parametrize("setting", KINDS, ids=str)
 def test_texts_are_equal_unless_logits_depend_on_the_tokens_beside(setting):
     case = compared(Target, setting)
     assert case["equal"] == case["tokens"] == NEW * len(PROMPTS)
@@ -104,7 +116,10 @@ def small(tmp_path, tiny_tokenizer, monkeypatch) -> Path:
     tiny_model("llama", vocab=290, context=1024).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     monkeypatch.setattr(prove_text, "TARGET", str(folder))
-    monkeypatch.setattr(prove_text, "DRAFTER", "prompt-lookup")
+    drafter = tmp_path / "drafter"
+    tiny_network("parallel", torch.arange(0, 290, 2), vocab=290, block=8).save(drafter)
+    monkeypatch.setattr(prove_text, "DRAFTER", str(drafter))
+    monkeypatch.setattr(prove_text, "weights_digest", lambda name: "tiny")
     monkeypatch.setattr(prove_text, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     return tmp_path / "results"

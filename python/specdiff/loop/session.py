@@ -286,10 +286,8 @@ class Session:
         with self._time("target"):
             ahead = draft.tokens.clamp(0, target.vocab_size - 1)  # verify reports bad ids
             read = torch.cat([rows.last, ahead], 1)
-            parents = behind_root(draft) if isinstance(draft, Tree) else None
-            logits, hidden = target.forward(
-                read, cache, layers=self.drafting.layers, parents=parents
-            )
+            tree = {"parents": behind_root(draft)} if isinstance(draft, Tree) else {}
+            logits, hidden = target.forward(read, cache, layers=self.drafting.layers, **tree)
             if self.process is not None:
                 logits = self.process(self.host.texts, ahead, logits)
         with self._time("verify"):
