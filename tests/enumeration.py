@@ -43,14 +43,13 @@ def first_word(changed: Callable[[Tensor], Tensor], n: int) -> list[int]:
 
 
 def bisect(changed: Callable[[Tensor], Tensor], n: int) -> list[int]:
-    low, high = [0] * n, [WORDS] * n
-    for _ in range(64):
-        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
-        hit = changed(patterns(middle)).tolist()
-        for i, (m, h) in enumerate(zip(middle, hit, strict=True)):
-            low[i], high[i] = (low[i], m) if h else (m, high[i])
-    at_zero = changed(patterns([0] * n)).tolist()
-    return [0 if zero else h for zero, h in zip(at_zero, high, strict=True)]
+    below = torch.zeros(n, dtype=torch.int64)  # the largest word before the change, bit by bit
+    for bit in range(63, -1, -1):
+        higher = below | patterns([1 << bit])
+        below = torch.where(changed(higher), below, higher)
+    at_zero = changed(torch.zeros_like(below)).tolist()
+    return [0 if zero else word % WORDS + 1
+            for zero, word in zip(at_zero, below.tolist(), strict=True)]  # fmt: skip
 
 
 def probabilities(tokens: Callable[[Tensor], Tensor], n: int, V: int) -> list[list[Fraction]]:
