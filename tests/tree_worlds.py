@@ -159,9 +159,13 @@ class TreeWorld:
         return self.noise(self.V, "target", text)
 
     @cache  # noqa: B019
-    def p(self, text: Text) -> list[float]:
+    def weights(self, text: Text) -> list[int]:
+        """Of the target's tokens behind a text."""
         row = self.target(text)[None]
-        e = weights(row, row_distribution(row, **self.sampling))[0].tolist()
+        return weights(row, row_distribution(row, **self.sampling))[0].tolist()
+
+    def p(self, text: Text) -> list[float]:
+        e = self.weights(text)
         return [x / sum(e) for x in e]
 
     # --- drafting -------------------------------------------------------------------------------
@@ -176,11 +180,15 @@ class TreeWorld:
             earlier = torch.stack([patterns(words) for *_, words in found])
             rest = torch.zeros(len(found), len(shape) - n - 1, dtype=torch.int64)
 
-            def token(words: Tensor, n=n, before=before, earlier=earlier, rest=rest) -> Tensor:
+            def tree(words: Tensor, n=n, before=before, earlier=earlier, rest=rest) -> Tree:
                 words = torch.cat((earlier, words[:, None], rest), 1)
-                return self.grown(before, len(shape), shape, replacement, words).tokens[:, n]
+                return self.grown(before, len(shape), shape, replacement, words)
 
-            distributions = probabilities(token, len(found), self.V)
+            expected = [begins(e) for e in left_of(tree(torch.zeros(len(found)).long()), n, self.V)]
+            distributions = probabilities(
+                lambda words, n=n, tree=tree: tree(words).tokens[:, n],
+                len(found), self.V, expected,
+            )  # fmt: skip
             found = [
                 (text, chance * float(share), [*words, word])
                 for (text, chance, words), distribution in zip(found, distributions, strict=True)
@@ -243,10 +251,12 @@ class TreeWorld:
 
     def ends(self, grove: Grove, rule: str) -> Ends:
         """The texts with which a round ends."""
-        judge = self.walked if rule == "walk" else self.rejected
         ends: Ends = defaultdict(float)
-        for b, text, chance in judge(grove):
-            ends[grove.prefixes[b] + text] += grove.chances[b] * chance
+        if rule == "walk":
+            for b, text, chance in self.walked(grove):
+                ends[grove.prefixes[b] + text] += grove.chances[b] * chance
+        else:
+            gather(ends, grove, self.rejected(grove))
         return ends
 
     def target_rows(self, grove: Grove) -> Tensor:
@@ -262,57 +272,63 @@ class TreeWorld:
             for prefix, nodes in zip(grove.prefixes, grove.nodes(), strict=True)
         ])  # fmt: skip
 
-    def rejected(self, grove: Grove) -> Iterator[tuple[int, Text, float]]:
-        """For each tree and each way in which the rule "rejection" may end: the number of the
-        tree, the tokens emitted, their probability."""
+    def rejected(self, grove: Grove) -> list[Verdict]:
+        """What the rule "rejection" does with each tree."""
         rows, trees = self.target_rows(grove), grove.nodes()
         N = len(trees[0].tokens)
-        tried = [(b, n) for b, nodes in enumerate(trees) for n in range(N) if nodes.tokens[n] >= 0]
-        last = [(b, ROOT) for b in range(len(trees))] + tried  # the node behind which a round ends
-        which = [b for b, _ in tried]
-        target, tree, row = rows[which], grove.select(which), torch.arange(len(tried))
-        node = torch.tensor([n for _, n in tried], dtype=torch.int64)
-        words = torch.tensor([trees[b].words_to(n) for b, n in tried], dtype=torch.int64)
+        expected = plain(self, grove)
+        found = [Verdict({}, {}, verdict.order) for verdict in expected]
+        reached = [{ROOT} for _ in trees]
+        for n in range(N):
+            at = [b for b, nodes in enumerate(trees)
+                  if nodes.tokens[n] >= 0 and nodes.parents[n] in reached[b]
+                  and all(found[b].accept[s] < WORDS for s in nodes.earlier(n))]  # fmt: skip
+            if not at:
+                continue
+            words = torch.tensor([trees[b].words_to(n) for b in at])
+            target, tree = rows[at], grove.select(at)
 
-        def stops(word: Tensor) -> Tensor:
-            changed = words.clone()
-            changed[row, node] = word
-            verified = verify_tree(target, tree, words=changed, **self.sampling)
-            assert (verified.status == 0).all()
-            return (verified.path != node[:, None] + 1).all(1)
+            def stops(word: Tensor, n=n, words=words, target=target, tree=tree) -> Tensor:
+                words = words.clone()
+                words[:, n] = word
+                verified = verify_tree(target, tree, words=words, **self.sampling)
+                assert (verified.status == 0).all()
+                return (verified.path != n + 1).all(1)
 
-        accept = dict.fromkeys(last, 1.0)
-        if tried:
-            shares = (word / WORDS for word in first_word(stops, len(tried)))
-            accept.update(zip(tried, shares, strict=True))
+            edges = first_word(stops, len(at), [expected[b].accept[n] for b in at])
+            for b, edge in zip(at, edges, strict=True):
+                found[b].accept[n] = edge
+                if edge > 0:
+                    reached[b].add(n)
 
-        which = [b for b, _ in last]
-        ends_target, ends_tree = rows[which], grove.select(which)
-        depth = torch.tensor([len(trees[b].path(n)) for b, n in last])
-        unaccepted = [trees[b].words_to(n) for b, n in last]
-        for (b, n), own in zip(last, unaccepted, strict=True):
+        ends = [(b, n) for b, nodes in enumerate(trees) for n in sorted(reached[b])
+                if all(found[b].accept[child] < WORDS for child in nodes.children(n))]  # fmt: skip
+        at = [b for b, _ in ends]
+        target, tree = rows[at], grove.select(at)
+        depth = torch.tensor([[len(trees[b].path(n))] for b, n in ends])
+        refused = [trees[b].words_to(n) for b, n in ends]
+        for (b, n), words in zip(ends, refused, strict=True):
             for child in trees[b].children(n):
-                own[child] = MOST
-        before = torch.tensor(unaccepted)[:, :N]
+                words[child] = MOST
+        before = torch.tensor(refused)[:, :N]
 
         def token(word: Tensor) -> Tensor:
             words = torch.cat((before, word[:, None]), 1)
-            verified = verify_tree(ends_target, ends_tree, words=words, **self.sampling)
-            return verified.emitted.gather(1, depth[:, None])[:, 0]
+            verified = verify_tree(target, tree, words=words, **self.sampling)
+            assert torch.equal(verified.accepted[:, None], depth)
+            return verified.emitted.gather(1, depth)[:, 0]
 
-        for (b, n), shares in zip(last, probabilities(token, len(last), self.V), strict=True):
-            nodes, chance = trees[b], 1.0
-            for step in nodes.path(n):
-                for sibling in nodes.earlier(step):
-                    chance *= 1 - accept[b, sibling]
-                chance *= accept[b, step]
-            for child in nodes.children(n):
-                chance *= 1 - accept[b, child]
-            for v, share in enumerate(shares):
-                yield b, (*nodes.text(n), v), chance * float(share)
+        distributions = probabilities(
+            token, len(ends), self.V, [expected[b].begins[n] for b, n in ends]
+        )
+        for (b, n), distribution in zip(ends, distributions, strict=True):
+            sums = [sum(distribution[:v]) for v in range(1, self.V)]
+            found[b].begins[n] = [int(total * WORDS) for total in sums]
+        return found
 
     def walked(self, grove: Grove) -> Iterator[tuple[int, Text, float]]:
-        """The same for the rule "walk": at each node the token that the target draws there."""
+        """For each tree and each way in which the rule "walk" may end: the number of the tree, the
+        tokens emitted, their probability. At each node the target's own token is drawn."""
         rows, trees = self.target_rows(grove), grove.nodes()
         N = len(trees[0].tokens)
         at = [(b, ROOT, [0] * (N + 1), 1.0) for b in range(len(trees))]  # with words that lead here
@@ -334,7 +350,10 @@ class TreeWorld:
                 assert (verified.status == 0).all()
                 return verified.emitted[:, depth]
 
-            distributions = probabilities(token, len(at), self.V)
+            expected = [
+                begins(self.weights(grove.prefixes[b] + trees[b].text(node))) for b, node, *_ in at
+            ]
+            distributions = probabilities(token, len(at), self.V, expected)
             further = []
             for (b, node, words, chance), shares in zip(at, distributions, strict=True):
                 nodes, text = trees[b], trees[b].text(node)
@@ -383,51 +402,124 @@ class TreeWorld:
         return self.distance(waiting, length)
 
 
-# --- a verifier with mistakes -------------------------------------------------------------------
+# --- the rule "rejection" in plain Python ---------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """What is done with one tree."""
+
+    accept: dict[int, int]  # of each node that may be tried: the first word that refuses it
+    begins: dict[int, list[int]]  # of each where a round may end: where the tokens 1, 2, .. begin
+    order: dict[int, list[int]]  # in which the children of each are tried
 
 
 class Mistake(NamedTuple):
-    """What a verifier in plain Python does wrong; without one it is the rule "rejection"."""
+    """What `plain` may do wrong."""
 
     stale: bool = False  # every sibling is judged by the target's own p
     by_target: bool = False  # children are tried in the order of the target's probability
     whole: bool = False  # q is that of the whole row, though siblings were taken out of it
 
 
+def plain(world: TreeWorld, grove: Grove, mistake: Mistake = Mistake()) -> list[Verdict]:  # noqa: B008
+    """Verdicts by docs/numerics.md, in Python's integers and floats."""
+    tree = grove.tree
+    ids = list(range(world.V)) if tree.draft_ids is None else tree.draft_ids.tolist()
+    pool = []
+    if tree.logits is not None:
+        pool = [[dict(zip(ids, e, strict=True)).get(v, 0) for v in range(world.V)]
+                for e in weights(tree.logits, tree.distribution).tolist()]  # fmt: skip
+
+    def judge(text: Text, nodes: Nodes) -> Verdict:
+        verdict = Verdict({}, {}, {})
+        for node in [ROOT, *(n for n, token in enumerate(nodes.tokens) if token >= 0)]:
+            own = W = world.weights(text + nodes.text(node))
+            children, taken = nodes.children(node), defaultdict(list)
+            if mistake.by_target:
+                children.sort(key=lambda n: -own[nodes.tokens[n]])
+            verdict.order[node] = children
+            for n in children:
+                x, row = nodes.tokens[n], nodes.rows[n]
+                W = own if mistake.stale else W
+                P = scaled(W)
+                if row < 0:
+                    verdict.accept[n] = first_refusal(1.0, P[x])
+                    left = [0 if v == x else e for v, e in enumerate(W)]
+                else:
+                    q = scaled([0 if v in taken[row] else e for v, e in enumerate(pool[row])])
+                    if not tree.replacement and not mistake.whole:
+                        taken[row].append(x)
+                    verdict.accept[n] = first_refusal(q[x], P[x])
+                    left = [int(max(a - b, 0.0) * 2.0**60) for a, b in zip(P, q, strict=True)]
+                W = left if sum(left) else W
+            verdict.begins[node] = begins(W)
+        return verdict
+
+    return [judge(*item) for item in zip(grove.prefixes, grove.nodes(), strict=True)]
+
+
 def mistaken(world: TreeWorld, grove: Grove, mistake: Mistake) -> Ends:
     """The texts with which a round ends, by a verifier in plain Python."""
     ends: Ends = defaultdict(float)
-    tree = grove.tree
-    pool = weights(tree.logits, tree.distribution).tolist()
-    ids = range(world.V) if tree.draft_ids is None else tree.draft_ids.tolist()
-
-    def q_of(nodes: Nodes, n: int, taken: list[int]) -> list[float]:
-        q = [0.0] * world.V
-        if nodes.rows[n] < 0:
-            q[nodes.tokens[n]] = 1.0
-            return q
-        for v, e in zip(ids, pool[nodes.rows[n]], strict=True):
-            q[v] = 0.0 if v in taken else e
-        return [e / sum(q) for e in q]
-
-    def visit(nodes: Nodes, node: int, text: Text, chance: float) -> None:
-        own = p = world.p(text)
-        order, taken = nodes.children(node), []
-        if mistake.by_target:
-            order.sort(key=lambda n: -own[nodes.tokens[n]])
-        for n in order:
-            x, q = nodes.tokens[n], q_of(nodes, n, taken)
-            accept = min(1.0, (own if mistake.stale else p)[x] / q[x])
-            visit(nodes, n, (*text, x), chance * accept)
-            chance *= 1 - accept
-            if not tree.replacement and not mistake.whole and nodes.rows[n] >= 0:
-                taken.append(x)
-            left = [max(a - b, 0.0) for a, b in zip(own if mistake.stale else p, q, strict=True)]
-            if sum(left) > 0:
-                p = [a / sum(left) for a in left]
-        for v in range(world.V):
-            ends[(*text, v)] += chance * p[v]
-
-    for prefix, chance, nodes in zip(grove.prefixes, grove.chances, grove.nodes(), strict=True):
-        visit(nodes, ROOT, prefix, chance)
+    gather(ends, grove, plain(world, grove, mistake))
     return ends
+
+
+def gather(ends: Ends, grove: Grove, verdicts: list[Verdict]) -> None:
+    """Adds the texts with which a round ends."""
+
+    def visit(nodes: Nodes, verdict: Verdict, node: int, text: Text, chance: float) -> None:
+        for n in verdict.order[node]:
+            if not chance:
+                return
+            accept = verdict.accept[n] / WORDS
+            if accept:
+                visit(nodes, verdict, n, (*text, nodes.tokens[n]), chance * accept)
+            chance *= (WORDS - verdict.accept[n]) / WORDS
+        if chance:
+            edges = [0, *verdict.begins[node], WORDS]
+            for v in range(len(edges) - 1):
+                ends[(*text, v)] += chance * ((edges[v + 1] - edges[v]) / WORDS)
+
+    trees = zip(grove.prefixes, grove.chances, grove.nodes(), verdicts, strict=True)
+    for prefix, chance, nodes, verdict in trees:
+        visit(nodes, verdict, ROOT, prefix, chance)
+
+
+def scaled(e: list[int]) -> list[float]:
+    """fl(e fl(1 / Z))"""
+    return [float(x) * (1.0 / float(sum(e))) for x in e]
+
+
+def first_refusal(q: float, P: float) -> int:
+    """The first word under which fl(u q) < P does not hold, or 2^64."""
+    k = min(int(P / q * 2.0**53), 2**53)
+    while k > 0 and (k - 1) * 2.0**-53 * q >= P:
+        k -= 1
+    while k < 2**53 and k * 2.0**-53 * q < P:
+        k += 1
+    return k << 11
+
+
+def begins(e: list[int]) -> list[int]:
+    """The first words under which a draw by integer weights gives 1, 2, .. or a later token."""
+    total = sum(e)
+    if total == 0:  # nothing is drawn
+        return [WORDS] * (len(e) - 1)
+    return [-(-(sum(e[:v]) * WORDS) // total) for v in range(1, len(e))]
+
+
+def left_of(tree: Tree, n: int, V: int) -> list[list[int]]:
+    """For each tree the weights from which the token at place n was drawn; 0 without a node."""
+    trees = Grove([], [], tree).nodes()
+    at = [nodes.rows[n] for nodes in trees]
+    e = torch.zeros(len(trees), V, dtype=torch.int64)
+    columns = torch.arange(V) if tree.draft_ids is None else tree.draft_ids
+    drawn = type(tree.distribution)(*(field[at] for field in tree.distribution))
+    e[:, columns] = weights(tree.logits[at], drawn)
+    for b, nodes in enumerate(trees):
+        if at[b] < 0:
+            e[b] = 0
+        elif not tree.replacement:
+            e[b, [nodes.tokens[s] for s in nodes.earlier(n)]] = 0
+    return e.tolist()
