@@ -242,8 +242,8 @@ class TreeWorld:
             for tokens in product(range(self.V), repeat=len(shape))
             if equal or len(set(zip(shape, tokens, strict=True))) == len(shape)
         ]
-        tokens = torch.tensor(texts).view(-1, len(shape))
-        parents = torch.tensor(shape).expand_as(tokens).contiguous()
+        tokens = torch.tensor(texts, dtype=torch.int64).view(-1, len(shape))
+        parents = torch.tensor(shape, dtype=torch.int64).expand_as(tokens).contiguous()
         tree = Tree.guesses(tokens, parents)._replace(replacement=equal)
         return Grove([()] * len(texts), [1 / len(texts) for _ in texts], tree)
 
@@ -387,7 +387,9 @@ class TreeWorld:
         total = sum(abs(mass - p) for p, mass in given.values())
         return total / 2
 
-    def run(self, draft: Callable[[dict[Text, float]], Grove], rule: str, length: int) -> float:
+    def run(
+        self, draft: Callable[[dict[Text, float]], list[Grove]], rule: str, length: int
+    ) -> float:
         """The same of whole decoding runs.
 
         draft: texts of one length with the chance that a round begins behind them -> trees.
@@ -397,8 +399,9 @@ class TreeWorld:
             begun = {text: waiting.pop(text) for text in list(waiting) if len(text) == n}
             if not begun:
                 continue
-            for text, chance in self.ends(draft(begun), rule).items():
-                waiting[text[:length]] += chance
+            for grove in draft(begun):
+                for text, chance in self.ends(grove, rule).items():
+                    waiting[text[:length]] += chance
         return self.distance(waiting, length)
 
 
