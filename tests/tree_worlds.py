@@ -60,7 +60,7 @@ class Grove(NamedTuple):
 
     def nodes(self) -> list[Nodes]:
         tree = self.tree
-        fields = (tree.tokens.tolist(), tree.parents.tolist(), tree.rows.tolist())
+        fields = (tree.tokens.tolist(), map(tuple, tree.parents.tolist()), tree.rows.tolist())
         return [Nodes(*node) for node in zip(*fields, strict=True)]
 
     def altered(self, alter: Callable[[Nodes], None]) -> Grove:
@@ -77,11 +77,10 @@ class Nodes(NamedTuple):
     """One tree."""
 
     tokens: list[int]
-    parents: list[int]
+    parents: tuple[int, ...]
     rows: list[int]
 
     def path(self, n: int) -> tuple[int, ...]:
-        """The nodes from the root to n, which is the last."""
         return path_to(self.parents, n)
 
     def text(self, n: int) -> Text:
@@ -121,7 +120,9 @@ class Nodes(NamedTuple):
         return words
 
 
-def path_to(parents: tuple[int, ...] | list[int], n: int) -> tuple[int, ...]:
+@cache
+def path_to(parents: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """The nodes from the root to n, which is the last."""
     return () if n == ROOT else (*path_to(parents, parents[n]), n)
 
 
@@ -318,12 +319,11 @@ class TreeWorld:
             assert torch.equal(verified.accepted[:, None], depth)
             return verified.emitted.gather(1, depth)[:, 0]
 
-        distributions = probabilities(
-            token, len(ends), self.V, [expected[b].begins[n] for b, n in ends]
-        )
-        for (b, n), distribution in zip(ends, distributions, strict=True):
-            sums = [sum(distribution[:v]) for v in range(1, self.V)]
-            found[b].begins[n] = [int(total * WORDS) for total in sums]
+        for v in range(1, self.V):
+            expect = [expected[b].begins[n][v - 1] for b, n in ends]
+            edges = first_word(lambda word, v=v: token(word) >= v, len(ends), expect)
+            for (b, n), edge in zip(ends, edges, strict=True):
+                found[b].begins.setdefault(n, []).append(edge)
         return found
 
     def walked(self, grove: Grove) -> Iterator[tuple[int, Text, float]]:
