@@ -32,7 +32,7 @@ from tests.worlds import Text
 EXACT, BIASED = 1e-12, 1e-3
 BEGIN = {(): 1.0}  # the text before a single round
 SIBLINGS = [(-1, -1), (-1, -1, 0), (-1, -1, 1, 1), (-1, 0, -1, 0), (-1, -1, -1, 0)]
-SEEDS = range(3)
+SEEDS = range(2)
 DRAFTERS: dict[str, dict] = {
     "any": {},
     "corrected": {"corrected": True},
@@ -72,7 +72,7 @@ def altered(alter: Alter, rule: str = "rejection") -> Callable[[TreeWorld, Grove
 
 
 @both
-@pytest.mark.parametrize("V, N", [(2, 1), (2, 2), (2, 3), (2, 4), (2, 5), (3, 2), (3, 3), (3, 4)])
+@pytest.mark.parametrize("V, N", [(2, 1), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)])
 def test_drawn_trees(V, N, replacement):
     """Every tree of N nodes, numbered in every way."""
     world = TreeWorld(V, N)
@@ -81,9 +81,11 @@ def test_drawn_trees(V, N, replacement):
 
 
 @both
-def test_drawn_trees_of_five_nodes(replacement):
-    world = TreeWorld(3, 5)
-    for shape in ordered_shapes(5):
+@pytest.mark.parametrize("V", [2, 3])
+def test_drawn_trees_of_five_nodes(V, replacement):
+    """Every tree, or of 3 tokens every second one."""
+    world = TreeWorld(V, 5)
+    for shape in list(ordered_shapes(5))[:: V - 1]:
         assert distance(world, world.drawn(BEGIN, shape, replacement=replacement)) < EXACT
 
 
@@ -198,12 +200,12 @@ SHAPES = [(-1, -1, 0, 1, 1), (-1, 0, -1, -1, 0)]
 
 
 @both
-@pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("V", [2, 3])
+@pytest.mark.parametrize(
+    "V, drafter", [(V, drafter) for V in (2, 3) for drafter in DRAFTERS
+                   if (V, drafter) != (2, "some tokens")]
+)  # fmt: skip
 def test_runs_with_drawn_trees(V, drafter, replacement):
     """The shape of a tree may follow the text before it."""
-    if V == 2 and drafter == "some tokens":
-        pytest.skip("it knows two tokens of three")
     world = TreeWorld(V, 2, K=2, **DRAFTERS[drafter])
 
     def draft(prefixes: dict[Text, float]) -> list[Grove]:
