@@ -23,40 +23,54 @@ def patterns(words: list[int]) -> Tensor:
     return torch.tensor([w - WORDS if w >= WORDS // 2 else w for w in words], dtype=torch.int64)
 
 
-def first_word(changed: Callable[[Tensor], Tensor], n: int) -> list[int]:
+def first_word(
+    changed: Callable[[Tensor], Tensor], n: int, expected: list[int] | None = None
+) -> list[int]:
     """For each of n independent draws the smallest word at which `changed` holds, or 2^64.
 
     changed: int64 patterns [n] -> bool [n], False below some word and True from there on.
+    expected: words that should be the answer. If they are, this takes two calls of `changed`.
 
     Interpreted ops are slow: there the reference finds the words, and the op in question has to
     change at each of them.
     """
+    if expected is not None and changes_at(changed, expected):
+        return expected
     if not is_slow():
         return bisect(changed, n)
     with use_backend("reference"):
         words = bisect(changed, n)
-    before = changed(patterns([max(word - 1, 0) for word in words])).tolist()
-    there = changed(patterns([min(word, WORDS - 1) for word in words])).tolist()
-    assert before == [word == 0 for word in words]
-    assert there == [word < WORDS for word in words]
+    assert changes_at(changed, words)
     return words
 
 
+def changes_at(changed: Callable[[Tensor], Tensor], words: list[int]) -> bool:
+    """Whether these are the smallest words at which `changed` holds, or 2^64."""
+    before = changed(patterns([max(word - 1, 0) for word in words])).tolist()
+    there = changed(patterns([min(word, WORDS - 1) for word in words])).tolist()
+    return before == [word == 0 for word in words] and there == [word < WORDS for word in words]
+
+
 def bisect(changed: Callable[[Tensor], Tensor], n: int) -> list[int]:
-    low, high = [0] * n, [WORDS] * n
-    for _ in range(64):
-        middle = [(a + b) // 2 for a, b in zip(low, high, strict=True)]
-        hit = changed(patterns(middle)).tolist()
-        for i, (m, h) in enumerate(zip(middle, hit, strict=True)):
-            low[i], high[i] = (low[i], m) if h else (m, high[i])
-    at_zero = changed(patterns([0] * n)).tolist()
-    return [0 if zero else h for zero, h in zip(at_zero, high, strict=True)]
+    below = torch.zeros(n, dtype=torch.int64)  # the largest word before the change, bit by bit
+    for bit in range(63, -1, -1):
+        higher = below | patterns([1 << bit])
+        below = torch.where(changed(higher), below, higher)
+    at_zero = changed(torch.zeros_like(below)).tolist()
+    return [0 if zero else word % WORDS + 1
+            for zero, word in zip(at_zero, below.tolist(), strict=True)]  # fmt: skip
 
 
-def probabilities(tokens: Callable[[Tensor], Tensor], n: int, V: int) -> list[list[Fraction]]:
-    """Distributions of n independent draws whose token grows with the word. -> [n][V]"""
+def probabilities(
+    tokens: Callable[[Tensor], Tensor], n: int, V: int, expected: list[list[int]] | None = None
+) -> list[list[Fraction]]:
+    """Distributions of n independent draws whose token grows with the word. -> [n][V]
+
+    expected: [n][V - 1], where the tokens 1, 2, .. should begin.
+    """
     edges = [[0] * n]
     for v in range(1, V):
-        edges.append(first_word(lambda words, v=v: tokens(words) >= v, n))
+        begin = None if expected is None else [words[v - 1] for words in expected]
+        edges.append(first_word(lambda words, v=v: tokens(words) >= v, n, begin))
     edges.append([WORDS] * n)
     return [[Fraction(edges[v + 1][i] - edges[v][i], WORDS) for v in range(V)] for i in range(n)]
