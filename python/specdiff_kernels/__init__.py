@@ -9,6 +9,7 @@
 from importlib import metadata
 
 from .backends import BackendError, available_backends, use_backend, workspace_size
+from .corrections import Correction
 from .fields import MAX_VOCABULARY
 from .lenience import check_lenience
 from .ops.build_tree import build_tree
@@ -51,6 +52,7 @@ __all__ = [
     "RULES",
     "BackendError",
     "Committed",
+    "Correction",
     "DistributionError",
     "Draft",
     "Lenience",

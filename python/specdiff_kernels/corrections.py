@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .fields import describe
 from .types import PackedWeight
 
 
@@ -23,3 +24,11 @@ class Corrected(NamedTuple):
     logits: Tensor  # f32 [B positions, Vd]
     correction: Correction
     anchor: Tensor  # i64 [B]
+
+
+describe(
+    Correction,
+    codes="[V, r] of the logits' dtype, a code of every token of the target",
+    inner="[B, positions, r], added to the code of the token before each position; None: nothing",
+    weight="[Vd, r], W: a tensor, or what `pack_weight` made of it",
+)

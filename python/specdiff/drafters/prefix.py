@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specdiff_kernels import Draft, Reveal, Tree, build_tree, denoise_step
-from specdiff_kernels.corrections import Correction
+from specdiff_kernels import Correction, Draft, Reveal, Tree, build_tree, denoise_step
 from specdiff_kernels.ops.draw_in_order import draw_in_order
 
 from ..loop.drafter import Drafter, Draws, News

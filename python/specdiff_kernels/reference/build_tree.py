@@ -80,7 +80,8 @@ class Sequence:
             best: Node | None = None
             for parent in sorted(children):
                 child = self.next_child(parent, children[parent])
-                if child is not None and (best is None or child.chance > best.chance):
+                least = 0.0 if best is None else best.chance
+                if child is not None and child.chance > least:
                     best = child
             if best is None:
                 break
