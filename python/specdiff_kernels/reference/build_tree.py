@@ -80,8 +80,7 @@ class Sequence:
             best: Node | None = None
             for parent in sorted(children):
                 child = self.next_child(parent, children[parent])
-                least = 0.0 if best is None else best.chance
-                if child is not None and child.chance > least:
+                if child is not None and (best is None or child.chance > best.chance):
                     best = child
             if best is None:
                 break
