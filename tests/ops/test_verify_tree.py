@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import permutations, product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from specdiff_kernels import (
+    BackendError,
     DistributionError,
     Draft,
     Status,
@@ -467,7 +470,7 @@ def test_garbage_does_no_harm(rule):
             assert_same(result, expected)
         assert expected.status[0] == 0
         refused += int(expected.status[1] == Status.TOKEN)
-    assert 20 < refused < 55
+    assert 20 < refused < 60
 
 
 # --- forms of a call -----------------------------------------------------------------------------
@@ -515,3 +518,127 @@ def test_who_looks_on_sees_the_op(rule):
 def test_depths_are_counted_from_the_root():
     tree = tree_of([5, 6, 7, 8, -1], [-1, 0, -1, 1, 99])
     assert tree.depths[0, :4].tolist() == [1, 2, 1, 3]
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+B, K, V = 2, 3, 9
+KEY = {"seed": 7, "round": 0}
+POOL = torch.zeros(B * K, V)
+TARGET, LENGTHS = torch.zeros(B, K + 1, V), i64(5, 5)
+ROWS = row_distribution(POOL)
+TOKENS = torch.ones(B, K, dtype=torch.int64)
+BARE = Tree.guesses(torch.zeros(B, K).long(), torch.full((B, K), -1))
+DRAWN = BARE._replace(logits=POOL, distribution=ROWS)
+
+
+def judging(**change: Any) -> Callable[[], Any]:
+    return lambda: verify_tree(**{"target_logits": TARGET, "tree": BARE} | KEY | change)
+
+
+MISTAKES: dict[type[Exception], dict[str, Callable[[], Any]]] = {
+    ValueError: {
+        "target_logits: expected shape [B, N+1=4, V], got [2, 3, 9]; it needs "
+        "a row for the root and one for each of the tree's N=3 nodes": judging(
+            target_logits=TARGET[:, :K]
+        ),
+        "target_logits: expected shape [B, N+1=4, V], got [8, 9]": judging(
+            target_logits=TARGET.flatten(0, 1)
+        ),
+        "tree.tokens: expected shape [B, N], got [6]": judging(
+            tree=BARE._replace(tokens=i64(*[0] * 6))
+        ),
+        "tree.tokens: expected shape [B=2, N=3], got [1, 3]": judging(
+            tree=BARE._replace(tokens=BARE.tokens[:1])
+        ),
+        "tree.parents: expected shape [B=2, N=3], got [2, 2]": judging(
+            tree=BARE._replace(parents=BARE.parents[:, :2])
+        ),
+        "tree.rows: expected shape [B=2, N=3], got [3]": judging(
+            tree=BARE._replace(rows=BARE.rows[0])
+        ),
+        "tree.logits: expected shape [R, Vd=9], got [9]": judging(
+            tree=DRAWN._replace(logits=POOL[0])
+        ),
+        "tree.logits: expected shape [R, Vd=9], got [6, 5]; a draft over some of "
+        "the target's tokens names them in draft_ids": judging(
+            tree=DRAWN._replace(logits=POOL[:, :5])
+        ),
+        "tree.draft_ids: expected shape [Vd], got [1, 9]": judging(
+            tree=DRAWN._replace(draft_ids=torch.arange(V)[None])
+        ),
+        "tree.distribution.total: expected shape [R=6], got [5]": judging(
+            tree=DRAWN._replace(distribution=ROWS._replace(total=LENGTHS.repeat(3)[:5]))
+        ),
+        "out.path: expected shape [B=2, N+1=4], got [2, 3]": judging(
+            out=VerifiedTree(LENGTHS, torch.zeros(B, K + 1).long(), TOKENS, LENGTHS.int())
+        ),
+        "words: expected shape [2, 4, 9], got [2, 4]": judging(
+            rule="coupled", words=torch.zeros(B, K + 1).long()
+        ),
+        "tokens: expected shape [B, K], got [3]": lambda: Tree.guesses(TOKENS[0], TOKENS),
+        "parents: expected shape [B=2, N=3], got [1, 3]": lambda: Tree.guesses(TOKENS, TOKENS[:1]),
+        "rule: expected one of rejection, walk, coupled, greedy, got 'token'": judging(
+            rule="token"
+        ),
+        "position: only the coupled rule takes one, got one under 'walk'": judging(
+            rule="walk", position=1
+        ),
+        "seed: expected an integer, or a tensor [2] int64, got None; pass seed and round, or "
+        "words": judging(seed=None),
+        "position: expected an integer, or a tensor [2] int64, got None; pass seed and "
+        "position, or words": judging(rule="coupled"),
+        "tree: expected logits and distribution together, or neither; got one of them": judging(
+            tree=BARE._replace(logits=POOL)
+        ),
+        "tree.draft_ids: expected strictly increasing ids in [0, 9), got others; sort": judging(
+            tree=DRAWN._replace(draft_ids=torch.arange(V) + 1)
+        ),
+        "temperature: expected 0 or a number in [2^-95, 2^95], or a tensor [2] float32, "
+        "got -1.0": judging(temperature=-1.0),
+        "target_logits: expected a vocabulary of 1 to 524287, got 0": judging(
+            target_logits=TARGET[..., :0]
+        ),
+    },
+    TypeError: {
+        "target_logits: expected a tensor, got list; convert": judging(target_logits=[[0.0]]),
+        "target_logits: expected dtype float32, bfloat16, float16, got float64; convert": judging(
+            target_logits=TARGET.double()
+        ),
+        "tree: expected a Tree, got Draft; Tree.guesses(tokens, parents) makes one of "
+        "tokens alone": judging(tree=Draft.guesses(TOKENS)),
+        "tree: expected a Tree, got None": judging(tree=None),
+        "tree.tokens: expected a tensor, got list": judging(tree=BARE._replace(tokens=[[1]])),
+        "tree.parents: expected dtype int64, got int32; convert": judging(
+            tree=BARE._replace(parents=BARE.parents.int())
+        ),
+        "tree.rows: expected a tensor, got None": judging(tree=BARE._replace(rows=None)),
+        "tree.distribution: expected a RowDistribution, got int": judging(
+            tree=DRAWN._replace(distribution=1)
+        ),
+        "out: expected a VerifiedTree, got int": judging(out=1),
+        "workspace: expected a tensor, got int": judging(
+            out=VerifiedTree(LENGTHS, *[torch.zeros(B, K + 1).long()] * 2, LENGTHS.int()),
+            workspace=1,
+        ),
+        "tokens: expected dtype int64, got int32": lambda: Tree.guesses(TOKENS.int(), TOKENS),
+        "parents: expected a tensor, got None": lambda: Tree.guesses(TOKENS, None),
+    },
+    BackendError: {
+        "backend is 'gpu'; expected one of cpp": judging(backend="gpu"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        pytest.param(error, message, call, id=message[:60])
+        for error, mistakes in MISTAKES.items()
+        for message, call in mistakes.items()
+    ],
+)
+def test_the_message_names_the_argument_and_what_was_expected(error, message, call):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value)[: len(message)] == message
