@@ -27,7 +27,7 @@ from specdiff_kernels import (
 )
 from specdiff_kernels.inputs import TREE_RULES
 from specdiff_kernels.reference.numerics import weights
-from tests.enumeration import WORDS, first_word, probabilities
+from tests.enumeration import WORDS, first_word, patterns, probabilities
 from tests.operators import Operators
 
 from .helpers import LAST_WORD, assert_same, i64
@@ -77,6 +77,48 @@ def test_same_bits(V, rule):
         seen.update(Status(int(x)).name for x in expected.status)
         seen["deep"] += int((expected.accepted > 1).sum())
     assert seen["OK"] > CASES / 2 and seen["deep"]  # it is worth the while
+
+
+@pytest.mark.parametrize("V", [4, 1100])
+def test_same_odds_to_the_unit(V):
+    """Words at which a sibling is no longer accepted, or another token ends the round: there the
+    reference changes its mind too, and not one word before."""
+    nodes, seen = 6, 0
+    for seed in range(12):
+        dice = Dice(seed)
+        target = dice.normal(1, nodes + 1, V)
+        pool = target[0, :1] + dice.normal(2, V)
+        replacement = seed % 3 == 0
+        tokens = torch.multinomial(pool[0].softmax(-1), nodes if nodes < V else 3, replacement,
+                                   generator=dice.generator).tolist()  # fmt: skip
+        N = len(tokens)
+        rows = i64(*(dice.pick(0, 0, 1, -1) for _ in tokens))[None]
+        tree = tree_of(tokens, [-1] * N, pool, rows=rows, replacement=replacement)
+        sampling = {"top_k": 900} if V > 900 and seed % 2 else {}
+        ends = [V * share // 4 for share in (1, 2, 3)]
+
+        def changed(
+            words: Tensor, N=N, tree=tree, ends=ends, target=target, sampling=sampling
+        ) -> Tensor:
+            """Of a question each, first about nodes, then about the token that ends the round."""
+            count = N + len(ends)
+            columns = torch.full((count, N + 1), LAST_WORD)
+            asked = torch.arange(count)
+            columns[asked, asked.clamp(max=N)] = words
+            result = verify_tree(target[:, : N + 1].expand(count, -1, -1), repeated(tree, count),
+                                 words=columns, **sampling)  # fmt: skip
+            refused = result.path[:N, 1] != torch.arange(N) + 1
+            return torch.cat((refused, result.emitted[N:, 0] >= torch.tensor(ends)))
+
+        found = list(on_each_isa(lambda: first_word(changed, N + 3)))  # noqa: B023
+        assert all(edges == found[0] for edges in found)
+        with use_backend("reference"):
+            before = changed(patterns([max(edge - 1, 0) for edge in found[0]])).tolist()
+            there = changed(patterns([min(edge, WORDS - 1) for edge in found[0]])).tolist()
+        assert before == [edge == 0 for edge in found[0]]
+        assert there == [edge < WORDS for edge in found[0]]
+        seen += sum(0 < edge < WORDS for edge in found[0])
+    assert seen > 15, seen
 
 
 @pytest.mark.parametrize("rule", TREE_RULES)
@@ -186,8 +228,9 @@ def of_siblings(target: Tensor, tree: Tree, V: int) -> list[float]:
 @pytest.mark.parametrize("drawn", ["without replacement", "with replacement", "guess first"])
 def test_two_siblings_emit_the_target(drawn):
     """Summed over all that may be drafted, by the chance of each, exactly."""
-    dice, V = Dice(4), 3
-    target, pool = dice.normal(1, 3, V) * 2, dice.normal(1, V) * 2
+    V = 4  # behind token 0 the second may be rejected too: p - q and q are no multiples there
+    target = torch.tensor([0.1, 0.3, 0.3, 0.3]).log().expand(1, 3, V)
+    pool = torch.tensor([[0.6, 0.1, 0.2, 0.1]]).log()
     p, q = law(target[0, 0]), law(pool[0])
     emitted, total = [0.0] * V, 0.0
     if drawn == "without replacement":
@@ -292,9 +335,12 @@ def test_the_first_of_equal_siblings_is_met():
 @on_all
 def test_where_nothing_would_be_left_the_target_stays():
     """A sure token that is rejected, by a word that no p reaches."""
-    only = torch.zeros(1, 2, 1)
-    words = i64(LAST_WORD, LAST_WORD)[None]
-    assert verify_tree(only, tree_of([0], [-1]), words=words).accepted.tolist() == [1]
+    # e * (1 / e) is below 1 for some weights e, and u may be the number before 1
+    scores = torch.linspace(0, 1, 50)[:, None, None].expand(50, 2, 1)
+    guess, words = repeated(tree_of([0], [-1]), 50), torch.full((50, 2), LAST_WORD)
+    result = verify_tree(scores, guess, words=words)
+    assert (result.status == 0).all() and (result.emitted[:, 0] == 0).all()
+    assert set(result.accepted.tolist()) == {0, 1}
     # p and q are equal up to rounding: x has q > p by a unit, and elsewhere p - q rounds to 0
     V = 2**18 + 1
     target, pool = torch.zeros(1, 2, V), torch.zeros(1, V)
