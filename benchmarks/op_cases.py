@@ -59,6 +59,25 @@ def verify_bytes(target_logits: Tensor, accepted: Tensor) -> int:
     return int(rows.sum()) * V * target_logits.element_size()
 
 
+def build_tree_bytes(logits: Tensor, read: int) -> int:
+    """A row's likeliest tokens, and its distribution, need every logit. [R, Vd]"""
+    return read * logits.shape[1] * logits.element_size()
+
+
+def verify_tree_bytes(target_logits: Tensor, pool: Tensor, parents: Tensor, path: Tensor) -> int:
+    """Target's rows are read along the path. Where one of a node's children was rejected there, the
+    draft's row that they come from is read too. [B, N + 1, V], [R, Vd], [B, N], [B, N + 1]"""
+    total = 0
+    for behind, way in zip(parents.tolist(), path.tolist(), strict=True):
+        nodes = [n - 1 for n in way if n >= 0]  # -1: the root
+        total += len(nodes) * target_logits[0, 0].nbytes
+        for node, accepted in zip(nodes, [*nodes[1:], None], strict=True):
+            children = [n for n, parent in enumerate(behind) if parent == node]
+            rejected = children if accepted is None else children[: children.index(accepted)]
+            total += pool[0].nbytes if rejected else 0
+    return total
+
+
 def commit_bytes(
     kept: Tensor, stops: int, dropped: int | None = None, moved: int = 0, entry: int = 0
 ) -> int:
@@ -242,6 +261,105 @@ class Verify(Rows):
 
     def least_bytes(self) -> float:
         return sum(verify_bytes(self.target, one[0]) for one in self.expected) / self.draws
+
+
+class Branching(NamedTuple):
+    nodes: int
+    vocab: int
+    drafted: int
+    best_first: bool = False
+
+    def __str__(self) -> str:
+        how = ", best first" if self.best_first else ""
+        return f"N={self.nodes} V={self.vocab} D={self.drafted}{how}"
+
+
+class Trees(Case):
+    """One sequence, two nodes behind each other one. All nodes of a depth have the same rows."""
+
+    draws = SEQUENCES
+
+    def __init__(self, shape: Branching, device: torch.device) -> None:
+        self.N = shape.nodes
+        self.places = torch.arange(self.N, device=device) // 2 - 1
+        depths = sk.Tree.guesses(self.places[None] * 0, self.places[None]).depths[0]
+        K = int(depths.max())
+        target, drafted = make_logits(
+            Shape(1, K, shape.vocab), torch.Generator(device).manual_seed(0)
+        )
+        self.target = torch.cat((target[:, :1], target[:, depths]), 1)  # [1, N + 1, V]
+        self.ids = target.amax((0, 1)).topk(shape.drafted).indices.sort().values
+        self.logits = drafted[..., self.ids].contiguous()  # [1, K, D]
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.ones = torch.ones(1, device=device)
+
+    def key(self, number: int) -> dict[str, Tensor]:
+        return {"seed": self.seed, "round": self.seed + number % self.draws}
+
+
+class BuildTree(Trees):
+    """A token drawn for each place of the shape, or the best tree of all."""
+
+    op = "build_tree"
+    shapes = tuple(
+        Branching(N, 49152, 8192, best_first) for best_first in (False, True) for N in (8, 16, 32)
+    )
+
+    def __init__(self, shape: Branching, device: torch.device) -> None:
+        super().__init__(shape, device)
+        self.shape = None if shape.best_first else self.places
+        if shape.best_first:
+            self.draws = 1
+
+    @cached_property
+    def drafts(self) -> list[tuple[Tensor]]:
+        return copies(self.logits)
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        (logits,) = self.drafts[number % len(self.drafts)]
+        return partial(
+            sk.build_tree, logits, self.N, self.ones, shape=self.shape, draft_ids=self.ids,
+            **self.key(number), backend=backend,
+        )  # fmt: skip
+
+    def result(self, number: int, backend: str) -> tuple[Tensor, ...]:
+        tree = self.load(number, backend)()
+        return (tree.tokens, tree.parents, tree.rows, tree.chances, *tree.distribution)
+
+    def least_bytes(self) -> float:
+        read = sum(int((one[-2] > 0).sum()) for one in self.expected)
+        return build_tree_bytes(self.logits[0], read) / self.draws
+
+
+class VerifyTree(Trees):
+    """The rejection rule on nodes that were drawn one after another."""
+
+    op = "verify_tree"
+    shapes = tuple(Branching(N, 49152, 8192) for N in (8, 16, 32))
+
+    def __init__(self, shape: Branching, device: torch.device) -> None:
+        super().__init__(shape, device)
+        self.trees = [
+            sk.build_tree(
+                self.logits, self.N, shape=self.places, draft_ids=self.ids, **self.key(number)
+            )
+            for number in range(self.draws)
+        ]
+
+    @cached_property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return copies(self.target, self.logits[0])
+
+    def load(self, number: int, backend: str) -> Callable[[], Any]:
+        target, pool = self.pairs[number % len(self.pairs)]
+        tree = self.trees[number % self.draws]._replace(logits=pool)
+        return partial(sk.verify_tree, target, tree, self.ones, **self.key(number), backend=backend)
+
+    def least_bytes(self) -> float:
+        total = 0
+        for tree, (_, _, path, _) in zip(self.trees, self.expected, strict=True):
+            total += verify_tree_bytes(self.target, self.logits[0], tree.parents, path)
+        return total / self.draws
 
 
 class Rollback(NamedTuple):
@@ -475,8 +593,8 @@ class CachedAttention(Rounded):
 
 
 KINDS: tuple[type[Case], ...] = (
-    RowDistribution, Sample, DenoiseStep, Verify, Commit, RowDivergence, SkinnyLinear,
-    CachedAttention,
+    RowDistribution, Sample, DenoiseStep, Verify, BuildTree, VerifyTree, Commit, RowDivergence,
+    SkinnyLinear, CachedAttention,
 )  # fmt: skip
 CASES = [(kind, shape) for kind in KINDS for shape in kind.shapes]
 

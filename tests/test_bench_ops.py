@@ -29,6 +29,8 @@ SMALL = {
     "sample": Shape(2, 3, 200),
     "denoise_step": Shape(2, 3, 200),
     "verify": Shape(2, 3, 200),
+    "build_tree": op_cases.Branching(6, 200, 50),
+    "verify_tree": op_cases.Branching(6, 200, 50),
     "commit": op_cases.Rollback(3, 4, pages=True, caches=2),
     "row_divergence": op_cases.Pair(4, 300, 40),
     "skinny_linear": op_cases.Product(3, 40, 50),
@@ -203,6 +205,21 @@ def test_rows_that_a_verification_reads():
     assert op_cases.verify_bytes(target, torch.tensor([0, 3, 2])) == 40 * (2 + 4 + 4)
 
 
+def test_rows_that_a_tree_needs():
+    """Behind the root nodes 0 and 1, behind node 0 nodes 2 and 3, of which none is accepted."""
+    assert op_cases.build_tree_bytes(torch.zeros(3, 10), read=2) == 80
+    target, pool = torch.zeros(1, 5, 10), torch.zeros(3, 4)  # 40 and 16 bytes a row
+    parents = torch.tensor([[-1, -1, 0, 0]])
+
+    def read(*path: int) -> int:
+        return op_cases.verify_tree_bytes(target, pool, parents, torch.tensor([path]))
+
+    assert read(0, -1, -1, -1, -1) == 40 + 16  # both children rejected, one row of the draft
+    assert read(0, 1, -1, -1, -1) == 2 * 40 + 16  # the first accepted at once
+    assert read(0, 2, -1, -1, -1) == 2 * 40 + 16  # the second, which is a leaf
+    assert read(0, 1, 3, -1, -1) == 3 * 40
+
+
 def test_what_a_commit_moves():
     """Two rows that keep 3 and 1 tokens: 42 bytes each, 8 a kept token; one stop token."""
     kept = torch.tensor([3, 1])
@@ -235,6 +252,10 @@ def test_least_bytes_of_a_case(case):
     elif case.op == "verify":
         counts = [n for accepted, *_ in case.expected for n in accepted.tolist()]
         wanted = sum(row * (4 if n == 3 else n + 2) for n in counts) / 4
+    elif case.op == "build_tree":
+        wanted = 2 * 4 * 50  # six nodes at two depths
+    elif case.op == "verify_tree":
+        wanted = sum(bytes_of_a_path(path.tolist()[0]) for _, _, path, _ in case.expected) / 8
     elif case.op == "commit":
         wanted = bytes_of_a_commit(case)
     elif case.op == "row_divergence":
@@ -244,6 +265,16 @@ def test_least_bytes_of_a_case(case):
     else:
         wanted = 4 * 64 * 2 * (2 * 3 * 9 + 2 * 3 * 23)
     assert case.least_bytes() == wanted
+
+
+def bytes_of_a_path(path: list[int]) -> int:
+    """Nodes 2 n + 2 and 2 n + 3 of 6 are behind node n, which is number n + 1 of a path."""
+    total = 0
+    for number, following in zip(path, [*path[1:], -1], strict=True):
+        first = 2 * number + 1 if number < 3 else None  # child
+        if number >= 0:
+            total += 4 * 200 + (0 if first is None or following == first else 4 * 50)
+    return total
 
 
 def bytes_of_a_commit(case) -> int:

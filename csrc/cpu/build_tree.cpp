@@ -87,7 +87,7 @@ class Sequence {
     std::fill(children_, children_ + p_.n + 1, 0);
     for (int64_t n = 0; n < p_.n; ++n) {
       int64_t parent = kRoot, column = -1;
-      double chance = 0;
+      double chance = -1;  // one may be so small that it is 0
       for (int64_t node = kRoot; node < n; ++node) {
         const int64_t number = children_[node + 1];
         const Best* best = best_behind(node);

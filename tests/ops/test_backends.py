@@ -18,11 +18,13 @@ from specdiff_kernels import (
     BackendError,
     available_backends,
     backends,
+    build_tree,
     cached_attention,
     row_distribution,
     row_divergence,
     skinny_linear,
     use_backend,
+    verify_tree,
     workspace_size,
 )
 from specdiff_kernels.__main__ import report
@@ -109,6 +111,11 @@ def test_what_triton_cannot_do_is_said(monkeypatch):
         cached_attention(cache, cache, cache, torch.zeros(1).long(), backend="triton")
     with pytest.raises(BackendError, match="'triton' was asked for, but it has no row_divergence"):
         row_divergence(LOGITS, LOGITS, backend="triton")
+    with pytest.raises(BackendError, match="'triton' was asked for, but it has no build_tree"):
+        build_tree(LOGITS[None], 2, backend="triton")
+    tree = build_tree(LOGITS[None], 2)
+    with pytest.raises(BackendError, match="'triton' was asked for, but it has no verify_tree"):
+        verify_tree(LOGITS.expand(1, 3, 4), tree, rule="greedy", backend="triton")
 
 
 @pytest.fixture

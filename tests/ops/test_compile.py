@@ -20,6 +20,8 @@ from specdiff_kernels import (
     Lenience,
     Pages,
     Reveal,
+    Tree,
+    build_tree,
     cached_attention,
     commit,
     denoise_step,
@@ -28,7 +30,9 @@ from specdiff_kernels import (
     sample,
     skinny_linear,
     verify,
+    verify_tree,
 )
+from specdiff_kernels.ops.build_tree import OP as BUILD_TREE
 from specdiff_kernels.ops.row_divergence import BACKWARD
 
 from .helpers import installed
@@ -44,9 +48,9 @@ OVERLOADS = sorted(
 
 
 def test_every_op_has_both_overloads():
-    ops = ("cached_attention", "commit", "denoise_step", "row_divergence",
+    ops = ("build_tree", "cached_attention", "commit", "denoise_step", "row_divergence",
            "row_divergence_backward", "row_distribution", "sample", "skinny_linear",
-           "verify")  # fmt: skip
+           "verify", "verify_tree")  # fmt: skip
     assert sorted(f"{op}.{form}" for op in ops for form in ("default", "out")) == OVERLOADS
 
 
@@ -87,6 +91,20 @@ def every_call() -> Iterator[partial]:
     yield partial(verify, target, drawn, rule="lenient", seed=row, round=row,
                   lenience=Lenience("ensemble", torch.full((B,), 0.5).double()))  # fmt: skip
 
+    behind = torch.tensor([[-1, -1, 1]] * B)
+    guesses = Tree.guesses(torch.tensor([[1, 2, 1]] * B), behind)
+    yield partial(verify_tree, target, guesses, words=torch.arange(B * (K + 1)).view(B, K + 1))
+    recorded = guesses._replace(rows=rows.view(B, K)[:, [0, 0, 1]], logits=pool,
+                                distribution=distribution, draft_ids=column)  # fmt: skip
+    yield partial(verify_tree, target, recorded, **truncation(B), rule="coupled", seed=row,
+                  round=row, position=row, **forced)  # fmt: skip
+    warm = torch.full((B,), 0.9)
+    yield partial(tree, pool, K, 4, None, False, None, None, warm, None, None, None,
+                  None, None, None, None, None)  # fmt: skip
+    yield partial(tree, pool, K, 4, torch.tensor([-1, -1, 0, 1]), True, row + 1, column, warm,
+                  row + 5, warm, warm / 9, torch.arange(4 * B).view(B, 4), row, row, row,
+                  "reference")  # fmt: skip
+
     lengths, emitted = torch.ones(B).long(), torch.tensor([[7, 5, -1, -1], [7, 8, 9, 5]])
     path = torch.tensor([[0, 2, 3, 5]] * B)
     pages, others = (Pages.empty(B, 4, 4 * B, block_size=2) for _ in range(2))
@@ -116,6 +134,14 @@ def every_call() -> Iterator[partial]:
     statistics, up = torch.ones(B * K, 8).double(), [torch.ones(B * K)] * 4
     yield partial(slope, pool, pool.flip(0), None, torch.ones(B * K), statistics, *up, None)
     yield partial(slope, *drafted[1:], statistics, *up, "reference")
+
+
+def tree(*args, out: tuple | None = None) -> tuple:
+    """build_tree, whose `out` form has no name in Python."""
+    if out is None:
+        return BUILD_TREE.packet(*args)
+    BUILD_TREE.packet.out(*args, *out)
+    return out
 
 
 def slope(*args, out: Tensor | None = None) -> Tensor:
@@ -246,11 +272,14 @@ def one_round(hidden, head, pool, lengths, key, pages, path, caches):
     committed = commit(lengths, verified.emitted, limit=lengths + 3, pages=pages,
                        release=pages is not None, path=path, caches=caches)  # fmt: skip
     bonus = sample(target[:, -1], row_distribution(target[:, -1]), **key)
+    tree = build_tree(pool.view(B, K, -1), K, shape=torch.arange(K) - 1, **key)
+    judged = verify_tree(target, tree, 0.9, **key)
+    best = build_tree(pool.view(B, K, -1), 2 * K, top_p=0.9, lengths=lengths)
     distance = row_divergence(target[:, :-1].flatten(0, 1), pool)
     cache = hidden[:, None, :, :4], hidden[:, None, :, 4:]
     context = cached_attention(hidden.view(B, K + 1, 2, 4), *cache, lengths * 0, window=K)
     return (draft.tokens, draft.distribution, draft.entropy.nan_to_num(), verified, committed,
-            bonus, missing, distance, context)  # fmt: skip
+            bonus, missing, distance, context, tree[:3], judged, best[:3])  # fmt: skip
 
 
 def assert_like_eager(compiled, *size) -> None:

@@ -13,6 +13,7 @@ from ..checks import (
     check_tensor,
     columns,
     device_of,
+    expect_record,
     integer,
     random_key,
     readable,
@@ -21,10 +22,13 @@ from ..corrections import Corrected, Correction
 from ..fields import Sizes
 from ..inputs import BuildTreeInputs
 from ..trees import ROOT, Grown, Tree
+from ..types import PackedWeight
 from .draw_in_order import check_correction
 from .registry import Op
+from .skinny_linear import WEIGHTS, packed_shape
 
 OP = Op("build_tree", BuildTreeInputs, Grown)
+FLOAT = (torch.float32,)
 
 
 def build_tree(
@@ -72,7 +76,7 @@ def build_tree(
         shape: i64 [N], the parent of each place, which comes before it; -1: the root.
         replacement: whether siblings are drawn with replacement.
         correction: Correction(codes [V, r], inner [B, K, r] or None, weight [Vd, r]), see
-            `draw_in_order`.
+            `draw_in_order`. f32; the weight may be bf16, or what `pack_weight` made of it.
         anchor: i64 [B], the token at the root, which a correction needs.
         draft_ids: i64 [Vd], strictly increasing: the target's token id of each column.
         lengths: i64 [B], most tokens that a path may have; None: K.
@@ -111,9 +115,9 @@ def build_tree(
     if correction is not None:
         if anchor is None:
             raise ValueError("anchor: expected the token at each root with a correction, got None")
-        check_tensor("logits", logits, (B, K, Vd), ("B", "K", "Vd"), (torch.float32,), device)
+        check_tensor("logits", logits, (B, K, Vd), ("B", "K", "Vd"), FLOAT, device)
         check_tensor("anchor", anchor, (B,), ("B",), INT64, device)
-        correction = check_correction(correction, B, K, Vd)
+        correction = as_kernels_take(correction, B, K, Vd, device)
         check_codes(correction.codes, draft_ids, Vd, anchor)
         corrected = Corrected(pool.contiguous(), correction, anchor.contiguous())
         sizes["R"] = B * (N + 1)
@@ -130,11 +134,32 @@ def build_tree(
         grown = OP(inputs, sizes, device, backend)
     else:  # whose logits are written in place; PyTorch's dispatcher need not see that
         grown = OP.outputs.empty(sizes, device, inputs)
-        implementation("build_tree", device, backend)(inputs, out=grown, corrected=corrected)
+        with torch.no_grad():
+            implementation("build_tree", device, backend)(inputs, out=grown, corrected=corrected)
     return Tree(
         grown.tokens, grown.parents, grown.rows, pool, grown.distribution, draft_ids,
         inputs.replacement, grown.chances,
     )  # fmt: skip
+
+
+def as_kernels_take(
+    correction: Correction, B: int, K: int, Vd: int, device: torch.device
+) -> Correction:
+    """It with contiguous tensors, after checks of their shapes and dtypes."""
+    expect_record("correction", Correction, correction)
+    codes, inner, weight = check_correction(correction, B, K, Vd)
+    check_tensor("correction.codes", codes, (None, None), ("V", "r"), FLOAT, device)
+    if inner is not None:
+        check_tensor("correction.inner", inner, tuple(inner.shape), (), FLOAT, device)
+        inner = inner.contiguous()
+    if isinstance(weight, PackedWeight):
+        packs, shape = weight.packs, packed_shape(Vd, codes.shape[1])
+        check_tensor("correction.weight.packs", packs, shape, ("packs", "r"), WEIGHTS, device)
+        weight = PackedWeight(packs.contiguous(), weight.rows)
+    else:
+        check_tensor("correction.weight", weight, tuple(weight.shape), (), WEIGHTS, device)
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    return Correction(codes.contiguous(), inner, weight)
 
 
 def check_codes(codes: Tensor, draft_ids: Tensor | None, Vd: int, anchor: Tensor) -> None:
