@@ -40,6 +40,7 @@ bench: $(VENV)/dev.stamp $(VENV)/peers.stamp
 	$(BIN)/python benchmarks/prove_text.py
 	$(BENCH) run --method transformers --method transformers-lookup,k=4 --method prompt-lookup \
 	  --method parallel,k=4 --method parallel,k=8 --method parallel --method eagle,k=4 \
+	  --method parallel,tree=8 --method parallel,tree=16 \
 	  --method eagle --method block-diffusion,k=4,steps=1 --k auto --tokens 64 --repetitions 1 \
 	  --name methods --results benchmarks/results
 	$(BENCH) run --method block-diffusion,k=8 --steps 1,2,4,8 --prompts 8 $(SIZE)
