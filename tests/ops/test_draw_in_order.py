@@ -205,4 +205,28 @@ def test_wrong_shapes_are_named():
     with pytest.raises(TypeError, match="anchor: expected dtype int64"):
         draw_in_order(draft, correction, anchor.int(), 0, 5, seed=1, round=1)
     with pytest.raises(ValueError, match=r"draft.logits: .* got None"):
-        draw_in_order(draft._replace(logits=None), correction, anchor, 0, 5)
+        draw_in_order(draft._replace(logits=None, distribution=None), correction, anchor, 0, 5)
+
+
+@pytest.mark.parametrize("what", ["fp16 weight", "strided codes", "strided inner", "bf16 codes"])
+def test_what_native_code_cannot_read_goes_step_by_step(what, monkeypatch):
+    draft, correction, anchor = case(inner=True)
+    keys = dict(seed=7, round=3)
+    expected = draw_in_order(fresh(draft), correction, anchor, 0, 5, backend="reference", **keys)
+    monkeypatch.setattr(module, "fused", lambda *_: pytest.fail)
+    codes, inner, weight = correction
+    changed = {
+        "fp16 weight": correction._replace(weight=weight.half()),
+        "strided codes": correction._replace(codes=codes.T.contiguous().T),
+        "strided inner": correction._replace(
+            inner=inner.transpose(0, 1).contiguous().transpose(0, 1)
+        ),
+        "bf16 codes": correction._replace(codes=codes.bfloat16()),
+    }[what]
+    if what == "fp16 weight":  # PyTorch has no product of the two
+        with pytest.raises(RuntimeError, match="dtype"):
+            draw_in_order(fresh(draft), changed, anchor, 0, 5, **keys)
+        return
+    result = draw_in_order(fresh(draft), changed, anchor, 0, 5, **keys)
+    if what != "bf16 codes":
+        assert torch.equal(result.tokens, expected.tokens)

@@ -18,7 +18,8 @@ from ..reveal import Reveal
 from ..types import Draft, PackedWeight, Pending
 from .denoise_step import OP, after_step, checked, denoise_step
 from .registry import watched
-from .skinny_linear import skinny_linear
+from .skinny_linear import WEIGHTS, packed_shape, skinny_linear
+from .verify import check_draft
 
 
 class DrawInOrderInputs(NamedTuple):
@@ -70,6 +71,7 @@ def draw_in_order(
 
     Source: the Markov head of DSpark (2607.05147), and Domino (2605.29707).
     """
+    check_draft(draft)
     if draft.logits is None:
         raise ValueError("draft.logits: expected the pool of the model's logits, got None")
     B, K = draft.tokens.shape
@@ -141,8 +143,12 @@ def shape_of(weight: PackedWeight | Tensor) -> tuple[int, int]:
 def fits(logits: Tensor, correction: Correction) -> bool:
     """Whether native code reads them as they lie."""
     codes, inner, weight = correction
-    rows_contiguous = isinstance(weight, PackedWeight) or weight.stride(1) == 1
-    return rows_contiguous and all(
-        x is None or (x.dtype is torch.float32 and x.is_contiguous())
+    if isinstance(weight, PackedWeight):
+        tensor, shape = weight.packs, packed_shape(weight.rows, codes.shape[1])
+        lies = tensor.is_contiguous() and tensor.shape == shape
+    else:
+        tensor, lies = weight, weight.stride(1) == 1
+    return (lies and tensor.dtype in WEIGHTS and tensor.device == logits.device) and all(
+        x is None or (x.dtype is torch.float32 and x.is_contiguous() and x.device == logits.device)
         for x in (logits, codes, inner)
     )
