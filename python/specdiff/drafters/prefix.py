@@ -207,7 +207,7 @@ class PrefixDrafter(Drafter):
             self.head(states),
             growth.nodes,
             *parameters,
-            shape=growth.shape,
+            shape=None if growth.shape is None else growth.shape.to(states.device),
             correction=own,
             anchor=self.anchor_token,
             draft_ids=self.network.draft_ids,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from .rows import DeviceRows, HostRows, Log
 from .sampling import RowSampling, Sampling
 from .settings import Settings
 from .stats import Stats, Step
-from .trees import behind_root
+from .trees import Growth, behind_root
 
 LOOK_EVERY = 8  # rounds, on a GPU
 
@@ -329,18 +329,17 @@ class Session:
         takes it, up to the depth that it can have."""
         settings, rows = self.settings, self.rows
         keys: dict[str, Any] = dict(seed=rows.seeds, round=rows.round, position=position)
-        if not isinstance(draft, Tree):
+        if isinstance(draft, Draft):
             return verify(
                 logits, draft, *self.sampling.parameters,
                 rule=settings.rule, lenience=settings.lenience,
                 record=settings.record if self.drafting.called else None,
                 **keys, backend=settings.backend,
             ), None  # fmt: skip
-        assert settings.tree is not None
+        rule = cast(Growth, settings.tree).rule
         tree = verify_tree(
-            logits, draft, *self.sampling.parameters, rule=settings.tree.rule, **keys,
-            backend=settings.backend,
-        )  # fmt: skip
+            logits, draft, *self.sampling.parameters, rule=rule, **keys, backend=settings.backend
+        )
         end = settings.k + 1
         none = torch.zeros_like(tree.accepted, dtype=torch.float64)
         verified = Verified(tree.accepted, tree.emitted[:, :end].contiguous(), tree.status, none)
