@@ -363,7 +363,6 @@ def test_batch_prints_each_text_under_its_prompt(run, result, tmp_path):
         (["--prompt", "caf\udce9"], "--prompt is not UTF-8"),
         (["--prompt", "a", "--no-draft", "--compare"], "--compare is about drafts: leave it out"),
         (["--prompt", "a", "--no-draft", "--tree", "4"], "--tree is about drafts: leave it out"),
-        (["--prompt", "a", "--tree", "4"], "tree: PromptLookup drafts chains alone"),
         (["--prompt", "a", "--tree", "4", "--rule", "block"], "rule 'block' judges chains alone"),
         (["--prompt", "a", "--tree", "0"], "tree must have at least 1 node, got 0"),
         (["--prompt", "a", "--record", "final"], "would bias the output: .* names no final_step"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specdiff import Decoder, Sampling, Target, accelerate
+from specdiff.drafters.prompt_lookup import History, PromptLookup
 from specdiff.loop.drafter import Drafter
 from specdiff.loop.trees import behind_root, depths_of, growth_of, seen_by
 from specdiff.planning.adaptive import AdaptiveK
@@ -26,7 +27,7 @@ from tests.tiny import (
 
 EVERY = (*FAMILIES, *ALIKE)
 CACHES = ({}, {"block_size": 5}, {"block_size": 16})
-GROWERS = {"parallel": parallel, "block-diffusion": block_diffusion}
+GROWERS = {name: DRAFTERS[name] for name in ("parallel", "block-diffusion", "prompt-lookup")}
 LENGTH, NODES = 60, 11
 
 
@@ -193,11 +194,27 @@ def test_sampled_text_follows_the_target(tree, head_rank):
         assert chi2 < 49 + 5 * (2 * 49) ** 0.5  # 49 degrees of freedom, five standard deviations
 
 
+def test_prompt_lookup_grows_all_that_followed():
+    """The longest n-gram's latest continuation first, then its earlier ones, then shorter ones'."""
+    history = History(2)
+    for token in (1, 2, 3, 4, 1, 2, 5, 9, 2, 7, 1, 2):
+        history.append(token)
+    assert list(history.proposals(2)) == [[5, 9], [3, 4], [7, 1], [5, 9], [3, 4]]
+    assert history.tree(9, 2) == ([5, 9, 3, 4, 7, 1], [-1, 0, -1, 2, -1, 4])
+    assert history.tree(3, 2) == ([5, 9, 3], [-1, 0, -1])
+    assert history.tree(9, 0) == ([], [])
+    for token in (8, 8, 8):  # where continuations share their beginning
+        history.append(token)
+    assert history.tree(9, 3) == ([8, 8], [-1, 0])
+
+
 def test_who_is_behind_whom():
     tree = Tree.guesses(torch.tensor([[7, 8, 9, -1]]), torch.tensor([[-1, 0, -1, 2]]))
     parents = behind_root(tree)
     assert parents.tolist() == [[-1, 0, 1, 0, 0]]
     assert depths_of(parents).tolist() == [[0, 1, 2, 1, 1]]
+    empty = Tree.guesses(tree.tokens[:, :0], tree.parents[:, :0])
+    assert behind_root(empty).tolist() == [[-1]] and empty.depths.shape == (1, 0)
     seen = seen_by(parents)[0].int().tolist()
     assert seen == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 1]
@@ -225,8 +242,11 @@ def test_trees_that_there_are_not(tree, rule, error, message):
 
 def test_what_does_not_go_with_a_tree():
     target = accelerated("llama")
-    with pytest.raises(ValueError, match="PromptLookup drafts chains alone; leave tree out"):
-        Decoder(target, DRAFTERS["prompt-lookup"](target), tree=4)
+    with pytest.raises(ValueError, match="Autoregressive drafts chains alone; leave tree out"):
+        Decoder(target, DRAFTERS["autoregressive"](target), tree=4)
+    lookup = Decoder(target, PromptLookup(), tree=(-1, -1))
+    with pytest.raises(ValueError, match="prompt lookup draws none: give tree a number of nodes"):
+        lookup.generate(PROMPTS, max_new_tokens=4)
     with pytest.raises(ValueError, match="k must be a number, got a AdaptiveK"):
         Decoder(target, parallel(target), AdaptiveK(), tree=4)
     with pytest.raises(ValueError, match="all records of a tree count"):

@@ -6,41 +6,62 @@ https://github.com/apoorvumang/prompt-lookup-decoding
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from specdiff_kernels import Draft
+from specdiff_kernels import Draft, Tree
+from specdiff_kernels.trees import ROOT
 
 from ..loop.drafter import Drafter, Draws, News
 from ..loop.sampling import RowSampling
+from ..loop.trees import Growth
 
 
 class History:
-    """Tokens of one sequence, and the position after the last occurrence of each n-gram."""
+    """Tokens of one sequence, and the positions after each occurrence of each n-gram."""
 
     def __init__(self, max_ngram: int) -> None:
         self.max_ngram = max_ngram
         self.tokens: list[int] = []
-        self.continued: dict[tuple[int, ...], int] = {}
+        self.continued: dict[tuple[int, ...], list[int]] = {}
 
     def append(self, token: int) -> None:
         position = len(self.tokens)
         for n in range(1, min(self.max_ngram, position) + 1):
-            self.continued[tuple(self.tokens[-n:])] = position
+            self.continued.setdefault(tuple(self.tokens[-n:]), []).append(position)
         self.tokens.append(token)
 
-    def propose(self, length: int) -> list[int]:
+    def proposals(self, length: int) -> Iterator[list[int]]:
+        """What followed the last n-gram before: of the longest one first, the latest first."""
         for n in range(min(self.max_ngram, len(self.tokens)), 0, -1):
-            start = self.continued.get(tuple(self.tokens[-n:]))
-            if start is not None:
-                return self.tokens[start : start + length]
-        return []
+            for start in reversed(self.continued.get(tuple(self.tokens[-n:]), [])):
+                yield self.tokens[start : start + length]
+
+    def tree(self, nodes: int, length: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of all proposals together, in their order, as far as there is room."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        known: dict[tuple[int, int], int] = {}  # node by its parent and token
+        for proposal in self.proposals(length):
+            parent = ROOT
+            for token in proposal:
+                if (parent, token) not in known:
+                    if len(tokens) == nodes:
+                        return tokens, parents
+                    known[parent, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(parent)
+                parent = known[parent, token]
+        return tokens, parents
 
 
 class PromptLookup(Drafter):
     """Drafts the tokens after the most recent earlier occurrence of a row's last n-gram.
 
-    The longest n-gram that occurred before is used. If there is none, the row drafts nothing.
+    The longest n-gram that occurred before is used. If there is none, the row drafts nothing. A
+    tree holds what followed its other occurrences as well, and those of shorter n-grams.
     Tokens are one-hot: they have no draft distribution, and `verify` accepts them with the target's
     probability.
 
@@ -53,6 +74,7 @@ class PromptLookup(Drafter):
 
     vocab_size: int | None = None
     block = 8
+    grows = True
 
     def __init__(self, max_ngram: int = 3) -> None:
         if max_ngram < 1:
@@ -67,16 +89,37 @@ class PromptLookup(Drafter):
             self.rows[b] = History(self.max_ngram)
 
     def draft(self, news: News, k: int, lengths: Tensor, draws: Draws) -> Draft:
-        proposals = []
+        self.learn(news)
         wanted = lengths.tolist()
-        committed = zip(news.tokens.tolist(), news.counts.tolist(), strict=True)
-        for b, (tokens, count) in enumerate(committed):
-            for token in tokens[:count]:
-                self.rows[b].append(token)
-            proposals.append(self.rows[b].propose(wanted[b]))
+        proposals = [next(row.proposals(n), []) for row, n in zip(self.rows, wanted, strict=True)]
         padded = [p + [0] * (k - len(p)) for p in proposals]
         device = lengths.device
         return Draft.guesses(
             torch.tensor(padded, device=device),
             torch.tensor([len(p) for p in proposals], device=device),
         )
+
+    def tree(self, news: News, k: int, growth: Growth, lengths: Tensor, draws: Draws) -> Tree:
+        if growth.shape is not None:
+            raise ValueError(
+                "a shape has tokens drawn, and prompt lookup draws none: give tree a number of "
+                "nodes"
+            )
+        self.learn(news)
+        grown = [
+            row.tree(growth.nodes, length)
+            for row, length in zip(self.rows, lengths.tolist(), strict=True)
+        ]
+        padding = [[-1] * (growth.nodes - len(tokens)) for tokens, _ in grown]
+        tokens, parents = (
+            torch.tensor([each[i] + rest for each, rest in zip(grown, padding, strict=True)])
+            for i in (0, 1)
+        )
+        return Tree.guesses(tokens.to(lengths.device), parents.to(lengths.device))
+
+    def learn(self, news: News) -> None:
+        """Append what was committed to the rows."""
+        committed = zip(news.tokens.tolist(), news.counts.tolist(), strict=True)
+        for row, (tokens, count) in zip(self.rows, committed, strict=True):
+            for token in tokens[:count]:
+                row.append(token)

@@ -72,7 +72,7 @@ def behind_root(tree: Tree) -> Tensor:
     Where there is no node, something stands behind the root.
     """
     parents = torch.where(tree.tokens < 0, 0, tree.parents + 1)
-    return torch.cat((torch.full_like(parents[:, :1], -1), parents), 1)
+    return torch.cat((parents.new_full((len(parents), 1), -1), parents), 1)
 
 
 def depths_of(parents: Tensor) -> Tensor:
