@@ -299,13 +299,14 @@ class Session:
                 if self.logprobs:
                     logits = logits.gather(1, at.expand(-1, -1, logits.shape[2]))
         with self._time("commit"):
+            moved = path if path is None or not self._lies_in_order(path) else None
             limit = rows.limit if self.ends is None else self._cut(verified.emitted)
             kept, last = torch.empty_like(rows.lengths), torch.empty_like(rows.lengths)
             commit(
                 rows.lengths, verified.emitted,
                 stop_tokens=rows.stops, limit=limit, finished=rows.finished,
                 pages=cache.pages, release=cache.pages is not None, backend=settings.backend,
-                path=path, caches=() if path is None else cache.stores(),
+                path=moved, caches=() if moved is None else cache.stores(),
                 out=Committed(rows.lengths, kept, rows.finished, last),
             )  # fmt: skip
 
@@ -344,6 +345,13 @@ class Session:
         none = torch.zeros_like(tree.accepted, dtype=torch.float64)
         verified = Verified(tree.accepted, tree.emitted[:, :end].contiguous(), tree.status, none)
         return verified, tree.path[:, :end].contiguous()
+
+    def _lies_in_order(self, path: Tensor) -> bool:
+        """Whether the host can see that accepted nodes lie one behind the other already."""
+        if self.look_every > 1:
+            return False
+        own = torch.arange(path.shape[1], device=path.device)
+        return bool(((path == own) | (path < 0)).all())
 
     def _time(self, stage: str) -> AbstractContextManager[None]:
         """Timing waits for the device, so it is for those who look at every round."""
