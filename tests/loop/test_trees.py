@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specdiff import Decoder, Sampling, Target, accelerate
-from specdiff.drafters.prompt_lookup import History, PromptLookup
+from specdiff.drafters.prompt_lookup import MOST, History, PromptLookup
 from specdiff.loop.drafter import Drafter
 from specdiff.loop.trees import behind_root, depths_of, growth_of, seen_by
 from specdiff.planning.adaptive import AdaptiveK
@@ -221,6 +221,15 @@ def test_prompt_lookup_grows_all_that_followed():
     for token in (8, 8, 8):  # where continuations share their beginning
         history.append(token)
     assert history.tree(9, 3) == ([8, 8], [-1, 0])
+
+
+def test_prompt_lookup_does_not_read_a_whole_text_again():
+    """In a text of one token every place is an occurrence, and none adds a node."""
+    history = History(3)
+    for _ in range(3000):
+        history.append(5)
+    assert len(list(history.proposals(8))) == 3 * MOST
+    assert history.tree(16, 4) == ([5] * 4, [-1, 0, 1, 2])
 
 
 def test_who_is_behind_whom():
