@@ -55,7 +55,9 @@ REASONS = {
     "[2^-95, 2^95], top_k >= 0, top_p in (0, 1], min_p in [0, 1], an amount of lenience in "
     "(0, 1], of additive >= 0, of ensemble in [0, 1]",
     Status.TOKEN: "a drafted token is out of range (-1: still masked), or a draft row index or a "
-    "draft's length is, or a row is recorded of a draft without logits and distribution",
+    "draft's length is, or a row is recorded of a draft without logits and distribution, or a "
+    "parent is no node before its child, or siblings of a tree are equal though drawn without "
+    "replacement",
     Status.DRAFT: "a drafted token has no weight in the draft distribution recorded for it: record "
     "row -1 for a token that was not drawn from a recorded distribution",
     Status.RECORD: "the distribution recorded for a drafted token is not that of the logits that "

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from specdiff import Decoder, Sampling, Target, accelerate
-from specdiff.drafters.prompt_lookup import History, PromptLookup
+from specdiff.drafters.prompt_lookup import MOST, History, PromptLookup
 from specdiff.loop.drafter import Drafter
 from specdiff.loop.trees import behind_root, depths_of, growth_of, seen_by
 from specdiff.planning.adaptive import AdaptiveK
-from specdiff_kernels import Draft, Tree, commit
+from specdiff_kernels import Draft, Tree, commit, row_distribution
 from tests.tiny import (
     ALIKE,
     DRAFTERS,
@@ -32,8 +32,9 @@ LENGTH, NODES = 60, 11
 
 
 def random_parents(draw: random.Random, B: int, Q: int) -> torch.Tensor:
-    """Of the root and Q - 1 nodes behind it, [B, Q]."""
-    return torch.tensor([[-1] + [draw.randrange(q) for q in range(1, Q)] for _ in range(B)])
+    """Of the root and Q - 1 nodes behind it, [B, Q]; many are longer than the tiny windows."""
+    choices = [[(q - 1, q - 1, draw.randrange(q)) for q in range(1, Q)] for _ in range(B)]
+    return torch.tensor([[-1, *map(draw.choice, row)] for row in choices])
 
 
 def path_to(parents: list[int], node: int) -> list[int]:
@@ -49,6 +50,7 @@ def accelerated(family: str) -> Target:
 
 TARGETS = {
     "cached": accelerated,
+    "own": lambda family: Target(tiny_model(family)),
     "sdpa": lambda family: Target(tiny_model(family), attention="sdpa"),
     "eager": lambda family: Target(tiny_model(family), attention="eager"),
     "flex": lambda family: Target(tiny_model(family), attention="flex"),
@@ -62,8 +64,8 @@ TARGETS = {
 def test_a_node_is_read_as_its_path_would_be(family, attention, kind):
     """Also after a path was accepted, whose entries then lie behind each other. Bit for bit where
     the target says so."""
-    if family == "gpt_neo" and attention != "cached":
-        pytest.skip("GPT-Neo has its own attention alone")
+    if (family == "gpt_neo") != (attention == "own") and attention != "cached":
+        pytest.skip("GPT-Neo has its own attention alone, and others have it by name")
     if attention == "flex" and (family != "mistral" or kind):
         pytest.skip("on a CPU it is slow, and makes no difference between these")
     target = TARGETS[attention](family)
@@ -165,6 +167,19 @@ def test_drafters_grow_trees(name, rule):
     assert decoder.replace(tree=3).settings.tree.nodes == 3
 
 
+@pytest.mark.parametrize("tree", [5, (-1, -1, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sequential_head_grows_trees_in_half_precision(dtype, tree):
+    target = Target(tiny_model("llama", dtype=dtype))
+    drafter = type(parallel(target))(
+        tiny_network("parallel", torch.arange(50), head_rank=5), target
+    )
+    decoder = Decoder(target, drafter, 4, tree=tree)
+    result = decoder.generate(PROMPTS, max_new_tokens=20, sampling=Sampling(1.0))
+    assert [len(row) for row in result.new_tokens] == [20] * 3
+    assert result.stats.drafted > 0
+
+
 @pytest.mark.parametrize("tree", [8, (-1, -1, 0, 0, 1, 2)], ids=str)
 @pytest.mark.parametrize("head_rank", [0, 5])
 def test_sampled_text_follows_the_target(tree, head_rank):
@@ -208,6 +223,15 @@ def test_prompt_lookup_grows_all_that_followed():
     assert history.tree(9, 3) == ([8, 8], [-1, 0])
 
 
+def test_prompt_lookup_does_not_read_a_whole_text_again():
+    """In a text of one token every place is an occurrence, and none adds a node."""
+    history = History(3)
+    for _ in range(3000):
+        history.append(5)
+    assert len(list(history.proposals(8))) == 3 * MOST
+    assert history.tree(16, 4) == ([5] * 4, [-1, 0, 1, 2])
+
+
 def test_who_is_behind_whom():
     tree = Tree.guesses(torch.tensor([[7, 8, 9, -1]]), torch.tensor([[-1, 0, -1, 2]]))
     parents = behind_root(tree)
@@ -238,6 +262,78 @@ def test_who_is_behind_whom():
 def test_trees_that_there_are_not(tree, rule, error, message):
     with pytest.raises(error, match=message):
         growth_of(tree, rule)
+
+
+class Same(Drafter):
+    """The same tree for each row."""
+
+    vocab_size, block, grows = None, 4, True
+
+    def __init__(self, *tree: object) -> None:
+        self.tree_ = tree
+
+    def draft(self, news, k, lengths, draws):
+        raise AssertionError("asked for a chain")
+
+    def tree(self, news, k, growth, lengths, draws):
+        parts = [torch.tensor([part] * len(lengths)) for part in self.tree_]
+        return Tree.guesses(*parts) if len(parts) > 1 else parts[0]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (([1, 2],), "must be a Tree, got a Tensor: Tree.guesses makes one"),
+        (([1, 2], [1, -1]), "parent of node 0 in row 0 must be -1 .* got 1"),
+        (([1, 2], [-1, 9]), "parent of node 1 in row 0 must be -1 .* got 9"),
+        (([1, 2], [-1, -5]), "parent of node 1 in row 0 must be -1 .* got -5"),
+        ((list(range(7)), [-1] * 7), r"tokens \[3, 7\] .* 3 rows of at most 6 nodes"),
+        (([1, 1], [-1, -1]), "siblings of a tree are equal though"),
+    ],
+)
+@pytest.mark.parametrize("look_every", [1, 2])
+def test_a_drafter_that_grows_no_tree(tree, message, look_every):
+    decoder = Decoder(accelerated("llama"), Same(*tree), rule="greedy", tree=6)
+    with pytest.raises((ValueError, TypeError), match=message):
+        decoder.generate(PROMPTS, max_new_tokens=20, look_every=look_every)
+
+
+def test_a_tree_is_as_deep_as_was_asked_for():
+    decoder = Decoder(accelerated("llama"), Same([1, 2, 3], [-1, 0, 1]), 2, "greedy", tree=6)
+    with pytest.raises(ValueError, match=r"\[3, 3, 3\] tokens where \[2, 2, 2\] were wanted"):
+        decoder.generate(PROMPTS, max_new_tokens=20)
+
+
+@pytest.mark.parametrize("look_every", [1, 2])
+def test_what_stands_behind_nothing_does_not_matter(look_every):
+    target = accelerated("llama")
+    plain = Decoder(target, rule="greedy").generate([1, 2], max_new_tokens=20)
+    decoder = Decoder(target, Same([1, -1, 3], [-1, 77, -1]), 1, "greedy", tree=6)
+    session = decoder.open(1, 40, look_every=look_every)
+    session.admit([[1, 2]], max_new_tokens=20)
+    while not session.done[0]:
+        session.step()
+    assert session.texts == plain.sequences
+
+
+class Shared(Drafter):
+    """One token, drawn for all rows from one row of logits."""
+
+    vocab_size, block, grows = None, 4, True
+
+    def draft(self, news, k, lengths, draws):
+        raise AssertionError("asked for a chain")
+
+    def tree(self, news, k, growth, lengths, draws):
+        logits, zeros = torch.zeros(1, 50), torch.zeros(len(lengths), 1, dtype=torch.int64)
+        token = torch.where(lengths[:, None] > 0, torch.randint(50, zeros.shape), -1)
+        return Tree(token, zeros - 1, zeros, logits, row_distribution(logits, 1.0))
+
+
+def test_rows_may_share_a_record():
+    decoder = Decoder(accelerated("llama"), Shared(), tree=(-1,))
+    result = decoder.generate(PROMPTS, max_new_tokens=9, sampling=Sampling(1.0))
+    assert [len(row) for row in result.new_tokens] == [9] * 3
 
 
 def test_what_does_not_go_with_a_tree():

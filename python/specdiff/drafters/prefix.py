@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -192,19 +193,28 @@ class PrefixDrafter(Drafter):
         inner = None if head.state is None else head.state(scaled(states))  # [B, Q, r]
         return Correction(self.codes, inner, weight_of(correction))
 
+    @cached_property
+    def wide_codes(self) -> Tensor:
+        """`codes` in f32."""
+        return self.codes.float()
+
     def grow(self, states: Tensor, growth: Growth, lengths: Tensor, draws: Draws) -> Tree:
         """A tree by the logits of positions with states [B, k, d]."""
         head, correction = self.network.head, self.correction
-        own = None
+        logits, own = self.head(states), None
         if head is not None and correction is not None:
-            own = self.corrections(head, correction, states)
+            _, inner, weight = self.corrections(head, correction, states)
+            if isinstance(weight, Tensor) and weight.dtype is torch.float16:
+                weight = weight.float()
+            own = Correction(self.wide_codes, None if inner is None else inner.float(), weight)
+            logits = logits.float()  # `build_tree` corrects no others
         likeliest = growth.shape is None
         parameters: Any = self.sampling.parameters
         keys: dict[str, Any] = {"seed": draws.seed, "round": draws.round}
         if likeliest:  # nothing is drawn, and a greedy row asks for likely tokens, too
             parameters, keys = self.sampling.without_greedy(), {}
         return build_tree(
-            self.head(states),
+            logits,
             growth.nodes,
             *parameters,
             shape=None if growth.shape is None else growth.shape.to(states.device),

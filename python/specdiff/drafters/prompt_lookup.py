@@ -18,6 +18,8 @@ from ..loop.drafter import Drafter, Draws, News
 from ..loop.sampling import RowSampling
 from ..loop.trees import Growth
 
+MOST = 64  # occurrences of an n-gram that a tree looks at
+
 
 class History:
     """Tokens of one sequence, and the positions after each occurrence of each n-gram."""
@@ -34,9 +36,10 @@ class History:
         self.tokens.append(token)
 
     def proposals(self, length: int) -> Iterator[list[int]]:
-        """What followed the last n-gram before: of the longest one first, the latest first."""
+        """What followed the last n-gram before: of the longest one first, the latest first. Of each
+        no more than the latest MOST: in a long text of repetitions they are as many as tokens."""
         for n in range(min(self.max_ngram, len(self.tokens)), 0, -1):
-            for start in reversed(self.continued.get(tuple(self.tokens[-n:]), [])):
+            for start in self.continued.get(tuple(self.tokens[-n:]), [])[: -MOST - 1 : -1]:
                 yield self.tokens[start : start + length]
 
     def tree(self, nodes: int, length: int) -> tuple[list[int], list[int]]:

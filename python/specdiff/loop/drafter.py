@@ -148,6 +148,9 @@ class Drafter(ABC):
         Args:
             growth: how many nodes, and whether the likeliest tokens are taken or some are drawn.
             news, k, lengths, draws: as of `draft`.
+
+        Returns:
+            a Tree of at most `growth.nodes` columns.
         """
         raise NotImplementedError(f"{type(self).__name__} drafts chains alone: leave tree out")
 
@@ -161,12 +164,13 @@ def check_length(drafter: Drafter, k: int) -> None:
 def draft_status(draft: Draft | Tree) -> Tensor:
     """Why a draft lacks tokens that it was to have: the status of its distributions. i32 [B]
 
-    Position i of row b was drawn from row b K + i of the pool, as `denoise_step` has it; a draft
-    made otherwise is thought to be sound. `verify` reports such a token, -1, without the reason.
+    Position i of row b was drawn from row b K + i of the pool, as `denoise_step` has it, and each
+    row of a batch of trees has as many rows of the pool, as `build_tree` has it; a draft made
+    otherwise is thought to be sound. `verify` reports such a token, -1, without the reason.
     """
     B, K = draft.tokens.shape
     if isinstance(draft, Tree):
-        if draft.distribution is None or B == 0:
+        if draft.distribution is None or B == 0 or draft.distribution.status.numel() % B:
             return draft.tokens.new_zeros(B, dtype=torch.int32)
         return draft.distribution.status.view(B, -1).amax(1)
     if draft.distribution is None or draft.distribution.status.numel() != B * K or K == 0:

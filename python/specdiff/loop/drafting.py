@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specdiff_kernels import Draft, Tree
+from specdiff_kernels.trees import ROOT
 
 from .cache import RowCache
 from .drafter import Drafter, Draws, News, draft_status, joined
 from .sampling import RowSampling
 from .settings import Settings
-from .trees import depths_of
+from .trees import check_grown, depths_of
 
 # the session that each drafter with a state was last started for
 SERVED: WeakKeyDictionary[Drafter, weakref.ref[Drafting]] = WeakKeyDictionary()
@@ -107,6 +108,7 @@ class Drafting:
             news, self.missed = joined([*self.missed, news]), []
         if self.growth is not None:
             tree = self.drafter.tree(news, self.width, self.growth, room, draws)
+            check_grown(tree, len(room), self.growth.nodes, looks=self.looks)
             if self.looks:
                 self.status = draft_status(tree)
                 present = (tree.tokens >= 0).any(0).nonzero()
@@ -115,8 +117,12 @@ class Drafting:
                     name: getattr(tree, name)[:, :width] for name in ("tokens", "parents", "rows")
                 }
                 tree = tree._replace(**cut)
-            depths = (depths_of(tree.parents) + 1).masked_fill(tree.tokens < 0, 0)
-            return tree, depths.amax(1) if depths.shape[1] else torch.zeros_like(room)
+            missing = tree.tokens < 0
+            depths = depths_of(tree.parents.masked_fill(missing, ROOT)) + 1
+            lengths = depths.masked_fill(missing, 0).amax(1) if depths.shape[1] else room * 0
+            if self.looks:
+                check_lengths(lengths, room)
+            return tree, lengths
         # never narrower for want of room: a row's draft does not depend on that of its batch mates
         draft = self.drafter.draft(news, self.width, room, draws)
         if self.looks:
@@ -131,10 +137,7 @@ class Drafting:
         lengths = torch.full_like(room, self.width) if draft.lengths is None else draft.lengths
         if not self.looks:
             return draft._replace(lengths=lengths), lengths
-        if (lengths > room).any():
-            raise ValueError(
-                f"the drafter proposed {lengths.tolist()} tokens where {room.tolist()} were wanted"
-            )
+        check_lengths(lengths, room)
         width = int(lengths.max())
         tokens, tau, rows = (x[:, :width] for x in draft[:3])
         return draft._replace(tokens=tokens, tau=tau, rows=rows, lengths=lengths), lengths
@@ -227,3 +230,11 @@ class Drafting:
         if sum(part.tokens.shape[1] for part in self.missed) >= self.target.prefill_chunk:
             self.drafter.read(slice(0, len(counts)), joined(self.missed))
             self.missed = []
+
+
+def check_lengths(lengths: Tensor, room: Tensor) -> None:
+    """Raise ValueError if a draft is longer than was wanted."""
+    if (lengths > room).any():
+        raise ValueError(
+            f"the drafter proposed {lengths.tolist()} tokens where {room.tolist()} were wanted"
+        )

@@ -501,11 +501,10 @@ class RaggedGPTNeoAttention(GPTNeoSelfAttention):
     ) -> tuple[Tensor, Tensor]:
         if attention_mask is None or attention_mask.dtype != torch.bool:
             return super()._attn(query, key, value, attention_mask)
-        visible = attention_mask  # [B, 1, Q, span], a prefix of each row
+        visible = attention_mask  # [B, 1, Q, span], a prefix of each row, or a path of a tree
         if self.attention_type == "local":
-            position = visible.sum(-1, keepdim=True) - 1
-            keys = torch.arange(visible.shape[-1], device=visible.device)
-            visible = visible & (keys > position - self.config.window_size)
+            place = visible.cumsum(-1)  # of each key among those that the query sees, itself last
+            visible = visible & (place > place[..., -1:] - self.config.window_size)
         scores = query.float() @ key.float().transpose(-1, -2)
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         weights = self.attn_dropout(scores.softmax(-1).to(value.dtype))

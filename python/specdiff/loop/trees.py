@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdiff_kernels import Tree
+from specdiff_kernels.trees import ROOT
 
 TREE_RULES = {"token": ("walk", "rejection"), "greedy": ("greedy",), "coupled": ("coupled",)}
 
@@ -64,6 +65,32 @@ def growth_of(tree: int | Sequence[int], rule: str) -> Growth:
             "nodes, whose tokens are the likeliest"
         )
     return Growth(len(parents), torch.tensor(parents), rules[1])
+
+
+def check_grown(tree: Tree, rows: int, nodes: int, *, looks: bool) -> None:
+    """Raise unless a drafter's tree is one of at most so many nodes a row, with parents before
+    their children where they can be looked at."""
+    if not isinstance(tree, Tree):
+        raise TypeError(
+            f"the drafter's tree must be a Tree, got a {type(tree).__name__}: Tree.guesses makes "
+            "one of tokens and parents"
+        )
+    shape, known = tree.tokens.shape, tree.parents.shape
+    if len(shape) != 2 or shape[0] != rows or shape[1] > nodes or known != shape:
+        raise ValueError(
+            f"the drafter proposed a tree of tokens {list(shape)} and parents {list(known)} where "
+            f"{rows} rows of at most {nodes} nodes were wanted"
+        )
+    if not (looks or tree.parents.is_cpu):
+        return
+    own = torch.arange(shape[1], device=tree.parents.device)
+    wrong = ((tree.parents < ROOT) | (tree.parents >= own)) & (tree.tokens >= 0)
+    if wrong.any():
+        b, n = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"the drafter's tree: the parent of node {n} in row {b} must be -1 (the last token of "
+            f"the text) or an earlier node, got {int(tree.parents[b, n])}"
+        )
 
 
 def behind_root(tree: Tree) -> Tensor:
