@@ -319,5 +319,7 @@ def test_page_on_integrating():
     assert int(names["missing"]) == 0 and names["start"] == 8
     assert (names["out"].status == 0).all() and names["round"].min() > 0
     # a tree
-    assert names["best"].tolist() == [2] and names["committed"].kept.tolist() == [3]
-    assert names["kv"][0, 1, 1, 19:24, 0].tolist() == [19, 20, 22, 25, 23]
+    assert names["tree"].parents[0, 1] == -1 and names["judged"].path[0, :3].tolist() == [0, 2, -1]
+    assert names["judged"].emitted[0, 0] == names["tree"].tokens[0, 1]
+    assert names["committed"].kept.tolist() == [2]
+    assert names["kv"][0, 1, 1, 19:24, 0].tolist() == [19, 20, 22, 22, 23]
