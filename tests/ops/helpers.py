@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +57,19 @@ def assert_same(a: tuple, b: tuple) -> None:
     """Bitwise equality of two NamedTuples of tensors."""
     for name, x, y in zip(a._fields, a, b, strict=True):
         assert torch.equal(x, y), f"{name}: {x.tolist()} != {y.tolist()}"
+
+
+def each_mistake(mistakes: dict[type, dict[str, Callable[[], Any]]]) -> list[Any]:
+    """Parameters (error, beginning of its message, call) of tables by error."""
+    return [
+        pytest.param(error, message, call, id=message[:60])
+        for error, own in mistakes.items()
+        for message, call in own.items()
+    ]
+
+
+def assert_named(error: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    """A call raises an error whose message begins like that."""
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value)[: len(message)] == message

@@ -31,7 +31,7 @@ from specdiff_kernels.reference.numerics import weights
 from tests.enumeration import probabilities
 from tests.operators import Operators
 
-from .helpers import assert_same, i64
+from .helpers import assert_named, assert_same, each_mistake, i64
 from .products import rms
 from .test_draw_in_order import values_of
 from .trees import Dice, implementation, on_each_isa, threads
@@ -662,15 +662,6 @@ MISTAKES: dict[type[Exception], dict[str, Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "call"),
-    [
-        pytest.param(error, message, call, id=message[:60])
-        for error, mistakes in MISTAKES.items()
-        for message, call in mistakes.items()
-    ],
-)
+@pytest.mark.parametrize(("error", "message", "call"), each_mistake(MISTAKES))
 def test_the_message_names_the_argument_and_what_was_expected(error, message, call):
-    with pytest.raises(error) as caught:
-        call()
-    assert str(caught.value)[: len(message)] == message
+    assert_named(error, message, call)

@@ -35,7 +35,7 @@ from specdiff_kernels import (
     workspace_size,
 )
 
-from .helpers import i64
+from .helpers import assert_named, each_mistake, i64
 
 B, K, V = 2, 3, 9
 KEY = {"seed": 7, "round": 0}
@@ -397,15 +397,6 @@ BACKENDS = {
 MISTAKES = {ValueError: SHAPES | VALUES, TypeError: KINDS, BackendError: BACKENDS}
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "call"),
-    [
-        pytest.param(error, message, call, id=message[:60])
-        for error, mistakes in MISTAKES.items()
-        for message, call in mistakes.items()
-    ],
-)
+@pytest.mark.parametrize(("error", "message", "call"), each_mistake(MISTAKES))
 def test_the_message_names_the_argument_and_what_was_expected(error, message, call):
-    with pytest.raises(error) as caught:
-        call()
-    assert str(caught.value)[: len(message)] == message
+    assert_named(error, message, call)
